@@ -1,0 +1,12 @@
+"""The vocabulary: importing this module registers `torch.ops.eecompile.*`.
+
+The names below are the plain torch definitions. They copy nothing that they need not copy, and executors
+call them directly; in graphs stand the operators of the same names, each with a fake implementation and a
+gradient.
+"""
+
+from eecompile.kernels.blank import blank
+from eecompile.kernels.confidence import confidence
+from eecompile.kernels.select import select
+
+__all__ = ["blank", "confidence", "select"]
