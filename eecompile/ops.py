@@ -7,6 +7,9 @@ gradient.
 
 from eecompile.kernels.blank import blank
 from eecompile.kernels.confidence import confidence
+from eecompile.kernels.halt import halt
+from eecompile.kernels.route import route
 from eecompile.kernels.select import select
+from eecompile.kernels.skip import skip
 
-__all__ = ["blank", "confidence", "select"]
+__all__ = ["blank", "confidence", "halt", "route", "select", "skip"]

@@ -1,0 +1,124 @@
+"""One step of adaptive computation time (Graves 2016; per position: Dehghani et al. 2019).
+
+At step t a unit says with probability `h` that it is done, and `state` is what it computed. With `a` the
+weight given out so far,
+
+    halts  = a + h >= 1 - epsilon, or this is the last step
+    weight = 1 - a (the remainder R) if it halts, else h; 0 if it had halted before
+    weighted += weight * state;   a += weight (exactly 1 after halting);   steps += 1
+    ponder += 1 + R if it halts, else 1; so it ends as N + R, the ponder cost
+
+Rows `[n]` or positions `[n, S]` on their own; arithmetic in float32. `h` is clamped to [0, 1], and a NaN
+counts as 0: never done. What has halted is left alone, bit for bit: a NaN in its state goes nowhere.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from eecompile.errors import StrategyError
+from eecompile.kernels._autograd import differentiable
+
+ACCUMULATED, STEPS, PONDER = 0, 1, 2
+
+# --- definition -----------------------------------------------------------------------------------
+
+
+def halt(
+    score: Tensor,
+    state: Tensor,
+    weighted: Tensor | None,
+    ledger: Tensor | None,
+    epsilon: float = 0.01,
+    last: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The definition, in plain torch.
+
+    Args:
+        score: `h`, `[n]` or `[n, S]`, floating.
+        state: `score.shape + (...)`, floating.
+        weighted: Like `state`, float32 (or float64, which makes the arithmetic float64); None at the first
+            step.
+        ledger: `score.shape + (3,)` of that dtype: `a`, steps, ponder cost; None at the first step.
+        epsilon: Slack that lets one step be enough.
+        last: Whether what still runs has to halt now.
+
+    Returns:
+        New weighted state, new ledger, and what still runs, `score.shape` bool.
+
+    Raises:
+        StrategyError: Shapes that do not fit.
+    """
+    _check(score, state, weighted, ledger)
+    dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
+    if ledger is None:
+        ledger = torch.zeros((*score.shape, 3), dtype=dtype, device=score.device)
+    if weighted is None:
+        weighted = torch.zeros(state.shape, dtype=dtype, device=state.device)
+    a, steps, ponder = ledger.unbind(-1)
+    h = score.to(dtype).masked_fill(score.isnan(), 0).clamp(0, 1)
+    ran = a < 1
+    halts = ran & (torch.ones_like(ran) if last else a + h >= 1 - epsilon)
+    weight = torch.where(halts, 1 - a, h)
+    wide = (*score.shape, *(1,) * (state.ndim - score.ndim))
+    new = torch.where(ran.view(wide), weighted + weight.view(wide) * state.to(dtype), weighted)
+    done = torch.where(halts, 1.0, torch.where(ran, a + h, a))
+    cost = torch.where(ran, torch.where(halts, 1 + weight, 1.0), 0.0)
+    return new, torch.stack((done, steps + ran.to(dtype), ponder + cost), -1), ran & ~halts
+
+
+def _check(score: Tensor, state: Tensor, weighted: Tensor | None, ledger: Tensor | None) -> None:
+    if score.ndim not in (1, 2) or state.shape[: score.ndim] != score.shape:
+        raise StrategyError(
+            "the halting score does not fit the state",
+            got=f"score {list(score.shape)}, state {list(state.shape)}",
+            wanted="[n] with [n, ...] or [n, S] with [n, S, ...]",
+        )
+    if weighted is not None and weighted.shape != state.shape:
+        raise StrategyError(
+            "the weighted state has another shape than the state",
+            got=list(weighted.shape),
+            wanted=list(state.shape),
+        )
+    if ledger is not None and ledger.shape != (*score.shape, 3):
+        raise StrategyError(
+            "the halting ledger does not fit", got=list(ledger.shape), wanted=[*score.shape, 3]
+        )
+
+
+# --- operator -------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("eecompile::halt", mutates_args=())
+def halt_op(
+    score: Tensor,
+    state: Tensor,
+    weighted: Tensor | None,
+    ledger: Tensor | None,
+    epsilon: float = 0.01,
+    last: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`halt` as `torch.ops.eecompile.halt`."""
+    return halt(score, state, weighted, ledger, epsilon, last)
+
+
+@halt_op.register_fake
+def _fake(
+    score: Tensor,
+    state: Tensor,
+    weighted: Tensor | None,
+    ledger: Tensor | None,
+    epsilon: float = 0.01,
+    last: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(score, state, weighted, ledger)
+    dtype = torch.float64 if state.dtype == torch.float64 else torch.float32
+    return (
+        torch.empty(state.shape, dtype=dtype, device=state.device),
+        torch.empty((*score.shape, 3), dtype=dtype, device=score.device),
+        torch.empty(score.shape, dtype=torch.bool, device=score.device),
+    )
+
+
+differentiable(halt_op, halt)
