@@ -1,0 +1,123 @@
+"""The flat-tensor adapter: tensors in, the original call inside.
+
+`torch.export` cannot give dynamic shapes to what lands in `**kwargs`, and burns Python values in anyway; so the
+model is exported behind a module that takes tensors only.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from eecompile.errors import CaptureError
+from eecompile.signature import Parameter, arguments_by_name, parameters_of, path_of
+
+
+@dataclass(frozen=True)
+class FlatCall:
+    """One call of a model, taken apart.
+
+    Attributes:
+        tensors: The tensor leaves, in order.
+        paths: Their names, as a user would write them.
+        constants: Per leaf: None for a tensor, else a one-element tuple with the value.
+        spec: The containers around the leaves.
+    """
+
+    parameters: tuple[Parameter, ...]
+    tensors: tuple[torch.Tensor, ...]
+    paths: tuple[str, ...]
+    constants: tuple[tuple[Any] | None, ...]
+    spec: Any
+
+    def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments for the model from other tensors of the same call."""
+        it = iter(tensors)
+        named = pytree.tree_unflatten([next(it) if c is None else c[0] for c in self.constants], self.spec)
+        return split_arguments(self.parameters, named)
+
+
+def split_arguments(
+    parameters: Sequence[Parameter], named: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Named arguments as the model's `forward` takes them; only `*args` force positions."""
+    kinds = {p.name: p.kind for p in parameters}
+    variadic = next((p.name for p in parameters if p.kind == 2 and p.name in named), None)
+    args: list[Any] = []
+    rest = dict(named)
+    for p in parameters:
+        if p.kind == 0 or (variadic is not None and p.kind == 1):
+            if p.name not in rest and variadic is None:
+                break
+            args.append(rest.pop(p.name, None))
+    if variadic is not None:
+        args += rest.pop(variadic)
+    return args, {k: v for k, v in rest.items() if kinds.get(k) != 0}
+
+
+def flatten_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> FlatCall:
+    """Takes one call apart.
+
+    Raises:
+        CaptureError: The arguments do not fit `forward`, or hold no tensor.
+    """
+    parameters = parameters_of(model.forward)
+    named = arguments_by_name(parameters, args, kwargs)
+    leaves, spec = pytree.tree_flatten_with_path(named)
+    tensors = tuple(v for _, v in leaves if isinstance(v, torch.Tensor))
+    if not tensors:
+        raise CaptureError(
+            "the example call holds no tensor",
+            got=", ".join(named) or "no arguments",
+            hint="pass example_inputs=(x,) or example_kwargs={...} with real tensors",
+        )
+    return FlatCall(
+        parameters,
+        tensors,
+        tuple(path_of(p) for p, v in leaves if isinstance(v, torch.Tensor)),
+        tuple(None if isinstance(v, torch.Tensor) else (v,) for _, v in leaves),
+        spec,
+    )
+
+
+class FlatAdapter(nn.Module):
+    """Calls `m` with flat tensors put back where they belong."""
+
+    def __init__(self, m: nn.Module, call: FlatCall) -> None:
+        super().__init__()
+        self.training = m.training  # nn.Module starts in train mode; export reads the flag of the root
+        self.m = m
+        self.call = call
+
+    def forward(self, *flat: torch.Tensor) -> Any:
+        args, kwargs = self.call.arguments(flat)
+        return self.m(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def mode(model: nn.Module, training: bool) -> Iterator[None]:
+    """`model` in one mode, every submodule's own flag restored afterwards."""
+    flags = {m: m.training for m in model.modules()}
+    try:
+        model.train(training)
+        yield
+    finally:
+        for m, flag in flags.items():
+            m.training = flag
+
+
+@contextlib.contextmanager
+def no_attention_fastpath() -> Iterator[None]:
+    """`nn.TransformerEncoder` takes another, untraceable path in eval mode unless this is off."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)

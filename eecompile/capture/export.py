@@ -1,0 +1,478 @@
+"""The main front end: `torch.export` (non-strict), one symbol for every batch axis, parameters shared with the model."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.fx.experimental._config as fx_config
+from torch import fx, nn
+from torch.export import Dim, ExportedProgram, export
+from torch.utils import _pytree as pytree
+
+from eecompile.capture import check
+from eecompile.capture.adapter import FlatAdapter, FlatCall, flatten_call, mode, no_attention_fastpath
+from eecompile.capture.source import capture_failed
+from eecompile.errors import CaptureError, EecompileError
+from eecompile.signature import Leaf, Signature, path_of
+
+MAX_BATCH = 65536
+MAX_LENGTH = 1 << 20
+TRACE_ROWS = 5  # a batch of 1 would be specialised
+BatchAxis = int | Mapping[str, int | None] | Callable[[str, torch.Tensor], int | None]
+
+
+@dataclass(frozen=True)
+class Captured:
+    """What a front end hands to the passes: a flat graph and its calling convention."""
+
+    graph_module: fx.GraphModule
+    signature: Signature
+    exported: ExportedProgram | None
+    flat_example: tuple[torch.Tensor, ...] | None
+    notes: tuple[str, ...] = ()
+
+
+def capture_export(
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    *,
+    batch_axis: BatchAxis = 0,
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    training: bool = False,
+    verify: bool = True,
+) -> Captured:
+    """Captures `model` with a free batch axis and, where it has one, a free sequence axis.
+
+    Args:
+        batch_axis: One axis for every tensor input, or per input by name (None: no batch there).
+        dynamic: Further free axes, `{"input_ids": {1: "seq"}}`; None finds the sequence axis of token inputs.
+        training: Capture the train-mode graph (dropout, batch statistics) instead.
+
+    Raises:
+        CaptureError: No graph, or one that computes something else.
+        UnsupportedModelError: Samples influence one another.
+    """
+    call = flatten_call(model, args, kwargs)
+    axes = batch_axes(call, batch_axis)
+    size = _batch_size(call, axes)
+    lengths = dict(dynamic) if dynamic is not None else token_axes(call, axes)
+    traced = tuple(
+        t if a is None else t.index_select(a, torch.arange(max(TRACE_ROWS, size), device=t.device) % size)
+        for t, a in zip(call.tensors, axes, strict=True)
+    )
+    adapter = FlatAdapter(model, call)
+    attempts: list[str] = []
+    failures: list[BaseException] = []
+    problems: list[str] = []
+    options = [(d, o) for d in ([lengths, {}] if lengths else [{}]) for o in (True, False)]
+    with mode(model, training), _on_adapter(adapter, training), no_attention_fastpath():
+        for further, oblivious in options:
+            name = ("free length" if further else "fixed length") + ("" if oblivious else ", batch 1 unguarded")
+            attempts.append(name)
+            try:
+                exported = _export(adapter, traced, call, axes, further, oblivious)
+            except Exception as error:  # torch.export raises many unrelated types
+                failures.append(error)
+                if _data_dependent(error):
+                    break
+                continue
+            captured = from_exported(exported, call, axes, further, size, training)
+            if not verify or training:  # dropout and batch statistics are not comparable run to run
+                return _with_notes(captured, attempts)
+            flat = captured.flat_example or ()
+
+            def run(tensors: Sequence[torch.Tensor]) -> Any:
+                a, k = call.arguments(tensors)
+                return model(*a, **k)
+
+            module = exported.module()
+            problems = check.verify(
+                captured.signature,
+                flat,
+                lambda *t, m=module, s=captured.signature: s.flatten_output(m(*t)),
+                run,
+                type(model).__name__,
+            )
+            if not problems:
+                return _with_notes(captured, attempts)
+    if failures and not problems:
+        raise capture_failed(model, failures[0], attempts) from failures[0]
+    check.raise_problems(problems, type(model).__name__)
+    raise CaptureError("capture failed", where=type(model).__name__)
+
+
+def _with_notes(captured: Captured, attempts: list[str]) -> Captured:
+    notes = (f"captured with {attempts[-1]}",) + (
+        (f"not possible: {', '.join(attempts[:-1])}",) if len(attempts) > 1 else ()
+    )
+    return Captured(captured.graph_module, captured.signature, captured.exported, captured.flat_example, notes)
+
+
+@contextlib.contextmanager
+def _on_adapter(adapter: FlatAdapter, training: bool) -> Iterator[None]:
+    adapter.training = training
+    yield
+
+
+def batch_axes(call: FlatCall, batch_axis: BatchAxis) -> tuple[int | None, ...]:
+    """Batch axis of each tensor input; None where it has none."""
+    if isinstance(batch_axis, Mapping):
+        unknown = sorted(set(batch_axis) - set(call.paths))
+        if unknown:
+            raise CaptureError(
+                "batch_axis names an input that the example does not have", got=unknown, wanted=", ".join(call.paths)
+            )
+        return tuple(batch_axis.get(p, 0) if t.dim() else None for p, t in zip(call.paths, call.tensors, strict=True))
+    if callable(batch_axis):
+        return tuple(batch_axis(p, t) for p, t in zip(call.paths, call.tensors, strict=True))
+    sizes = [t.shape[batch_axis] for t in call.tensors if t.dim() > batch_axis]
+    if not sizes:
+        raise CaptureError("no input has that batch axis", got=f"batch_axis={batch_axis}", wanted=_shapes(call))
+    size = max(set(sizes), key=lambda s: (s != 1, sizes.count(s)))
+    axes: list[int | None] = []
+    for path, t in zip(call.paths, call.tensors, strict=True):
+        if t.dim() <= batch_axis or (t.shape[batch_axis] == 1 and size != 1):
+            axes.append(None)
+        elif t.shape[batch_axis] != size:
+            raise CaptureError(
+                "the inputs disagree about the batch size",
+                where=path,
+                got=_shapes(call),
+                wanted=f"{size} rows on axis {batch_axis} of every input that has a batch",
+                hint='pass batch_axis={"name": axis or None, ...}',
+            )
+        else:
+            axes.append(batch_axis)
+    return tuple(axes)
+
+
+def _shapes(call: FlatCall) -> str:
+    return ", ".join(f"{p}: {list(t.shape)}" for p, t in zip(call.paths, call.tensors, strict=True))
+
+
+def _batch_size(call: FlatCall, axes: Sequence[int | None]) -> int:
+    sizes = {t.shape[a] for t, a in zip(call.tensors, axes, strict=True) if a is not None}
+    if len(sizes) != 1:
+        raise CaptureError(
+            "the example has no single batch size", got=_shapes(call), hint='pass batch_axis={"name": axis or None}'
+        )
+    size = sizes.pop()
+    if size < 2:
+        raise CaptureError(
+            "the example has a batch of 1, from which a batch axis cannot be told apart",
+            got=_shapes(call),
+            wanted="at least 2 different rows, better 4",
+            hint="pass several real inputs at once in example_inputs or example_kwargs",
+        )
+    return size
+
+
+def token_axes(call: FlatCall, axes: Sequence[int | None]) -> dict[str, dict[int, str]]:
+    """Axes that look like a sequence length: axis 1 of integer inputs `[B, S]`, and the same size elsewhere."""
+    lengths = {
+        t.shape[1]
+        for t, a in zip(call.tensors, axes, strict=True)
+        if a == 0 and t.dim() == 2 and not t.is_floating_point() and t.shape[1] > 2
+    }
+    names = {s: ("seq" if i == 0 else f"seq{i}") for i, s in enumerate(sorted(lengths, reverse=True))}
+    found: dict[str, dict[int, str]] = {}
+    for path, t, a in zip(call.paths, call.tensors, axes, strict=True):
+        if a == 0 and t.dim() >= 2 and t.shape[1] in names and (t.dim() == 2 or not t.is_floating_point()):
+            found[path] = {i: names[s] for i, s in enumerate(t.shape) if i > 0 and s in names}
+    return found
+
+
+def _export(
+    adapter: FlatAdapter,
+    tensors: Sequence[torch.Tensor],
+    call: FlatCall,
+    axes: Sequence[int | None],
+    further: Mapping[str, Mapping[int, str]],
+    oblivious: bool,
+) -> ExportedProgram:
+    batch = Dim("batch", min=1, max=MAX_BATCH)
+    dims = {n: Dim(n, min=2, max=MAX_LENGTH) for spec in further.values() for n in spec.values()}
+
+    def spec(path: str, axis: int | None) -> dict[int, Any] | None:
+        out: dict[int, Any] = {} if axis is None else {axis: batch}
+        out |= {i: dims[n] for i, n in further.get(path, {}).items()}
+        return out or None
+
+    while True:
+        shapes = tuple(spec(p, a) for p, a in zip(call.paths, axes, strict=True))
+        try:
+            # Without it a branch such as `if x.shape[0] > 1` is burned in without a guard: batch 1 is silently wrong.
+            with fx_config.patch(backed_size_oblivious=oblivious):
+                return export(adapter, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+        except Exception as error:
+            narrower = _narrower(str(error), dims)
+            if narrower is None:
+                raise
+            dims = narrower
+
+
+def _narrower(message: str, dims: Mapping[str, Any]) -> dict[str, Any] | None:
+    """Smaller ranges where torch names the bound that the model has (a position table, a window), else None."""
+    changed = dict(dims)
+    for name in re.findall(r"values of (\w+) = ", message):
+        if name not in dims:
+            continue
+        low, high = int(dims[name].min), int(dims[name].max)
+        line = "\n".join(x for x in message.splitlines() if f"values of {name} = " in x)
+        tops = [int(n) for n in re.findall(r"min\((\d+),", line)] + [int(n) for n in re.findall(r"guard .* <= (\d+)", line)]
+        high = min([high, *tops])
+        if re.search(r"!= 1\b", line):
+            low = max(low, 4)  # below that the model takes a branch of its own
+        if (low, high) != (int(dims[name].min), int(dims[name].max)) and low < high:
+            changed[name] = Dim(name, min=low, max=high)
+    return changed if any(changed[n] is not dims[n] for n in dims) else None
+
+
+def _data_dependent(error: BaseException) -> bool:
+    text = f"{type(error).__name__} {error}"
+    return any(s in text for s in ("data-dependent", "DataDependent", "unbacked", "PendingUnbacked"))
+
+
+def from_exported(
+    exported: ExportedProgram,
+    call: FlatCall,
+    axes: Sequence[int | None],
+    further: Mapping[str, Mapping[int, str]],
+    size: int,
+    training: bool,
+) -> Captured:
+    """A captured graph from a program that was exported behind the flat adapter."""
+    graph_module = flat_graph(exported, "m", call.paths)
+    placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+    names: dict[Any, str] = {}
+    for node, path, axis in zip(placeholders, call.paths, axes, strict=True):
+        value = node.meta["val"]
+        for i, n in {**({} if axis is None else {axis: "batch"}), **further.get(path, {})}.items():
+            if isinstance(value.shape[i], torch.SymInt):
+                names.setdefault(value.shape[i].node.expr, n)
+    inputs = tuple(
+        Leaf(path, _sizes(n.meta["val"], names), n.meta["val"].dtype, axis)
+        for n, path, axis in zip(placeholders, call.paths, axes, strict=True)
+    )
+    outputs, out_constants, out_spec = _outputs(exported, graph_module, names)
+    signature = Signature(
+        parameters=call.parameters,
+        inputs=inputs,
+        outputs=outputs,
+        in_spec=call.spec,
+        out_spec=out_spec,
+        constants=call.constants,
+        out_constants=out_constants,
+        dynamic=ranges(exported, names),
+        training=training,
+    )
+    example = tuple(
+        t if a is None else t.narrow(a, 0, size) for t, a in zip(call.tensors, axes, strict=True)
+    )
+    return Captured(graph_module, signature, exported, example)
+
+
+def ranges(exported: ExportedProgram, names: Mapping[Any, str]) -> dict[str, tuple[int, int | None]]:
+    found = {}
+    for symbol, name in names.items():
+        bounds = exported.range_constraints.get(symbol)
+        low, high = (int(bounds.lower), bounds.upper) if bounds is not None else (1, MAX_BATCH)
+        top = int(high) if str(high).isdigit() and int(high) < MAX_BATCH else None
+        found[name] = (low, top)
+    return found
+
+
+def _sizes(value: torch.Tensor, names: Mapping[Any, str]) -> tuple[int | str, ...]:
+    def one(d: Any) -> int | str:
+        if not isinstance(d, torch.SymInt):
+            return int(d)
+        expr = d.node.expr
+        return names.get(expr, str(expr.subs({s: n for s, n in names.items() if s.is_Symbol})))
+
+    return tuple(one(d) for d in value.shape)
+
+
+def _outputs(
+    exported: ExportedProgram, graph_module: fx.GraphModule, names: Mapping[Any, str]
+) -> tuple[tuple[Leaf, ...], tuple[tuple[Any] | None, ...], Any]:
+    node = graph_module.graph.output_node()
+    out_spec = exported.call_spec.out_spec
+    values = graph_module.meta["out_leaves"]
+    dummy = pytree.tree_unflatten([_Slot(i) for i in range(len(values))], out_spec)
+    paths = {v.index: path_of(p) for p, v in pytree.tree_flatten_with_path(dummy)[0]}
+    leaves = []
+    for i, v in enumerate(values):
+        if not isinstance(v, fx.Node):
+            continue
+        sizes = _sizes(v.meta["val"], names)
+        axis = next((a for a, s in enumerate(sizes) if s == "batch"), None)
+        leaves.append(Leaf(paths.get(i, f"output[{i}]"), sizes, v.meta["val"].dtype, axis))
+    if not leaves:
+        raise CaptureError("the model returns no tensor", where=str(node))
+    return tuple(leaves), tuple(None if isinstance(v, fx.Node) else (v,) for v in values), out_spec
+
+
+@dataclass(frozen=True)
+class _Slot:
+    index: int
+
+
+def flat_graph(exported: ExportedProgram, prefix: str, paths: Sequence[str]) -> fx.GraphModule:
+    """The exported graph as a plain FX graph: flat tensors in, a flat tuple out, parameters by the model's own names.
+
+    Parameters and buffers are the same objects as the model's. Guards were checked once by `check.verify`; sizes are
+    checked by `Signature` at every new shape.
+    """
+    module = exported.module()
+    graph = fx.Graph()
+    graph.graph_copy(module.graph, env := {})  # type: ignore[arg-type]
+    output = module.graph.output_node()
+    values = [env.get(v, v) if isinstance(v, fx.Node) else v for v in pytree.tree_leaves(output.args[0])]
+    root: dict[str, Any] = {}
+    placeholders = [n for n in graph.nodes if n.op == "placeholder"]
+    for node, path in zip(placeholders, paths, strict=True):
+        name = re.sub(r"\W+", "_", path).strip("_")
+        node.name = graph._graph_namespace.create_name(name, node)
+        node.target = node.name
+    for node in list(graph.nodes):
+        if node.op == "call_module" and node.target == "_guards_fn":
+            graph.erase_node(node)
+            continue
+        if node.op == "get_attr":
+            target = strip(str(node.target), prefix)
+            root[target] = _attribute(module, str(node.target))
+            node.target = target
+        node.meta["stack"] = stack_of(node, prefix)
+    graph.output(tuple(v for v in values if isinstance(v, fx.Node)))
+    graph_module = fx.GraphModule(root, graph, class_name="Captured")
+    graph_module.meta["out_leaves"] = values
+    graph_module.train(False)
+    return graph_module
+
+
+def strip(name: str, prefix: str) -> str:
+    """`m.bert.weight` as `bert.weight`: the adapter is nobody's business."""
+    if not prefix:
+        return name
+    return "" if name == prefix else name.removeprefix(prefix + ".")
+
+
+def _attribute(module: nn.Module, target: str) -> Any:
+    value: Any = module
+    for part in target.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def stack_of(node: fx.Node, prefix: str) -> tuple[tuple[str, int, str], ...]:
+    """Modules around a node, outermost first: (path, number of the call, class name).
+
+    A shared module that is called again carries `@k`; the path is the one of its first name.
+    """
+    out = []
+    for key, (path, cls) in (node.meta.get("nn_module_stack") or {}).items():
+        found = re.search(r"@(\d+)$", key) or re.search(r"@(\d+)$", path)
+        plain = strip(re.sub(r"@\d+$", "", path), prefix)
+        if not plain or plain.startswith("_empty"):
+            continue
+        kind = cls if isinstance(cls, str) else getattr(cls, "__qualname__", str(cls))
+        out.append((plain, int(found.group(1)) if found else 0, kind.rsplit(".", 1)[-1]))
+    return tuple(out)
+
+
+def capture_program(exported: ExportedProgram, example: Sequence[torch.Tensor] | None = None) -> Captured:
+    """A program that the user exported, or read from a `.pt2` file, as the model.
+
+    Raises:
+        CaptureError: Its batch axis is fixed.
+    """
+    spec = exported.call_spec.in_spec
+    inputs = [n for n in flat_graph(exported, "", _program_paths(exported)).graph.nodes if n.op == "placeholder"]
+    symbols = [d.node.expr for n in inputs for d in getattr(n.meta["val"], "shape", ())[:1] if isinstance(d, torch.SymInt)]
+    if not symbols:
+        raise CaptureError(
+            "the exported program has a fixed batch",
+            got=", ".join(f"{n.name}: {list(n.meta['val'].shape)}" for n in inputs),
+            hint='export it with dynamic_shapes, for example {0: torch.export.Dim("batch", min=1)} for every input',
+        )
+    batch = symbols[0]
+    paths = _program_paths(exported)
+    axes: list[int | None] = []
+    further: dict[str, dict[int, str]] = {}
+    free: dict[Any, str] = {}
+    for n, path in zip(inputs, paths, strict=True):
+        exprs = [d.node.expr if isinstance(d, torch.SymInt) else None for d in n.meta["val"].shape]
+        axes.append(next((i for i, e in enumerate(exprs) if e == batch), None))
+        for i, e in enumerate(exprs):
+            if e is not None and e != batch and e.is_Symbol:
+                further.setdefault(path, {})[i] = free.setdefault(e, f"seq{len(free) or ''}")
+    parameters, constants, arguments = _program_call(spec, paths, len(inputs))
+    tensors = tuple(example) if example is not None else tuple(n.meta["val"] for n in inputs)
+    call = FlatCall(parameters, tensors, paths, constants, arguments)
+    graph_module = flat_graph(exported, "", paths)
+    names: dict[Any, str] = {batch: "batch", **free}
+    leaves = tuple(
+        Leaf(p, _sizes(n.meta["val"], names), n.meta["val"].dtype, a)
+        for n, p, a in zip([n for n in graph_module.graph.nodes if n.op == "placeholder"], paths, axes, strict=True)
+    )
+    outputs, out_constants, out_spec = _outputs(exported, graph_module, names)
+    signature = Signature(
+        parameters, leaves, outputs, call.spec, out_spec, constants, out_constants, ranges(exported, names)
+    )
+    if example is not None:
+        flat = tuple(example)
+        _batch_size(call, axes)
+        module = exported.module()
+        check.independent(
+            signature,
+            signature.flatten_output(_call_program(module, spec, flat)),
+            signature.flatten_output(_call_program(module, spec, check.rows(signature, flat, [1]))),
+            1,
+            "exported program",
+        )
+        return Captured(graph_module, signature, exported, flat, ("an exported program",))
+    return Captured(graph_module, signature, exported, None, ("an exported program",))
+
+
+def _call_program(module: nn.Module, spec: Any, flat: Sequence[torch.Tensor]) -> Any:
+    args, kwargs = pytree.tree_unflatten(list(flat), spec)
+    with torch.no_grad():
+        return module(*args, **kwargs)
+
+
+def _program_paths(exported: ExportedProgram) -> tuple[str, ...]:
+    names = [s.arg.name for s in exported.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
+    return tuple(names)
+
+
+def _program_call(
+    spec: Any, paths: Sequence[str], count: int
+) -> tuple[tuple[Any, ...], tuple[tuple[Any] | None, ...], Any]:
+    """Argument names of an exported program: positional ones are named after its inputs."""
+    from eecompile.signature import Parameter
+
+    args, kwargs = pytree.tree_unflatten([_Slot(i) for i in range(count)], spec)
+    if any(not isinstance(a, _Slot) for a in (*args, *kwargs.values())):
+        raise CaptureError(
+            "the exported program takes containers of tensors",
+            wanted="plain tensor arguments",
+            hint="pass the model itself instead of its export",
+        )
+    named = {paths[a.index]: a for a in args} | dict(kwargs)
+    positional = int(inspect._POSITIONAL_OR_KEYWORD)
+    parameters = tuple(Parameter(n, positional) for n in named)
+    leaves, tree = pytree.tree_flatten(dict(sorted(named.items())))
+    if [s.index for s in leaves] != list(range(count)):
+        raise EecompileError(
+            "the exported program's inputs are not in the order of their names",
+            got=", ".join(paths),
+            hint="pass the model itself instead of its export",
+        )
+    return parameters, (None,) * count, tree

@@ -1,0 +1,183 @@
+"""What can be read off a captured graph: symbolic shapes, batch axes, module paths, last uses, anchors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+
+from eecompile.errors import PassError
+from eecompile.program import Anchor, Live
+from eecompile.signature import Signature
+
+aten = torch.ops.aten
+SKIP_TARGETS = (aten.sym_size.int,)
+
+
+def expression(size: Any) -> sympy.Expr:
+    """A size as a sympy expression."""
+    return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
+
+
+def value(node: fx.Node) -> Any:
+    return node.meta.get("val")
+
+
+def is_tensor(node: fx.Node) -> bool:
+    return isinstance(value(node), torch.Tensor)
+
+
+def is_symbolic_number(node: fx.Node) -> bool:
+    return isinstance(value(node), torch.SymInt | torch.SymFloat | torch.SymBool)
+
+
+def shape(node: fx.Node) -> tuple[sympy.Expr, ...]:
+    v = value(node)
+    return tuple(expression(d) for d in v.shape) if isinstance(v, torch.Tensor) else ()
+
+
+class Batch:
+    """The batch symbol of a graph and how values carry it."""
+
+    def __init__(self, graph_module: fx.GraphModule, signature: Signature) -> None:
+        self.names: dict[sympy.Expr, str] = {}
+        symbol: sympy.Expr | None = None
+        for node, leaf in zip(placeholders(graph_module), signature.inputs, strict=True):
+            for d, name in zip(shape(node), leaf.shape, strict=False):
+                if isinstance(name, str) and d.is_Symbol:
+                    self.names.setdefault(d, name)
+                    if name == "batch":
+                        symbol = d
+        if symbol is None:
+            raise PassError("the graph has no batch symbol", hint="capture it with a free batch axis")
+        self.symbol = symbol
+
+    def axis(self, node: fx.Node) -> int | None | str:
+        """The batch axis of a value, None without one, or why it has no single one."""
+        hits = [(i, e) for i, e in enumerate(shape(node)) if self.symbol in e.free_symbols]
+        if not hits:
+            return None
+        if len(hits) > 1:
+            return f"carries the batch on {len(hits)} axes"
+        i, e = hits[0]
+        return i if e == self.symbol else f"folds the batch into axis {i} (size {self.text(e)})"
+
+    def carries(self, node: fx.Node) -> bool:
+        return any(self.symbol in e.free_symbols for e in shape(node))
+
+    def text(self, e: sympy.Expr) -> str | int:
+        return int(e) if e.is_Integer else str(e.subs({s: sympy.Symbol(n) for s, n in self.names.items()}))
+
+    def sizes(self, node: fx.Node) -> tuple[int | str, ...]:
+        return tuple(self.text(e) for e in shape(node))
+
+    def live(self, node: fx.Node, trunk: bool) -> Live:
+        axis = self.axis(node)
+        if isinstance(axis, str):
+            raise PassError("this value cannot cross a cut", where=node.name, got=axis)
+        dtype = str(value(node).dtype).removeprefix("torch.")
+        return Live(node.name, axis, self.sizes(node), dtype, trunk)
+
+
+def placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
+    return [n for n in graph_module.graph.nodes if n.op == "placeholder"]
+
+
+def output_leaves(graph_module: fx.GraphModule) -> list[fx.Node]:
+    """The nodes that the graph gives, in order."""
+    return list(graph_module.graph.output_node().args[0])  # type: ignore[arg-type]
+
+
+def by_name(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
+    return {n.name: n for n in graph_module.graph.nodes}
+
+
+def attribute(module: torch.nn.Module, target: str) -> Any:
+    found: Any = module
+    for part in target.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:
+    """Position of each node's last user; its own where it has none. Linear in the edges."""
+    position = {n: i for i, n in enumerate(nodes)}
+    last = dict(position)
+    for i, n in enumerate(nodes):
+        for a in n.all_input_nodes:
+            last[a] = i
+    return last
+
+
+def trunk_nodes(graph_module: fx.GraphModule, batch: Batch) -> set[fx.Node]:
+    """Values that depend on both a parameter and the batch: the computation proper, without masks and tables."""
+    learned: set[fx.Node] = set()
+    out: set[fx.Node] = set()
+    for n in graph_module.graph.nodes:
+        if n.op == "get_attr":
+            if isinstance(attribute(graph_module, str(n.target)), torch.nn.Parameter):
+                learned.add(n)
+        elif n.op not in ("placeholder", "output") and any(a in learned for a in n.all_input_nodes):
+            learned.add(n)
+            v = value(n)
+            if isinstance(v, tuple | list) or (is_tensor(n) and batch.carries(n)):
+                out.add(n)
+    return out
+
+
+def stack(node: fx.Node) -> tuple[tuple[str, int, str], ...]:
+    """Modules around a node, outermost first: (path, call, class)."""
+    return node.meta.get("stack", ())
+
+
+def block_name(path: str, call: int) -> str:
+    return path if call == 0 else f"{path}@{call}"
+
+
+def target_name(node: fx.Node) -> str:
+    """An operator's name; in-place and functional forms count as one, so that captures of both modes agree."""
+    name = str(node.target) if not callable(node.target) or hasattr(node.target, "_schema") else node.target.__name__
+    return re.sub(r"_(\.\w+)$", r"\1", name)
+
+
+def anchors(nodes: Iterable[fx.Node]) -> dict[fx.Node, Anchor]:
+    """Names for values that hold in every capture of the same model: n-th call of an operator in its module."""
+    counts: dict[tuple[str, int, str], int] = {}
+    found = {}
+    for n in nodes:
+        if n.op != "call_function":
+            continue
+        path, call = stack(n)[-1][:2] if stack(n) else ("", 0)
+        key = (path, call, target_name(n))
+        counts[key] = counts.get(key, -1) + 1
+        found[n] = Anchor(*key, counts[key])
+    return found
+
+
+def relative(anchor: Anchor, block: str) -> tuple[str, str, int]:
+    """An anchor as seen from its block: the same for the same value in every repeated block."""
+    path = block.partition("@")[0]
+    inner = anchor.path[len(path) :] if anchor.path.startswith(path) else f"/{anchor.path}"
+    return inner, anchor.target, anchor.ordinal
+
+
+def tidy(graph_module: fx.GraphModule) -> None:
+    """Dead code out, rules of FX checked, code generated again."""
+    graph_module.graph.eliminate_dead_code()
+    graph_module.graph.lint()
+    graph_module.recompile()
+
+
+def copy(graph_module: fx.GraphModule) -> fx.GraphModule:
+    """The same modules and parameters under a graph of its own."""
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    out = graph.graph_copy(graph_module.graph, env)
+    graph.output(out)
+    new = fx.GraphModule(graph_module, graph, class_name=graph_module.__class__.__name__)
+    new.meta = dict(graph_module.meta)
+    return new

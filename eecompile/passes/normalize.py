@@ -1,0 +1,133 @@
+"""Rewrites what would be wrong or wasteful once rows leave: `-1` views, bare squeezes, folded masks, eval-mode no-ops.
+
+None of it changes a number: outputs stay equal bit for bit.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import sympy
+import torch
+from torch import fx
+
+from eecompile.passes import facts
+from eecompile.passes.base import Pass, PassResult
+from eecompile.program import Program
+
+aten = torch.ops.aten
+VIEWS = (aten.view.default, aten.reshape.default, aten._unsafe_view.default)
+DROPOUTS = (aten.dropout.default, aten.dropout_.default, aten.feature_dropout.default)
+CHECKS = ("_assert_tensor_metadata", "_assert_scalar", "sym_constrain_range", "sym_constrain_range_for_size")
+
+
+@dataclass(frozen=True)
+class Normalize(Pass):
+    """Prepares a captured graph for running on part of its batch.
+
+    - `view(B, S, -1, h)` gets its size written out: -1 is ambiguous when no row is left.
+    - `squeeze()` names its axes: it would drop the batch axis when one row is left.
+    - Masks that are all true, or causal, whatever the input, become what eager models pass: none, or a flag.
+    - Dropout in eval mode and run-time checks that the signature makes anyway go away.
+    """
+
+    name: ClassVar[str] = "normalize"
+    ensures: ClassVar[frozenset[str]] = frozenset({"normalized"})
+
+    def run(self, program: Program) -> PassResult:
+        graph_module = facts.copy(program.graph_module)
+        batch = facts.Batch(graph_module, program.signature)
+        counts = {
+            "views": _concrete_views(graph_module),
+            "masks": _fold_masks(graph_module, batch),
+            "no-ops": _drop_noops(graph_module),
+        }
+        facts.tidy(graph_module)
+        done = {k: v for k, v in counts.items() if v}
+        summary = ", ".join(f"{v} {k}" for k, v in done.items())
+        return PassResult(program.replace(graph_module=graph_module), bool(done), summary=summary)
+
+
+def _concrete_views(graph_module: fx.GraphModule) -> int:
+    count = 0
+    for n in graph_module.graph.nodes:
+        if n.target is aten.squeeze.default and facts.is_tensor(n.args[0]):
+            ones = [i for i, d in enumerate(facts.shape(n.args[0])) if d == 1]
+            n.target = aten.squeeze.dims
+            n.args = (n.args[0], ones)
+            count += 1
+        elif n.op == "call_function" and n.target in VIEWS and facts.is_tensor(n):
+            sizes = list(n.args[1])
+            if -1 in sizes:
+                i = sizes.index(-1)
+                size = facts.value(n).shape[i]
+                if isinstance(size, int):
+                    sizes[i] = size
+                    n.args = (n.args[0], sizes, *n.args[2:])
+                    count += 1
+    return count
+
+
+def _drop_noops(graph_module: fx.GraphModule) -> int:
+    count = 0
+    for n in list(graph_module.graph.nodes):
+        if n.op != "call_function":
+            continue
+        if n.target in DROPOUTS and len(n.args) > 2 and n.args[2] is False:
+            n.replace_all_uses_with(n.args[0])
+        elif not any(c in str(n.target) for c in CHECKS) or n.users:
+            continue
+        graph_module.graph.erase_node(n)
+        count += 1
+    return count
+
+
+class _Unknown(Exception):
+    """The mask depends on data or on a size other than the batch."""
+
+
+def _fold_masks(graph_module: fx.GraphModule, batch: facts.Batch) -> int:
+    sdpa = aten.scaled_dot_product_attention.default
+    cache: dict[fx.Node, Any] = {}
+
+    def evaluate(n: fx.Node) -> Any:
+        if n not in cache:
+            v = facts.value(n)
+            if isinstance(v, torch.SymInt):
+                e = facts.expression(v)
+                if e.free_symbols - {batch.symbol}:
+                    raise _Unknown
+                cache[n] = int(e.subs(batch.symbol, sympy.Integer(3)))
+            elif n.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(n.target, "tags", ()):
+                raise _Unknown
+            else:
+                args = fx.node.map_arg(n.args, evaluate)
+                cache[n] = n.target(*args, **fx.node.map_arg(n.kwargs, evaluate))  # type: ignore[operator]
+        return cache[n]
+
+    count = 0
+    for n in graph_module.graph.nodes:
+        if n.target is not sdpa:
+            continue
+        mask = n.args[3] if len(n.args) > 3 else n.kwargs.get("attn_mask")
+        if not isinstance(mask, fx.Node):
+            continue
+        try:
+            known = evaluate(mask)
+        except _Unknown:
+            continue
+        if known.dtype is not torch.bool:
+            continue
+        square = known.shape[-1] == known.shape[-2]
+        if bool(known.all()):
+            causal = False
+        elif square and bool((known == torch.ones_like(known).tril()).all()):
+            causal = True
+        else:
+            continue
+        dropout = n.args[4] if len(n.args) > 4 else n.kwargs.get("dropout_p", 0.0)
+        n.args = (*n.args[:3], None, dropout, causal)
+        n.kwargs = {k: v for k, v in n.kwargs.items() if k in ("scale", "enable_gqa")}
+        count += 1
+    return count

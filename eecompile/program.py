@@ -1,0 +1,292 @@
+"""The IR: one FX graph plus typed, frozen records of what was found in it and put into it.
+
+A `Program` goes through the passes; none of them changes the one it was given. Nodes are named, not referenced:
+names survive a copy of the graph, node objects do not.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import fx
+
+from eecompile.criteria import Criterion
+from eecompile.errors import PassError, near
+from eecompile.signature import Signature
+
+Level = Literal["captured", "marked", "staged", "schedule"]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A place that a pass looked at and left alone."""
+
+    node: str
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Finds the same value in another capture of the same model: the n-th call of `target` inside module `path`."""
+
+    path: str
+    call: int
+    target: str
+    ordinal: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One repeated unit of the model, as an interval of the graph in execution order.
+
+    Attributes:
+        name: Module path, `path@k` for the k-th further call of a shared module.
+        kind: Class name of the module.
+        first: Name of its first node.
+        last: Name of its last node.
+        output: Name of the tensor that it hands on.
+        flops: Floating-point operations of one row.
+    """
+
+    name: str
+    kind: str
+    first: str
+    last: str
+    output: str
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Live:
+    """A value that crosses a cut. `batch_axis` is None for tensors without a batch."""
+
+    node: str
+    batch_axis: int | None
+    shape: tuple[int | str, ...]
+    dtype: str
+    trunk: bool = True
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A position in the graph where the work can stop.
+
+    Attributes:
+        name: Block or node that it lies behind, as shown to users and matched by `exits=`.
+        after: Name of the last node before the cut.
+        value: Name of the tensor that a head reads there.
+        live: Everything that later nodes need, raw inputs included.
+        depth: Fraction of the model's cost before the cut.
+        is_block: Whether it is a block boundary.
+        dominates: Whether every path from the input to the prediction goes through `value`.
+    """
+
+    name: str
+    after: str
+    value: str
+    live: tuple[Live, ...]
+    depth: float
+    is_block: bool
+    dominates: bool
+    anchor: Anchor
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A classifier branch: where it is, what it runs, how sure it must be.
+
+    Attributes:
+        name: `exit_0`, `exit_1`, ...
+        node: Name of the node whose value the head reads.
+        after: Name of the last node of the trunk before the exit.
+        cut: Name of the cut (block path or node) as users know it.
+        depth: Fraction of the full model's cost spent before the exit's head.
+        head: Name of the head's submodule in the graph.
+        criterion: How its confidence is computed.
+        head_flops: Cost of head and decision for one row.
+        anchor: Where to find `node` in the training capture.
+        head_inputs: Names of the nodes that the head is called with.
+    """
+
+    name: str
+    node: str
+    after: str
+    cut: str
+    depth: float
+    head: str
+    criterion: Criterion
+    head_flops: float
+    anchor: Anchor
+    head_inputs: tuple[str, ...] = ()
+    head_kind: str = ""
+    mask_input: str | None = None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A region that a row may skip (SkipNet and relatives)."""
+
+    name: str
+    node: str
+    region: str
+    depth: float
+    gate: str
+
+
+@dataclass(frozen=True)
+class Halt:
+    """A place where adaptive computation time may stop for a row."""
+
+    name: str
+    node: str
+    depth: float
+    unit: str
+
+
+@dataclass(frozen=True)
+class Route:
+    """A place where each row is sent into one of several branches."""
+
+    name: str
+    node: str
+    branches: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The work between two exits.
+
+    Attributes:
+        inputs: Live values that it reads, in order.
+        outputs: Live values that it hands on, in order.
+        exit: Index of the exit at its end, None for the model's own end.
+        flops: Cost of one row, head excluded.
+    """
+
+    name: str
+    inputs: tuple[Live, ...]
+    outputs: tuple[Live, ...]
+    exit: int | None
+    flops: float
+    nodes: int
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The graph as it stood after one pass."""
+
+    name: str
+    level: Level
+    seconds: float
+    nodes_before: int
+    nodes_after: int
+    modified: bool
+    refusals: tuple[Refusal, ...]
+    graph_module: fx.GraphModule = field(repr=False)
+    summary: str = ""
+
+
+class History(Sequence[Snapshot]):
+    """What every pass left behind, in order; `history["stage"]` is the one after that pass."""
+
+    def __init__(self, snapshots: Sequence[Snapshot] = ()) -> None:
+        self._snapshots = tuple(snapshots)
+
+    def __len__(self) -> int:
+        return len(self._snapshots)
+
+    def __iter__(self) -> Iterator[Snapshot]:
+        return iter(self._snapshots)
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str):
+            for s in self._snapshots:
+                if s.name == key:
+                    return s
+            raise PassError(
+                "no such pass in the history", got=key, wanted=near(key, [s.name for s in self._snapshots])
+            )
+        if isinstance(key, slice):
+            return History(self._snapshots[key])
+        return self._snapshots[key]
+
+    def append(self, snapshot: Snapshot) -> History:
+        return History((*self._snapshots, snapshot))
+
+    def __repr__(self) -> str:
+        return f"History({', '.join(s.name for s in self._snapshots)})"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A model on its way through the compiler.
+
+    Attributes:
+        graph_module: The graph at `level`. Flat tensors in, a flat tuple of tensors out.
+        source: The captured graph, before any rewrite.
+        signature: How a call of the user's model maps to the graph's inputs and outputs.
+        prediction: Index of the output leaf that holds the class scores, None until a strategy needs it.
+        flops: Cost of each node of the captured graph for one row, by name.
+        seconds: Measured time of each node for one row, by name, where it was asked for.
+        facts: What has been established so far; passes declare what they need and give.
+        refusals: Places that were passed over, with the reason.
+    """
+
+    graph_module: fx.GraphModule
+    source: fx.GraphModule
+    signature: Signature
+    level: Level = "captured"
+    front_end: Literal["export", "blocks"] = "export"
+    prediction: int | None = None
+    flops: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    blocks: tuple[Block, ...] = ()
+    cuts: tuple[Cut, ...] = ()
+    exits: tuple[Exit, ...] = ()
+    gates: tuple[Gate, ...] = ()
+    halts: tuple[Halt, ...] = ()
+    routes: tuple[Route, ...] = ()
+    stages: tuple[Stage, ...] = ()
+    facts: frozenset[str] = frozenset()
+    refusals: tuple[Refusal, ...] = ()
+    history: History = field(default_factory=History)
+
+    def replace(self, **changes: Any) -> Program:
+        return dataclasses.replace(self, **changes)
+
+    @property
+    def total_flops(self) -> float:
+        """Cost of the unmodified model for one row."""
+        return float(sum(self.flops.values()))
+
+
+@dataclass
+class Result:
+    """What `fast.run(x)` gives.
+
+    Attributes:
+        output: The same type as `model(x)`.
+        exit_index: [B] int64; counts exits from 0, the model's own end is `len(fast.exits)`.
+        confidence: [B] float32 in [0, 1]; of the exit that was taken, or of the model's own output.
+        cost: [B] float32; fraction of the full model's FLOPs spent on each row.
+        outputs: In train mode: the prediction of every exit and, last, of the model itself; each `[B, ..., C]`.
+        confidences: In train mode: [B] float32 of every exit and, last, of the model itself.
+        scores: In train mode, for learned criteria: the exit score's logit `[B]` of every exit.
+        gates: Open or shut per gate and row, where the strategy has gates.
+        steps: Steps taken per row, where the strategy halts.
+    """
+
+    output: Any
+    exit_index: torch.Tensor
+    confidence: torch.Tensor
+    cost: torch.Tensor
+    outputs: tuple[torch.Tensor, ...] | None = None
+    confidences: tuple[torch.Tensor, ...] | None = None
+    scores: tuple[torch.Tensor, ...] | None = None
+    gates: torch.Tensor | None = None
+    steps: torch.Tensor | None = None

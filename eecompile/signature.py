@@ -1,0 +1,338 @@
+"""How a call of the user's model maps to the flat tensors of a graph, and the graph's flat outputs back to its type.
+
+A captured graph takes tensors in one order and gives tensors in one order. The signature keeps the rest: argument
+names, values that were burned in (`use_cache=False`), the containers around the tensors, the batch axis of each.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from eecompile.errors import ArtifactError, CaptureError, MissingDependencyError, near
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One tensor of the inputs or outputs.
+
+    Attributes:
+        path: As a user would write it, for example `input_ids` or `images[0]`.
+        shape: Sizes; a string is the name of a dynamic one.
+        batch_axis: Axis that counts samples, None for a tensor without one.
+    """
+
+    path: str
+    shape: tuple[int | str, ...]
+    dtype: torch.dtype
+    batch_axis: int | None
+
+    def describe(self) -> str:
+        return f"{self.path}: {str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One argument of the model's `forward`: its name and the kind that `inspect` gives it."""
+
+    name: str
+    kind: int
+
+
+def path_of(keys: Sequence[Any]) -> str:
+    """`('images', 0)` as `images[0]`; a dict key or field as `.name`."""
+    text = ""
+    for key in keys:
+        part = getattr(key, "key", getattr(key, "idx", getattr(key, "name", None)))
+        text += f"[{part}]" if isinstance(part, int) else f".{part}"
+    return text.lstrip(".") or "output"
+
+
+def parameters_of(forward: Callable[..., Any]) -> tuple[Parameter, ...]:
+    return tuple(Parameter(p.name, int(p.kind)) for p in inspect.signature(forward).parameters.values())
+
+
+def arguments_by_name(
+    parameters: Sequence[Parameter], args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Arguments as `{name: value}`, sorted, without those that are None. `*args` become `name[0]`, ... in a list.
+
+    Raises:
+        CaptureError: Too many positional arguments, an unknown or a doubled name.
+    """
+    named: dict[str, Any] = {}
+    positional = [
+        p for p in parameters if p.kind in (int(inspect._POSITIONAL_ONLY), int(inspect._POSITIONAL_OR_KEYWORD))
+    ]
+    rest = next((p for p in parameters if p.kind == int(inspect._VAR_POSITIONAL)), None)
+    open_names = any(p.kind == int(inspect._VAR_KEYWORD) for p in parameters)
+    for p, value in zip(positional, args, strict=False):
+        named[p.name] = value
+    if len(args) > len(positional):
+        if rest is None:
+            raise CaptureError(
+                "too many positional arguments for the model",
+                got=len(args),
+                wanted=f"at most {len(positional)}: {', '.join(p.name for p in positional)}",
+            )
+        named[rest.name] = list(args[len(positional) :])
+    known = {p.name for p in parameters}
+    for name, value in kwargs.items():
+        if name in named:
+            raise CaptureError("an argument is given twice", where=name)
+        if name not in known and not open_names:
+            raise CaptureError("the model has no such argument", got=name, wanted=near(name, known))
+        named[name] = value
+    return {k: named[k] for k in sorted(named) if named[k] is not None}
+
+
+@dataclass(frozen=True)
+class Signature:
+    """The calling convention of a captured model.
+
+    Attributes:
+        parameters: Arguments of the model's `forward`.
+        inputs: The tensors, in the order of the graph's inputs.
+        outputs: The tensors, in the order of the graph's outputs.
+        in_spec: Containers around the named arguments; `constants` fills the leaves that are no tensors.
+        out_spec: Containers around the outputs.
+        constants: Per input leaf: None for a tensor, else a one-element tuple with the value that was burned in.
+        out_constants: The same for the outputs.
+        dynamic: Name and range of every dynamic size, the batch included.
+    """
+
+    parameters: tuple[Parameter, ...]
+    inputs: tuple[Leaf, ...]
+    outputs: tuple[Leaf, ...]
+    in_spec: Any
+    out_spec: Any
+    constants: tuple[tuple[Any] | None, ...]
+    out_constants: tuple[tuple[Any] | None, ...]
+    dynamic: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    training: bool = False
+
+    def __post_init__(self) -> None:
+        simple = all(c is None for c in self.constants) and all(re.fullmatch(r"\w+", i.path) for i in self.inputs)
+        names = tuple(i.path for i in self.inputs)
+        order = [p.name for p in self.parameters][: len(names)]
+        # For calls of only tensors in the model's own order, or all by name: no binding to do.
+        object.__setattr__(self, "_positional", len(names) if simple and order == list(names) else -1)
+        object.__setattr__(self, "_names", names if simple else None)
+        object.__setattr__(self, "_seen", set())
+        single = len(self.outputs) == 1 and isinstance(self.out_spec, pytree.TreeSpec) and self.out_spec.is_leaf()
+        object.__setattr__(self, "_single", single)
+
+    @property
+    def batch_input(self) -> tuple[int, int]:
+        """Index and axis of the first input that has a batch."""
+        for i, leaf in enumerate(self.inputs):
+            if leaf.batch_axis is not None:
+                return i, leaf.batch_axis
+        raise CaptureError("no input has a batch axis", hint="pass batch_axis= naming one")
+
+    def batch_size(self, flat: Sequence[torch.Tensor]) -> int:
+        i, axis = self.batch_input
+        return flat[i].shape[axis]
+
+    # ------------------------------------------------------------------ inputs
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        """The tensors of a call in the graph's order, checked against what was captured.
+
+        Raises:
+            CaptureError: Other arguments, shapes, dtypes or devices than captured.
+        """
+        flat: list[torch.Tensor]
+        names = self._names  # type: ignore[attr-defined]
+        if not kwargs and len(args) == self._positional:  # type: ignore[attr-defined]
+            flat = list(args)
+        elif not args and names is not None and len(kwargs) == len(names) and all(n in kwargs for n in names):
+            flat = [kwargs[n] for n in names]
+        else:
+            flat = self._bind(args, kwargs)
+        for t in flat:
+            if not isinstance(t, torch.Tensor):
+                flat = self._bind(args, kwargs)
+                break
+        key = tuple((t.shape, t.dtype) for t in flat)
+        if key not in self._seen:  # type: ignore[attr-defined]
+            self._check(flat)
+            if len(self._seen) < 4096:  # type: ignore[attr-defined]
+                self._seen.add(key)  # type: ignore[attr-defined]
+        return flat
+
+    def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
+        named = arguments_by_name(self.parameters, args, kwargs)
+        dummy = [object() if c is None else c[0] for c in self.constants]
+        wanted = pytree.tree_unflatten(dummy, self.in_spec)
+        constant_names = {
+            k for k, v in wanted.items() if all(type(x) is not object for x in pytree.tree_leaves(v))
+        }
+        for name in constant_names - named.keys():  # burned in once, need not be said again
+            named[name] = wanted[name]
+        if named.keys() != wanted.keys():
+            self._other_call(named)
+        leaves, spec = pytree.tree_flatten(dict(sorted(named.items())))
+        if spec != self.in_spec:
+            self._other_call(named)
+        flat = []
+        for leaf, constant in zip(leaves, self.constants, strict=True):
+            if (constant is None) != isinstance(leaf, torch.Tensor):
+                self._other_call(named)
+            if constant is None:
+                flat.append(leaf)
+            elif leaf != constant[0]:
+                raise CaptureError(
+                    "an argument differs from the value that was captured",
+                    got=repr(leaf),
+                    wanted=repr(constant[0]),
+                    hint="compile again with this value in example_kwargs",
+                )
+        return flat
+
+    def _other_call(self, named: Mapping[str, Any]) -> None:
+        extra = sorted(k for k in named if not any(re.match(rf"{re.escape(k)}\b", i.path) for i in self.inputs))
+        tip = "a loader's `labels` go to fit, calibrate and evaluate, not to the call; " if "labels" in extra else ""
+        raise CaptureError(
+            "called with other arguments than the model was captured with",
+            got=", ".join(
+                f"{k}: {type(v).__name__}" + (f"{list(v.shape)}" if isinstance(v, torch.Tensor) else "")
+                for k, v in named.items()
+            )
+            or "no arguments",
+            wanted=", ".join(i.describe() for i in self.inputs),
+            hint=tip + "compile again with these arguments in example_inputs or example_kwargs",
+        )
+
+    def _check(self, flat: Sequence[torch.Tensor]) -> None:
+        sizes: dict[str, int] = {}
+        for t, leaf in zip(flat, self.inputs, strict=True):
+            ok = t.dim() == len(leaf.shape) and t.dtype == leaf.dtype
+            for size, want in zip(t.shape, leaf.shape, strict=False) if ok else ():
+                if isinstance(want, int):
+                    ok = ok and size == want
+                else:
+                    low, high = self.dynamic.get(want, (0, None))
+                    same = sizes.setdefault(want, size) == size
+                    ok = ok and same and size >= low and (high is None or size <= high)
+            if not ok:
+                ranges = ", ".join(f"{n} {lo} to {'any' if hi is None else hi}" for n, (lo, hi) in self.dynamic.items())
+                raise CaptureError(
+                    "an input does not fit the captured graph",
+                    where=leaf.path,
+                    got=f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}",
+                    wanted=f"{leaf.describe()}" + (f" ({ranges})" if ranges else ""),
+                    hint="convert the input, or compile again with an example of this shape and dtype",
+                )
+
+    # ------------------------------------------------------------------ outputs
+
+    def restore(self, flat: Sequence[torch.Tensor]) -> Any:
+        """The model's own output type around the graph's flat outputs."""
+        if self._single:  # type: ignore[attr-defined]
+            return flat[0]
+        it = iter(flat)
+        leaves = [next(it) if c is None else c[0] for c in self.out_constants]
+        return pytree.tree_unflatten(leaves, self.out_spec)
+
+    def flatten_output(self, output: Any) -> list[torch.Tensor]:
+        """The tensors of an output of the model, in the graph's order."""
+        return [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
+
+    # ------------------------------------------------------------------ saving
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data.
+
+        Raises:
+            ArtifactError: A burned-in argument has no JSON form.
+        """
+        for constant in (*self.constants, *self.out_constants):
+            if constant is not None and not isinstance(constant[0], bool | int | float | str | type(None)):
+                raise ArtifactError(
+                    "an argument that was burned in cannot be saved",
+                    got=f"{type(constant[0]).__name__}",
+                    wanted="tensors, numbers, strings, booleans or None",
+                )
+
+        def leaf(x: Leaf) -> dict[str, Any]:
+            return {
+                "path": x.path,
+                "shape": list(x.shape),
+                "dtype": str(x.dtype).removeprefix("torch."),
+                "batch_axis": x.batch_axis,
+            }
+
+        return {
+            "parameters": [[p.name, p.kind] for p in self.parameters],
+            "inputs": [leaf(x) for x in self.inputs],
+            "outputs": [leaf(x) for x in self.outputs],
+            "in_spec": pytree.treespec_dumps(self.in_spec),
+            "out_spec": pytree.treespec_dumps(self.out_spec),
+            "constants": [None if c is None else list(c) for c in self.constants],
+            "out_constants": [None if c is None else list(c) for c in self.out_constants],
+            "dynamic": {k: list(v) for k, v in self.dynamic.items()},
+            "training": self.training,
+        }
+
+    @staticmethod
+    def from_dict(data: Mapping[str, Any]) -> Signature:
+        def leaf(d: Mapping[str, Any]) -> Leaf:
+            dtype = getattr(torch, d["dtype"])
+            return Leaf(d["path"], tuple(d["shape"]), dtype, d["batch_axis"])
+
+        return Signature(
+            parameters=tuple(Parameter(n, k) for n, k in data["parameters"]),
+            inputs=tuple(leaf(x) for x in data["inputs"]),
+            outputs=tuple(leaf(x) for x in data["outputs"]),
+            in_spec=load_spec(data["in_spec"]),
+            out_spec=load_spec(data["out_spec"]),
+            constants=tuple(None if c is None else (c[0],) for c in data["constants"]),
+            out_constants=tuple(None if c is None else (c[0],) for c in data["out_constants"]),
+            dynamic={k: (v[0], v[1]) for k, v in data["dynamic"].items()},
+            training=data["training"],
+        )
+
+
+def load_spec(text: str) -> Any:
+    """A container description from JSON; output classes of transformers are imported, others must be already.
+
+    Raises:
+        MissingDependencyError: transformers is needed and not installed.
+        ArtifactError: A class of somebody else that is not imported; nothing is imported on a file's word.
+    """
+
+    def names(node: Any) -> set[str]:
+        if isinstance(node, dict):
+            own = {node["type"]} if isinstance(node.get("type"), str) else set()
+            return own.union(*(names(v) for v in node.values()))
+        return set().union(*(names(v) for v in node)) if isinstance(node, list) else set()
+
+    for name in sorted(names(json.loads(text))):
+        module = name.rpartition(".")[0]
+        if name.startswith("transformers."):
+            try:
+                importlib.import_module(module)
+            except ImportError as error:
+                raise MissingDependencyError(
+                    "this program gives its output in a class of transformers",
+                    got=str(error),
+                    wanted=name,
+                    hint="pip install 'eecompile[hf]'",
+                ) from error
+        elif "." in name and module not in sys.modules and module not in ("builtins", "collections"):
+            raise ArtifactError(
+                "this program gives its output in a class that is not imported",
+                wanted=name,
+                hint=f"import {module} before loading",
+            )
+    return pytree.treespec_loads(text)
