@@ -18,6 +18,8 @@ Positions are then reduced over S by "min", "mean" or "last", leaving out those 
 padding; a row without a real position gives NaN. Patience reads the logits as they are: temperature does
 not move a prediction.
 """
+# mypy: disable-error-code="no-untyped-def"
+# (arguments of device functions have no Python types)
 
 from __future__ import annotations
 
@@ -28,6 +30,7 @@ from torch import Tensor
 
 from eecompile.errors import StrategyError, near
 from eecompile.kernels._autograd import differentiable
+from eecompile.kernels._triton import HAVE_TRITON, LAUNCHES, tiles, tl, triton
 
 CRITERIA = ("max_probability", "entropy", "margin", "energy", "patience", "learned")
 REDUCTIONS = ("min", "mean", "last")
@@ -182,6 +185,104 @@ def _reduce(value: Tensor, reduce: str, mask: Tensor | None) -> Tensor:
     if reduce == "min":
         return value.masked_fill(~real, 1).amin(-1).masked_fill(~real.any(-1), math.nan)
     return (value.masked_fill(~real, 0).sum(-1) / real.sum(-1)).clamp(max=1)
+
+
+# --- kernel ---------------------------------------------------------------------------------------
+
+if HAVE_TRITON:
+    from eecompile.kernels._online import agreement, criterion_value, row_statistics
+
+    @triton.jit(do_not_specialize=["n", "C", "patience"])
+    def confidence_kernel(
+        logits,
+        state,
+        temperature,
+        threshold,
+        value,
+        new_state,
+        stride_row,
+        stride_column,
+        n,
+        C,
+        patience,
+        CRITERION: tl.constexpr,
+        FIRST: tl.constexpr,
+        OPEN: tl.constexpr,
+        R: tl.constexpr,
+        BLOCK_C: tl.constexpr,
+    ):
+        i = tl.program_id(0).to(tl.int64) * R + tl.arange(0, R)
+        live = i < n
+        if CRITERION == "patience":
+            top, second, total, moment, arg, bad = row_statistics(
+                logits, i, live, stride_row, stride_column, C, 1.0, R, BLOCK_C
+            )
+            held = tl.full((R,), -1, tl.int64)
+            agreed = tl.zeros((R,), tl.int64)
+            if not FIRST:
+                held = tl.load(state + i * 2, mask=live, other=-1)
+                agreed = tl.load(state + i * 2 + 1, mask=live, other=0)
+            result, klass, count = agreement(held, agreed, arg, top, bad, patience)
+            if not OPEN:
+                closed = tl.zeros((R,), tl.float32) + tl.load(threshold) > 1.0
+                klass = tl.where(closed, held, klass)
+                count = tl.where(closed, agreed, count)
+            tl.store(new_state + i * 2, klass, mask=live)
+            tl.store(new_state + i * 2 + 1, count, mask=live)
+        else:
+            top, second, total, moment, arg, bad = row_statistics(
+                logits, i, live, stride_row, stride_column, C, tl.load(temperature), R, BLOCK_C
+            )
+            result = criterion_value(top, second, total, moment, bad, C, CRITERION)
+        tl.store(value + i, result, mask=live)
+
+
+# --- launch ---------------------------------------------------------------------------------------
+
+
+def launch_confidence(
+    logits: Tensor,
+    state: Tensor | None,
+    criterion: str,
+    temperature: Tensor,
+    *,
+    patience: int = 1,
+    reduce: str = "min",
+    mask: Tensor | None = None,
+    threshold: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`confidence` with the kernel; positions are reduced by the definition.
+
+    The operator itself always runs the definition: it is the reference that executors are held against.
+    """
+    check(logits, criterion, reduce, mask)
+    flat = logits.flatten(0, -2)
+    n, C = flat.shape
+    value = torch.empty((n,), dtype=torch.float32, device=logits.device)
+    shape = (*logits.shape[:-1], 2) if criterion == "patience" else (0,)
+    new = torch.empty(shape, dtype=torch.int64, device=logits.device)
+    options = tiles(C, n)
+    LAUNCHES["confidence"] += 1
+    confidence_kernel[(triton.cdiv(n, options["R"]),)](
+        flat,
+        new if state is None else state.contiguous(),
+        temperature,
+        temperature if threshold is None else threshold,
+        value,
+        new,
+        flat.stride(0),
+        flat.stride(1),
+        n,
+        C,
+        patience,
+        CRITERION=criterion,
+        FIRST=state is None,
+        OPEN=threshold is None,
+        enable_fp_fusion=True,
+        **options,
+    )
+    value = value.view(logits.shape[:-1])
+    return (value if logits.ndim == 2 else _reduce(value, reduce, mask)), new
 
 
 # --- operator -------------------------------------------------------------------------------------
