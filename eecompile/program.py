@@ -229,6 +229,7 @@ class Program:
     Attributes:
         graph_module: The graph at `level`. Flat tensors in, a flat tuple of tensors out.
         source: The captured graph, before any rewrite.
+        marked: The graph at level "marked", kept by later levels: what is trained, saved and taken as the truth.
         signature: How a call of the user's model maps to the graph's inputs and outputs.
         prediction: Index of the output leaf that holds the class scores, None until a strategy needs it.
         flops: Cost of each node of the captured graph for one row, by name.
@@ -241,6 +242,7 @@ class Program:
     source: fx.GraphModule
     signature: Signature
     level: Level = "captured"
+    marked: fx.GraphModule | None = None
     front_end: Literal["export", "blocks"] = "export"
     prediction: int | None = None
     flops: Mapping[str, float] = field(default_factory=dict)

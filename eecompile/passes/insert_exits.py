@@ -1,0 +1,289 @@
+"""Writes the exits into the graph: head, confidence, and one `select` at the end. The result is the marked graph.
+
+Run as it stands the marked graph computes everything and selects: the reference meaning of early exit. It gives, flat:
+the model's output leaves, the exit index `[B]`, the confidence `[B]`, then the prediction and the confidence of every
+exit and of the model's own end, and the exit scores where the criterion is learned.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import fx, nn
+
+import eecompile.ops  # registers torch.ops.eecompile.*
+from eecompile.criteria import Criterion, MaxProbability
+from eecompile.errors import PassError, StrategyError
+from eecompile.heads import Branch, HeadSpec, build_head, check_head, score_head
+from eecompile.passes import facts, sites
+from eecompile.passes.base import Pass, PassResult
+from eecompile.program import Anchor, Exit, Program, Refusal
+
+HEADS = "eecompile_heads"
+THRESHOLDS = "eecompile_thresholds"
+TEMPERATURES = "eecompile_temperatures"
+aten = torch.ops.aten
+assert eecompile.ops is not None
+
+
+@dataclass(frozen=True)
+class InsertExits(Pass):
+    """Inserts `program.exits` into the graph.
+
+    Args:
+        head: What the strategy asked for.
+        thresholds: One per exit.
+        heads: Modules to use instead of new ones, by exit name: for the training capture, or a loaded program.
+        buffers: Thresholds and temperatures to share instead of new ones.
+        seed: Seed of the new heads' weights; the global generator is left as it was.
+    """
+
+    name: ClassVar[str] = "insert_exits"
+    requires: ClassVar[frozenset[str]] = frozenset({"normalized", "exits placed"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"marked"})
+
+    head: HeadSpec = "auto"
+    thresholds: tuple[float, ...] = ()
+    heads: Mapping[str, Branch] = field(default_factory=dict)
+    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    seed: int = 0
+
+    def run(self, program: Program) -> PassResult:
+        heads = dict(self.heads) or self.build(program)
+        gm = facts.copy(program.graph_module)
+        _attach(gm, heads, self._buffers(program, gm))
+        marker = _Marker(gm, program)
+        for i, e in enumerate(program.exits):
+            marker.add_exit(i, e, heads[e.name])
+        marker.finish()
+        _functional_behind(gm, program)
+        facts.tidy(gm)
+        marked = program.replace(graph_module=gm, level="marked")
+        return PassResult(marked, True, summary=f"{len(program.exits)} exits")
+
+    def _buffers(self, program: Program, gm: fx.GraphModule) -> Mapping[str, torch.Tensor]:
+        if self.buffers:
+            return self.buffers
+        device = next((p.device for p in gm.parameters()), torch.device("cpu"))
+        thresholds = self.thresholds or (0.9,) * len(program.exits)
+        return {
+            THRESHOLDS: torch.tensor(thresholds, dtype=torch.float32, device=device),
+            TEMPERATURES: torch.ones(len(program.exits) + 1, dtype=torch.float32, device=device),
+        }
+
+    def build(self, program: Program) -> dict[str, Branch]:
+        """New heads, in the dtype and on the device of the model."""
+        if self.head == "shared":
+            tail = sites.shared_tail(program)
+            if isinstance(tail, Refusal):
+                raise PassError("no shared head", where=tail.node, got=tail.reason)
+            score = [
+                score_head(sites.site_at(program, cut_of(program, e), e.mask_input)[0]) if e.criterion.learned else None
+                for e in program.exits
+            ]
+            return {e.name: Branch(tail.module, s) for e, s in zip(program.exits, score, strict=True)}
+        reference = next((p for p in program.graph_module.parameters() if p.is_floating_point()), None)
+        heads = {}
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            for e in program.exits:
+                site, _ = sites.site_at(program, cut_of(program, e), e.mask_input)
+                module = build_head(self.head, site, e.cut)
+                takes_mask = check_head(module, site, e.cut)
+                score = score_head(site) if e.criterion.learned else None
+                branch = Branch(module, score, takes_mask)
+                device = reference.device if reference is not None else None
+                heads[e.name] = branch.to(device=device, dtype=getattr(torch, site.dtype))
+        return heads
+
+
+def cut_of(program: Program, e: Exit) -> Any:
+    return next(c for c in program.cuts if c.after == e.after)
+
+
+def _attach(gm: fx.GraphModule, heads: Mapping[str, Branch], buffers: Mapping[str, torch.Tensor]) -> None:
+    container = nn.Module()
+    for name, branch in heads.items():
+        container.add_module(name, branch)
+    gm.add_module(HEADS, container)
+    for name, tensor in buffers.items():
+        gm.register_buffer(name, tensor)
+
+
+class _Marker:
+    """Writes exits in graph order and the selection at the end."""
+
+    def __init__(self, gm: fx.GraphModule, program: Program) -> None:
+        self.gm, self.program, self.graph = gm, program, gm.graph
+        self.nodes = facts.by_name(gm)
+        self.position = {n: i for i, n in enumerate(gm.graph.nodes)}
+        self.outputs: list[fx.Node] = []
+        self.confidences: list[fx.Node] = []
+        self.scores: list[fx.Node] = []
+        self.state: fx.Node | None = None
+        self.at = -1
+        first = next(n for n in self.graph.nodes if n.op != "placeholder")
+        with self.graph.inserting_before(first):
+            self.thresholds = self._new(self.graph.get_attr(THRESHOLDS), "thresholds")
+            self.temperatures = self._new(self.graph.get_attr(TEMPERATURES), "temperatures")
+        leaves = facts.output_leaves(gm)
+        assert program.prediction is not None
+        self.leaves = leaves
+        self.prediction = leaves[program.prediction]
+        axis = program.signature.outputs[program.prediction].batch_axis
+        if axis is None:
+            raise StrategyError("the prediction has no batch axis", got=str(self.prediction))
+        self.axis = axis
+
+    def _new(self, node: fx.Node, name: str, like: fx.Node | None = None) -> fx.Node:
+        node._rename(name)
+        node.meta["eecompile"] = self.at  # the exit that it belongs to, -1 for the selection
+        if like is not None and "val" in like.meta:
+            node.meta["val"] = like.meta["val"]
+        return node
+
+    def _item(self, source: fx.Node, i: int, name: str, like: fx.Node | None = None) -> fx.Node:
+        return self._new(self.graph.call_function(operator.getitem, (source, i)), name, like)
+
+    def add_exit(self, index: int, e: Exit, branch: Branch) -> None:
+        """Head and confidence directly behind the cut, before anything can overwrite what the head reads."""
+        self.at = index
+        with self.graph.inserting_after(self.nodes[e.after]):
+            anchor = self.graph.call_function(operator.pos, (0,))  # keeps the order of what follows
+        with self.graph.inserting_before(anchor):
+            inputs = tuple(self.nodes[n] for n in e.head_inputs)
+            if not branch.takes_mask:
+                inputs = inputs[:1]
+            call = self._new(self.graph.call_module(e.head, inputs), f"{e.name}_head", self.prediction)
+            logits = call
+            if branch.score is not None:
+                logits = self._item(call, 0, f"{e.name}_logits", self.prediction)
+                self.scores.append(self._item(call, 1, f"{e.name}_score"))
+            judged = self.scores[-1] if e.criterion.learned else logits
+            self._confidence(e.name, judged, e.criterion, index, self._mask(e, judged))
+        self.graph.erase_node(anchor)
+        self.outputs.append(logits)
+
+    def _mask(self, e: Exit, judged: fx.Node) -> fx.Node | None:
+        positions = len(self.program.signature.outputs[self.program.prediction or 0].shape) == 3
+        return self.nodes[e.mask_input] if positions and e.mask_input and not e.criterion.learned else None
+
+    def _confidence(self, name: str, logits: fx.Node, criterion: Criterion, index: int, mask: fx.Node | None) -> None:
+        number = self._new(self.graph.call_function(aten.select.int, (self.temperatures, 0, index)), f"{name}_temperature")
+        options: dict[str, Any] = {"patience": criterion.patience, "reduce": criterion.reduce}
+        if mask is not None:
+            options["mask"] = mask
+        if criterion.stateful and index < len(self.program.exits):
+            options["threshold"] = self._new(
+                self.graph.call_function(aten.select.int, (self.thresholds, 0, index)), f"{name}_threshold"
+            )
+        target = torch.ops.eecompile.confidence.default
+        args = (logits, self.state if criterion.stateful else None, criterion.name, number)
+        call = self._new(self.graph.call_function(target, args, options), f"{name}_decision")
+        self.confidences.append(self._item(call, 0, f"{name}_confidence"))
+        if criterion.stateful:
+            self.state = self._item(call, 1, f"{name}_state")
+
+    def finish(self) -> None:
+        self.at = -1
+        output = self.graph.output_node()
+        exits = self.program.exits
+        with self.graph.inserting_before(output):
+            final = self.prediction
+            if self.axis:
+                final = self.graph.call_function(aten.movedim.int, (final, self.axis, 0))
+                self._new(final, "prediction_rows")
+            criterion = exits[-1].criterion
+            if criterion.learned:  # there is no score behind the last layer
+                criterion = MaxProbability(reduce=criterion.reduce)
+            mask = self.nodes[exits[-1].mask_input] if self._mask(exits[-1], final) and exits[-1].mask_input else None
+            self._confidence("model", final, criterion, len(exits), mask)
+            self.outputs.append(final)
+            chosen = self._new(
+                self.graph.call_function(
+                    torch.ops.eecompile.select.default, (self.outputs, self.confidences, self.thresholds)
+                ),
+                "selection",
+            )
+            prediction = self._item(chosen, 0, "selected", self.prediction)
+            index = self._item(chosen, 1, "exit_index")
+            confidence = self._item(chosen, 2, "confidence")
+            if self.axis:
+                prediction = self.graph.call_function(aten.movedim.int, (prediction, 0, self.axis))
+                self._new(prediction, "selected_prediction", self.prediction)
+            leaves = [prediction if n is self.prediction else self._blank(n, i, index) for i, n in enumerate(self.leaves)]
+        output.args = ((*leaves, index, confidence, *self.outputs, *self.confidences, *self.scores),)
+
+    def _blank(self, leaf: fx.Node, i: int, index: fx.Node) -> fx.Node:
+        """Another output leaf: rows that left before it was computed have no value there."""
+        available = available_from(self.program, self.position[leaf], self.position, self.nodes)
+        if available == 0:
+            return leaf
+        axis = self.program.signature.outputs[i].batch_axis
+        target = torch.ops.eecompile.blank.default
+        args = (leaf, index, available, -1 if axis is None else axis)
+        return self._new(self.graph.call_function(target, args), f"{leaf.name}_or_nothing", leaf)
+
+
+def available_from(
+    program: Program, position: int, positions: Mapping[fx.Node, int], nodes: Mapping[str, fx.Node]
+) -> int:
+    """The first exit at which a value that is computed at `position` is there; the number of exits if at none."""
+    return sum(positions[nodes[e.after]] < position for e in program.exits)
+
+
+def _functional_behind(gm: fx.GraphModule, program: Program) -> None:
+    """In-place operators that would overwrite what a head has read: backward needs it, so they become functional."""
+    names = facts.by_name(gm)
+    position = {n: i for i, n in enumerate(gm.graph.nodes)}
+    for e in program.exits:
+        for name in e.head_inputs:
+            read = names[name]
+            for user in list(read.users):
+                if position[user] <= position[names[e.after]] or user.op != "call_function":
+                    continue
+                plain = functional(user.target)
+                if plain is not None and user.args and user.args[0] is read:
+                    user.target = plain
+                    read.replace_all_uses_with(
+                        user, delete_user_cb=lambda u, at=position[user]: position.get(u, -1) > at  # type: ignore[misc]
+                    )
+
+
+def functional(target: Any) -> Any:
+    """The functional form of an in-place aten operator, None if it is none or has none."""
+    if not isinstance(target, torch._ops.OpOverload) or not target._schema.name.endswith("_"):
+        return None
+    packet, overload = target._schema.name.removeprefix("aten::")[:-1], target._overloadname
+    found = getattr(torch.ops.aten, packet, None)
+    return getattr(found, overload, None) if found is not None and overload in found.overloads() else None
+
+
+def relocate(program: Program, exits: tuple[Exit, ...]) -> tuple[Exit, ...]:
+    """The same exits in another capture of the same model, found by their anchors.
+
+    Raises:
+        PassError: A value of the first capture has no counterpart.
+    """
+    nodes = list(program.graph_module.graph.nodes)
+    names = facts.by_name(program.graph_module)
+    found: dict[Anchor, fx.Node] = {a: n for n, a in facts.anchors(nodes).items()}
+    moved = []
+    for e in exits:
+        node = found.get(e.anchor)
+        cut = next((c for c in program.cuts if c.name == e.cut), None)
+        if node is None and cut is not None:
+            node = names[cut.value]
+        if node is None:
+            raise PassError("an exit's place is not in the training capture", where=e.cut, got=str(e.anchor))
+        after = node if cut is None or cut.value != node.name else names[cut.after]
+        inputs = (node.name, *e.head_inputs[1:])
+        missing = [n for n in inputs if n not in names]
+        if missing:
+            raise PassError("a head's input is not in the training capture", where=e.cut, got=missing)
+        moved.append(Exit(**{**e.__dict__, "node": node.name, "after": after.name, "head_inputs": inputs}))
+    return tuple(moved)

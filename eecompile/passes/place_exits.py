@@ -1,0 +1,237 @@
+"""Chooses the cuts that get an exit, and refuses exits that cost more than they can save."""
+
+from __future__ import annotations
+
+import copy
+import fnmatch
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+
+from eecompile.errors import EecompileError, StrategyError, near
+from eecompile.heads import Branch, Site, build_head, score_head
+from eecompile.passes import sites
+from eecompile.passes.annotate import ROWS, flops_of
+from eecompile.passes.base import Pass, PassResult
+from eecompile.program import Cut, Exit, Program, Refusal
+from eecompile.strategies.base import ExitRecipe
+
+DECISION_FLOPS_PER_CLASS = 8  # exp, sums, a maximum and a comparison
+DYNAMIC = 64  # a sequence length for counting, where the example gives none
+
+
+@dataclass(frozen=True)
+class PlaceExits(Pass):
+    """Fills `program.exits` from the recipe; the graph stays as it is.
+
+    Args:
+        recipe: What the strategy wants.
+        example: Flat inputs, for the sizes of dynamic axes.
+    """
+
+    name: ClassVar[str] = "place_exits"
+    requires: ClassVar[frozenset[str]] = frozenset({"costs", "cuts"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"exits placed"})
+
+    recipe: ExitRecipe
+    example: tuple[torch.Tensor, ...] | None = None
+
+    def run(self, program: Program) -> PassResult:
+        considered = Candidates(program, self.recipe, self.example)
+        where = self.recipe.where
+        if isinstance(where, int):
+            chosen = considered.spaced(where)
+        elif isinstance(where, str) and where == "every-block":
+            chosen = considered.every_block()
+        else:
+            wanted = [where] if isinstance(where, str | float) else list(where)
+            chosen = considered.named(wanted)
+        if not chosen:
+            raise nothing_placed(program, considered.refusals)
+        chosen.sort(key=lambda e: e.depth)
+        exits = tuple(
+            Exit(**{**e.__dict__, "name": f"exit_{i}", "head": f"eecompile_heads.exit_{i}"}) for i, e in enumerate(chosen)
+        )
+        summary = ", ".join(f"{e.name} after {e.cut} at {e.depth:.0%}" for e in exits)
+        return PassResult(program.replace(exits=exits), False, tuple(considered.refusals), summary)
+
+
+def nothing_placed(program: Program, refusals: list[Refusal]) -> StrategyError:
+    """The error when no exit fits, with the reason for each candidate."""
+    reasons = [f"{r.node}: {r.reason}" for r in (*program.refusals, *refusals) if r.rule in ("find_cuts", "place_exits")]
+    listed = "; ".join(reasons[:12]) + (f"; and {len(reasons) - 12} more" if len(reasons) > 12 else "")
+    return StrategyError(
+        "no place for an exit",
+        got=listed or "no cut at all",
+        wanted="a cut whose head costs less than the work behind it",
+        hint="give exits= as names (eecompile inspect shows the cuts), another head=, or a larger model",
+    )
+
+
+class Candidates:
+    """The cuts that can hold an exit, judged once each."""
+
+    def __init__(
+        self, program: Program, recipe: ExitRecipe, example: tuple[torch.Tensor, ...] | None
+    ) -> None:
+        self.program, self.recipe, self.example = program, recipe, example
+        self.refusals: list[Refusal] = []
+        self._judged: dict[str, Exit | None] = {}
+        self._tail: sites.Tail | Refusal | None = None
+        if recipe.head == "shared":
+            self._tail = sites.shared_tail(program)
+            if isinstance(self._tail, Refusal):
+                raise StrategyError(
+                    "the model's own final layers cannot be reused as exits",
+                    where=self._tail.node,
+                    got=self._tail.reason,
+                    hint='use head="auto"',
+                )
+
+    def judge(self, cut: Cut) -> Exit | None:
+        """An exit at `cut`, or None with the refusal noted."""
+        if cut.after not in self._judged:
+            self._judged[cut.after] = self._judge(cut)
+        return self._judged[cut.after]
+
+    def _judge(self, cut: Cut) -> Exit | None:
+        def refuse(reason: str) -> None:
+            self.refusals.append(Refusal(cut.name, "place_exits", reason))
+
+        site, mask = sites.site_at(self.program, cut, self.recipe.mask)
+        if site.positions and site.kind != "sequence":
+            refuse(f"the model predicts per position, the value here is {list(site.sizes)}")
+            return None
+        sides: tuple[str, ...] = ()
+        if isinstance(self._tail, sites.Tail):
+            reason = sites.tail_fits(self._tail, cut)
+            if reason is not None:
+                refuse(reason)
+                return None
+            sides, kind = self._tail.sides, "shared"
+            cost = sum(self.program.flops.get(n.name, 0.0) for n in self._tail.module.graph.nodes)
+        elif site.kind == "other" and isinstance(self.recipe.head, str):
+            refuse(f"no built-in head for a value {list(site.sizes)}; give a module or a factory as head=")
+            return None
+        else:
+            head = build_head(self.recipe.head, site, cut.name)
+            kind = getattr(head, "kind", type(head).__name__)
+            score = score_head(site) if self.recipe.criterion.learned else None
+            cost = head_flops(head, site, self.sizes(cut)) + (head_flops(score, site, self.sizes(cut)) if score else 0.0)
+        cost += DECISION_FLOPS_PER_CLASS * site.classes
+        total = self.program.total_flops
+        # Depth may be measured time; what a head may cost is weighed in the same unit, as a fraction.
+        saves = (1.0 - cut.depth) * total
+        if cost >= saves * self.recipe.max_head_share:
+            refuse(
+                f"head and decision cost {cost / total:.1%} of the model, leaving here saves {max(saves, 0) / total:.1%}"
+            )
+            return None
+        inputs = (cut.value, *sides) if kind == "shared" else (cut.value, *((mask,) if mask else ()))
+        return Exit(
+            name="",
+            node=cut.value,
+            after=cut.after,
+            cut=cut.name,
+            depth=cut.depth,
+            head="",
+            criterion=self.recipe.criterion,
+            head_flops=cost,
+            anchor=cut.anchor,
+            head_inputs=inputs,
+            head_kind=kind,
+            mask_input=mask,
+        )
+
+    def sizes(self, cut: Cut) -> list[int]:
+        """Sizes of the value at a cut, with ROWS rows and the example's length."""
+        lengths = {}
+        if self.example is not None:
+            for t, leaf in zip(self.example, self.program.signature.inputs, strict=True):
+                lengths |= {n: int(t.shape[i]) for i, n in enumerate(leaf.shape) if isinstance(n, str)}
+        value = next(v for v in cut.live if v.node == cut.value)
+        return [
+            ROWS if i == value.batch_axis else s if isinstance(s, int) else lengths.get(s, DYNAMIC)
+            for i, s in enumerate(value.shape)
+        ]
+
+    def every_block(self) -> list[Exit]:
+        blocks = [c for c in self.program.cuts if c.is_block]
+        if not blocks:
+            raise StrategyError(
+                'exits="every-block" on a model without repeated blocks',
+                got=f"{len(self.program.cuts)} cuts: {', '.join(c.name for c in self.program.cuts[:12])}",
+                hint="give a number, names or fractions",
+            )
+        return [e for c in blocks if (e := self.judge(c)) is not None]
+
+    def spaced(self, count: int) -> list[Exit]:
+        """`count` exits at 1/(count+1), 2/(count+1), ... of the cost; block boundaries where there are blocks."""
+        blocks = [c for c in self.program.cuts if c.is_block]
+        pool = blocks if len(blocks) > count else list(self.program.cuts)
+        return self._nearest(pool, [(k + 1) / (count + 1) for k in range(count)])
+
+    def _nearest(self, pool: list[Cut], depths: list[float]) -> list[Exit]:
+        """For each depth the nearest cut that is free and fit; fewer where the pool runs out, with a refusal."""
+        taken: dict[str, Exit] = {}
+        for depth in depths:
+            for c in sorted(pool, key=lambda c: abs(c.depth - depth)):
+                if c.after in taken or c.depth <= 0.0:
+                    continue
+                placed = self.judge(c)
+                if placed is not None:
+                    taken[c.after] = placed
+                    break
+            else:
+                self.refusals.append(Refusal(f"{depth:.0%} of the cost", "place_exits", "no free cut left for this exit"))
+        return list(taken.values())
+
+    def named(self, wanted: list[str | float]) -> list[Exit]:
+        """Exits by name with wildcards, or by fraction of the cost.
+
+        Raises:
+            StrategyError: A name matches nothing; the message lists near ones, or why that place was refused.
+        """
+        chosen: dict[str, Exit] = {}
+        cuts = self.program.cuts
+        for w in wanted:
+            if isinstance(w, float):
+                free = [c for c in cuts if c.after not in chosen and (c.is_block or c.dominates)]
+                for e in self._nearest(free, [w]):
+                    chosen[e.after] = e
+                continue
+            matched = [c for c in cuts if any(fnmatch.fnmatchcase(n, w) for n in (c.name, c.value, c.after))]
+            if not matched:
+                reasons = [r.reason for r in self.program.refusals if r.node == w]
+                raise StrategyError(
+                    "no cut has this name",
+                    got=w,
+                    wanted=near(w, [c.name for c in cuts]) if cuts else "this model has no cut",
+                    hint=f"that place was refused: {reasons[0]}" if reasons else "eecompile inspect MODEL shows the cuts",
+                )
+            before = len(self.refusals)
+            placed = [e for c in matched if (e := self.judge(c)) is not None]
+            if not placed:
+                raise StrategyError(
+                    "no exit fits where it was asked for",
+                    where=w,
+                    got="; ".join(f"{r.node}: {r.reason}" for r in self.refusals[before:])
+                    or "refused before for the same reason",
+                    hint="choose an earlier place or a cheaper head=",
+                )
+            chosen.update({e.after: e for e in placed})
+        return list(chosen.values())
+
+
+def head_flops(head: nn.Module, site: Site, sizes: list[int]) -> float:
+    """FLOPs of a head for one row, on meta tensors; 0 for a head that does not run there (checked when inserted)."""
+    h = torch.empty(sizes, dtype=getattr(torch, site.dtype), device="meta")
+    branch = Branch(copy.deepcopy(head), takes_mask=False).to("meta").eval()
+    try:
+        return flops_of(lambda: branch(h)) / ROWS
+    except EecompileError:
+        raise
+    except (RuntimeError, TypeError, ValueError, NotImplementedError):  # check_head says what is wrong, with the place
+        return 0.0

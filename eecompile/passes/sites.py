@@ -1,0 +1,122 @@
+"""What a head finds at a cut: shape, padding mask, and whether the model's own tail can serve as the head."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from eecompile.errors import PassError
+from eecompile.heads import Site
+from eecompile.passes import facts
+from eecompile.passes.extract import extract
+from eecompile.program import Cut, Program, Refusal
+
+MASK_NAMES = ("attention_mask", "padding_mask", "key_padding_mask", "mask", "input_mask")
+
+
+def site_at(program: Program, cut: Cut, mask: str | None) -> tuple[Site, str | None]:
+    """The site of a head at a cut, and the name of the input that marks padding there, if any."""
+    if program.prediction is None:
+        raise PassError("the prediction leaf is not known yet", hint="pass prediction= to eecompile()")
+    value = next(v for v in cut.live if v.node == cut.value)
+    assert value.batch_axis is not None  # find_cuts refuses values without a batch
+    leaf = program.signature.outputs[program.prediction]
+    classes = leaf.shape[-1]
+    if not isinstance(classes, int):
+        raise PassError("the prediction has a dynamic number of classes", got=leaf.describe())
+    name = find_mask(program, value.shape, value.batch_axis, mask)
+    site = Site(value.shape, value.batch_axis, classes, len(leaf.shape) == 3, value.dtype, name is not None)
+    return site, name
+
+
+def find_mask(
+    program: Program, sizes: tuple[int | str, ...], batch_axis: int, wanted: str | None
+) -> str | None:
+    """The graph input `[B, S]` that marks padding for a sequence `[B, S, D]` or `[S, B, D]`."""
+    if len(sizes) != 3:
+        return None
+    length = sizes[1 - batch_axis]
+    nodes = facts.placeholders(program.graph_module)
+    for node, leaf in zip(nodes, program.signature.inputs, strict=True):
+        last = leaf.path.rsplit(".", 1)[-1]
+        if leaf.path == wanted or (wanted is None and last in MASK_NAMES):
+            if leaf.batch_axis == 0 and len(leaf.shape) == 2 and leaf.shape[1] == length:
+                return str(node.name)
+            if wanted is not None:
+                raise PassError(
+                    "the mask does not fit the sequence at this exit",
+                    where=leaf.path,
+                    got=leaf.describe(),
+                    wanted=f"[batch, {length}]",
+                )
+    if wanted is not None:
+        raise PassError(
+            "no input has the name given as mask=",
+            got=wanted,
+            wanted=", ".join(leaf.path for leaf in program.signature.inputs),
+        )
+    return None
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The model's own final layers, from the last block to the prediction, as a head.
+
+    Attributes:
+        module: Takes the value at a cut, then `sides`.
+        sides: Names of the further live values that it reads (padding masks, token ids).
+    """
+
+    module: fx.GraphModule
+    sides: tuple[str, ...]
+    sizes: tuple[int | str, ...]
+
+
+def shared_tail(program: Program) -> Tail | Refusal:
+    """The layers behind the last block as a module that shares their parameters."""
+    blocks = [c for c in program.cuts if c.is_block]
+    if not blocks:
+        return Refusal("model", "shared head", "the model has no repeated block, so no tail behind the last one")
+    last = blocks[-1]
+    gm = program.graph_module
+    nodes = list(gm.graph.nodes)
+    names = facts.by_name(gm)
+    after = nodes.index(names[last.after])
+    assert program.prediction is not None
+    prediction = facts.output_leaves(gm)[program.prediction]
+    needed: set[fx.Node] = set()
+    reads: list[fx.Node] = []
+    stack = [prediction]
+    position = {n: i for i, n in enumerate(nodes)}
+    while stack:
+        n = stack.pop()
+        if n in needed or n.op == "get_attr":
+            continue
+        if position[n] <= after and not facts.is_symbolic_number(n):
+            if n not in reads:
+                reads.append(n)
+            continue
+        needed.add(n)
+        stack += n.all_input_nodes
+    value = names[last.value]
+    if value not in reads:
+        return Refusal(last.name, "shared head", f"the tail reads {[n.name for n in reads]}, not {value.name}")
+    trunk = {v.node for v in last.live if v.trunk}
+    others = [n for n in reads if n is not value]
+    if any(n.name in trunk for n in others):
+        return Refusal(last.name, "shared head", "the tail reads more than one value of the trunk")
+    others.sort(key=lambda n: position[n])
+    ordered = sorted(needed, key=lambda n: position[n])
+    module = extract(gm, ordered, [value, *others], [prediction], "SharedHead")
+    sizes = next(v.shape for v in last.live if v.node == last.value)
+    return Tail(module, tuple(n.name for n in others), sizes)
+
+
+def tail_fits(tail: Tail, cut: Cut) -> str | None:
+    """Why the model's tail cannot be the head at `cut`, None where it can."""
+    value = next(v for v in cut.live if v.node == cut.value)
+    if value.shape != tail.sizes:
+        return f"the model's own head reads {list(tail.sizes)}, the value here is {list(value.shape)}"
+    missing = [s for s in tail.sides if s not in {v.node for v in cut.live}]
+    return f"the model's own head also reads {', '.join(missing)}, not computed yet" if missing else None

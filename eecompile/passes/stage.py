@@ -1,0 +1,195 @@
+"""Cuts the marked graph into stages at the exits: the staged graph, a page long.
+
+It computes what the marked graph computes, in the same order; each stage is a submodule from one live set to the next.
+"""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import fx
+
+from eecompile.errors import PassError
+from eecompile.passes import facts
+from eecompile.passes.base import Pass, PassResult
+from eecompile.passes.extract import extract
+from eecompile.program import Live, Program, Stage
+
+
+def inserted(node: fx.Node) -> bool:
+    """Whether a pass put this node there."""
+    return "eecompile" in node.meta
+
+
+@dataclass(frozen=True)
+class StagePass(Pass):
+    """Fills `program.stages` and builds the staged graph."""
+
+    name: ClassVar[str] = "stage"
+    requires: ClassVar[frozenset[str]] = frozenset({"marked"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"staged"})
+
+    def run(self, program: Program) -> PassResult:
+        layout = Layout(program)
+        stages = layout.stages()
+        staged = _staged_graph(program, layout, stages)
+        done = program.replace(graph_module=staged, level="staged", marked=program.graph_module, stages=stages)
+        return PassResult(done, True, summary=f"{len(stages)} stages")
+
+
+class Layout:
+    """The trunk's nodes between the exits of a marked graph, and what crosses each boundary."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.gm = program.graph_module if program.level == "marked" else program.marked
+        if self.gm is None:
+            raise PassError("no marked graph yet", hint="run insert_exits first")
+        self.names = facts.by_name(self.gm)
+        self.trunk = [n for n in self.gm.graph.nodes if not inserted(n) and n.op != "output"]
+        self.position = {n: i for i, n in enumerate(self.trunk)}
+        self.batch = facts.Batch(self.gm, program.signature)
+        self.learned = facts.trunk_nodes(self.gm, self.batch)
+        shape = program.signature.outputs[program.prediction or 0].shape
+        self.positions = len(shape) == 3
+        self.bounds = [self.position[self.names[e.after]] for e in program.exits]
+        count = len(program.signature.outputs)
+        given = list(self.gm.graph.output_node().args[0])[:count]  # type: ignore[arg-type]
+        # the leaves as the trunk gives them, before selection and blanking
+        self.leaves = [self._trunk_leaf(g) for g in given]
+
+    def _trunk_leaf(self, given: Any) -> fx.Node:
+        node = given
+        while inserted(node):
+            if node.target is not torch.ops.eecompile.blank.default:  # the selected prediction
+                return self.prediction()
+            node = node.args[0]
+        return node  # type: ignore[no-any-return]
+
+    def prediction(self) -> fx.Node:
+        """The model's own prediction, as the trunk gives it."""
+        node = self.names.get("prediction_rows")
+        if node is not None:
+            return node.args[0]  # type: ignore[return-value]
+        outputs = self.names["selection"].args[0]
+        return outputs[-1]  # type: ignore[index,return-value]
+
+    def interval(self, start: int, stop: int) -> list[fx.Node]:
+        """Trunk nodes behind exit `start` (-1: from the input) up to exit `stop` (len(exits): to the end)."""
+        low = 0 if start < 0 else self.bounds[start] + 1
+        high = len(self.trunk) if stop >= len(self.bounds) else self.bounds[stop] + 1
+        return self.trunk[low:high]
+
+    def live(self, exit_index: int, later: tuple[int, ...] | None = None) -> list[fx.Node]:
+        """Tensors that cross the boundary at an exit; `later` are the exits that are open behind it (None: all)."""
+        p = self.bounds[exit_index]
+        wanted = range(exit_index + 1, len(self.bounds)) if later is None else later
+        exits = self.program.exits
+        heads = {self.names[n] for k in wanted for n in exits[k].head_inputs}
+        # predictions per position leave padding out of the confidence, to the very end
+        heads |= {self.names[e.mask_input] for e in exits if e.mask_input and self.positions}
+        out = []
+        for n in self.trunk[: p + 1]:
+            if n.op == "get_attr" or not facts.is_tensor(n):
+                continue
+            used = any(self.position.get(u, -1) > p for u in n.users) or n in heads
+            if used:
+                out.append(n)
+        return out
+
+    def produced(self, start: int, stop: int) -> list[int]:
+        """Indices of the output leaves that are computed between two exits, the prediction left out."""
+        inside = set(self.interval(start, stop))
+        prediction = self.prediction()
+        return [i for i, n in enumerate(self.leaves) if n in inside and n is not prediction]
+
+    def as_live(self, nodes: list[fx.Node]) -> tuple[Live, ...]:
+        return tuple(self.batch.live(n, n in self.learned) for n in nodes)
+
+    def inputs(self) -> list[fx.Node]:
+        return [n for n in self.trunk if n.op == "placeholder"]
+
+    def stages(self) -> tuple[Stage, ...]:
+        count = len(self.bounds)
+        found = []
+        incoming = self.as_live(self.inputs())
+        for k in range(count + 1):
+            nodes = [n for n in self.interval(k - 1, k) if n.op not in ("placeholder", "get_attr")]
+            outgoing = self.as_live(self.live(k)) if k < count else self.as_live(_tensors(self.leaves))
+            flops = sum(self.program.flops.get(n.name, 0.0) for n in nodes)
+            found.append(Stage(f"stage_{k}", incoming, outgoing, k if k < count else None, flops, len(nodes)))
+            incoming = outgoing
+        return tuple(found)
+
+
+def _tensors(nodes: list[fx.Node]) -> list[fx.Node]:
+    return [n for n in dict.fromkeys(nodes) if n.op != "get_attr"]
+
+
+def _staged_graph(program: Program, layout: Layout, stages: tuple[Stage, ...]) -> fx.GraphModule:
+    """The marked graph with the trunk between two exits as one submodule."""
+    gm = layout.gm
+    assert gm is not None
+    graph = fx.Graph()
+    env: dict[fx.Node, fx.Node] = {}
+    parts: dict[str, Any] = {}
+    values: dict[str, fx.Node] = {}
+    for n in layout.inputs():
+        env[n] = graph.node_copy(n)
+        values[n.name] = env[n]
+    marks = [n for n in gm.graph.nodes if inserted(n) and n.op == "get_attr"]
+    for n in marks:
+        env[n] = graph.node_copy(n)
+    output = gm.graph.output_node()
+    exit_nodes = _inserted_by_boundary(gm, layout)
+    for k, stage in enumerate(stages):
+        taken = [layout.names[v.node] for v in stage.inputs]
+        leaves = [layout.leaves[i] for i in layout.produced(k - 1, k)]
+        if k == len(stages) - 1:
+            leaves.append(layout.prediction())
+        handed = [layout.names[v.node] for v in stage.outputs] if stage.exit is not None else []
+        given = list(dict.fromkeys([*handed, *leaves]))
+        passed = [n for n in given if n in taken]
+        given = [n for n in given if n not in taken]
+        module = extract(gm, layout.interval(k - 1, k), taken, given, f"Stage{k}")
+        parts[stage.name] = module
+        call = graph.call_module(stage.name, tuple(values[n.name] for n in taken))
+        call._rename(f"{stage.name}_out")
+        for i, n in enumerate(given):
+            item = graph.call_function(operator.getitem, (call, i))
+            item._rename(n.name)
+            item.meta = {k2: v for k2, v in n.meta.items() if k2 in ("val", "stack")}
+            env[n] = values[n.name] = item
+        for n in passed:
+            env[n] = values[n.name]
+        for n in exit_nodes[k]:
+            env[n] = graph.node_copy(n, lambda a: _value(a, env, gm, graph))
+    graph.output(fx.node.map_arg(output.args[0], lambda a: _value(a, env, gm, graph)))
+    for n in graph.nodes:
+        if n.op in ("get_attr", "call_module") and n.target not in parts:
+            parts[n.target] = facts.attribute(gm, n.target)
+    staged = fx.GraphModule(parts, graph, class_name="Staged")
+    facts.tidy(staged)
+    return staged
+
+
+def _value(node: fx.Node, env: dict[fx.Node, fx.Node], gm: fx.GraphModule, graph: fx.Graph) -> fx.Node:
+    if node not in env:
+        if node.op != "get_attr":
+            raise PassError("a value is lost between stages", where=node.name)
+        env[node] = graph.node_copy(node)
+    return env[node]
+
+
+def _inserted_by_boundary(gm: fx.GraphModule, layout: Layout) -> list[list[fx.Node]]:
+    """Inserted nodes behind each boundary, the selection behind the last."""
+    groups: list[list[fx.Node]] = [[] for _ in range(len(layout.bounds) + 1)]
+    for n in gm.graph.nodes:
+        if not inserted(n) or n.op == "get_attr":
+            continue
+        mark = n.meta["eecompile"]
+        groups[mark if mark >= 0 else len(layout.bounds)].append(n)
+    return groups

@@ -1,0 +1,65 @@
+"""Checks the rewritten program against the captured graph, on numbers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+
+from eecompile.errors import PassError
+from eecompile.passes.base import Pass, PassResult
+from eecompile.passes.insert_exits import THRESHOLDS
+from eecompile.program import Program
+
+
+@dataclass(frozen=True)
+class Verify(Pass):
+    """With all exits closed, marked and staged graph give the captured graph's output bit for bit.
+
+    Args:
+        example: Flat inputs; None checks nothing but the graphs' own rules.
+    """
+
+    name: ClassVar[str] = "verify"
+    requires: ClassVar[frozenset[str]] = frozenset({"scheduled"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"verified"})
+
+    example: tuple[torch.Tensor, ...] | None = None
+
+    def run(self, program: Program) -> PassResult:
+        if self.example is None or program.marked is None:
+            return PassResult(program, False, summary="no example: numbers not compared")
+        marked, staged = program.marked, program.graph_module
+        thresholds = getattr(marked, THRESHOLDS)
+        before = thresholds.clone()
+        flags = {m: m.training for m in marked.modules()}
+        marked.eval()
+        staged.eval()
+        count = len(program.signature.outputs)
+        try:
+            thresholds.fill_(2.0)
+            with torch.no_grad():
+                want = program.source(*self.example)
+                for name, gm in (("marked", marked), ("staged", staged)):
+                    _equal(want, gm(*self.example)[:count], f"{name} graph, all exits closed")
+                thresholds.copy_(before)
+                _equal(marked(*self.example), staged(*self.example), "staged graph")
+        finally:
+            thresholds.copy_(before)
+            for m, flag in flags.items():
+                m.training = flag
+        return PassResult(program, False, summary="closed exits give the captured graph's output bit for bit")
+
+
+def _equal(want: tuple[torch.Tensor, ...], got: tuple[torch.Tensor, ...], where: str) -> None:
+    for i, (a, b) in enumerate(zip(want, got, strict=True)):
+        if a.shape != b.shape or not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)):
+            off = float((a.double() - b.double()).abs().max()) if a.shape == b.shape else float("inf")
+            raise PassError(
+                "the rewritten graph does not compute what the captured one does",
+                where=where,
+                got=f"output {i} differs by {off:.3g}",
+                wanted="equal bit for bit",
+                hint="this is a bug in a pass; fast.history shows each step",
+            )

@@ -1,0 +1,1 @@
+"""Executors: how a rewritten program is run."""

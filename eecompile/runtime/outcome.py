@@ -1,0 +1,63 @@
+"""What an executor hands back, and the values of output leaves that nobody's row reached."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import sympy
+import torch
+from torch import Tensor
+
+from eecompile.signature import Leaf, Signature
+
+
+@dataclass
+class Outcome:
+    """Flat results of one call.
+
+    Attributes:
+        leaves: The model's output leaves, in order.
+        exit_index: [B] int64.
+        confidence: [B] float32; None where it was not asked for.
+        outputs: Prediction of every exit and of the model itself, batch first; None unless everything was computed.
+        confidences: [B] each, NaN where an exit cannot tell.
+        scores: Exit scores, `[B, 1]` each.
+    """
+
+    leaves: list[Tensor]
+    exit_index: Tensor
+    confidence: Tensor | None
+    outputs: tuple[Tensor, ...] | None = None
+    confidences: tuple[Tensor, ...] | None = None
+    scores: tuple[Tensor, ...] | None = None
+
+
+class Executor(Protocol):
+    """Runs a program on flat inputs."""
+
+    name: str
+
+    def run(self, flat: Sequence[Tensor], want_confidence: bool) -> Outcome: ...
+
+    def reset(self) -> None:
+        """Forgets everything that was derived from the program's buffers (after a move to another device)."""
+        ...
+
+
+def nothing(like: Leaf, signature: Signature, flat: Sequence[Tensor], device: torch.device) -> Tensor:
+    """An output leaf that holds nothing: NaN, or 0 where the dtype has no NaN. Sizes from the call's inputs."""
+    sizes: dict[str, int] = {}
+    for t, leaf in zip(flat, signature.inputs, strict=True):
+        sizes |= {n: int(t.shape[i]) for i, n in enumerate(leaf.shape) if isinstance(n, str)}
+    shape = [s if isinstance(s, int) else _size(s, sizes) for s in like.shape]
+    fill = math.nan if like.dtype.is_floating_point else 0
+    return torch.full(shape, fill, dtype=like.dtype, device=device)
+
+
+def _size(text: str, sizes: dict[str, int]) -> int:
+    if text in sizes:
+        return sizes[text]
+    return int(sympy.sympify(text, locals={n: sympy.Symbol(n) for n in sizes}).subs(sizes))

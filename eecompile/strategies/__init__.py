@@ -1,0 +1,44 @@
+"""The strategies by name. `eecompile(model, strategy="branchy")` or `strategies.Branchy(exits=3)`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any
+
+from eecompile.criteria import criterion
+from eecompile.errors import StrategyError, near
+from eecompile.strategies.base import ExitRecipe, ExitStrategy, Recipe, Strategy
+from eecompile.strategies.branchy import Branchy
+from eecompile.strategies.mebert import MeBert
+
+STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Branchy, MeBert)}
+
+
+def strategy(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
+    """A strategy from its name, its `to_dict()` or itself.
+
+    Raises:
+        StrategyError: Unknown name or option; the message lists the valid ones.
+    """
+    if isinstance(spec, Strategy):
+        return spec
+    if not isinstance(spec, str | Mapping):
+        raise StrategyError(
+            "strategy= takes a name or an instance", got=type(spec).__name__, wanted=", ".join(STRATEGIES)
+        )
+    options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
+    name = options.pop("name", None)
+    if not isinstance(name, str) or name not in STRATEGIES:
+        raise StrategyError("unknown strategy", got=repr(name), wanted=near(str(name), STRATEGIES))
+    kind = STRATEGIES[name]
+    valid = {f.name for f in fields(kind)}
+    for key in options:
+        if key not in valid:
+            raise StrategyError(f"strategy {name!r} has no such option", got=key, wanted=near(key, valid))
+    if isinstance(options.get("criterion"), dict):
+        options["criterion"] = criterion(options["criterion"])
+    return kind(**options)
+
+
+__all__ = ["STRATEGIES", "Branchy", "ExitRecipe", "ExitStrategy", "MeBert", "Recipe", "Strategy", "strategy"]

@@ -1,0 +1,182 @@
+"""What a strategy is: a recipe over the four primitives (exit, gate, halt, route), a criterion and an objective.
+
+A strategy never touches a graph. It says where exits go, which heads they get, how sure they must be and how they are
+trained; the passes do the rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, ClassVar
+
+from torch import nn
+
+from eecompile.criteria import Criterion, criterion
+from eecompile.errors import StrategyError
+from eecompile.heads import HeadSpec
+
+Where = int | str | float | Sequence[str | float]
+
+
+@dataclass(frozen=True)
+class ExitRecipe:
+    """Exits to insert.
+
+    Attributes:
+        where: A number spaced by cost, "every-block", names of blocks, modules or nodes with wildcards, or fractions
+            of the model's cost.
+        head: A head's name, "auto", "shared" (the model's own final layers), a module, or a factory over a `Site`.
+        criterion: How sure an exit is.
+        threshold: Confidence from which a sample leaves, before calibration; one or one per exit.
+        mask: Name of the input that marks padding, None to find it.
+        max_head_share: An exit whose head costs more than this fraction of what it can save is refused.
+    """
+
+    where: Where
+    head: Any
+    criterion: Criterion
+    threshold: float | tuple[float, ...]
+    mask: str | None = None
+    max_head_share: float = 1.0
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Everything that a strategy wants in the graph."""
+
+    exits: ExitRecipe | None = None
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What `fit` minimises, by name; `training/objectives.py` builds it."""
+
+    name: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"name": self.name, **self.options}
+
+
+@dataclass(frozen=True)
+class Strategy:
+    """Base of all strategies: frozen options with units in their names."""
+
+    name: ClassVar[str] = ""
+    summary: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+
+    def recipe(self) -> Recipe:
+        raise NotImplementedError
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        """The training objective as JSON data."""
+        raise NotImplementedError
+
+    @property
+    def joint(self) -> bool:
+        """Whether training moves the trunk too unless `fit` says otherwise."""
+        return False
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON data; modules and factories given as heads are named, not kept."""
+        out: dict[str, Any] = {"name": self.name}
+        for f in fields(self):
+            v = getattr(self, f.name)
+            if isinstance(v, Criterion):
+                v = v.to_dict()
+            elif isinstance(v, nn.Module) or callable(v):
+                v = "custom"
+            elif isinstance(v, tuple):
+                v = list(v)
+            out[f.name] = v
+        return out
+
+    def __str__(self) -> str:
+        changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self)]
+        return f"{type(self).__name__}({', '.join(changed)})"
+
+
+@dataclass(frozen=True)
+class ExitStrategy(Strategy):
+    """What strategies that insert exits share.
+
+    Args:
+        exits: A number spaced by cost, "every-block", names with wildcards (`"bert.encoder.layer.3"`, `"layer*.1"`), or
+            fractions of the model's cost (`[0.25, 0.5]`).
+        head: "auto", "linear", "conv", "mlp", "pooler", "shared", a module, or a factory over a `Site`.
+        criterion: A name or an instance of `eecompile.criteria`.
+        threshold: Confidence from which a sample leaves; one, or one per exit. `calibrate` replaces it.
+        mask: Name of the input that marks padding; found by itself where it has a usual name.
+        max_head_share: Refuse an exit whose head costs more than this fraction of what leaving there saves.
+        weights: Loss weight of each exit: "uniform", "linear" in depth, or a list, the model's own end last.
+        distillation: Share of the loss that is distilled from the model's own output, 0 to 1.
+        trunk: Train the trunk too unless `fit(trunk=...)` says otherwise.
+    """
+
+    exits: Where = 3
+    head: HeadSpec = "auto"
+    criterion: str | Criterion = "max_probability"
+    threshold: float | Sequence[float] | None = None
+    mask: str | None = None
+    max_head_share: float = 1.0
+    weights: str | Sequence[float] = "uniform"
+    distillation: float = 0.0
+    trunk: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "criterion", criterion(self.criterion))
+        for name in ("exits", "threshold", "weights"):
+            v = getattr(self, name)
+            if isinstance(v, Sequence) and not isinstance(v, str):
+                object.__setattr__(self, name, tuple(v))
+        if isinstance(self.exits, bool) or (isinstance(self.exits, int) and self.exits < 1):
+            raise StrategyError("a strategy needs at least one exit", got=self.exits, wanted="an integer >= 1")
+        if isinstance(self.exits, float):
+            object.__setattr__(self, "exits", (self.exits,))
+        if isinstance(self.exits, tuple):
+            if not self.exits:
+                raise StrategyError("exits= is an empty list", hint="give a number, names or fractions")
+            bad = [e for e in self.exits if isinstance(e, float) and not 0.0 < e < 1.0]
+            if bad or any(not isinstance(e, str | float) for e in self.exits):
+                raise StrategyError(
+                    "exits= takes names or fractions of the cost between 0 and 1", got=list(self.exits)
+                )
+        for t in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
+            if t is not None and not (isinstance(t, int | float) and t >= 0):
+                raise StrategyError("a threshold is 0 or more", got=self.threshold, wanted="0 or more; above 1 closes")
+        if not 0.0 <= self.distillation <= 1.0:
+            raise StrategyError("distillation= is a share of the loss", got=self.distillation, wanted="0 to 1")
+
+    def recipe(self) -> Recipe:
+        assert isinstance(self.criterion, Criterion)  # __post_init__ resolved it
+        threshold = self.criterion.default_threshold if self.threshold is None else self.threshold
+        return Recipe(
+            exits=ExitRecipe(
+                self.exits,
+                self.head,
+                self.criterion,
+                tuple(threshold) if isinstance(threshold, Sequence) else float(threshold),
+                self.mask,
+                self.max_head_share,
+            )
+        )
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        weights = self.weights if isinstance(self.weights, str) else list(self.weights)
+        return {
+            "name": "exits",
+            "weights": weights,
+            "distillation": self.distillation,
+            "learned": isinstance(self.criterion, Criterion) and self.criterion.learned,
+        }
+
+    @property
+    def joint(self) -> bool:
+        return self.trunk
+
+
+__all__ = ["ExitRecipe", "ExitStrategy", "Objective", "Recipe", "Strategy", "Where", "asdict"]
