@@ -1,0 +1,1 @@
+"""Temperatures and thresholds with a guarantee. Import from the modules: `calibrate`."""

@@ -1,0 +1,221 @@
+"""Threshold vectors on the front of loss against cost. Deterministic; E up to dozens, n in the ten thousands.
+
+For a price `lam` per unit of loss, `sum cost + lam * sum loss` is minimised by coordinate descent. One
+coordinate is solved exactly: with the other thresholds fixed, each row that reaches exit k either leaves
+there or goes on to a known end, so with the rows sorted by confidence the best threshold is the smallest
+prefix sum of the differences, over the ends of groups of equal confidence (ties leave together, as
+`confidence >= threshold` makes them). Opening an exit also charges its head to all rows that pass it, so
+"closed" is compared as a case of its own.
+
+Prices from high to low, warm-started both ways, give the convex hull of the front. Between its points lie
+further ones: budgets that the hull leaves unused are filled by the same coordinate step with the loss as a
+constraint, and neighbours are interpolated in ranks. Every candidate is then measured, and the Pareto front
+kept.
+
+With criteria that have state (patience) a confidence depends on which exits before are open, so there the
+candidates are patterns of open exits, each with one threshold for all.
+"""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise, product
+
+import torch
+from torch import Tensor
+
+from eecompile.calibration.evidence import CLOSED, Evidence, pattern
+
+PRICES = 40
+BUDGETS = 24
+SWEEPS = 6
+ALL_PATTERNS_UP_TO = 8
+
+
+class Search:
+    """Coordinate descent over the thresholds of one evidence without state.
+
+    Args:
+        evidence: Of the rows to search on.
+    """
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.evidence = evidence
+        self.n, self.e = evidence.rows, evidence.exits
+        values, order = evidence.confidences.sort(dim=0, descending=True, stable=True)
+        self.values, self.order = values.T.contiguous(), order.T.contiguous()
+        last = torch.ones(1, self.e, dtype=torch.bool)
+        ends = torch.cat((values[1:] != values[:-1], last)) & (values >= 0)
+        self.ends = ends.T.contiguous()
+        self.loss = evidence.loss.T.contiguous()
+        self.columns = evidence.confidences.T.contiguous()
+
+    def threshold(self, k: int, position: int) -> float:
+        """A float32 threshold with which exactly the rows up to `position` leave: between it and the next."""
+        above = self.values[k, position]
+        if position + 1 == self.n:
+            return float(above)
+        below = self.values[k, position + 1].clamp(min=0)
+        middle = (above + below) / 2
+        return float(middle if middle > below else above)
+
+    def at_rank(self, k: int, rank: int) -> float:
+        """The threshold of exit k that `rank` rows reach (more with ties); closed for 0."""
+        if rank <= 0 or self.values[k, rank - 1] < 0:
+            return CLOSED
+        position = rank - 1
+        while not self.ends[k, position]:
+            position += 1
+        return self.threshold(k, position)
+
+    def sweep(self, thresholds: Tensor, price: float | None, budget: float = math.inf) -> Tensor:
+        """One step for every exit, last to first.
+
+        With a `price` the sum of cost and priced loss falls or stays; without, the cost, while the sum of the
+        losses stays within `budget`.
+        """
+        new = thresholds.clone()
+        leaves = (self.columns >= new[:, None]) & (new <= 1)[:, None]
+        before = torch.cat((torch.zeros(1, self.n, dtype=torch.bool), leaves)).cummax(0).values
+        takes = torch.full((self.n,), self.e)
+        pays = self.loss[self.e].clone()
+        early = torch.zeros((), dtype=torch.float64)
+        if price is None:
+            early = self._early(leaves)
+        for k in reversed(range(self.e)):
+            is_open = list(pattern(new))
+            is_open[k] = True
+            with_k = self.evidence.costs(tuple(is_open))
+            is_open[k] = False
+            without = self.evidence.costs(tuple(is_open))
+            reach = ~before[k]
+            cost_on, cost_off = with_k[takes], without[takes]
+            more_cost = torch.where(reach, with_k[k] - cost_on, 0.0)[self.order[k]].cumsum(0)
+            more_loss = torch.where(reach, self.loss[k] - pays, 0.0)[self.order[k]].cumsum(0)
+            base_cost, base_loss = cost_on[reach].sum(), pays[reach].sum()
+            close_cost = float(cost_off[reach].sum())
+            if price is None:
+                usable = self.ends[k] & (early[k] + base_loss + more_loss <= budget + 1e-9)
+                value, closed = base_cost + more_cost, close_cost
+            else:
+                usable = self.ends[k]
+                value = base_cost + more_cost + price * (base_loss + more_loss)
+                closed = close_cost + price * float(base_loss)
+            value = torch.where(usable, value, math.inf)
+            best = int(value.argmin()) if self.n else 0
+            feasible = price is not None or float(early[k] + base_loss) <= budget + 1e-9
+            if float(value[best]) < closed - 1e-9 or (not feasible and math.isfinite(float(value[best]))):
+                new[k] = self.threshold(k, best)
+                out = self.columns[k] >= new[k]
+                takes = torch.where(out, k, takes)
+                pays = torch.where(out, self.loss[k], pays)
+            else:
+                new[k] = CLOSED
+        return new
+
+    def _early(self, leaves: Tensor) -> Tensor:
+        """`[E]`: sum of the losses of rows that leave before exit k."""
+        gone = torch.zeros(self.n, dtype=torch.bool)
+        sums = []
+        total = torch.zeros((), dtype=torch.float64)
+        for k in range(self.e):
+            sums.append(total)
+            total = total + self.loss[k][leaves[k] & ~gone].sum()
+            gone |= leaves[k]
+        return torch.stack(sums)
+
+    def descend(self, thresholds: Tensor, price: float | None, budget: float = math.inf) -> Tensor:
+        for _ in range(SWEEPS):
+            new = self.sweep(thresholds, price, budget)
+            if torch.equal(new, thresholds):
+                break
+            thresholds = new
+        return thresholds
+
+    def ranks(self, thresholds: Tensor) -> list[int]:
+        reach = (self.columns >= thresholds[:, None]).sum(1).tolist()
+        return [int(r) if t <= 1 else 0 for r, t in zip(reach, thresholds.tolist(), strict=True)]
+
+    def between(self, a: Tensor, b: Tensor, share: float) -> Tensor:
+        """The vector that lies `share` of the way from a to b in ranks."""
+        pairs = zip(self.ranks(a), self.ranks(b), strict=True)
+        ranks = [round(x + share * (y - x)) for x, y in pairs]
+        return torch.tensor([self.at_rank(k, rank) for k, rank in enumerate(ranks)], dtype=torch.float32)
+
+    def candidates(self, most: float) -> list[Tensor]:
+        """Vectors around the front, up to a mean loss of about `most`."""
+        closed = torch.full((self.e,), CLOSED)
+        everybody = torch.tensor([self.at_rank(k, self.n) for k in range(self.e)])
+        prices = torch.logspace(math.log10(max(2.0 * self.n, 10.0)), -1, PRICES, dtype=torch.float64).tolist()
+        found: list[Tensor] = []
+        for start, sequence in ((closed, prices), (everybody, prices[::-1])):
+            at = start
+            for price in sequence:
+                at = self.descend(at, price)
+                found.append(at)
+        for quantile in torch.linspace(
+            0.02, 1, 40
+        ).tolist():  # one rank for all exits, and one threshold for all
+            rank = math.ceil(quantile * self.n)
+            found.append(torch.tensor([self.at_rank(k, rank) for k in range(self.e)]))
+            shared = self.columns.flatten().quantile(1 - quantile) if self.columns.numel() < 2**24 else None
+            if shared is not None and float(shared) >= 0:
+                found.append(torch.full((self.e,), float(shared.float())))
+        hull = self.front(found)
+        for budget in sorted({*range(4), *(most * self.n * i / BUDGETS for i in range(BUDGETS + 1))}):
+            starts = [vector for total, _, vector in hull if total <= budget + 1e-9]
+            found.append(self.descend(starts[-1] if starts else closed, None, budget))
+        hull = self.front(found)
+        for (_, _, a), (_, _, b) in pairwise(hull):
+            found += [self.between(a, b, share) for share in (0.25, 0.5, 0.75)]
+        return found
+
+    def front(self, found: list[Tensor]) -> list[tuple[float, float, Tensor]]:
+        return front(self.evidence, found)
+
+
+def front(evidence: Evidence, found: list[Tensor]) -> list[tuple[float, float, Tensor]]:
+    """Pareto front, by growing loss: (sum of losses, mean cost, thresholds), each cheaper than the one
+    before."""
+    unique = {tuple(vector.tolist()): vector for vector in found}
+    measured = sorted(
+        ((*evidence.measure(vector), key) for key, vector in unique.items()), key=lambda m: (m[0], m[1], m[2])
+    )
+    kept: list[tuple[float, float, Tensor]] = []
+    for total, cost, key in measured:
+        if not kept or cost < kept[-1][1] - 1e-12:
+            kept.append((total, cost, unique[key]))
+    return kept
+
+
+def patterns(e: int) -> list[tuple[bool, ...]]:
+    """Which exits to open, for criteria with state: all subsets of few exits, else regular ones."""
+    if e <= ALL_PATTERNS_UP_TO:
+        return [p for p in product((False, True), repeat=e) if any(p)]
+    found = {tuple(k >= first and (k - first) % step == 0 and k <= last for k in range(e))
+             for first in range(e) for step in (1, 2, 3, 4) for last in range(first, e)}  # fmt: skip
+    return sorted(found)
+
+
+def stateful_candidates(evidence: Evidence) -> list[Tensor]:
+    """Every pattern with every value that the confidence takes as the common threshold (multiples of
+    1/patience)."""
+    found = []
+    for is_open in patterns(evidence.exits):
+        values = torch.unique(evidence.of(is_open)[:, list(is_open)])
+        steps = values[values > 0]
+        if len(steps) > 32:
+            steps = steps[torch.linspace(0, len(steps) - 1, 32).long()]
+        chosen = torch.tensor(is_open)
+        found += [torch.where(chosen, step, torch.tensor(CLOSED)) for step in steps]
+    return found
+
+
+def candidates(evidence: Evidence, most: float) -> list[tuple[float, float, Tensor]]:
+    """The Pareto front of everything tried: (sum of losses, mean cost, thresholds) by growing loss."""
+    closed = torch.full((evidence.exits,), CLOSED)
+    if evidence.rows == 0 or evidence.exits == 0:
+        return [(0.0, 1.0, closed)]
+    if evidence.recompute is not None:
+        return front(evidence, [closed, *stateful_candidates(evidence)])
+    return front(evidence, [closed, *Search(evidence).candidates(most)])

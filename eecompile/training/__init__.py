@@ -1,0 +1,1 @@
+"""Training what was inserted, and measuring it. Import from the modules: `fit`, `evaluate`, `objectives`."""

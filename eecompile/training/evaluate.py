@@ -1,0 +1,271 @@
+"""`evaluate`: accuracy against compute, per exit and overall, against the full model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from rich.console import RenderableType
+from torch import Tensor
+
+from eecompile.errors import EecompileError
+from eecompile.training.batches import batches, device_of, empty_loader
+from eecompile.training.curve import sweep
+from eecompile.training.protocol import Compiled
+from eecompile.training.report import Report, json_safe, number, percent, stacked, table
+from eecompile.training.scores import Metric, agreement, check_labels, measure, right
+
+
+@dataclass
+class ExitRow:
+    """One exit, or the model's own end.
+
+    Attributes:
+        threshold: None for the model's own end.
+        open: Whether rows can leave there.
+        cost: Of a row that leaves there, as a fraction of the full model's FLOPs.
+        share: Share of the rows that leave there.
+        accuracy_leaving: Mean score of those that leave there; None where nobody does, or without labels.
+        accuracy_if_all: Mean score if every row left there.
+        agreement_if_all: Share of rows on which this exit agrees with the full model; None for a metric.
+        mean_confidence: Over all rows; None where it is not finite.
+    """
+
+    name: str
+    threshold: float | None
+    open: bool
+    cost: float
+    share: float
+    accuracy_leaving: float | None
+    accuracy_if_all: float | None
+    agreement_if_all: float | None
+    mean_confidence: float | None
+
+
+@dataclass
+class EvaluationReport(Report):
+    """Accuracy (or the mean metric) and cost.
+
+    Attributes:
+        samples: Rows in the loader.
+        labelled: Rows that have a label; accuracies are over these.
+        score: "accuracy" or "metric".
+        accuracy: With early exit, as the thresholds are now; None without labels.
+        full_accuracy: Of the unmodified model.
+        drop: `full_accuracy - accuracy`.
+        agreement: Share of rows on which the early and the full prediction are the same; None for a metric.
+        mean_cost: Mean fraction of the full model's FLOPs spent on a row.
+        rows: Every exit and, last, the model's own end.
+        curve: Points (threshold, accuracy, cost, share leaving early), where they were asked for.
+    """
+
+    title: ClassVar[str] = "Evaluation"
+
+    samples: int
+    labelled: int
+    score: str
+    accuracy: float | None
+    full_accuracy: float | None
+    drop: float | None
+    agreement: float | None
+    mean_cost: float
+    rows: list[ExitRow]
+    curve: list[dict[str, Any]] | None = field(default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            **{key: json_safe(value) for key, value in vars(self).items() if key != "rows"},
+            "rows": [json_safe(vars(row)) for row in self.rows],
+        }
+
+    def __rich__(self) -> RenderableType:
+        shown = percent if self.score == "accuracy" else number
+        columns = [
+            "exit",
+            "threshold",
+            "cost",
+            "leaving",
+            "right of those",
+            "right if all leave",
+            "as the model",
+        ]
+        rows = [
+            [
+                row.name,
+                "-" if row.threshold is None else number(row.threshold) if row.open else "closed",
+                percent(row.cost, 1),
+                percent(row.share, 1),
+                shown(row.accuracy_leaving),
+                shown(row.accuracy_if_all),
+                percent(row.agreement_if_all),
+            ]
+            for row in self.rows
+        ]
+        text = (
+            f"{self.samples} rows: {self.score} {shown(self.accuracy)} against "
+            f"{shown(self.full_accuracy)} of the full model, agreement {percent(self.agreement)}, "
+            f"mean cost {percent(self.mean_cost, 1)} of its FLOPs"
+        )
+        parts: list[RenderableType] = [table(self.title, columns, rows), text]
+        if self.curve is not None:
+            points = [
+                [number(p["threshold"]), shown(p["accuracy"]), percent(p["cost"], 1), percent(p["early"], 1)]
+                for p in self.curve
+            ]
+            heads = ["one threshold for all exits", self.score, "cost", "leaving early"]
+            parts.append(table("Trade-off", heads, points))
+        return stacked(*parts)
+
+
+def evaluate(
+    fast: Compiled,
+    loader: Iterable[Any],
+    *,
+    metric: Metric | None = None,
+    curve: bool | int | Sequence[float] = False,
+) -> EvaluationReport:
+    """One pass over `loader` with everything computed and the present thresholds applied.
+
+    Args:
+        fast: The compiled module; its mode and thresholds stay as they are.
+        loader: Yields `(inputs, labels)` or Hugging Face batches. Without labels, agreement and cost are
+            reported.
+        metric: `(prediction, labels) -> [B]` score of each row, higher is better, instead of accuracy.
+        curve: Also the trade-off for one threshold used at every open exit: True for 21 thresholds, a number
+            of them, or the thresholds themselves. Not for a criterion with state (patience): there the
+            confidence depends on which exits are open.
+
+    Returns:
+        EvaluationReport. For `[B, S, C]` a row's accuracy is the share of its positions that are right.
+
+    Raises:
+        EecompileError: An empty loader; labels of a wrong dtype, shape or range; some batches with labels and
+            others without; a metric that does not give one finite number per row.
+    """
+    device = device_of(fast)
+    seen = Seen(metric)
+    for batch in batches(loader, device):
+        result = fast.observe(*batch.args, **batch.kwargs)
+        if not result.outputs or not result.confidences:
+            raise EecompileError("fast.observe gave no outputs of the exits", where=batch.where)
+        seen.add(result, batch.labels, batch.where)
+    if not seen.index:
+        raise empty_loader()
+    return seen.report(fast, curve)
+
+
+class Seen:
+    """What is kept of every batch: a few numbers per row and exit, on the CPU."""
+
+    def __init__(self, metric: Metric | None) -> None:
+        self.metric = metric
+        self.index: list[Tensor] = []
+        self.cost: list[Tensor] = []
+        self.confidences: list[Tensor] = []
+        self.scores: list[Tensor] = []
+        self.same: list[Tensor] = []
+        self.valid: list[Tensor] = []
+        self.has_labels: bool | None = None
+
+    def add(self, result: Any, labels: Any, where: str) -> None:
+        outputs: tuple[Tensor, ...] = result.outputs
+        n = outputs[-1].shape[0]
+        has = labels is not None
+        if self.has_labels not in (None, has):
+            raise EecompileError(
+                "some batches have labels and others do not",
+                where=where,
+                got="labels" if has else "no labels",
+                wanted="labels in all of them or in none",
+            )
+        self.has_labels = has
+        valid = torch.ones(n, dtype=torch.bool)
+        if self.metric is not None:
+            scores = [measure(self.metric, output, labels, n, where).cpu() for output in outputs]
+            self.scores.append(torch.stack(scores, 1))
+        else:
+            if has:
+                checked = check_labels(outputs[-1], labels, where)
+                pairs = [right(output, checked) for output in outputs]
+                self.scores.append(torch.stack([score for score, _ in pairs], 1).cpu())
+                valid = pairs[-1][1].cpu()
+            else:
+                classes(outputs[-1], where)
+                checked = None
+            self.same.append(torch.stack([agreement(o, outputs[-1], checked) for o in outputs], 1).cpu())
+        self.valid.append(valid)
+        self.index.append(result.exit_index.cpu())
+        self.cost.append(result.cost.double().cpu())
+        self.confidences.append(torch.stack([c.float() for c in result.confidences], 1).cpu())
+
+    def report(self, fast: Compiled, curve: bool | int | Sequence[float]) -> EvaluationReport:
+        index, cost, valid = torch.cat(self.index), torch.cat(self.cost), torch.cat(self.valid)
+        confidences = torch.cat(self.confidences)
+        n, ends = len(index), len(fast.exits) + 1
+        scores = torch.cat(self.scores) if self.scores else None
+        same = torch.cat(self.same) if self.same else None
+        thresholds = [float(t) for t in fast.thresholds.tolist()]
+        is_open = [t <= 1 for t in thresholds]
+        costs = fast.costs(tuple(is_open)).tolist()
+        names = [record.name for record in fast.exits] + ["model"]
+        rows = []
+        for k in range(ends):
+            leaving = index == k
+            rows.append(
+                ExitRow(
+                    name=names[k],
+                    threshold=thresholds[k] if k < ends - 1 else None,
+                    open=k == ends - 1 or is_open[k],
+                    cost=float(costs[k]),
+                    share=float(leaving.double().mean()),
+                    accuracy_leaving=mean(scores, k, leaving & valid),
+                    accuracy_if_all=mean(scores, k, valid),
+                    agreement_if_all=mean(same, k, valid),
+                    mean_confidence=mean(confidences.double(), k, confidences[:, k].isfinite()),
+                )
+            )
+        early = pick(scores, index, valid)
+        full = mean(scores, ends - 1, valid)
+        points = None
+        if curve is not False:
+            points = sweep(fast, confidences, scores, valid, curve)
+        return EvaluationReport(
+            samples=n,
+            labelled=int(valid.sum()) if scores is not None else 0,
+            score="accuracy" if self.metric is None else "metric",
+            accuracy=early,
+            full_accuracy=full,
+            drop=None if early is None or full is None else full - early,
+            agreement=pick(same, index, valid),
+            mean_cost=float(cost.mean()),
+            rows=rows,
+            curve=points,
+        )
+
+
+def classes(prediction: Tensor, where: str) -> None:
+    if prediction.ndim not in (2, 3):
+        raise EecompileError(
+            "the prediction does not hold class scores",
+            where=where,
+            got=f"shape {list(prediction.shape)}",
+            wanted="[B, C] or [B, S, C]",
+            hint="pass metric= for a task that is not classification",
+        )
+
+
+def mean(values: Tensor | None, column: int, rows: Tensor) -> float | None:
+    """Mean of one column over the chosen rows; None without values or rows."""
+    if values is None or not bool(rows.any()):
+        return None
+    return float(values[rows, column].mean())
+
+
+def pick(values: Tensor | None, index: Tensor, rows: Tensor) -> float | None:
+    """Mean over the chosen rows of each row's value at the exit that it left at."""
+    if values is None or not bool(rows.any()):
+        return None
+    return float(values.gather(1, index[:, None])[rows, 0].mean())

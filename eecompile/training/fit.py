@@ -1,0 +1,180 @@
+"""`fit`: trains what was inserted, the trunk too where asked, with checkpoints that resume bit for bit.
+
+A plain PyTorch loop on Hugging Face `accelerate`: one process by default, several under `torchrun` or
+`accelerate launch` with no change. What a step does is in `loop.py`.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch.optim import Optimizer
+
+from eecompile.errors import EecompileError, near
+from eecompile.training.batches import length_of, require_repeatable
+from eecompile.training.checkpoint import Checkpoints
+from eecompile.training.loop import Loop
+from eecompile.training.objectives import Exits, Loss, Objective, PerExitLoss
+from eecompile.training.objectives import objective as resolve
+from eecompile.training.plan import Event, Plan, StagePlan
+from eecompile.training.protocol import Compiled
+from eecompile.training.report import FitReport
+from eecompile.training.scores import Metric
+
+
+def fit(
+    fast: Compiled,
+    loader: Iterable[Any],
+    *,
+    epochs: int = 1,
+    trunk: bool | None = None,
+    two_stage: bool | None = None,
+    lr: float = 1e-3,
+    trunk_lr: float | None = None,
+    weight_decay: float = 0.01,
+    optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
+    scheduler: str | Callable[[Optimizer], Any] | None = None,
+    objective: str | Mapping[str, Any] | Objective | None = None,
+    loss: Loss | None = None,
+    metric: Metric | None = None,
+    val_loader: Iterable[Any] | None = None,
+    patience: int | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    checkpoint_every: int | None = None,
+    resume: bool | str = True,
+    seed: int = 0,
+    accelerator: Any = None,
+    max_grad_norm: float | None = None,
+    progress: bool = True,
+    callbacks: Sequence[Callable[[Event], None]] = (),
+) -> FitReport:
+    """Trains the heads; with `trunk=True` the whole model jointly; with `two_stage=True` one after the other.
+
+    Args:
+        fast: The compiled module. Its mode, and what `prepare_training` restores, are as before afterwards.
+        loader: Yields `(inputs, labels)` or Hugging Face batches, again and again.
+        epochs: Passes over `loader`; with `two_stage`, of each stage.
+        trunk: Whether the user's model itself is trained too. False leaves every parameter of it untouched;
+            None, the default, is what the strategy asks for (`fast.strategy.joint`), mostly False.
+        two_stage: First the model with its own output, then the heads on the frozen model (DeeBERT, Xin et
+            al. 2020). None is what the strategy asks for, unless `trunk` is False.
+        lr: Learning rate of the heads.
+        trunk_lr: Learning rate of the trunk, a tenth of `lr` by default.
+        weight_decay: Of the default AdamW.
+        optimizer: Makes an optimizer from parameter groups (dicts with "params", "lr", "weight_decay").
+            AdamW by default.
+        scheduler: None, "cosine" (to 0 over each stage), or a function that makes a scheduler from the
+            optimizer; it is stepped after every optimizer step.
+        objective: Name, dict or instance (`training/objectives.py`); by default that of `fast.strategy`.
+        loss: `(output, labels) -> scalar` for a task that is not classification; instead of `objective`.
+        metric: `(prediction, labels) -> [B]`, higher is better; shown instead of accuracy.
+        val_loader: Measured after every epoch.
+        patience: Stop after this many epochs without a smaller validation loss, and keep the best epoch's
+            parameters. Needs `val_loader`. With `two_stage`, for each stage.
+        checkpoint_dir: Where checkpoints go. None: none are written.
+        checkpoint_every: Steps between checkpoints, besides one at the end of each epoch.
+        resume: True goes on from the newest checkpoint of `checkpoint_dir` if there is one; "must" insists
+            on one; False starts anew, and old checkpoints go once a new one is whole. A run that is resumed
+            after a kill at any step ends with the same parameters, bit for bit, as one that was never broken
+            (one process, same machine and thread count, a loader whose order depends on its generators
+            alone). A run that had ended is not trained further,
+            but more `epochs` may be asked for where there is no scheduler.
+        seed: Of everything random in training; the caller's generators are put back at the end.
+        accelerator: An `accelerate.Accelerator` of the caller's, for mixed precision and the like. By
+            default one that leaves the model on the device where it is.
+        max_grad_norm: Gradients are scaled down to this 2-norm.
+        progress: A progress bar, where the output is a terminal.
+        callbacks: Each is called with an `Event` after every step and every epoch.
+
+    Returns:
+        FitReport: Per epoch the loss, the accuracy of every exit, the learning rate and the time.
+
+    Raises:
+        EecompileError: An empty loader; labels of a wrong dtype, shape or range (before the backward pass);
+            a loss or gradient that is not finite (the last checkpoint is kept); a checkpoint of other
+            settings; a full disk while a checkpoint is written (the older one is kept); nothing to train.
+        KeyboardInterrupt: On Ctrl-C, once the running step has ended, a checkpoint is written and how to
+            resume is printed. A second Ctrl-C stops at once.
+    """
+    whole("epochs", epochs, 1)
+    whole("seed", seed, 0)
+    for name, value in (("patience", patience), ("checkpoint_every", checkpoint_every)):
+        if value is not None:
+            whole(name, value, 1)
+    for name, number in (("lr", lr), ("trunk_lr", trunk_lr), ("max_grad_norm", max_grad_norm)):
+        if number is not None and not (math.isfinite(number) and number > 0):
+            raise EecompileError(f"{name} must be a positive number", got=number)
+    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise EecompileError("weight_decay must be 0 or more", got=weight_decay)
+    if resume not in (True, False, "must"):
+        raise EecompileError("unknown value of resume", got=repr(resume), wanted="True, False or 'must'")
+    if patience is not None and val_loader is None:
+        raise EecompileError("early stopping needs data to watch", got="patience without val_loader")
+    if (checkpoint_every is not None or resume == "must") and checkpoint_dir is None:
+        raise EecompileError(
+            "there is no place for checkpoints", got="checkpoint_dir=None", hint="pass checkpoint_dir="
+        )
+    if loss is not None and objective is not None:
+        raise EecompileError("two objectives", got="both loss= and objective=", wanted="one of them")
+    if isinstance(scheduler, str) and scheduler != "cosine":
+        raise EecompileError("unknown scheduler", got=repr(scheduler), wanted=near(scheduler, ["cosine"]))
+    if scheduler == "cosine" and length_of(loader) is None:
+        raise EecompileError(
+            "a cosine schedule needs to know the number of batches",
+            got=f"a {type(loader).__name__} without a length",
+            hint="give the loader a __len__, or pass scheduler=None",
+        )
+    strategy = getattr(fast, "strategy", None)
+    if two_stage is None:
+        two_stage = trunk is not False and bool(getattr(strategy, "two_stage", False))
+    if trunk is None:
+        trunk = bool(getattr(strategy, "joint", False))
+    stages = stages_of(epochs, trunk, two_stage)
+    if sum(stage.epochs for stage in stages) > 1:
+        require_repeatable(loader, f"{epochs} epochs were asked for", "the training loader")
+        if val_loader is not None:
+            require_repeatable(val_loader, "it is measured after every epoch", "val_loader")
+    chosen = PerExitLoss(loss) if loss is not None else objective_of(fast, objective)
+    plan = Plan(
+        stages=stages,
+        objective=chosen,
+        metric=metric,
+        lr=lr,
+        trunk_lr=lr / 10 if trunk_lr is None else trunk_lr,
+        weight_decay=weight_decay,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        patience=patience,
+        checkpoint_every=checkpoint_every,
+        seed=seed,
+        max_grad_norm=max_grad_norm,
+        progress=progress,
+        callbacks=tuple(callbacks),
+    )
+    checkpoints = None if checkpoint_dir is None else Checkpoints(checkpoint_dir)
+    return Loop(fast, loader, val_loader, plan, checkpoints, accelerator).run(resume)
+
+
+def objective_of(fast: Any, spec: str | Mapping[str, Any] | Objective | None = None) -> Objective:
+    """The objective asked for, else the one of the strategy, else cross entropy (plus exit scores where
+    learned)."""
+    spec = spec if spec is not None else getattr(getattr(fast, "strategy", None), "objective", None)
+    if spec is None:
+        return Exits(learned=any(record.criterion.learned for record in fast.exits))
+    return resolve(spec)
+
+
+def stages_of(epochs: int, trunk: bool, two_stage: bool) -> tuple[StagePlan, ...]:
+    if two_stage:
+        return (StagePlan("trunk", epochs, True, False), StagePlan("heads", epochs, False, True))
+    if trunk:
+        return (StagePlan("joint", epochs, True, True),)
+    return (StagePlan("heads", epochs, False, True),)
+
+
+def whole(name: str, value: Any, least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise EecompileError(f"{name} must be a whole number of at least {least}", got=repr(value))

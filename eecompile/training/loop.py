@@ -1,0 +1,326 @@
+"""The training loop behind `fit`: stages, epochs, steps, checkpoints, Ctrl-C.
+
+Between two steps the whole state is a `Position` (where in the data), the trained parameters and all
+buffers, the optimizer's and scheduler's state, and the random generators. That is what a checkpoint holds.
+Every epoch starts from generators seeded by (seed, epoch), so the order of the data can be made again: a
+resumed run reads and drops the batches that were seen, puts the generators where they were and goes on.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from eecompile.errors import EecompileError
+from eecompile.training.batches import Batch, batches, device_of, empty_loader, iterate, length_of, split
+from eecompile.training.checkpoint import Checkpoints, differences
+from eecompile.training.interrupt import Interrupt, say
+from eecompile.training.optim import freeze, make_optimizer, make_scheduler, parameter_groups
+from eecompile.training.plan import Event, Plan, Position, StagePlan
+from eecompile.training.progress import Bar
+from eecompile.training.protocol import Compiled
+from eecompile.training.report import EpochRow, FitReport
+from eecompile.training.settings import settings, trained_tensors
+from eecompile.training.state import decode, encode, random_state, reseed, restore_random_state
+from eecompile.training.step import Step, scored
+from eecompile.training.workers import make_accelerator, shard
+
+_END = object()
+
+
+class Loop:
+    """One call of `fit`. `run` does it all."""
+
+    def __init__(
+        self,
+        fast: Compiled,
+        loader: Iterable[Any],
+        val_loader: Iterable[Any] | None,
+        plan: Plan,
+        checkpoints: Checkpoints | None,
+        accelerator: Any = None,
+    ) -> None:
+        self.fast, self.val_loader, self.plan, self.checkpoints = fast, val_loader, plan, checkpoints
+        self.accelerator = make_accelerator(accelerator)
+        self.device = device_of(fast)
+        self.loader = shard(self.accelerator, loader)
+        self.at = Position()
+        self.rows: list[EpochRow] = []
+        self.best: dict[str, Tensor] = {}
+        self.restored: dict[str, Any] | None = None
+        self.interrupt = Interrupt()
+        self.resumed_from: int | None = None
+        self.saved_at: tuple[int, int] | None = None
+        self.trained = trained_tensors(fast, plan)
+        self.settings = settings(fast, plan, self.loader, self.accelerator, self.trained)
+
+    def run(self, resume: bool | str) -> FitReport:
+        started = time.perf_counter()
+        random_before, mode = random_state(self.device), self.fast.training
+        try:
+            with self.interrupt, Bar(self.plan, self.accelerator, length_of(self.loader)) as self.bar:
+                self._resume(resume)
+                while self.at.stage < len(self.plan.stages):
+                    self._stage(self.plan.stages[self.at.stage])
+                    self.at.next_stage()
+                if self.interrupt.requested:
+                    self._interrupted()
+        finally:
+            restore_random_state(random_before, self.device)
+            self.fast.train(mode)
+            for parameter in self.fast.parameters():
+                parameter.grad = None
+        return FitReport(
+            rows=self.rows,
+            exits=[record.name for record in self.fast.exits],
+            score="accuracy" if self.plan.metric is None else "metric",
+            objective=self.plan.objective.to_dict(),
+            steps=self.at.step,
+            resumed_from=self.resumed_from,
+            stopped_early=self.at.stopped_early,
+            best_epoch=self.at.best_epoch,
+            checkpoint=str(self.checkpoints.latest) if self.checkpoints is not None else None,
+            seconds=time.perf_counter() - started,
+        )
+
+    # --- stages, epochs, steps ----------------------------------------------------------------------------
+
+    def _stage(self, stage: StagePlan) -> None:
+        with ExitStack() as stack:
+            stack.enter_context(self.fast.prepare_training(stage.trunk) or nullcontext())
+            self.fast.train()
+            heads = list(self.fast.head_parameters())
+            if not stage.heads:
+                stack.callback(freeze(heads))
+            raw = make_optimizer(self.plan, parameter_groups(self.fast, self.plan, stage))
+            self.parameters = [p for group in raw.param_groups for p in group["params"]]
+            step = Step(self.fast, self.plan.objective, self.plan.metric, final_only=not stage.heads)
+            self.module, self.optimizer = self.accelerator.prepare(step, raw)
+            self.scheduler = make_scheduler(self.plan, raw, stage, self.loader)
+            if self.restored is not None:
+                raw.load_state_dict(self.restored["optimizer"])
+                if self.scheduler is not None:
+                    self.scheduler.load_state_dict(self.restored["scheduler"])
+                self.restored = {"random": self.restored["random"]} if self.at.batch else None
+            while self.at.epoch < stage.epochs and not self.at.stage_done:
+                self._epoch(stage, raw)
+            if self.best:
+                self._load(self.best)
+                self.best = {}
+
+    def _epoch(self, stage: StagePlan, raw: torch.optim.Optimizer) -> None:
+        started = time.perf_counter()
+        reseed(self.plan.seed, len(self.rows), int(self.accelerator.process_index), self.loader)
+        items = iterate(self.loader)
+        if self.at.batch:
+            self._skip(items)
+        self.bar.epoch(stage, self.at, len(self.rows) + 1)
+        while (item := self._next(items)) is not _END:
+            loss = self._step(split(item, self.at.batch, self.device))
+            self.at.batch += 1
+            self.at.step += 1
+            if self.interrupt.requested:
+                self._interrupted()
+            if self.plan.checkpoint_every and self.at.step % self.plan.checkpoint_every == 0:
+                self._save()
+            self.bar.step(self.at, loss)
+            self._tell(Event("step", stage.name, len(self.rows) + 1, self.at.batch, self.at.step, loss))
+        if self.at.batch == 0:
+            raise empty_loader("the training loader")
+        self._gather()
+        row = EpochRow(
+            stage=stage.name,
+            epoch=len(self.rows) + 1,
+            steps=self.at.step,
+            loss=self.at.loss_sum / max(self.at.loss_rows, 1),
+            scores=self.at.scores(),
+            lr=float(raw.param_groups[0]["lr"]),
+            seconds=0.0,
+        )
+        if self.val_loader is not None:
+            row.val_loss, row.val_scores = self._validate(self.val_loader, stage)
+        row.seconds = time.perf_counter() - started
+        self.rows.append(row)
+        self.at.next_epoch()
+        self._watch(row)
+        self._save()
+        self._tell(Event("epoch", stage.name, row.epoch, 0, self.at.step, row.loss, row))
+        if self.interrupt.requested:
+            self._interrupted()
+
+    def _step(self, batch: Batch) -> float:
+        loss, scores, rows = self.module(batch)
+        value = float(loss.detach())
+        alone = self.accelerator.num_processes == 1  # otherwise every rank finds out from the common gradient
+        if alone and not math.isfinite(value):
+            raise self._diverged("the loss is not finite", value, batch)
+        self.accelerator.backward(loss)
+        norm = None
+        if self.plan.max_grad_norm is not None:
+            norm = self.accelerator.clip_grad_norm_(self.parameters, self.plan.max_grad_norm)
+        elif self.accelerator.scaler is None:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        if norm is not None and self.accelerator.scaler is None and not math.isfinite(float(norm)):
+            raise self._diverged("the gradient is not finite", float(norm), batch)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.at.add(value, scores, rows)
+        return value
+
+    def _next(self, items: Any) -> Any:
+        try:
+            return next(items, _END)
+        except KeyboardInterrupt:  # raised by the loader itself: the state between two steps is whole
+            self._interrupted()
+
+    def _skip(self, items: Any) -> None:
+        for seen in range(self.at.batch):
+            if next(items, _END) is _END:
+                raise EecompileError(
+                    "the loader is shorter than when the checkpoint was written",
+                    got=f"{seen} batches",
+                    wanted=f"more than {self.at.batch}",
+                    hint="use the same data, or pass resume=False",
+                )
+        if self.restored is not None:
+            restore_random_state(self.restored["random"], self.device)
+            self.restored = None
+
+    def _validate(self, loader: Iterable[Any], stage: StagePlan) -> tuple[float, list[float] | None]:
+        total, rows, sums, counted = 0.0, 0, None, 0.0
+        for batch in batches(loader, self.device):
+            where = f"batch {batch.index} of val_loader"
+            result = self.fast.observe(*batch.args, **batch.kwargs)
+            with torch.no_grad():
+                measure = self.plan.objective if stage.heads else self.plan.objective.final
+                loss = float(measure(result, batch.labels, where=where))
+                scores, n = scored(result, batch.labels, self.plan.metric, self.plan.objective, where)
+            size = int(result.exit_index.shape[0])
+            total, rows = total + loss * size, rows + size
+            if scores is not None:
+                sums = scores if sums is None else [a + b for a, b in zip(sums, scores, strict=True)]
+                counted += n
+            if self.interrupt.requested:
+                self._interrupted()
+        self.fast.train()
+        if rows == 0:
+            raise empty_loader("val_loader")
+        return total / rows, None if sums is None else [s / max(counted, 1.0) for s in sums]
+
+    def _watch(self, row: EpochRow) -> None:
+        """Early stopping on the validation loss; NaN is never better."""
+        if self.plan.patience is None or row.val_loss is None:
+            return
+        if self.at.best_loss is None or row.val_loss < self.at.best_loss:
+            self.at.best_loss, self.at.best_epoch, self.at.bad_epochs = row.val_loss, row.epoch, 0
+            self.best = {name: tensor.detach().clone() for name, tensor in self.trained.items()}
+        else:
+            self.at.bad_epochs += 1
+            if self.at.bad_epochs >= self.plan.patience:
+                self.at.stage_done = self.at.stopped_early = True
+
+    def _tell(self, event: Event) -> None:
+        for callback in self.plan.callbacks:
+            try:
+                callback(event)
+            except KeyboardInterrupt:
+                self._interrupted()
+
+    # --- checkpoints --------------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        if self.checkpoints is None or self.saved_at == (self.at.step, len(self.rows)):
+            return
+        self._gather()
+        self.saved_at = (self.at.step, len(self.rows))
+        if not self.accelerator.is_main_process:
+            return
+        optimizer = getattr(self.optimizer, "optimizer", self.optimizer)
+        tensors: dict[str, Tensor] = {}
+        state = {
+            "settings": self.settings,
+            "position": asdict(self.at),
+            "rows": [asdict(row) for row in self.rows],
+            "trained": encode(self.trained, tensors, "trained"),
+            "best": encode(self.best, tensors, "best"),
+            "optimizer": encode(optimizer.state_dict(), tensors, "optimizer"),
+            "scheduler": encode(self.scheduler and self.scheduler.state_dict(), tensors, "scheduler"),
+            "random": encode(random_state(self.device), tensors, "random"),
+        }
+        self.checkpoints.save(self.at.step, len(self.rows), state, tensors)
+
+    def _resume(self, resume: bool | str) -> None:
+        latest = self.checkpoints.latest if self.checkpoints is not None and resume else None
+        if self.checkpoints is None or latest is None:
+            if resume == "must":
+                raise EecompileError(
+                    "there is no checkpoint to resume from",
+                    where=str(self.checkpoints.directory) if self.checkpoints else None,
+                    hint="check checkpoint_dir, or pass resume=True to start where there is none",
+                )
+            return
+        state, tensors = self.checkpoints.load(latest)
+        differ = differences(state["settings"], self.settings)
+        if differ:
+            raise EecompileError(
+                "the checkpoint is of a run with other settings",
+                where=str(latest),
+                got="; ".join(differ),
+                hint="use the same settings, another checkpoint_dir, or resume=False to start anew",
+            )
+        self._load(decode(state["trained"], tensors))
+        self.best = decode(state["best"], tensors)
+        self.at = Position(**state["position"])
+        self.rows = [EpochRow(**row) for row in state["rows"]]
+        self.restored = {key: decode(state[key], tensors) for key in ("optimizer", "scheduler", "random")}
+        self.resumed_from, self.saved_at = self.at.step, (self.at.step, len(self.rows))
+
+    def _load(self, saved: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name, tensor in self.trained.items():
+                tensor.copy_(saved[name])
+
+    def _gather(self) -> None:
+        """With several processes: the sums of all of them in the main one."""
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.reduce(self.at.packed().to(self.accelerator.device), "sum").cpu()
+            self.at.unpack(total if self.accelerator.is_main_process else total * 0)
+
+    # --- ends ---------------------------------------------------------------------------------------------
+
+    def _interrupted(self) -> None:
+        self._save()
+        done = f"stopped by Ctrl-C after step {self.at.step}"
+        if self.checkpoints is None:
+            text = (
+                f"{done}; the trained parameters stay in memory. With checkpoint_dir= a run can be resumed."
+            )
+        else:
+            text = (
+                f"{done}; checkpoint: {self.checkpoints.latest}\n"
+                f"to resume: the same call, fit(..., checkpoint_dir={str(self.checkpoints.directory)!r})"
+            )
+        if self.accelerator.is_main_process:
+            say(text)
+        raise KeyboardInterrupt(text)
+
+    def _diverged(self, what: str, value: float, batch: Batch) -> EecompileError:
+        kept = "no checkpoint was asked for"
+        if self.checkpoints is not None:
+            kept = f"last checkpoint: {self.checkpoints.latest}"
+        return EecompileError(
+            what,
+            where=f"{batch.where}, epoch {len(self.rows) + 1}, step {self.at.step + 1}",
+            got=value,
+            wanted="a finite number; the parameters are those before this step",
+            hint=f"look at the inputs of this batch, lower lr, or pass max_grad_norm=1.0; {kept}",
+        )

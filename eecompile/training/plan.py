@@ -1,0 +1,137 @@
+"""What a training run is to do, and where it is in doing it: plain data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from eecompile.training.objectives import Objective
+from eecompile.training.report import EpochRow
+from eecompile.training.scores import Metric
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage: what is trained, for how many epochs."""
+
+    name: str
+    epochs: int
+    trunk: bool
+    heads: bool
+
+
+@dataclass(frozen=True)
+class Event:
+    """What a callback is told.
+
+    Attributes:
+        kind: "step" after every optimizer step, "epoch" after every epoch.
+        stage: "heads", "joint" or "trunk".
+        epoch: From 1, over all stages.
+        batch: Batches done in this epoch; 0 for "epoch".
+        step: Optimizer steps done.
+        loss: Of the step, or the mean of the epoch.
+        row: The epoch's row of the report; None for "step".
+    """
+
+    kind: Literal["step", "epoch"]
+    stage: str
+    epoch: int
+    batch: int
+    step: int
+    loss: float
+    row: EpochRow | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The options of `fit`, checked and with defaults filled in."""
+
+    stages: tuple[StagePlan, ...]
+    objective: Objective
+    metric: Metric | None
+    lr: float
+    trunk_lr: float
+    weight_decay: float
+    optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None
+    scheduler: str | Callable[[Optimizer], Any] | None
+    patience: int | None
+    checkpoint_every: int | None
+    seed: int
+    max_grad_norm: float | None
+    progress: bool
+    callbacks: tuple[Callable[[Event], None], ...]
+
+
+@dataclass
+class Position:
+    """Where a run is, with the sums of the running epoch. Numbers only: it is saved as JSON.
+
+    Attributes:
+        stage: Index of the running stage.
+        epoch: Whole epochs of that stage that are done.
+        batch: Batches of the running epoch that are done.
+        step: Optimizer steps done in all.
+        loss_sum: Sum of loss times rows in the running epoch.
+        loss_rows: Rows that it is a sum over.
+        score_sums: Sum of the score of every exit and, last, the model; None where there is none.
+        score_rows: Rows that have a label.
+    """
+
+    stage: int = 0
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    loss_sum: float = 0.0
+    loss_rows: int = 0
+    score_sums: list[float] | None = None
+    score_rows: float = 0.0
+    best_loss: float | None = None
+    best_epoch: int | None = None
+    bad_epochs: int = 0
+    stage_done: bool = False
+    stopped_early: bool = False
+
+    def add(self, loss: float, scores: Tensor, rows: Tensor) -> None:
+        """`scores` `[E + 1]` summed over the rows, or empty; `rows` `[2]`: rows, and rows with a label."""
+        total, labelled = (float(n) for n in rows.tolist())
+        self.loss_sum += loss * total
+        self.loss_rows += int(total)
+        if scores.numel():
+            sums = self.score_sums or [0.0] * scores.numel()
+            self.score_sums = [a + b for a, b in zip(sums, scores.tolist(), strict=True)]
+            self.score_rows += labelled
+
+    def scores(self) -> list[float] | None:
+        if self.score_sums is None or self.score_rows == 0:
+            return None
+        return [s / self.score_rows for s in self.score_sums]
+
+    def next_epoch(self) -> None:
+        self.epoch += 1
+        self.batch = 0
+        self._clear()
+
+    def next_stage(self) -> None:
+        self.stage += 1
+        self.epoch = self.batch = self.bad_epochs = 0
+        self.best_loss, self.stage_done = None, False
+        self._clear()
+
+    def _clear(self) -> None:
+        self.loss_sum, self.loss_rows, self.score_sums, self.score_rows = 0.0, 0, None, 0.0
+
+    def packed(self) -> Tensor:
+        """The sums as one float64 tensor, to be added over processes."""
+        head = [self.loss_sum, float(self.loss_rows), self.score_rows]
+        return torch.tensor(head + (self.score_sums or []), dtype=torch.float64)
+
+    def unpack(self, total: Tensor) -> None:
+        loss_sum, loss_rows, score_rows, *sums = total.tolist()
+        self.loss_sum, self.loss_rows, self.score_rows = loss_sum, int(loss_rows), score_rows
+        self.score_sums = sums or None

@@ -1,0 +1,53 @@
+"""What a training run may change, and what a checkpoint must share with the run that goes on from it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, cast
+
+from torch import Tensor
+
+from eecompile.training.batches import length_of
+from eecompile.training.plan import Plan
+from eecompile.training.protocol import Compiled
+
+
+def trained_tensors(fast: Compiled, plan: Plan) -> dict[str, Tensor]:
+    """By name: the parameters of all stages, and the buffers (batch norm's and such) without the
+    thresholds."""
+    wanted: set[int] = set()
+    if any(stage.heads for stage in plan.stages):
+        wanted |= {id(p) for p in fast.head_parameters()}
+    if any(stage.trunk for stage in plan.stages):
+        wanted |= {id(p) for p in fast.trunk_parameters()}
+    fixed = {id(fast.thresholds), id(fast.temperatures)}
+    found: dict[str, Tensor] = {name: p for name, p in fast.named_parameters() if id(p) in wanted}
+    return found | {name: b for name, b in fast.named_buffers() if id(b) not in fixed}
+
+
+def settings(
+    fast: Compiled, plan: Plan, loader: Any, accelerator: Any, trained: dict[str, Tensor]
+) -> dict[str, Any]:
+    """Everything that must be equal, as JSON reads it back. The number of epochs only where it matters."""
+    named: dict[str, Any] = {
+        name: getattr(plan, name)
+        for name in ("lr", "trunk_lr", "weight_decay", "max_grad_norm", "patience", "seed")
+    }
+    for name in ("optimizer", "scheduler", "metric"):
+        value = getattr(plan, name)
+        named[name] = value if value is None or isinstance(value, str) else called(value)
+    fixed_length = plan.scheduler is not None or len(plan.stages) > 1
+    named["stages"] = [[s.name, s.epochs] if fixed_length else [s.name] for s in plan.stages]
+    named |= {
+        "objective": plan.objective.to_dict(),
+        "batches_per_epoch": length_of(loader),
+        "batch_size": getattr(loader, "batch_size", None),
+        "processes": accelerator.num_processes,
+        "exits": [record.name for record in fast.exits],
+        "tensors": {name: list(tensor.shape) for name, tensor in trained.items()},
+    }
+    return cast("dict[str, Any]", json.loads(json.dumps(named)))
+
+
+def called(function: Any) -> str:
+    return str(getattr(function, "__qualname__", type(function).__qualname__))

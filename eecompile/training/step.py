@@ -1,0 +1,71 @@
+"""One step's forward pass as a module, so that accelerate can wrap it (mixed precision, several
+processes)."""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from eecompile.program import Result
+from eecompile.training.batches import Batch
+from eecompile.training.objectives import Distillation, Exits, Objective, PerExitLoss, Sum, outputs_of
+from eecompile.training.protocol import Compiled
+from eecompile.training.scores import Metric, check_labels, measure, right
+
+
+class Step(nn.Module):
+    """Runs the compiled module in train mode and applies the objective.
+
+    Args:
+        final_only: Only the model's own output counts: the first of two stages.
+    """
+
+    def __init__(
+        self, fast: Compiled, objective: Objective, metric: Metric | None, *, final_only: bool
+    ) -> None:
+        super().__init__()
+        self.fast = cast(Any, fast)
+        self.objective, self.metric, self.final_only = objective, metric, final_only
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss (0-dim), summed scores `[E + 1]` float64 (empty without labels), and `[rows, rows with a
+        label]`."""
+        result: Result = self.fast.run(*batch.args, **batch.kwargs)
+        measured = self.objective.final if self.final_only else self.objective
+        loss = measured(result, batch.labels, where=batch.where)
+        with torch.no_grad():
+            sums, labelled = scored(result, batch.labels, self.metric, self.objective, batch.where)
+        rows = outputs_of(result)[-1].shape[0]
+        counts = torch.tensor([rows, labelled], dtype=torch.float64)
+        return loss, torch.tensor(sums or [], dtype=torch.float64), counts
+
+
+def scored(
+    result: Result, labels: Any, metric: Metric | None, objective: Objective, where: str
+) -> tuple[list[float] | None, float]:
+    """Sum over the rows of every output's score, and the number of rows that have one.
+
+    None and 0 where there is neither a metric nor a classification.
+    """
+    outputs = [output.detach() for output in outputs_of(result)]
+    if metric is not None:
+        rows = outputs[-1].shape[0]
+        return [float(measure(metric, o, labels, rows, where).sum()) for o in outputs], float(rows)
+    if labels is None or not classifies(objective):
+        return None, 0.0
+    labels = check_labels(outputs[-1], labels, where)
+    pairs = [right(output, labels) for output in outputs]
+    return [float(score.sum()) for score, _ in pairs], float(pairs[-1][1].sum())
+
+
+def classifies(objective: Objective) -> bool:
+    """Whether the objective reads labels as class indices."""
+    if isinstance(objective, Sum):
+        return all(classifies(part) for part in objective.parts)
+    if isinstance(objective, Exits):
+        return objective.distillation < 1
+    return not isinstance(objective, PerExitLoss) and not (
+        isinstance(objective, Distillation) and objective.alpha == 1
+    )
