@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import StrategyError
+from eecompile.kernels._lists import control_size, write_lists
 from eecompile.kernels._triton import (
     HAVE_TRITON,
     LAUNCHES,
@@ -37,15 +38,6 @@ from eecompile.kernels._triton import (
 )
 from eecompile.kernels.confidence import CRITERIA
 from eecompile.kernels.confidence import confidence as _confidence
-
-LIVE, BUCKET, ALIVE, COUNTER, FLAGS = 0, 1, 2, 3, 4
-"""Where what lies in `control`; COUNTER and FLAGS are scratch of the kernel. Zero before the first launch."""
-
-
-def control_size(capacity: int) -> int:
-    """Elements of `control`, int32."""
-    return FLAGS + capacity
-
 
 # --- definition -----------------------------------------------------------------------------------
 
@@ -125,14 +117,7 @@ def decide(
     confidence.copy_(torch.where(leaver, value.nan_to_num(nan=0.0)[source].float(), confidence))
     if final:
         return
-    stay = inside & ~leave
-    order = torch.sort(stay, descending=True, stable=True).indices
-    found = stay.sum()
-    positions.copy_(torch.where(index < found, order, -1))
-    survivors.copy_(torch.where(index < found, rows[order], -1))
-    bucket = (buckets < found).sum().clamp(max=buckets.numel() - 1)
-    alive = found > 0
-    control[:COUNTER].copy_(torch.stack((found, torch.where(alive, bucket, buckets.numel()), alive.long())))
+    write_lists(inside & ~leave, rows, buckets, survivors, positions, control)
 
 
 def _check(

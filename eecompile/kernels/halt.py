@@ -11,6 +11,8 @@ weight given out so far,
 Rows `[n]` or positions `[n, S]` on their own; arithmetic in float32. `h` is clamped to [0, 1], and a NaN
 counts as 0: never done. What has halted is left alone, bit for bit: a NaN in its state goes nowhere.
 """
+# mypy: disable-error-code="no-untyped-def"
+# (arguments of device functions have no Python types)
 
 from __future__ import annotations
 
@@ -19,6 +21,7 @@ from torch import Tensor
 
 from eecompile.errors import StrategyError
 from eecompile.kernels._autograd import differentiable
+from eecompile.kernels._triton import HAVE_TRITON, LAUNCHES, power_of_2, tl, triton
 
 ACCUMULATED, STEPS, PONDER = 0, 1, 2
 
@@ -85,6 +88,105 @@ def _check(score: Tensor, state: Tensor, weighted: Tensor | None, ledger: Tensor
         raise StrategyError(
             "the halting ledger does not fit", got=list(ledger.shape), wanted=[*score.shape, 3]
         )
+
+
+# --- kernel ---------------------------------------------------------------------------------------
+
+if HAVE_TRITON:
+
+    @triton.jit(do_not_specialize=["limit"])
+    def halt_kernel(
+        score,
+        state,
+        weighted,
+        ledger,
+        new_weighted,
+        new_ledger,
+        running,
+        limit,
+        D,
+        FIRST: tl.constexpr,
+        LAST: tl.constexpr,
+        BLOCK: tl.constexpr,
+    ):
+        """One row or position per block. Old and new buffers may be the same."""
+        i = tl.program_id(0).to(tl.int64)
+        h = tl.load(score + i).to(tl.float32)
+        h = tl.where(h == h, tl.minimum(tl.maximum(h, 0.0), 1.0), 0.0)
+        a = h * 0.0
+        steps = a
+        ponder = a
+        if not FIRST:
+            a = tl.load(ledger + i * 3)
+            steps = tl.load(ledger + i * 3 + 1)
+            ponder = tl.load(ledger + i * 3 + 2)
+        ran = (a < 1.0).to(tl.int32)
+        halts = ran
+        if not LAST:
+            halts = ran * (a + h >= limit).to(tl.int32)
+        weight = tl.where(halts > 0, 1.0 - a, h)
+        for start in range(0, D, BLOCK):
+            d = start + tl.arange(0, BLOCK)
+            mask = d < D
+            at = i * D + d
+            old = tl.zeros((BLOCK,), tl.float32)
+            if not FIRST:
+                old = tl.load(weighted + at, mask=mask, other=0.0)
+            x = tl.load(state + at, mask=mask, other=0.0).to(tl.float32)
+            tl.store(new_weighted + at, tl.where(ran > 0, old + weight * x, old), mask=mask)
+        tl.debug_barrier()  # where the ledger is written in place, every thread has read it by now
+        tl.store(new_ledger + i * 3, tl.where(halts > 0, 1.0, tl.where(ran > 0, a + h, a)))
+        tl.store(new_ledger + i * 3 + 1, steps + ran.to(tl.float32))
+        tl.store(new_ledger + i * 3 + 2, ponder + ran.to(tl.float32) + tl.where(halts > 0, weight, 0.0))
+        tl.store(running + i, ran - halts)
+
+
+# --- launch ---------------------------------------------------------------------------------------
+
+
+def launch_halt(
+    score: Tensor,
+    state: Tensor,
+    weighted: Tensor | None,
+    ledger: Tensor | None,
+    epsilon: float = 0.01,
+    last: bool = False,
+    in_place: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`halt` as one kernel, one pass over the state; with `in_place` `weighted` and `ledger` are
+    overwritten."""
+    _check(score, state, weighted, ledger)
+    first = weighted is None or ledger is None
+    if first != (weighted is None and ledger is None):
+        raise StrategyError("the weighted state and the ledger start together", wanted="both or neither")
+    score, state = score.contiguous(), state.contiguous()
+    old, book = (weighted, ledger) if weighted is not None and ledger is not None else (state, state)
+    old, book = old.contiguous(), book.contiguous()
+    if first or not in_place:
+        new = torch.empty(state.shape, dtype=torch.float32, device=state.device)
+        new_book = torch.empty((*score.shape, 3), dtype=torch.float32, device=state.device)
+    else:
+        new, new_book = old, book
+    running = torch.empty(score.shape, dtype=torch.bool, device=state.device)
+    positions = score.numel()
+    D = state.numel() // max(positions, 1)
+    LAUNCHES["halt"] += 1
+    halt_kernel[(positions,)](
+        score,
+        state,
+        old,
+        book,
+        new,
+        new_book,
+        running,
+        1 - epsilon,
+        D,
+        FIRST=first,
+        LAST=last,
+        BLOCK=min(power_of_2(D), 1024),
+        enable_fp_fusion=True,
+    )
+    return new, new_book, running
 
 
 # --- operator -------------------------------------------------------------------------------------
