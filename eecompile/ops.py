@@ -1,15 +1,33 @@
 """The vocabulary: importing this module registers `torch.ops.eecompile.*`.
 
-The names below are the plain torch definitions. They copy nothing that they need not copy, and executors
-call them directly; in graphs stand the operators of the same names, each with a fake implementation and a
+The names below are the plain torch definitions. They copy nothing that they need not copy, and executors call
+them directly; in graphs stand the operators of the same names, each with a fake implementation and a
 gradient.
+
+`decide`, `gather`, `scatter`, `pool_gate` and `head_confidence` are what executors are made of: they write
+into buffers (but for `head_confidence`), have no gradient, and run as Triton kernels where those can run.
 """
 
 from eecompile.kernels.blank import blank
 from eecompile.kernels.confidence import confidence
+from eecompile.kernels.decide import decide
+from eecompile.kernels.gather import gather, scatter
 from eecompile.kernels.halt import halt
+from eecompile.kernels.head_confidence import head_confidence
 from eecompile.kernels.route import route
 from eecompile.kernels.select import select
-from eecompile.kernels.skip import skip
+from eecompile.kernels.skip import pool_gate, skip
 
-__all__ = ["blank", "confidence", "halt", "route", "select", "skip"]
+__all__ = [
+    "blank",
+    "confidence",
+    "decide",
+    "gather",
+    "halt",
+    "head_confidence",
+    "pool_gate",
+    "route",
+    "scatter",
+    "select",
+    "skip",
+]
