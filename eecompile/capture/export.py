@@ -7,7 +7,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.fx.experimental._config as fx_config
@@ -36,6 +36,8 @@ class Captured:
     exported: ExportedProgram | None
     flat_example: tuple[torch.Tensor, ...] | None
     notes: tuple[str, ...] = ()
+    front_end: Literal["export", "blocks"] = "export"
+    blocks: Any = None  # what the blocks front end measured
 
 
 def capture_export(
@@ -339,7 +341,7 @@ def flat_graph(exported: ExportedProgram, prefix: str, paths: Sequence[str]) -> 
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     for node, path in zip(placeholders, paths, strict=True):
         name = re.sub(r"\W+", "_", path).strip("_")
-        node.name = graph._graph_namespace.create_name(name, node)
+        node._rename(name)
         node.target = node.name
     for node in list(graph.nodes):
         if node.op == "call_module" and node.target == "_guards_fn":

@@ -2,44 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from torch import fx
 
-import torch
-
+from eecompile.capture.export import Captured
+from eecompile.passes import facts
+from eecompile.passes.adopt_blocks import AdoptBlocks, StageBlocks
 from eecompile.passes.annotate import Annotate
 from eecompile.passes.base import Pass, PassResult, check_order, run_passes
 from eecompile.passes.find_blocks import FindBlocks
 from eecompile.passes.find_cuts import FindCuts
-from eecompile.passes.insert_exits import InsertExits
+from eecompile.passes.insert_exits import TEMPERATURES, THRESHOLDS, InsertExits, relocate
 from eecompile.passes.lower import Lower
 from eecompile.passes.normalize import Normalize
 from eecompile.passes.place_exits import PlaceExits
 from eecompile.passes.stage import StagePass
 from eecompile.passes.verify import Verify
+from eecompile.program import Program
+from eecompile.signature import Signature
 from eecompile.strategies.base import Recipe
 
 
-def analysis(
-    example: tuple[torch.Tensor, ...] | None = None, measure: bool = False, blocks: str | None = None
-) -> list[Pass]:
+def analysis(captured: Captured, measure: bool = False, blocks: str | None = None) -> list[Pass]:
     """What every strategy needs to know before it can be placed."""
-    return [Normalize(), Annotate(example, measure), FindBlocks(blocks), FindCuts()]
+    if captured.front_end == "blocks":
+        return [AdoptBlocks(captured.blocks)]
+    return [Normalize(), Annotate(captured.flat_example, measure), FindBlocks(blocks), FindCuts()]
 
 
-def insertion(
-    recipe: Recipe, example: tuple[torch.Tensor, ...] | None, thresholds: Sequence[float] | None, seed: int
-) -> list[Pass]:
-    """What puts a recipe into the graph and lowers it. Each primitive is its own passes; absent ones add none."""
+def insertion(recipe: Recipe, captured: Captured, seed: int) -> list[Pass]:
+    """What puts a recipe into the graph and lowers it. Each primitive has passes of its own; absent ones add none."""
     passes: list[Pass] = []
     if recipe.exits is not None:
         passes += [
-            PlaceExits(recipe.exits, example),
-            InsertExits(recipe.exits.head, tuple(thresholds or ()), seed=seed),
+            PlaceExits(recipe.exits, captured.flat_example),
+            InsertExits(recipe.exits.head, recipe.exits.threshold, seed=seed),
         ]
-    return [*passes, StagePass(), Lower(), Verify(example)]
+    if captured.front_end == "blocks":
+        return [*passes, StageBlocks(), Verify(captured.flat_example)]
+    return [*passes, StagePass(), Lower(), Verify(captured.flat_example)]
+
+
+def prepare_training_graph(program: Program, graph_module: fx.GraphModule, signature: Signature) -> Program:
+    """The exits of `program` in the train-mode capture of the same model; heads, buffers and parameters shared."""
+    assert program.marked is not None
+    train = Program(graph_module, graph_module, signature, prediction=program.prediction)
+    train = run_passes(train, [Normalize(), Annotate(), FindBlocks(), FindCuts()])
+    heads = {e.name: facts.attribute(program.marked, e.head) for e in program.exits}
+    buffers = {name: getattr(program.marked, name) for name in (THRESHOLDS, TEMPERATURES)}
+    train = train.replace(exits=relocate(train, program.exits), facts=train.facts | {"exits placed"})
+    train = run_passes(train, [InsertExits(heads=heads, buffers=buffers)])
+    return train
 
 
 __all__ = [
+    "AdoptBlocks",
     "Annotate",
     "FindBlocks",
     "FindCuts",
@@ -49,10 +65,12 @@ __all__ = [
     "Pass",
     "PassResult",
     "PlaceExits",
+    "StageBlocks",
     "StagePass",
     "Verify",
     "analysis",
     "check_order",
     "insertion",
+    "prepare_training_graph",
     "run_passes",
 ]

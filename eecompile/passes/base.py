@@ -61,13 +61,21 @@ def check_order(passes: Sequence[Pass], facts: frozenset[str]) -> None:
 
 
 def run_passes(
-    program: Program, passes: Sequence[Pass], progress: Callable[[str], None] | None = None
+    program: Program,
+    passes: Sequence[Pass],
+    progress: Callable[[str], None] | None = None,
+    facts: frozenset[str] = frozenset(),
 ) -> Program:
     """Runs the passes in order, checks the graph after each, and records what each left behind.
+
+    Args:
+        progress: Called with the name of each pass.
+        facts: Established in another way than by a pass.
 
     Raises:
         PassError: Wrong order, or a pass left an invalid graph.
     """
+    program = program.replace(facts=program.facts | facts)
     check_order(passes, program.facts)
     for p in passes:
         if progress is not None:

@@ -36,7 +36,7 @@ class InsertExits(Pass):
 
     Args:
         head: What the strategy asked for.
-        thresholds: One per exit.
+        thresholds: One for all exits, or one for each.
         heads: Modules to use instead of new ones, by exit name: for the training capture, or a loaded program.
         buffers: Thresholds and temperatures to share instead of new ones.
         seed: Seed of the new heads' weights; the global generator is left as it was.
@@ -47,7 +47,7 @@ class InsertExits(Pass):
     ensures: ClassVar[frozenset[str]] = frozenset({"marked"})
 
     head: HeadSpec = "auto"
-    thresholds: tuple[float, ...] = ()
+    thresholds: float | tuple[float, ...] = 0.9
     heads: Mapping[str, Branch] = field(default_factory=dict)
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     seed: int = 0
@@ -69,10 +69,17 @@ class InsertExits(Pass):
         if self.buffers:
             return self.buffers
         device = next((p.device for p in gm.parameters()), torch.device("cpu"))
-        thresholds = self.thresholds or (0.9,) * len(program.exits)
+        count = len(program.exits)
+        thresholds = self.thresholds if isinstance(self.thresholds, tuple) else (self.thresholds,) * count
+        if len(thresholds) != count:
+            raise StrategyError(
+                "wrong number of thresholds",
+                got=len(thresholds),
+                wanted=f"{count}, one for each of {', '.join(e.cut for e in program.exits)}",
+            )
         return {
             THRESHOLDS: torch.tensor(thresholds, dtype=torch.float32, device=device),
-            TEMPERATURES: torch.ones(len(program.exits) + 1, dtype=torch.float32, device=device),
+            TEMPERATURES: torch.ones(count + 1, dtype=torch.float32, device=device),
         }
 
     def build(self, program: Program) -> dict[str, Branch]:

@@ -76,6 +76,8 @@ class Tail:
 def shared_tail(program: Program) -> Tail | Refusal:
     """The layers behind the last block as a module that shares their parameters."""
     blocks = [c for c in program.cuts if c.is_block]
+    if program.front_end == "blocks":
+        return Refusal("model", "shared head", 'a model that was captured as blocks has no graph of its final layers')
     if not blocks:
         return Refusal("model", "shared head", "the model has no repeated block, so no tail behind the last one")
     last = blocks[-1]

@@ -11,6 +11,8 @@ import sympy
 import torch
 from torch import Tensor
 
+from eecompile.program import Program
+from eecompile.runtime.survivors import Survivors
 from eecompile.signature import Leaf, Signature
 
 
@@ -45,6 +47,29 @@ class Executor(Protocol):
     def reset(self) -> None:
         """Forgets everything that was derived from the program's buffers (after a move to another device)."""
         ...
+
+
+def assemble(
+    program: Program,
+    flat: Sequence[Tensor],
+    survivors: Survivors,
+    leaves: Sequence[Tensor | None],
+    want_confidence: bool,
+) -> Outcome:
+    """The outcome of a call that compacted: predictions by row, other leaves where they were computed."""
+    signature, at = program.signature, program.prediction
+    assert at is not None and survivors.prediction is not None and survivors.exit_index is not None
+    axis = signature.outputs[at].batch_axis
+    filled = list(leaves)
+    filled[at] = survivors.prediction.movedim(0, axis) if axis else survivors.prediction
+    done = [
+        nothing(leaf, signature, flat, survivors.device) if t is None else t
+        for t, leaf in zip(filled, signature.outputs, strict=True)
+    ]
+    confidence = None
+    if want_confidence and survivors.confidence is not None:
+        confidence = torch.nan_to_num(survivors.confidence, nan=0.0)
+    return Outcome(done, survivors.exit_index, confidence)
 
 
 def nothing(like: Leaf, signature: Signature, flat: Sequence[Tensor], device: torch.device) -> Tensor:

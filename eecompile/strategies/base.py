@@ -6,8 +6,8 @@ trained; the passes do the rest.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from torch import nn
@@ -46,17 +46,6 @@ class Recipe:
     """Everything that a strategy wants in the graph."""
 
     exits: ExitRecipe | None = None
-
-
-@dataclass(frozen=True)
-class Objective:
-    """What `fit` minimises, by name; `training/objectives.py` builds it."""
-
-    name: str
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def to_dict(self) -> dict[str, Any]:
-        return {"name": self.name, **self.options}
 
 
 @dataclass(frozen=True)
@@ -167,16 +156,17 @@ class ExitStrategy(Strategy):
     @property
     def objective(self) -> dict[str, Any]:
         weights = self.weights if isinstance(self.weights, str) else list(self.weights)
-        return {
-            "name": "exits",
-            "weights": weights,
-            "distillation": self.distillation,
-            "learned": isinstance(self.criterion, Criterion) and self.criterion.learned,
-        }
+        task: dict[str, Any] = {"name": "weighted_cross_entropy", "weights": weights}
+        if self.distillation > 0:
+            task = {"name": "distillation", "alpha": self.distillation, "weights": weights}
+        assert isinstance(self.criterion, Criterion)
+        if not self.criterion.learned:
+            return task
+        return {"name": "sum", "parts": [task, {"name": "exit_score"}], "factors": [1.0, 1.0]}
 
     @property
     def joint(self) -> bool:
         return self.trunk
 
 
-__all__ = ["ExitRecipe", "ExitStrategy", "Objective", "Recipe", "Strategy", "Where", "asdict"]
+__all__ = ["ExitRecipe", "ExitStrategy", "Recipe", "Strategy", "Where"]

@@ -1,0 +1,214 @@
+"""`eecompile(model, strategy=...)` and `load(path)`: the way in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from eecompile.artifact.read import read
+from eecompile.capture import Captured, capture
+from eecompile.capture.export import BatchAxis, capture_export
+from eecompile.errors import CaptureError, EecompileError, PassError, StrategyError, near
+from eecompile.module import CompiledModule
+from eecompile.passes import analysis, insertion, prepare_training_graph, run_passes
+from eecompile.passes.insert_exits import THRESHOLDS
+from eecompile.program import Program
+from eecompile.signature import Signature
+from eecompile.strategies import Strategy
+from eecompile.strategies import strategy as resolve_strategy
+
+
+def eecompile(
+    model: nn.Module | ExportedProgram | str | Path,
+    strategy: str | Strategy = "branchy",
+    *,
+    example_inputs: Sequence[Any] | Tensor | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    prediction: str | int | None = None,
+    executor: str = "auto",
+    backend: str = "eager",
+    batch_axis: BatchAxis = 0,
+    capture: str = "export",
+    dynamic: Mapping[str, Mapping[int, str]] | None = None,
+    blocks: str | None = None,
+    measure: bool = False,
+    seed: int = 0,
+    progress: Callable[[str], None] | None = None,
+) -> CompiledModule:
+    """Rewrites an unmodified model so that each input computes only as much as it needs.
+
+    Args:
+        model: A module, a program of `torch.export`, or the path of a `.pt2` file. It is not changed: parameters are
+            shared, hooks, mode and attributes stay.
+        strategy: A name (`eecompile strategies` lists them) or an instance such as `strategies.Branchy(exits=3)`.
+        example_inputs: Positional arguments of one call, with at least 2 different rows, better 4 or more.
+        example_kwargs: Keyword arguments of that call; values that are no tensors are burned in.
+        prediction: Which output holds the class scores, by name or index; found by itself where only one can.
+        executor: "auto", "compact" (survivors only) or "reference" (computes everything; the truth).
+        backend: "eager", or "inductor" for stages through `torch.compile` with a dynamic batch.
+        batch_axis: Axis of the batch in every tensor input, or by input name (None: that input has no batch).
+        capture: "export" (one graph), or "blocks" for models that cannot be traced: exits at module boundaries.
+        dynamic: Further free axes, `{"input_ids": {1: "seq"}}`; None finds the sequence axis of token inputs, `{}` has none.
+        blocks: The repeated unit to take, as a module path with `*` (`"layer*.*"`), instead of the one found.
+        measure: Place exits by time measured on the example instead of by FLOPs.
+        seed: Seed of the new heads' weights.
+        progress: Called with the name of each step.
+
+    Returns:
+        CompiledModule: Called like the model.
+
+    Raises:
+        CaptureError: The model cannot be captured; the message names the line and the way round.
+        UnsupportedModelError: Samples influence one another.
+        StrategyError: Unknown strategy or place, an ambiguous prediction, or no place for an exit.
+    """
+    chosen = resolve_strategy(strategy)
+    args = _positional(example_inputs)
+    tell = progress or (lambda _: None)
+    tell("capture")
+    captured = _captured(model, args, example_kwargs, capture, batch_axis, dynamic, blocks)
+    program = Program(
+        captured.graph_module,
+        captured.graph_module,
+        captured.signature,
+        prediction=find_prediction(captured.signature, prediction),
+        front_end=captured.front_end,
+    )
+    example = captured.flat_example
+    program = run_passes(program, analysis(captured, measure, blocks), tell)
+    recipe = chosen.recipe()
+    program = run_passes(program, insertion(recipe, captured, seed), tell)
+
+    def training_program(fast: CompiledModule) -> Program:
+        assert isinstance(model, nn.Module)
+        train = capture_export(
+            model, args, example_kwargs or {}, batch_axis=batch_axis, dynamic=dynamic, training=True
+        )
+        fast.artifact["train"] = train.exported
+        return prepare_training_graph(fast.program, train.graph_module, train.signature)
+
+    return CompiledModule(
+        program,
+        chosen,
+        executor=executor,
+        backend=backend,
+        original=model if isinstance(model, nn.Module) else None,
+        example=example,
+        training_program=training_program if isinstance(model, nn.Module) else None,
+        artifact={"eval": captured.exported},
+        notes=captured.notes,
+    )
+
+
+def _positional(example_inputs: Sequence[Any] | Tensor | None) -> tuple[Any, ...]:
+    if example_inputs is None:
+        return ()
+    if isinstance(example_inputs, Tensor):  # a common slip: example_inputs=x for example_inputs=(x,)
+        return (example_inputs,)
+    if isinstance(example_inputs, Mapping):
+        raise CaptureError("example_inputs= takes a tuple", got="a dict", hint="pass it as example_kwargs=")
+    return tuple(example_inputs)
+
+
+def _captured(
+    model: Any,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any] | None,
+    front_end: str,
+    batch_axis: BatchAxis,
+    dynamic: Mapping[str, Mapping[int, str]] | None,
+    blocks: str | None,
+) -> Captured:
+    if isinstance(model, CompiledModule):
+        raise CaptureError("this model is compiled already", hint="compile the original model")
+    if not isinstance(model, nn.Module | ExportedProgram | str | Path):
+        raise CaptureError(
+            "eecompile() takes a module",
+            got=f"{type(model).__name__}",
+            wanted="torch.nn.Module, torch.export.ExportedProgram, or the path of a .pt2 file",
+            hint="wrap a function in an nn.Module" if callable(model) else None,
+        )
+    if isinstance(model, nn.Module) and not args and not kwargs:
+        raise CaptureError(
+            "no example input",
+            where=type(model).__name__,
+            wanted="at least 2 rows",
+            hint="pass example_inputs=(x,) or example_kwargs={...}",
+        )
+    return capture(
+        model, args, dict(kwargs or {}), front_end=front_end, batch_axis=batch_axis, dynamic=dynamic, blocks=blocks
+    )
+
+
+def find_prediction(signature: Signature, wanted: str | int | None) -> int:
+    """Index of the output leaf that holds the class scores.
+
+    Raises:
+        StrategyError: It is not there, or several could be it; the message lists the outputs.
+    """
+    leaves = signature.outputs
+    listed = "; ".join(f"{i}: {leaf.describe()}" for i, leaf in enumerate(leaves))
+    if wanted is not None:
+        for i, leaf in enumerate(leaves):
+            if wanted in (i, leaf.path):
+                return _checked(signature, i)
+        raise StrategyError(
+            "prediction= names no output of the model",
+            got=repr(wanted),
+            wanted=listed,
+            hint=near(str(wanted), [leaf.path for leaf in leaves]),
+        )
+    named = [i for i, leaf in enumerate(leaves) if leaf.path.rsplit(".", 1)[-1] == "logits"]
+    if len(named) == 1:
+        return _checked(signature, named[0])
+    able = [
+        i
+        for i, leaf in enumerate(leaves)
+        if leaf.batch_axis is not None and leaf.dtype.is_floating_point and len(leaf.shape) in (2, 3)
+    ]
+    if len(able) == 1:
+        return _checked(signature, able[0])
+    raise StrategyError(
+        "no output looks like class scores" if not able else "several outputs could be the prediction",
+        got=listed,
+        wanted="one floating-point output [B, C] or [B, S, C]",
+        hint="pass prediction= with its name or index",
+    )
+
+
+def _checked(signature: Signature, index: int) -> int:
+    leaf = signature.outputs[index]
+    if leaf.batch_axis is None or not leaf.dtype.is_floating_point or len(leaf.shape) not in (2, 3):
+        raise StrategyError(
+            "the prediction must be class scores per row", got=leaf.describe(), wanted="floating point [B, C] or [B, S, C]"
+        )
+    if len(leaf.shape) == 3 and leaf.batch_axis != 0:
+        raise StrategyError("scores per position need the batch on axis 0", got=leaf.describe(), wanted="[B, S, C]")
+    return index
+
+
+def load(path: str | Path, *, executor: str | None = None, device: str | torch.device | None = None) -> CompiledModule:
+    """A saved program, ready to run; nothing but eecompile need be imported.
+
+    Args:
+        executor: Instead of the saved one.
+        device: Where to put it; the CPU by default.
+
+    Raises:
+        ArtifactError: Missing, truncated, altered or foreign files; the message names the file.
+        MissingDependencyError: The output class is one of transformers, which is not installed.
+    """
+    fast = read(path)
+    if device is not None:
+        fast.to(device)
+    if executor is not None:
+        fast.executor = executor
+    return fast
+
+
+__all__ = ["EecompileError", "PassError", "THRESHOLDS", "eecompile", "find_prediction", "load"]

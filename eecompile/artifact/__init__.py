@@ -1,0 +1,1 @@
+"""Saved programs: a directory of JSON, safetensors and `.pt2` files, without a pickle that runs code."""

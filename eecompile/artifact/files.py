@@ -1,0 +1,161 @@
+"""The files of a saved program: named by content, listed with their hashes in one manifest that is replaced last.
+
+A new save writes its files beside the old ones, then puts its manifest in place with one atomic rename, then removes what
+the new manifest does not name. A full disk or a kill at any moment leaves the old program or the new one, whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zipfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from eecompile.errors import ArtifactError
+
+MANIFEST = "eecompile.json"
+FORMAT = "eecompile program"
+VERSION = 1
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def put(directory: Path, stem: str, suffix: str, write: Callable[[Path], None]) -> dict[str, Any]:
+    """Writes one file under a name that holds its hash; gives its entry for the manifest."""
+    temporary = directory / f".{stem}.{os.getpid()}.part{suffix}"
+    try:
+        write(temporary)
+        with temporary.open("rb+") as f:
+            os.fsync(f.fileno())
+        digest = sha256(temporary)
+        name = f"{stem}-{digest[:12]}{suffix}"
+        size = temporary.stat().st_size
+        os.replace(temporary, directory / name)
+    except OSError as error:
+        raise ArtifactError(
+            "the program could not be saved; what was there before is unchanged",
+            where=str(directory / f"{stem}{suffix}"),
+            got=f"{type(error).__name__}: {error}",
+            hint="free some space or choose another directory",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return {"file": name, "sha256": digest, "bytes": size}
+
+
+def commit(directory: Path, manifest: Mapping[str, Any]) -> None:
+    """Makes the new program the one that the directory holds, and removes the files of the old one."""
+    text = json.dumps(manifest, indent=1, allow_nan=False)
+    temporary = directory / f".{MANIFEST}.{os.getpid()}.part"
+    try:
+        with temporary.open("w") as f:
+            f.write(text)
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, directory / MANIFEST)
+    except OSError as error:
+        raise ArtifactError(
+            "the program could not be saved; what was there before is unchanged",
+            where=str(directory / MANIFEST),
+            got=f"{type(error).__name__}: {error}",
+            hint="free some space or choose another directory",
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    kept = {MANIFEST, *(entry["file"] for entry in manifest["files"].values())}
+    for path in directory.iterdir():
+        ours = path.suffix in (".pt2", ".safetensors", ".json") or ".part" in path.name
+        if path.is_file() and ours and path.name not in kept:
+            path.unlink(missing_ok=True)
+
+
+def manifest_of(directory: Path) -> dict[str, Any]:
+    """The manifest of a saved program.
+
+    Raises:
+        ArtifactError: No directory, no manifest, not one of ours, or of a later version.
+    """
+    path = directory / MANIFEST
+    if not path.is_file():
+        raise ArtifactError(
+            "this is no saved program",
+            where=str(directory),
+            got="no such directory" if not directory.exists() else f"no {MANIFEST} in it",
+            wanted="a directory written by fast.save(...)",
+        )
+    try:
+        data = json.loads(path.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ArtifactError("the manifest is truncated or altered", where=str(path), got=str(error)) from error
+    if not isinstance(data, dict) or data.get("format") != FORMAT:
+        raise ArtifactError("the manifest is not one of eecompile's", where=str(path), wanted=FORMAT)
+    if data.get("version") != VERSION:
+        raise ArtifactError(
+            "the program was saved in another format version",
+            where=str(path),
+            got=data.get("version"),
+            wanted=VERSION,
+            hint="install the eecompile version that wrote it, or save it again",
+        )
+    return data
+
+
+def checked(directory: Path, entry: Mapping[str, Any]) -> Path:
+    """The path of a listed file, once its size and hash agree with the manifest.
+
+    Raises:
+        ArtifactError: It is missing, truncated or altered.
+    """
+    path = directory / str(entry["file"])
+    if path.parent != directory:
+        raise ArtifactError("the manifest names a file outside its directory", got=str(entry["file"]))
+    if not path.is_file():
+        raise ArtifactError("a file of the saved program is missing", where=str(path))
+    size = path.stat().st_size
+    if size != entry["bytes"]:
+        raise ArtifactError(
+            "a file of the saved program is truncated or altered",
+            where=str(path),
+            got=f"{size} bytes",
+            wanted=f"{entry['bytes']} bytes",
+        )
+    digest = sha256(path)
+    if digest != entry["sha256"]:
+        raise ArtifactError(
+            "a file of the saved program is altered", where=str(path), got=digest[:12], wanted=str(entry["sha256"])[:12]
+        )
+    return path
+
+
+def refuse_pickles(path: Path) -> None:
+    """Refuses a `.pt2` archive that would have torch unpickle something: it would run code of the file's author.
+
+    Raises:
+        ArtifactError: The file is no archive, or holds a pickle.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            for info in archive.infolist():
+                if info.filename.endswith(("_weights_config.json", "_constants_config.json")):
+                    config = json.loads(archive.read(info)).get("config", {})
+                    if any(entry.get("use_pickle") for entry in config.values()):
+                        raise ArtifactError(
+                            "the exported program holds pickled tensors", where=f"{path}: {info.filename}"
+                        )
+                elif "/sample_inputs/" in info.filename and info.file_size > 0:
+                    raise ArtifactError("the exported program holds pickled inputs", where=f"{path}: {info.filename}")
+                elif info.filename.endswith((".pkl", "custom_obj_0")) or "/custom_obj" in info.filename:
+                    raise ArtifactError("the exported program holds a pickle", where=f"{path}: {info.filename}")
+    except (zipfile.BadZipFile, json.JSONDecodeError, KeyError, AttributeError) as error:
+        raise ArtifactError(
+            "the file is not a program of torch.export", where=str(path), got=f"{type(error).__name__}: {error}"
+        ) from error

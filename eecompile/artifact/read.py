@@ -1,0 +1,175 @@
+"""`load(path)`: a saved program, rebuilt by the same passes that made it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+import eecompile.ops
+from eecompile.artifact import files
+from eecompile.capture.export import flat_graph
+from eecompile.criteria import criterion
+from eecompile.errors import ArtifactError, EecompileError
+from eecompile.heads import Branch, rebuild, score_head
+from eecompile.module import CompiledModule
+from eecompile.passes import Annotate, FindBlocks, FindCuts, Lower, Normalize, StagePass, prepare_training_graph, run_passes
+from eecompile.passes import sites
+from eecompile.passes.insert_exits import HEADS, TEMPERATURES, THRESHOLDS, InsertExits, cut_of, relocate
+from eecompile.program import Anchor, Exit, Program
+from eecompile.signature import Signature
+from eecompile.strategies import STRATEGIES, Strategy, strategy
+
+assert eecompile.ops is not None  # registers the operators that graphs may hold
+
+
+def read(path: str | Path) -> CompiledModule:
+    """Loads a directory written by `save`.
+
+    Raises:
+        ArtifactError: Missing, truncated, altered or foreign files.
+    """
+    directory = Path(path)
+    data = files.manifest_of(directory)
+    try:
+        return _read(directory, data)
+    except (KeyError, TypeError, IndexError, AttributeError) as error:
+        raise ArtifactError(
+            "the manifest does not describe a program",
+            where=str(directory / files.MANIFEST),
+            got=f"{type(error).__name__}: {error}",
+        ) from error
+
+
+def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
+    paths = {name: files.checked(directory, entry) for name, entry in data["files"].items()}
+    signature = Signature.from_dict(data["signature"])
+    exported = _exported(paths["eval"])
+    graph_module = flat_graph(exported, "m" if _adapted(exported) else "", [leaf.path for leaf in signature.inputs])
+    program = Program(graph_module, graph_module, signature, prediction=data["prediction"])
+    program = run_passes(program, [Normalize(), Annotate(), FindBlocks(), FindCuts()])
+    exits = tuple(_exit(e) for e in data["exits"])
+    program = program.replace(exits=relocate(program, exits))
+    tensors = _tensors(paths["heads"])
+    buffers = {THRESHOLDS: tensors.pop("thresholds"), TEMPERATURES: tensors.pop("temperatures")}
+    heads = _heads(program, data["heads"], paths, tensors)
+    program = run_passes(
+        program, [InsertExits(heads=heads, buffers=buffers), StagePass(), Lower()], facts=frozenset({"exits placed"})
+    )
+    assert program.marked is not None
+    artifact: dict[str, Any] = {"eval": exported}
+    training = None
+    if "train" in paths:
+        artifact["train"] = train = _exported(paths["train"])
+
+        def training(fast: CompiledModule) -> Program:
+            names = [leaf.path for leaf in signature.inputs]
+            train_graph = flat_graph(train, "m", names)
+            _share(train_graph, fast.program.source)
+            return prepare_training_graph(fast.program, train_graph, signature)
+
+    return CompiledModule(
+        program,
+        _strategy(data["strategy"]),
+        executor=data["executor"],
+        backend=data["backend"],
+        training_program=training,
+        artifact=artifact,
+        notes=[*data["notes"], f"loaded from {directory.name}"],
+    )
+
+
+def _exported(path: Path) -> ExportedProgram:
+    files.refuse_pickles(path)
+    try:
+        return torch.export.load(path)
+    except Exception as error:  # torch raises many unrelated types on a damaged archive
+        raise ArtifactError(
+            "the exported program cannot be read", where=str(path), got=f"{type(error).__name__}: {error}"[:300]
+        ) from error
+
+
+def _adapted(exported: ExportedProgram) -> bool:
+    """Whether the program was exported behind the flat adapter, whose one attribute is `m`."""
+    names = list(exported.state_dict) + [str(k) for k in exported.constants]
+    return all(n.startswith("m.") for n in exported.state_dict) and bool(names)
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ArtifactError("the weights are not a safetensors file", where=str(path), got=str(error)) from error
+
+
+def _exit(data: dict[str, Any]) -> Exit:
+    fields = dict(data)
+    fields["criterion"] = criterion(fields["criterion"])
+    fields["anchor"] = Anchor(**fields["anchor"])
+    fields["head_inputs"] = tuple(fields["head_inputs"])
+    return Exit(**fields)
+
+
+def _strategy(data: dict[str, Any]) -> Strategy:
+    """The saved strategy; heads that were modules of the user's are named only."""
+    options = {k: v for k, v in data.items() if v != "custom"}
+    try:
+        return strategy(options)
+    except EecompileError as error:
+        raise ArtifactError(
+            "the saved strategy is not known here", got=data.get("name"), wanted=", ".join(STRATEGIES)
+        ) from error
+
+
+def _heads(
+    program: Program, described: dict[str, Any], paths: dict[str, Path], tensors: dict[str, Tensor]
+) -> dict[str, Branch]:
+    heads: dict[str, Branch] = {}
+    for e in program.exits:
+        data = described[e.name]
+        if data["kind"] == "shared":
+            tail = sites.shared_tail(program)
+            if not isinstance(tail, sites.Tail):
+                raise ArtifactError("the model's own head is not found again", where=e.name, got=tail.reason)
+            score = score_head(sites.site_at(program, cut_of(program, e), e.mask_input)[0]) if data["score"] else None
+            heads[e.name] = Branch(tail.module, score)
+        elif data["kind"] == "custom":
+            module: nn.Module = _exported(paths[f"head {e.name}"]).module()
+            score = score_head(sites.site_at(program, cut_of(program, e), e.mask_input)[0]) if data["score"] else None
+            heads[e.name] = Branch(module, score, data["takes_mask"])
+        else:
+            heads[e.name] = rebuild(data)
+        own = {k.removeprefix(f"{e.name}."): v for k, v in tensors.items() if k.startswith(f"{e.name}.")}
+        wanted = heads[e.name].state_dict()
+        if data["kind"] == "shared":
+            wanted = {k: v for k, v in wanted.items() if k.startswith("score.")}
+        missing = sorted(set(wanted) ^ set(own))
+        if missing:
+            raise ArtifactError("the weights do not fit the heads", where=f"{HEADS}.{e.name}", got=missing[:5])
+        heads[e.name].load_state_dict(own, strict=False)
+    return heads
+
+
+def _share(train: fx.GraphModule, source: fx.GraphModule) -> None:
+    """The two captures of one model use the same parameters and buffers again."""
+    for name, parameter in source.named_parameters(remove_duplicate=False):
+        parent, _, leaf = name.rpartition(".")
+        try:
+            owner = train.get_submodule(parent)
+        except AttributeError:
+            continue  # not used in train mode
+        if leaf in owner._parameters:
+            owner._parameters[leaf] = parameter
+    for name, buffer in source.named_buffers(remove_duplicate=False):
+        parent, _, leaf = name.rpartition(".")
+        try:
+            owner = train.get_submodule(parent)
+        except AttributeError:
+            continue
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = buffer

@@ -1,0 +1,134 @@
+"""`fast.save(path)`: both captures where training needs them, the heads, and one manifest."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from eecompile.artifact import files
+from eecompile.errors import ArtifactError
+from eecompile.heads import Branch, describe
+from eecompile.program import Exit
+
+
+def write(fast: Any, path: str | Path) -> None:
+    """Saves a compiled module as a directory; an older program there stays whole until the new one is complete.
+
+    Raises:
+        ArtifactError: Something cannot be saved without a pickle, or the disk refuses.
+    """
+    program = fast.program
+    if program.front_end != "export":
+        raise ArtifactError(
+            'a program of capture="blocks" cannot be saved: it runs the Python model itself',
+            hint="save the model's weights and compile again, or make the model exportable",
+        )
+    directory = Path(path)
+    if directory.exists() and not directory.is_dir():
+        raise ArtifactError("there is a file where the program should go", where=str(directory))
+    if fast.strategy.joint and "train" not in fast.artifact:
+        fast.train_mode_capture()
+    heads = {e.name: _head(fast.branch(e.name), e) for e in program.exits}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError("the directory cannot be made", where=str(directory), got=str(error)) from error
+    entries: dict[str, Any] = {}
+    tensors = {
+        name: t.detach().cpu().contiguous()
+        for name, t in fast.heads.state_dict().items()
+        if heads[name.split(".")[0]]["kind"] != "shared" or ".score." in name
+    }
+    tensors["thresholds"] = fast.thresholds.detach().cpu().clone()
+    tensors["temperatures"] = fast.temperatures.detach().cpu().clone()
+    weights = {name: t.clone() for name, t in tensors.items()}  # shared storage has no place in a safetensors file
+    entries["heads"] = files.put(directory, "heads", ".safetensors", lambda p: save_file(weights, p))
+    source = program.source
+    for mode, exported in fast.artifact.items():
+        if exported is not None:
+            entries[mode] = files.put(directory, mode, ".pt2", lambda p, e=exported: _export(e, source, p))
+    for e in program.exits:
+        if heads[e.name]["kind"] == "custom":
+            branch = fast.branch(e.name)
+            size = heads[e.name]
+            entries[f"head {e.name}"] = files.put(
+                directory, f"head_{e.name}", ".pt2", lambda p, b=branch, s=size: _custom(b, s, fast, p)
+            )
+    manifest = {
+        "format": files.FORMAT,
+        "version": files.VERSION,
+        "torch": torch.__version__,
+        "strategy": fast.strategy.to_dict(),
+        "executor": fast.executor,
+        "backend": fast.backend,
+        "signature": program.signature.to_dict(),
+        "prediction": program.prediction,
+        "exits": [_exit(e) for e in program.exits],
+        "heads": heads,
+        "stages": [s.flops for s in program.stages],
+        "notes": list(fast.notes),
+        "files": entries,
+    }
+    files.commit(directory, manifest)
+
+
+def _exit(e: Exit) -> dict[str, Any]:
+    return {**asdict(e), "criterion": e.criterion.to_dict(), "head_inputs": list(e.head_inputs)}
+
+
+def _head(branch: Branch, e: Exit) -> dict[str, Any]:
+    if e.head_kind == "shared":
+        return {"kind": "shared", "score": branch.score is not None}
+    known = describe(branch)
+    if known is not None:
+        return known
+    return {"kind": "custom", "takes_mask": branch.takes_mask, "score": branch.score is not None}
+
+
+def _export(exported: ExportedProgram, source: fx.GraphModule, path: Path) -> None:
+    """The exported program with the model's present weights, without example inputs: those are pickled."""
+    program = copy.copy(exported)
+    program._example_inputs = None
+    now = dict(source.named_parameters(remove_duplicate=False)) | dict(source.named_buffers(remove_duplicate=False))
+    state = {}
+    for name, t in exported.state_dict.items():
+        present = now.get(name.removeprefix("m."), t)
+        state[name] = _on_cpu(present)
+    program._state_dict = state
+    torch.export.save(program, path)
+
+
+def _on_cpu(t: Any) -> Any:
+    if isinstance(t, nn.Parameter) and t.device.type != "cpu":
+        return nn.Parameter(t.detach().cpu(), requires_grad=t.requires_grad)
+    return t.cpu() if isinstance(t, Tensor) and t.device.type != "cpu" else t
+
+
+def _custom(branch: Branch, data: dict[str, Any], fast: Any, path: Path) -> None:
+    """A user's head: exported, since its class may not be there when the program is loaded."""
+    e = next(e for e in fast.program.exits if fast.branch(e.name) is branch)
+    node = next(n for n in fast.program.source.graph.nodes if n.name == e.node)
+    value = node.meta["val"]
+    live = next(v for c in fast.program.cuts if c.after == e.after for v in c.live if v.node == e.node)
+    sizes = [3 if i == live.batch_axis else s if isinstance(s, int) else 8 for i, s in enumerate(live.shape)]
+    example = torch.zeros(sizes, dtype=value.dtype)
+    free = {i: torch.export.Dim.AUTO for i, s in enumerate(live.shape) if isinstance(s, str)}
+    head = copy.deepcopy(branch.head).cpu().eval()
+    try:
+        exported = torch.export.export(head, (example,), dynamic_shapes=(free,), strict=False)
+    except Exception as error:  # torch.export raises many unrelated types
+        raise ArtifactError(
+            "a custom head cannot be exported, so the program cannot be saved",
+            where=e.name,
+            got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
+            hint="use a built-in head, or one whose forward torch.export can trace",
+        ) from error
+    exported._example_inputs = None
+    torch.export.save(exported, path)

@@ -1,0 +1,167 @@
+"""`fast.benchmark(example)`: measured time against the original, all in one run, interleaved."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from rich.console import RenderableType
+from torch import Tensor
+
+from eecompile.capture.adapter import mode
+from eecompile.errors import EecompileError
+from eecompile.training.report import Report, json_safe, table
+
+
+@dataclass
+class BenchmarkReport(Report):
+    """Times in seconds per call: median and spread (half the interquartile range) over the rounds."""
+
+    title: ClassVar[str] = "benchmark"
+
+    batch: int
+    threads: int
+    rounds: int
+    rows: list[dict[str, Any]]
+    exit_share: dict[str, float] = field(default_factory=dict)
+    mean_cost: float = 1.0
+
+    def to_dict(self) -> dict[str, Any]:
+        safe: dict[str, Any] = json_safe(
+            {
+                "batch": self.batch,
+                "threads": self.threads,
+                "rounds": self.rounds,
+                "rows": self.rows,
+                "exit_share": self.exit_share,
+                "mean_cost": self.mean_cost,
+            }
+        )
+        return safe
+
+    def ratio(self, name: str, against: str = "original") -> float:
+        """Median time of one over the other's."""
+        times = {r["name"]: r["median_s"] for r in self.rows}
+        return float(times[name] / times[against])
+
+    def __rich__(self) -> RenderableType:
+        made = table(
+            f"batch {self.batch}, {self.threads} threads, median of {self.rounds} interleaved rounds; "
+            f"mean cost {self.mean_cost:.1%} of the model's FLOPs",
+            ["what", "ms a call", "spread", "against the original"],
+            [
+                [r["name"], f"{1e3 * r['median_s']:.3f}", f"{1e3 * r['spread_s']:.3f}", f"{r['ratio']:.3f}x the time"]
+                for r in self.rows
+            ],
+        )
+        return made
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int = 9, min_seconds: float = 0.02, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """Seconds per call of each, measured in turn so that a change of the machine hits all alike.
+
+    Args:
+        rounds: At least 7 for a median worth reporting.
+        min_seconds: Quick calls are repeated until a round of them lasts this long.
+    """
+    repeats = {}
+    for name, call in calls.items():
+        for _ in range(warm_up):
+            call()
+        start = time.perf_counter()
+        call()
+        once = time.perf_counter() - start
+        repeats[name] = max(1, int(min_seconds / max(once, 1e-7)))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    for i in range(rounds):
+        for name in names if i % 2 == 0 else reversed(names):
+            call, n = calls[name], repeats[name]
+            start = time.perf_counter()
+            for _ in range(n):
+                call()
+            times[name].append((time.perf_counter() - start) / n)
+    return times
+
+
+def summary(times: Sequence[float]) -> tuple[float, float]:
+    """Median and half the interquartile range."""
+    if len(times) < 4:
+        return statistics.median(times), 0.0
+    quarters = statistics.quantiles(times, n=4)
+    return statistics.median(times), (quarters[2] - quarters[0]) / 2
+
+
+def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """One example as arguments: a tensor, a tuple, or a dict of keyword arguments without its labels."""
+    if isinstance(example, Tensor):
+        return (example,), {}
+    if isinstance(example, Mapping):
+        return (), {k: v for k, v in example.items() if k != "labels"}
+    if isinstance(example, list | tuple):
+        return tuple(example), {}
+    raise EecompileError(
+        "an example is a tensor, a tuple or a dict of keyword arguments", got=type(example).__name__
+    )
+
+
+def benchmark(
+    fast: Any,
+    example: Any,
+    *,
+    rounds: int = 9,
+    compile_original: bool = False,
+    original: Any = None,
+    against: Mapping[str, Callable[[], Any]] | None = None,
+) -> BenchmarkReport:
+    """Time of `fast(example)` against the original under eager and, where asked, under `torch.compile`.
+
+    Args:
+        example: A tensor, a tuple, or a dict of keyword arguments, with a batch of any size.
+        rounds: Interleaved rounds; the median counts. At least 3.
+        compile_original: Also measure the original under `torch.compile`.
+        original: The model to compare with, where `fast` was loaded from a file.
+        against: Further rivals, by name.
+
+    Raises:
+        EecompileError: Too few rounds, or an example of no known form.
+    """
+    if rounds < 3:
+        raise EecompileError("too few rounds for a median", got=rounds, wanted="3 or more, 7 for a report")
+    args, kwargs = as_call(example)
+    model = original if original is not None else fast.original
+    calls: dict[str, Callable[[], Any]] = {}
+    if model is not None:
+        calls["original"] = lambda: model(*args, **kwargs)
+        if compile_original:
+            optimised = torch.compile(model)
+            calls["original, torch.compile"] = lambda: optimised(*args, **kwargs)
+    else:  # a loaded program has no Python model: its captured graph is the nearest thing
+        flat = fast.program.signature.flatten(args, kwargs)
+        calls["original"] = lambda: fast.program.source(*flat)
+    calls[f"eecompile, {fast.executor}"] = lambda: fast(*args, **kwargs)
+    calls.update(against or {})
+    with torch.no_grad(), mode(fast, False), mode(model if model is not None else fast, False):
+        result = fast.run(*args, **kwargs)
+        times = interleaved(calls, rounds)
+    base = summary(times["original"])[0]
+    rows = []
+    for name, seconds in times.items():
+        median, spread = summary(seconds)
+        rows.append({"name": name, "median_s": median, "spread_s": spread, "ratio": median / base})
+    share = {e.name: float((result.exit_index == i).float().mean()) for i, e in enumerate(fast.exits)}
+    share["model"] = float((result.exit_index == len(fast.exits)).float().mean())
+    return BenchmarkReport(
+        batch=int(result.exit_index.numel()),
+        threads=torch.get_num_threads(),
+        rounds=rounds,
+        rows=rows,
+        exit_share=share,
+        mean_cost=float(result.cost.mean()),
+    )

@@ -1,0 +1,103 @@
+"""`fast.explain()`: everything that was found, inserted and refused, as data. How it is shown is in `inspect`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from rich.console import RenderableType
+from rich.pretty import Pretty
+
+from eecompile.training.report import Report, json_safe
+
+
+@dataclass
+class Explanation(Report):
+    """What `explain` found; `fast` is the module that it speaks of."""
+
+    title: ClassVar[str] = "program"
+    renderer: ClassVar[Callable[[Explanation], RenderableType] | None] = None  # set by eecompile.inspect
+
+    data: dict[str, Any]
+    fast: Any = field(repr=False, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        safe: dict[str, Any] = json_safe(self.data)
+        return safe
+
+    def __rich__(self) -> RenderableType:
+        render = type(self).renderer
+        return Pretty(self.data) if render is None else render(self)
+
+
+def explain(fast: Any) -> Explanation:
+    """Collects what is known about a compiled module."""
+    program = fast.program
+    total = program.total_flops or 1.0
+    costs = fast.costs([e.is_open for e in fast.exits]).tolist()
+    return Explanation(
+        {
+            "model": type(fast.original).__name__ if fast.original is not None else "loaded program",
+            "strategy": fast.strategy.to_dict(),
+            "front_end": program.front_end,
+            "capture": list(fast.notes),
+            "executor": fast.executor,
+            "executor_reason": fast.executor_reason,
+            "backend": fast.backend,
+            "flops_per_row": program.total_flops,
+            "inputs": [leaf.describe() for leaf in program.signature.inputs],
+            "outputs": [leaf.describe() for leaf in program.signature.outputs],
+            "prediction": program.signature.outputs[program.prediction].path,
+            "blocks": [
+                {"name": b.name, "kind": b.kind, "share": b.flops / total, "output": b.output} for b in program.blocks
+            ],
+            "exits": [
+                {
+                    "name": e.name,
+                    "after": e.cut,
+                    "node": e.node,
+                    "depth": e.depth,
+                    "threshold": e.threshold,
+                    "temperature": e.temperature,
+                    "open": e.is_open,
+                    "head": e.head_kind,
+                    "head_cost": e.head_cost,
+                    "cost": costs[i],
+                    "criterion": e.criterion.to_dict(),
+                }
+                for i, e in enumerate(fast.exits)
+            ],
+            "cuts": [
+                {
+                    "name": c.name,
+                    "value": c.value,
+                    "depth": c.depth,
+                    "block": c.is_block,
+                    "dominates": c.dominates,
+                    "live": [
+                        {"node": v.node, "shape": list(v.shape), "dtype": v.dtype, "batch_axis": v.batch_axis}
+                        for v in c.live
+                    ],
+                }
+                for c in program.cuts
+            ],
+            "stages": [
+                {
+                    "name": s.name,
+                    "exit": s.exit,
+                    "share": s.flops / total,
+                    "nodes": s.nodes,
+                    "live_in": [v.node for v in s.inputs],
+                    "live_out": [v.node for v in s.outputs],
+                }
+                for s in program.stages
+            ],
+            "refusals": [{"node": r.node, "rule": r.rule, "reason": r.reason} for r in program.refusals],
+            "passes": [
+                {"name": s.name, "seconds": s.seconds, "nodes": s.nodes_after, "summary": s.summary}
+                for s in program.history
+            ],
+        },
+        fast,
+    )

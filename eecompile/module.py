@@ -1,0 +1,514 @@
+"""The compiled module: what `eecompile(model, ...)` gives. Called like the model, and inspected, trained and saved."""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from eecompile import benchmark as benchmarks
+from eecompile import explain as explaining
+from eecompile.artifact.write import write
+from eecompile.calibration.calibrate import calibrate
+from eecompile.criteria import Criterion, MaxProbability
+from eecompile.errors import EecompileError, MissingDependencyError, StrategyError, near
+from eecompile.heads import Branch
+from eecompile.kernels.confidence import confidence as confidence_of
+from eecompile.passes.insert_exits import HEADS, TEMPERATURES, THRESHOLDS
+from eecompile.passes.training_graph import frozen_trunk
+from eecompile.program import Gate, History, Program, Result
+from eecompile.runtime.blocks import BlocksExecutor
+from eecompile.runtime.compact import CompactExecutor
+from eecompile.runtime.devices import move_constants
+from eecompile.runtime.outcome import Executor, Outcome
+from eecompile.runtime.reference import ReferenceExecutor
+from eecompile.strategies.base import Strategy
+from eecompile.training.evaluate import evaluate
+from eecompile.training.fit import fit, objective_of
+
+EXECUTORS = ("auto", "reference", "compact")
+LATER = ("device", "simulate")
+BACKENDS = ("eager", "inductor")
+
+
+@dataclass(frozen=True)
+class ExitRecord:
+    """One exit as users see it.
+
+    Attributes:
+        name: `exit_0`, `exit_1`, ...
+        node: Name of the graph node whose value the head reads.
+        cut: Block or node that it lies behind.
+        depth: Fraction of the full model's cost spent before it.
+        threshold: Confidence from which a sample leaves; above 1 the exit is closed.
+        head: The head's module.
+        head_cost: Cost of head and decision, as a fraction of the full model's.
+    """
+
+    name: str
+    node: str
+    cut: str
+    depth: float
+    threshold: float
+    temperature: float
+    head: nn.Module
+    head_kind: str
+    head_cost: float
+    criterion: Criterion
+
+    @property
+    def is_open(self) -> bool:
+        return self.threshold <= 1.0
+
+
+class CompiledModule(nn.Module):
+    """A model with early exits. `fast(x)` returns what `model(x)` returns; `fast.run(x)` says how.
+
+    Args:
+        program: A program at level "schedule".
+        strategy: What inserted the exits.
+        original: The user's model, None for a loaded program.
+        example: Flat example inputs.
+        training_program: Makes the train-mode program on demand, None where there is no way to it.
+        artifact: The exported programs, by mode, for `save`.
+    """
+
+    def __init__(
+        self,
+        program: Program,
+        strategy: Strategy,
+        *,
+        executor: str = "auto",
+        backend: str = "eager",
+        original: nn.Module | None = None,
+        example: tuple[Tensor, ...] | None = None,
+        training_program: Callable[[CompiledModule], Program] | None = None,
+        artifact: Mapping[str, Any] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        if program.marked is None:
+            raise EecompileError("a program must be marked before it can run", got=program.level)
+        self.graph_module = program.marked
+        self.program = program
+        self.strategy = strategy
+        self.notes = tuple(notes)
+        # Kept out of nn.Module's registry: they share the parameters that graph_module registers.
+        self.__dict__["original"] = original
+        self.__dict__["example"] = example
+        self.__dict__["_training_program"] = training_program
+        self.__dict__["artifact"] = dict(artifact or {})
+        self.__dict__["_training_graphs"] = {}
+        self.__dict__["_executors"] = {}
+        self.__dict__["_lock"] = threading.RLock()
+        self.__dict__["_costs"] = {}
+        self.train_trunk = strategy.joint
+        self._backend = self._valid("backend", backend, BACKENDS)
+        self.executor = executor
+        self.eval()
+
+    # ------------------------------------------------------------------ running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model would return, each row from the first exit that is sure enough."""
+        flat = self.program.signature.flatten(args, kwargs)
+        return self.program.signature.restore(self._execute(flat, False).leaves)
+
+    def run(self, *args: Any, **kwargs: Any) -> Result:
+        """The output with exit index, confidence and cost of every row.
+
+        In train mode everything is computed, and `outputs`, `confidences` and `scores` of every exit are there too,
+        differentiable.
+
+        Raises:
+            CaptureError: Other arguments than the model was captured with.
+        """
+        flat = self.program.signature.flatten(args, kwargs)
+        return self._result(self._execute(flat, True))
+
+    def observe(self, *args: Any, **kwargs: Any) -> Result:
+        """Like `run`, but with every exit computed, in eval mode and without gradients."""
+        flat = self.program.signature.flatten(args, kwargs)
+        with torch.no_grad(), self._mode(False):
+            return self._result(self._reference().run(flat))
+
+    def full(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the model without any exit."""
+        flat = self.program.signature.flatten(args, kwargs)
+        with torch.no_grad():
+            return self.program.signature.restore(list(self.program.source(*flat)))
+
+    def _execute(self, flat: Sequence[Tensor], want_confidence: bool) -> Outcome:
+        if self.training:
+            return ReferenceExecutor(self.program, self._training_graph()).run(flat)
+        return self._chosen.run(flat, want_confidence)
+
+    def _result(self, outcome: Outcome) -> Result:
+        thresholds = self.thresholds.tolist()
+        costs = self.costs(tuple(t <= 1.0 for t in thresholds)).to(outcome.exit_index.device)
+        result = Result(
+            output=self.program.signature.restore(outcome.leaves),
+            exit_index=outcome.exit_index,
+            confidence=outcome.confidence if outcome.confidence is not None else torch.zeros(()),
+            cost=costs[outcome.exit_index],
+        )
+        if outcome.outputs is not None and outcome.confidences is not None:
+            result.outputs = outcome.outputs
+            result.confidences = tuple(torch.nan_to_num(c, nan=0.0) for c in outcome.confidences)
+            result.scores = None if outcome.scores is None else tuple(s.flatten() for s in outcome.scores)
+        return result
+
+    def prediction_of(self, output: Any) -> Tensor:
+        """The class scores within an output of the model's type."""
+        assert self.program.prediction is not None
+        return self.program.signature.flatten_output(output)[self.program.prediction]
+
+    # ------------------------------------------------------------------ executors
+
+    @property
+    def executor(self) -> str:
+        """Name of the executor that runs in eval mode."""
+        return self._chosen.name
+
+    @executor.setter
+    def executor(self, name: str) -> None:
+        if name in LATER:
+            raise MissingDependencyError(
+                f"executor {name!r} is not part of this version", wanted="reference, compact or auto"
+            )
+        self._valid("executor", name, EXECUTORS)
+        self.__dict__["_asked"] = name
+        # On CPU the compact executor is the one that saves work; the reference computes everything.
+        self.__dict__["_chosen"] = self._executor("compact" if name == "auto" else name)
+
+    @property
+    def executor_reason(self) -> str:
+        asked = self.__dict__["_asked"]
+        return f"asked for {asked!r}" if asked != "auto" else "auto takes it on every device in this version"
+
+    @property
+    def backend(self) -> str:
+        """ "eager" or "inductor": how the compact executor's segments run."""
+        return self._backend
+
+    @backend.setter
+    def backend(self, name: str) -> None:
+        self._backend = self._valid("backend", name, BACKENDS)
+        self.executor = self.__dict__["_asked"]
+
+    def _executor(self, name: str) -> Executor:
+        executors = self.__dict__["_executors"]
+        key = (name, self._backend)
+        with self.__dict__["_lock"]:
+            if key not in executors:
+                if name == "reference":
+                    executors[key] = ReferenceExecutor(self.program)
+                elif self.program.front_end == "blocks":
+                    executors[key] = BlocksExecutor(self.program)
+                else:
+                    executors[key] = CompactExecutor(self.program, self._backend)
+        found: Executor = executors[key]
+        return found
+
+    def _reference(self) -> ReferenceExecutor:
+        return ReferenceExecutor(self.program)
+
+    @staticmethod
+    def _valid(what: str, name: str, valid: Sequence[str]) -> str:
+        if name not in valid:
+            raise StrategyError(f"unknown {what}", got=repr(name), wanted=near(str(name), valid))
+        return name
+
+    # ------------------------------------------------------------------ exits and thresholds
+
+    @property
+    def thresholds(self) -> Tensor:
+        """[E] float32; the buffer that decisions read."""
+        found: Tensor = getattr(self.graph_module, THRESHOLDS)
+        return found
+
+    @property
+    def temperatures(self) -> Tensor:
+        """[E + 1] float32, the model's own end last."""
+        found: Tensor = getattr(self.graph_module, TEMPERATURES)
+        return found
+
+    @property
+    def heads(self) -> nn.Module:
+        """The inserted heads, by exit name."""
+        found: nn.Module = getattr(self.graph_module, HEADS)
+        return found
+
+    @property
+    def exits(self) -> tuple[ExitRecord, ...]:
+        total = self.program.total_flops or 1.0
+        thresholds, temperatures = self.thresholds.tolist(), self.temperatures.tolist()
+        return tuple(
+            ExitRecord(
+                name=e.name,
+                node=e.node,
+                cut=e.cut,
+                depth=e.depth,
+                threshold=thresholds[i],
+                temperature=temperatures[i],
+                head=self.branch(e.name).head,
+                head_kind=e.head_kind,
+                head_cost=e.head_flops / total,
+                criterion=e.criterion,
+            )
+            for i, e in enumerate(self.program.exits)
+        )
+
+    def branch(self, exit_name: str) -> Branch:
+        found = getattr(self.heads, exit_name)
+        assert isinstance(found, Branch)
+        return found
+
+    @property
+    def gates(self) -> tuple[Gate, ...]:
+        return self.program.gates
+
+    def set_thresholds(self, thresholds: float | Sequence[float] | Mapping[str, float] | Tensor) -> None:
+        """Sets when samples leave: one number for all exits, one for each in order, or by exit name.
+
+        No recompilation: only the set of open exits picks another plan.
+
+        Raises:
+            StrategyError: A wrong count, an unknown name, a negative number or NaN.
+        """
+        names = [e.name for e in self.program.exits]
+        if isinstance(thresholds, Tensor):
+            thresholds = [float(t) for t in thresholds.flatten().tolist()]
+        if isinstance(thresholds, Mapping):
+            values = self.thresholds.tolist()
+            for name, value in thresholds.items():
+                if name not in names:
+                    raise StrategyError("no exit has this name", got=name, wanted=near(str(name), names))
+                values[names.index(name)] = value
+        elif isinstance(thresholds, Sequence) and not isinstance(thresholds, str):
+            values = list(thresholds)
+        else:
+            values = [thresholds] * len(names)
+        if len(values) != len(names):
+            raise StrategyError("wrong number of thresholds", got=len(values), wanted=f"{len(names)}: {', '.join(names)}")
+        for name, value in zip(names, values, strict=True):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+                raise StrategyError(
+                    "a threshold is a number of 0 or more", where=name, got=repr(value), wanted="0 to 1, above 1 closes"
+                )
+        with torch.no_grad():
+            self.thresholds.copy_(torch.tensor([float(v) for v in values], dtype=torch.float32))
+        self._changed()
+
+    def set_temperatures(self, temperatures: Sequence[float]) -> None:
+        """Sets the softmax temperature of every exit and, last, of the model's own output.
+
+        Raises:
+            StrategyError: A wrong count, or a temperature that is not a positive number.
+        """
+        values = [float(t) for t in temperatures]
+        wanted = len(self.program.exits) + 1
+        if len(values) != wanted or not all(0 < t < float("inf") for t in values):
+            raise StrategyError("temperatures are positive numbers", got=values, wanted=f"{wanted} of them")
+        with torch.no_grad():
+            self.temperatures.copy_(torch.tensor(values, dtype=torch.float32))
+
+    def _changed(self) -> None:
+        for executor in self.__dict__["_executors"].values():
+            if isinstance(executor, CompactExecutor | BlocksExecutor):
+                executor.thresholds_changed()
+
+    def costs(self, open_exits: Sequence[bool]) -> Tensor:
+        """[E + 1] float32: fraction of the full model's FLOPs of a row that leaves at each exit, open heads included."""
+        key = tuple(bool(o) for o in open_exits)
+        cache = self.__dict__["_costs"]
+        if key not in cache:
+            total = self.program.total_flops or 1.0
+            spent, found = 0.0, []
+            for k, stage in enumerate(self.program.stages):
+                spent += stage.flops
+                if k < len(key):
+                    here = self.program.exits[k].head_flops
+                    found.append((spent + here) / total)
+                    spent += here if key[k] else 0.0
+                else:
+                    found.append(spent / total)
+            cache[key] = torch.tensor(found, dtype=torch.float32)
+        cost: Tensor = cache[key]
+        return cost
+
+    def confidences_of(
+        self, outputs: Sequence[Tensor], temperatures: Tensor, scores: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Confidences `[n]` of stored predictions with other temperatures, all exits open; NaN where none is known."""
+        found, state = [], None
+        criterion = self.program.exits[0].criterion
+        for k, logits in enumerate(outputs):
+            last = k == len(outputs) - 1
+            kind = MaxProbability(reduce=criterion.reduce) if last and criterion.learned else criterion
+            judged = scores[k].unsqueeze(-1) if scores is not None and kind.learned else logits
+            value, state = confidence_of(
+                judged,
+                state if kind.stateful else None,
+                kind.name,
+                temperatures[k],
+                patience=kind.patience,
+                reduce=kind.reduce,
+            )
+            found.append(value)
+        return tuple(found)
+
+    # ------------------------------------------------------------------ graphs and reports
+
+    @property
+    def source_graph(self) -> fx.GraphModule:
+        """The captured graph, before any rewrite."""
+        return self.program.source
+
+    @property
+    def history(self) -> History:
+        """The graph after every pass."""
+        return self.program.history
+
+    def explain(self) -> explaining.Explanation:
+        """What was found, inserted and refused, and which executor runs and why."""
+        return explaining.explain(self)
+
+    def __str__(self) -> str:
+        return str(self.explain())
+
+    def __repr__(self) -> str:
+        kind = type(self.original).__name__ if self.original is not None else "loaded program"
+        return f"CompiledModule({kind}, {self.strategy.name}, {len(self.program.exits)} exits, executor={self.executor!r})"
+
+    # ------------------------------------------------------------------ training
+
+    def fit(self, loader: Iterable[Any], **options: Any) -> Any:
+        """Trains what was inserted; see `eecompile.training.fit.fit`. The trunk stays frozen unless asked."""
+        options.setdefault("trunk", self.strategy.joint)
+        options.setdefault("two_stage", getattr(self.strategy, "two_stage", False))
+        return fit(self, loader, **options)
+
+    def calibrate(self, loader: Iterable[Any], **options: Any) -> Any:
+        """Sets temperatures and thresholds with a guarantee; see `eecompile.calibration.calibrate.calibrate`."""
+        return calibrate(self, loader, **options)
+
+    def evaluate(self, loader: Iterable[Any], **options: Any) -> Any:
+        """Accuracy against compute; see `eecompile.training.evaluate.evaluate`."""
+        return evaluate(self, loader, **options)
+
+    def benchmark(self, example: Any, **options: Any) -> Any:
+        """Measured time against the original; see `eecompile.benchmark.benchmark`."""
+        return benchmarks.benchmark(self, example, **options)
+
+    def loss(self, result: Result, labels: Any) -> Tensor:
+        """The strategy's objective on a result of `run` in train mode."""
+        loss: Tensor = objective_of(self)(result, labels)
+        return loss
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the inserted heads that the model does not have itself."""
+        own = {id(p) for p in self.trunk_parameters()}
+        return (p for p in self.heads.parameters() if id(p) not in own)
+
+    def trunk_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the user's model."""
+        return self.program.source.parameters()
+
+    @contextlib.contextmanager
+    def prepare_training(self, trunk: bool) -> Iterator[None]:
+        """Train mode with the trunk trainable or frozen; mode and flag are as before afterwards."""
+        flag, training = self.train_trunk, self.training
+        self.train_trunk = trunk
+        try:
+            self.train()
+            self._training_graph()
+            yield
+        finally:
+            self.train_trunk = flag
+            self.train(training)
+
+    @contextlib.contextmanager
+    def _mode(self, training: bool) -> Iterator[None]:
+        flags = {m: m.training for m in self.modules()}
+        try:
+            self.train(training)
+            yield
+        finally:
+            for m, flag in flags.items():
+                m.training = flag
+
+    def _training_graph(self) -> fx.GraphModule:
+        """The marked graph for training: trunk frozen in eval mode, or the train-mode capture."""
+        graphs = self.__dict__["_training_graphs"]
+        if self.train_trunk not in graphs:
+            if not self.train_trunk:
+                graphs[False] = frozen_trunk(self.graph_module, set(map(id, self.trunk_parameters())))
+            elif self.program.front_end == "blocks":
+                graphs[True] = self.graph_module
+            elif self.__dict__["_training_program"] is None:
+                raise EecompileError(
+                    "this program has no train-mode capture, so its trunk cannot be trained",
+                    got="a loaded program that was saved without one",
+                    wanted="trunk=False, or a program saved after training its trunk",
+                    hint="save again from a strategy with trunk=True",
+                )
+            else:
+                program = self.__dict__["_training_program"](self)
+                assert program.marked is not None
+                graphs[True] = program.marked
+        found: fx.GraphModule = graphs[self.train_trunk]
+        found.train(self.training)
+        return found
+
+    def train_mode_capture(self) -> None:
+        """Captures the model in train mode now, so that the trunk can be trained after `load` too."""
+        with self._mode(True):
+            flag, self.train_trunk = self.train_trunk, True
+            try:
+                self._training_graph()
+            finally:
+                self.train_trunk = flag
+
+    # ------------------------------------------------------------------ moving and saving
+
+    def _apply(self, fn: Any, recurse: bool = True) -> CompiledModule:
+        probe = fn(torch.zeros(1, device=self.thresholds.device))
+        if probe.dtype != torch.float32:
+            raise EecompileError(
+                "a compiled module keeps the dtype that it was captured in",
+                got=str(probe.dtype),
+                wanted="a move to another device only",
+                hint="convert the model first, then compile it",
+            )
+        super()._apply(fn, recurse)
+        device = self.thresholds.device
+        for gm in (self.program.source, self.program.graph_module, *self.__dict__["_training_graphs"].values()):
+            _rebind(gm, self.graph_module)
+        for gm in (self.graph_module, self.program.source, self.program.graph_module):
+            move_constants(gm, device)
+        self.__dict__["_training_graphs"].clear()
+        for executor in self.__dict__["_executors"].values():
+            executor.reset()
+        return self
+
+    def save(self, path: Any) -> None:
+        """Writes a directory that `eecompile.load` reads; see `eecompile.artifact.write`."""
+        write(self, path)
+
+
+def _rebind(gm: fx.GraphModule, source: fx.GraphModule) -> None:
+    """Buffers of `gm` are those of `source` again, by name: moving a module replaces buffers."""
+    for name, tensor in source.named_buffers():
+        parent, _, leaf = name.rpartition(".")
+        try:
+            owner = gm.get_submodule(parent)
+        except AttributeError:
+            continue
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor

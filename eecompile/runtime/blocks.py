@@ -1,0 +1,226 @@
+"""The compact executor for models that were captured as blocks: gather on entry of a block, scatter on its exit.
+
+Python between the blocks runs with the full batch and notices nothing; rows that have left hold zeros there. When nobody
+is left the model's forward is abandoned.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from eecompile.capture.adapter import mode
+from eecompile.capture.blocks import Axis, BlocksModel, Tap
+from eecompile.errors import CaptureError
+from eecompile.kernels.confidence import confidence as confidence_of
+from eecompile.passes.insert_exits import TEMPERATURES, THRESHOLDS
+from eecompile.program import Program
+from eecompile.runtime.outcome import Outcome, assemble
+from eecompile.runtime.survivors import Survivors
+
+
+class _NobodyLeft(BaseException):
+    """Ends the model's forward; not an Exception, so that the model's own handlers let it through."""
+
+
+class BlocksExecutor:
+    """Runs the user's Python model with fewer rows inside its blocks.
+
+    Hooks are on the user's modules while a call runs; calls of this executor wait for one another, calls of the model
+    itself from other threads are not touched.
+    """
+
+    name = "compact"
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self._lock = threading.Lock()
+        self.thresholds_changed()
+
+    def thresholds_changed(self) -> None:
+        self._thresholds = [float(t) for t in getattr(self.program.marked, THRESHOLDS).tolist()]
+
+    def reset(self) -> None:
+        self.thresholds_changed()
+
+    def run(self, flat: Sequence[Tensor], want_confidence: bool = False) -> Outcome:
+        with self._lock:
+            return _Call(self.program, flat, self._thresholds, want_confidence).outcome()
+
+
+def take(t: Any, axis: Axis, rows: Tensor, size: int) -> Any:
+    """The given rows of a value whose batch axis may hold several rows for each sample."""
+    if axis is None or not isinstance(t, Tensor):
+        return t
+    i, factor = axis
+    if factor == 1:
+        return t.index_select(i, rows)
+    split = t.unflatten(i, (size, factor))
+    return split.index_select(i, rows).flatten(i, i + 1)
+
+
+def spread(t: Any, axis: Axis, rows: Tensor, size: int) -> Any:
+    """The inverse: a value of the full batch with zeros where rows have left."""
+    if axis is None or not isinstance(t, Tensor):
+        return t
+    i, factor = axis
+    shape = list(t.shape)
+    shape[i] = size * factor
+    full = t.new_zeros(shape)
+    if factor == 1:
+        return full.index_copy(i, rows, t)
+    split = full.unflatten(i, (size, factor)).index_copy(i, rows, t.unflatten(i, (rows.numel(), factor)))
+    return split.flatten(i, i + 1)
+
+
+class _Call:
+    """One call of the model."""
+
+    def __init__(
+        self, program: Program, flat: Sequence[Tensor], thresholds: Sequence[float], want_confidence: bool
+    ) -> None:
+        assert program.marked is not None
+        self.program, self.flat, self.want_confidence = program, list(flat), want_confidence
+        self.thresholds = thresholds
+        self.model: BlocksModel = program.marked.get_submodule("model")  # type: ignore[assignment]
+        index, axis = program.signature.batch_input
+        first = flat[index]
+        self.in_ = Survivors(first.shape[axis], first.device, len(program.exits))
+        self.taps: dict[str, Tap] = {t.name: t for t in self.model.found.taps}
+        self.exits = {e.cut: (i, e) for i, e in enumerate(program.exits) if thresholds[i] <= 1.0}
+        self.counts: dict[str, int] = {}
+        self.state: Tensor | None = None
+        self.names = [n.name for n in program.marked.graph.nodes if n.op == "placeholder"]
+        self.temperatures: Tensor = getattr(program.marked, TEMPERATURES)
+
+    def outcome(self) -> Outcome:
+        model = self.model.model
+        thread = threading.get_ident()
+        handles = []
+        for name in self.model.found.modules:
+            module = model.get_submodule(name)
+
+            def before(m: nn.Module, args: Any, kwargs: Any, name: str = name) -> Any:
+                return self.enter(name, args, kwargs) if threading.get_ident() == thread else None
+
+            def after(m: nn.Module, args: Any, kwargs: Any, output: Any, name: str = name) -> Any:
+                return self.leave(name, output) if threading.get_ident() == thread else None
+
+            handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
+            handles.append(module.register_forward_hook(after, with_kwargs=True))
+        leaves: list[Tensor | None] = [None] * len(self.program.signature.outputs)
+        try:
+            with mode(model, False):
+                output = self.model.invoke(self.flat)
+            leaves = self.end(output)
+        except _NobodyLeft:
+            pass
+        finally:
+            for h in handles:
+                h.remove()
+        return assemble(self.program, self.flat, self.in_, leaves, self.want_confidence)
+
+    def tap(self, name: str) -> Tap:
+        k = self.counts.get(name, 0)
+        full = name if k == 0 else f"{name}@{k}"
+        if full not in self.taps:
+            raise CaptureError(
+                "a block is called more often than when the model was captured",
+                where=full,
+                hint="compile again with an example that runs every block",
+            )
+        return self.taps[full]
+
+    def enter(self, name: str, args: Any, kwargs: Any) -> Any:
+        if self.in_.rows is None:
+            return None
+        leaves, spec = pytree.tree_flatten((args, kwargs))
+        tap = self.tap(name)
+        taken = [take(t, a, self.in_.rows, self.in_.size) for t, a in zip(leaves, tap.inputs, strict=True)]
+        return pytree.tree_unflatten(taken, spec)
+
+    def leave(self, name: str, output: Any) -> Any:
+        tap = self.tap(name)
+        self.counts[name] = self.counts.get(name, 0) + 1
+        leaves, spec = pytree.tree_flatten(output)
+        rows = self.in_.rows
+        at = self.exits.get(tap.name)
+        if at is not None:
+            stay = self.decide(at[0], leaves[tap.primary])
+            if stay is not None and stay.numel() == 0:
+                raise _NobodyLeft
+        if rows is None:
+            return None
+        full = [spread(t, a, rows, self.in_.size) for t, a in zip(leaves, tap.outputs, strict=True)]
+        return pytree.tree_unflatten(full, spec)
+
+    def decide(self, index: int, h: Tensor) -> Tensor | None:
+        """Head and decision for the rows that are in; `h` has just those."""
+        e = self.program.exits[index]
+        assert self.program.marked is not None
+        branch = self.program.marked.get_submodule(e.head)
+        sides = [self.side(n) for n in e.head_inputs[1:]] if branch.takes_mask else []
+        logits = branch(h, *sides)
+        judged = logits
+        if isinstance(logits, tuple):
+            logits, score = logits
+            judged = score if e.criterion.learned else logits
+        found, state = confidence_of(
+            judged,
+            self.state if e.criterion.stateful else None,
+            e.criterion.name,
+            self.temperatures[index],
+            patience=e.criterion.patience,
+            reduce=e.criterion.reduce,
+            mask=self.positions_mask(),
+        )
+        stay = self.in_.decide(index, logits, found, self.thresholds[index])
+        if e.criterion.stateful:
+            self.state = state if stay is None else state.index_select(0, stay)
+        return stay
+
+    def side(self, name: str) -> Tensor:
+        t = self.flat[self.names.index(name)]
+        return t if self.in_.rows is None else t.index_select(0, self.in_.rows)
+
+    def positions_mask(self) -> Tensor | None:
+        e = self.program.exits[0]
+        positions = len(self.program.signature.outputs[self.program.prediction or 0].shape) == 3
+        return self.side(e.mask_input) if positions and e.mask_input and not e.criterion.learned else None
+
+    def end(self, output: Any) -> list[Tensor | None]:
+        """The model's own end: rows that are still in have their values in the full batch."""
+        signature = self.program.signature
+        values = signature.flatten_output(output)
+        at = self.program.prediction or 0
+        axis = signature.outputs[at].batch_axis or 0
+        prediction = values[at].movedim(axis, 0)
+        rows = self.in_.rows
+        mine = prediction if rows is None else prediction.index_select(0, rows)
+        confidence = None
+        if self.want_confidence:
+            e = self.program.exits[-1]
+            name = "max_probability" if e.criterion.learned else e.criterion.name
+            confidence, _ = confidence_of(
+                mine,
+                self.state if e.criterion.stateful else None,
+                name,
+                self.temperatures[-1],
+                patience=e.criterion.patience,
+                reduce=e.criterion.reduce,
+                mask=self.positions_mask(),
+            )
+        self.in_.finish(mine, confidence)
+        leaves: list[Tensor | None] = []
+        for t, leaf in zip(values, signature.outputs, strict=True):
+            if rows is None or leaf.batch_axis is None:
+                leaves.append(t)
+                continue
+            fill = torch.full_like(t, float("nan") if t.is_floating_point() else 0)
+            leaves.append(fill.index_copy(leaf.batch_axis, rows, t.index_select(leaf.batch_axis, rows)))
+        return leaves

@@ -1,0 +1,32 @@
+"""Moves a captured graph to another device: parameters move by themselves, devices written into nodes do not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def move_constants(graph_module: fx.GraphModule, device: torch.device) -> int:
+    """Rewrites every device argument of the graph's nodes; gives how many there were. Nested graphs too."""
+    count = 0
+
+    def moved(a: Any) -> Any:
+        nonlocal count
+        if isinstance(a, torch.device):
+            count += 1
+            return device
+        if isinstance(a, list | tuple):
+            return type(a)(moved(x) for x in a)
+        return a
+
+    for module in graph_module.modules():
+        if not isinstance(module, fx.GraphModule):
+            continue
+        for n in module.graph.nodes:
+            if n.op == "call_function":
+                n.args = tuple(moved(a) for a in n.args)
+                n.kwargs = {k: moved(v) for k, v in n.kwargs.items()}
+        module.recompile()
+    return count

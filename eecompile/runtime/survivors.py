@@ -1,0 +1,77 @@
+"""Which rows are still in, and the results of those that left. Shared by every executor that compacts on the host."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+class Survivors:
+    """The state of one call.
+
+    Attributes:
+        rows: [n] int64, the batch's rows that are still in; None means all of them, in order.
+        prediction: [B, ..., C]; rows that left are filled in. None until somebody leaves or the end is reached.
+    """
+
+    def __init__(self, size: int, device: torch.device, end: int) -> None:
+        self.size, self.device, self.end = size, device, end
+        self.rows: Tensor | None = None
+        self.prediction: Tensor | None = None
+        self.exit_index: Tensor | None = None
+        self.confidence: Tensor | None = None
+
+    def decide(self, exit_index: int, logits: Tensor, confidence: Tensor, threshold: float) -> Tensor | None:
+        """Lets the rows that are sure leave.
+
+        Args:
+            logits: [n, ..., C] of the rows that are still in.
+            confidence: [n]; NaN is never sure.
+
+        Returns:
+            None if nobody leaves, else the positions `[m]` among the n rows of those that stay.
+        """
+        sure = confidence >= threshold
+        stay = torch.nonzero(~sure).view(-1)
+        left = stay.numel()
+        if left == sure.numel():
+            return None
+        self._write(exit_index, logits, confidence, None if left == 0 else sure)
+        self.rows = stay if self.rows is None else self.rows[stay]
+        return stay
+
+    def _write(self, exit_index: int, logits: Tensor, confidence: Tensor, sure: Tensor | None) -> None:
+        if sure is None and self.rows is None:  # everybody at the first decision: nothing to gather
+            self.prediction, self.confidence = logits, confidence
+            self.exit_index = torch.full((self.size,), exit_index, dtype=torch.int64, device=self.device)
+            return
+        rows, taken, surest = self.rows, logits, confidence
+        if sure is not None:
+            at = torch.nonzero(sure).view(-1)
+            rows = at if self.rows is None else self.rows[at]
+            taken, surest = logits.index_select(0, at), confidence.index_select(0, at)
+        assert rows is not None
+        if self.prediction is None:
+            self.prediction = logits.new_empty((self.size, *logits.shape[1:]))
+            # Rows that no exit takes end at the model's own end.
+            self.exit_index = torch.full((self.size,), self.end, dtype=torch.int64, device=self.device)
+            self.confidence = torch.zeros((self.size,), dtype=torch.float32, device=self.device)
+        assert self.exit_index is not None and self.confidence is not None
+        self.prediction = self.prediction.index_copy_(0, rows, taken)
+        self.exit_index.index_fill_(0, rows, exit_index)
+        self.confidence.index_copy_(0, rows, surest.detach())
+
+    def finish(self, prediction: Tensor, confidence: Tensor | None) -> None:
+        """The model's own end, for the rows that are still in: prediction [n, ..., C], batch first."""
+        if self.rows is None:
+            self.prediction, self.confidence = prediction, confidence
+            self.exit_index = torch.full((self.size,), self.end, dtype=torch.int64, device=self.device)
+            return
+        assert self.prediction is not None and self.confidence is not None
+        self.prediction = self.prediction.index_copy_(0, self.rows, prediction)
+        if confidence is not None:
+            self.confidence.index_copy_(0, self.rows, confidence.detach())
+
+    def gather(self, tensor: Tensor, axis: int | None, stay: Tensor) -> Tensor:
+        """The rows that stay of a live tensor."""
+        return tensor if axis is None else tensor.index_select(axis, stay)
