@@ -84,7 +84,7 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, criterion: str) 
 if HAVE_TRITON:
     from eecompile.kernels._online import block_statistics, criterion_value, last_block_done, merge
 
-    @triton.jit
+    @triton.jit(do_not_specialize=["n", "V", "splits", "tiles"])
     def head_kernel(
         hidden,
         weight,
@@ -112,13 +112,13 @@ if HAVE_TRITON:
         BLOCK_D: tl.constexpr,
         SPLITS: tl.constexpr,
     ):
-        """Block (s, b): rows b * N .. of `hidden` against tiles s * `tiles` .. of the vocabulary.
+        """Block (b, s): rows b * N .. of `hidden` against tiles s * `tiles` .. of the vocabulary.
 
         `partial` [4, splits, padded] float32 and `partial_index` [2, splits, padded] int32 hold what is
         merged.
         """
-        s = tl.program_id(0)
-        rows = tl.program_id(1).to(tl.int64) * N + tl.arange(0, N)
+        s = tl.program_id(1)  # the slow axis: groups of rows that share a range of weights run side by side
+        rows = tl.program_id(0).to(tl.int64) * N + tl.arange(0, N)
         live = rows < n
         scale = tl.load(temperature)
         top = tl.full((N,), float("-inf"), tl.float32)
@@ -158,7 +158,7 @@ if HAVE_TRITON:
         tl.store(partial + 3 * plane + at, moment)
         tl.store(partial_index + at, arg)
         tl.store(partial_index + plane + at, bad)
-        if last_block_done(counters + tl.program_id(1), splits):
+        if last_block_done(counters + tl.program_id(0), splits):
             top = tl.full((N,), float("-inf"), tl.float32)
             second = tl.full((N,), float("-inf"), tl.float32)
             total = tl.zeros((N,), tl.float32)
@@ -205,6 +205,19 @@ if HAVE_TRITON:
 # --- launch ---------------------------------------------------------------------------------------
 
 
+ROWS = 16
+"""Rows of a block: the least that tl.dot takes. Every statistic is held once per row and thread, so more
+spill."""
+
+
+def blocks(wide: bool, aligned: bool) -> tuple[int, int, int]:
+    """Classes and features of a tile, and warps; `wide` for float32.
+
+    Chosen so that nothing spills on the four targets of `aot`. Unaligned rows are loaded through registers.
+    """
+    return (64, 16, 4) if wide else (128, 64 if aligned else 32, 8)
+
+
 def launch_head_confidence(
     hidden: Tensor,
     weight: Tensor,
@@ -219,10 +232,9 @@ def launch_head_confidence(
     hidden = hidden if hidden.stride(1) == 1 else hidden.contiguous()
     weight = weight if weight.stride(1) == 1 else weight.contiguous()
     (n, D), V, device = hidden.shape, weight.shape[0], hidden.device
-    wide = hidden.dtype == torch.float32
-    block_n = min(max(power_of_2(n), 16), 32 if wide else 64)  # 16 is the least that tl.dot takes
-    block_v, block_d = (64, 32) if wide else (128, 64)
-    groups, count = triton.cdiv(n, block_n), triton.cdiv(V, block_v)
+    aligned = all(k % 16 == 0 for k in (D, hidden.stride(0), weight.stride(0)))
+    block_v, block_d, warps = blocks(hidden.dtype == torch.float32, aligned)
+    groups, count = triton.cdiv(n, ROWS), triton.cdiv(V, block_v)
     if splits is None:
         processors = (
             torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
@@ -230,7 +242,7 @@ def launch_head_confidence(
         splits = max(1, 2 * processors // groups)
     per_split = triton.cdiv(count, min(splits, count))
     splits = math.ceil(count / per_split)  # none without a tile
-    padded = groups * block_n
+    padded = groups * ROWS
     partial = torch.empty((4, splits, padded), dtype=torch.float32, device=device)
     partial_index = torch.empty((2, splits, padded), dtype=torch.int32, device=device)
     value = torch.empty((n,), dtype=torch.float32, device=device)
@@ -239,7 +251,7 @@ def launch_head_confidence(
     if not n:
         return value, top1, margin
     LAUNCHES["head_confidence"] += 1
-    head_kernel[(splits, groups)](
+    head_kernel[(groups, splits)](
         hidden,
         weight,
         temperature if bias is None else bias,
@@ -261,11 +273,11 @@ def launch_head_confidence(
         CRITERION=criterion,
         BIAS=bias is not None,
         WIDEN=INTERPRETED and hidden.dtype == torch.bfloat16,  # whose dot takes bfloat16 for integers
-        N=block_n,
+        N=ROWS,
         BLOCK_V=block_v,
         BLOCK_D=block_d,
-        SPLITS=min(power_of_2(splits), 1024 // block_n),
-        num_warps=4,
+        SPLITS=min(power_of_2(splits), 1024 // ROWS),
+        num_warps=warps,
         num_stages=2 if torch.version.hip else 4,
         enable_fp_fusion=True,
     )

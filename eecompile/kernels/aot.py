@@ -1,0 +1,336 @@
+"""Compiles every kernel ahead of time, without a GPU, and says what it costs there.
+
+    python -m eecompile.kernels.aot [--json] [--target sm_90 ...] [--kernel decide ...]
+
+For sm_80, sm_90, sm_100 (NVIDIA) and gfx942 (AMD): registers of a thread, shared memory of a block in bytes,
+and spilled bytes of a thread (its stack, which holds nothing else). Exits with 1 if anything spills. That a
+kernel compiles says nothing about its speed, and nothing here has run on a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eecompile.errors import MissingDependencyError, StrategyError, near
+from eecompile.kernels import confidence, decide, gather, halt, head_confidence, skip
+from eecompile.kernels._triton import HAVE_TRITON, INTERPRETED, extern_libs, triton
+
+TARGETS = {
+    "sm_80": ("cuda", 80, 32),
+    "sm_90": ("cuda", 90, 32),
+    "sm_100": ("cuda", 100, 32),
+    "gfx942": ("hip", "gfx942", 64),
+}
+
+Types = dict[str, Any]
+"""Triton types of a kernel's arguments: "*bf16", "i32", "i32:16" for a multiple of 16, or a tuple of them."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel as it is launched somewhere: the types of its arguments and its constants."""
+
+    kernel: str
+    label: str
+    function: Any
+    types: Types
+    constants: dict[str, Any]
+    num_warps: int = 4
+    num_stages: int = 4
+    conditional: bool = False
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What a case costs on a target. `registers` are those of a thread, `shared` bytes of a block."""
+
+    kernel: str
+    label: str
+    target: str
+    registers: int
+    shared: int
+    spilled: int
+
+
+def _pointers(dtype: str, names: str) -> Types:
+    return dict.fromkeys(names.split(), dtype)
+
+
+def _decide(
+    dtype: str, criterion: str, tile: tuple[int, int], conditional: bool = False, final: bool = False
+) -> Case:
+    types = {
+        **_pointers(f"*{dtype}", "logits result output"),
+        **_pointers("*i64", "rows state exit_index survivors positions"),
+        **_pointers("*i32", "count buckets control"),
+        **_pointers("*fp32", "thresholds temperatures confidence"),
+        **_pointers("i32", "stride_row result_row C W capacity K exit patience"),
+        **_pointers("u64", "alive_handle bucket_handle"),
+    }
+    constants = {
+        "stride_column": 1,
+        "result_column": 1,
+        "CRITERION": criterion,
+        "FINAL": final,
+        "IDENTITY": False,
+        "CONDITION": conditional,
+        "R": tile[0],
+        "BLOCK_C": tile[1],
+        "BLOCK_W": tile[1],
+        "BLOCK_N": 1024,
+        "MAX_K": 16,
+    }
+    label = f"{criterion} {dtype} {tile[0]}x{tile[1]}" + (
+        " final" if final else " graph" if conditional else ""
+    )
+    return Case(
+        "decide", label, decide.decide_kernel, types, constants, 8 if tile[1] > 1024 else 4, 3, conditional
+    )
+
+
+def _confidence(dtype: str, criterion: str, tile: tuple[int, int]) -> Case:
+    types = {
+        "logits": f"*{dtype}",
+        **_pointers("*i64", "state new_state"),
+        **_pointers("*fp32", "temperature threshold value"),
+        **_pointers("i32", "stride_row n C patience"),
+    }
+    constants = {
+        "stride_column": 1,
+        "CRITERION": criterion,
+        "FIRST": False,
+        "OPEN": False,
+        "R": tile[0],
+        "BLOCK_C": tile[1],
+    }
+    label = f"{criterion} {dtype} {tile[0]}x{tile[1]}"
+    return Case("confidence", label, confidence.confidence_kernel, types, constants)
+
+
+def _move(kernel: str, words: tuple[str, ...]) -> Case:
+    types = {
+        "sources": tuple(f"*{w}" for w in words),
+        "destinations": tuple(f"*{w}" for w in words),
+        "shapes": tuple(("i32",) * 7 for _ in words),
+        "index": "*i64",
+        "live": "*i32",
+    }
+    constants = {"SCATTER": kernel == "scatter", "BLOCK": 1024}
+    return Case(kernel, ", ".join(words), gather.move_kernel, types, constants)
+
+
+def _skip(word: str, gate: str) -> Case:
+    types = {
+        "gate": f"*{gate}",
+        **_pointers(f"*{word}", "y x result"),
+        **_pointers("i32", "rows inner y_outer y_row x_outer x_row"),
+    }
+    constants = {"IS_BOOL": gate == "i1", "BLOCK": 1024}
+    return Case("skip", f"{word} gate {gate}", skip.skip_kernel, types, constants)
+
+
+def _pool_gate(dtype: str) -> Case:
+    types = {
+        **_pointers(f"*{dtype}", "x weight bias"),
+        **_pointers("*i64", "rows opened positions"),
+        **_pointers("*i32", "count buckets control"),
+        **_pointers("*fp32", "thresholds score"),
+        **_pointers("i32", "stride_row stride_feature P D capacity K gate"),
+    }
+    constants = {
+        "stride_position": 1,
+        "IDENTITY": False,
+        "BLOCK_P": 64,
+        "BLOCK_D": 32,
+        "BLOCK_N": 1024,
+        "MAX_K": 16,
+    }
+    return Case("pool_gate", dtype, skip.pool_gate_kernel, types, constants)
+
+
+def _halt(dtype: str, first: bool, last: bool) -> Case:
+    types = {
+        **_pointers(f"*{dtype}", "score state"),
+        **_pointers("*fp32", "weighted ledger new_weighted new_ledger"),
+        "running": "*i1",
+        "limit": "fp32",
+        "D": "i32",
+    }
+    constants = {"FIRST": first, "LAST": last, "BLOCK": 1024}
+    label = dtype + (" first" if first else "") + (" last" if last else "")
+    return Case("halt", label, halt.halt_kernel, types, constants)
+
+
+def _head(dtype: str, criterion: str, aligned: bool = True) -> Case:
+    multiple = "i32:16" if aligned else "i32"
+    types = {
+        **_pointers(f"*{dtype}", "hidden weight bias"),
+        **_pointers("*fp32", "temperature partial value margin"),
+        **_pointers("*i32", "partial_index counters"),
+        "top1": "*i64",
+        **_pointers(multiple, "hidden_row weight_row D"),
+        "padded": "i32:16",
+        **_pointers("i32", "n V splits tiles"),
+    }
+    block_v, block_d, warps = head_confidence.blocks(dtype == "fp32", aligned)
+    constants = {
+        "CRITERION": criterion,
+        "BIAS": True,
+        "WIDEN": False,
+        "N": head_confidence.ROWS,
+        "BLOCK_V": block_v,
+        "BLOCK_D": block_d,
+        "SPLITS": 1024 // head_confidence.ROWS,
+    }
+    label = f"{criterion} {dtype}" + ("" if aligned else " unaligned")
+    return Case("head_confidence", label, head_confidence.head_kernel, types, constants, warps)
+
+
+def cases() -> list[Case]:
+    """Every kernel in the shapes that matter: few and many classes, a vocabulary, the three dtypes."""
+    if not HAVE_TRITON or INTERPRETED:
+        raise MissingDependencyError(
+            "kernels cannot be compiled here",
+            got="Triton's interpreter (TRITON_INTERPRET=1)" if INTERPRETED else "no Triton",
+            hint="unset TRITON_INTERPRET" if INTERPRETED else "pip install triton (Linux)",
+        )
+    return [
+        _decide("fp32", "max_probability", (16, 16), conditional=True),
+        _decide("bf16", "entropy", (1, 1024), conditional=True),
+        _decide("fp16", "patience", (1, 1024), conditional=True),
+        _decide("bf16", "margin", (1, 4096)),
+        _decide("fp32", "energy", (1, 1024), final=True),
+        _confidence("fp32", "entropy", (1, 1024)),
+        _confidence("bf16", "patience", (16, 64)),
+        _move("gather", ("i64", "i64", "i32", "i16")),
+        _move("scatter", ("i64",)),
+        _skip("i64", "fp32"),
+        _skip("i16", "i1"),
+        _pool_gate("bf16"),
+        _halt("bf16", first=False, last=False),
+        _halt("fp32", first=True, last=False),
+        _head("bf16", "max_probability"),
+        _head("fp16", "entropy", aligned=False),
+        _head("fp32", "margin"),
+        _head("fp32", "energy", aligned=False),
+    ]
+
+
+def _divisible(function: Any, types: Types) -> dict[tuple[int, ...], list[list[Any]]]:
+    """What is a multiple of 16: pointers, as torch's allocators give them out, and "i32:16"."""
+    found: dict[tuple[int, ...], list[list[Any]]] = {}
+    for i, name in enumerate(function.arg_names):
+        given = types.get(name, "constexpr")
+        if isinstance(given, tuple):
+            found.update(
+                {(i, j): [["tt.divisibility", 16]] for j, t in enumerate(given) if str(t).startswith("*")}
+            )
+        elif given.startswith("*") or given.endswith(":16"):
+            found[(i,)] = [["tt.divisibility", 16]]
+    return found
+
+
+def compile_case(case: Case, target: str) -> Figures:
+    """Compiles one case for one of `TARGETS`.
+
+    Raises:
+        StrategyError: The target is not in the list.
+    """
+    if target not in TARGETS:
+        raise StrategyError("unknown target", got=target, wanted=near(target, TARGETS))
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    nvidia = target.startswith("sm_")
+    constants = dict(case.constants)
+    options: dict[str, Any] = {"num_warps": case.num_warps, "enable_fp_fusion": True}
+    options["num_stages"] = case.num_stages if nvidia else 2
+    if case.conditional and nvidia:
+        options["extern_libs"] = extern_libs()
+    elif case.conditional:
+        constants["CONDITION"] = False  # ROCm has no conditional nodes
+    signature = {name: case.types.get(name, "constexpr") for name in case.function.arg_names}
+    signature = {k: v.removesuffix(":16") if isinstance(v, str) else v for k, v in signature.items()}
+    source = ASTSource(
+        case.function, signature, constexprs=constants, attrs=_divisible(case.function, case.types)
+    )
+    built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
+    read = _read_nvidia if nvidia else _read_amd
+    registers, spilled = read(built)
+    return Figures(case.kernel, case.label, target, registers, int(built.metadata.shared), spilled)
+
+
+def _read_nvidia(built: Any) -> tuple[int, int]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(built.asm["cubin"])
+        tool = triton.knobs.nvidia.cuobjdump.path
+        shown = subprocess.run(
+            [tool, "-res-usage", str(path)], check=True, capture_output=True, text=True
+        ).stdout
+    usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", shown)
+    if usage is None:
+        raise RuntimeError(f"cuobjdump said something unexpected:\n{shown}")
+    return int(usage[1]), int(usage[2]) + int(usage[3])
+
+
+def _read_amd(built: Any) -> tuple[int, int]:
+    def figure(name: str) -> int:
+        found = re.search(rf"\.{name}:\s+(\d+)", built.asm["amdgcn"])
+        if found is None:
+            raise RuntimeError(f"the assembly does not say {name}")
+        return int(found[1])
+
+    return figure("vgpr_count"), max(figure("private_segment_fixed_size"), 4 * figure("vgpr_spill_count"))
+
+
+def compile_all(targets: Sequence[str] = (), kernels: Sequence[str] = ()) -> Iterator[Figures]:
+    """The figures of every case, or of the kernels named, on every target, or on those named."""
+    listed = cases()
+    for name in kernels:
+        if name not in {c.kernel for c in listed}:
+            raise StrategyError("unknown kernel", got=name, wanted=near(name, [c.kernel for c in listed]))
+    for case in listed:
+        if not kernels or case.kernel in kernels:
+            for target in targets or TARGETS:
+                yield compile_case(case, target)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command line; gives the exit code."""
+    parser = argparse.ArgumentParser(
+        prog="python -m eecompile.kernels.aot", description=__doc__.splitlines()[0]
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument(
+        "--target", action="append", default=[], help=f"one of {', '.join(TARGETS)}; repeatable"
+    )
+    parser.add_argument("--kernel", action="append", default=[], help="only this kernel; repeatable")
+    options = parser.parse_args(arguments)
+    figures = []
+    if not options.json:
+        print(f"{'kernel':16} {'case':34} {'target':8} {'registers':>9} {'shared':>7} {'spilled':>7}")
+    for f in compile_all(options.target, options.kernel):
+        figures.append(f)
+        if not options.json:
+            print(
+                f"{f.kernel:16} {f.label:34} {f.target:8} {f.registers:9} {f.shared:7} {f.spilled:7}",
+                flush=True,
+            )
+    if options.json:
+        print(json.dumps([dataclasses.asdict(f) for f in figures], indent=1))
+    return int(any(f.spilled for f in figures))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
