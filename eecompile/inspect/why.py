@@ -1,0 +1,160 @@
+"""Why each row left where it did: its confidence at every exit against the threshold there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+from torch import Tensor
+
+from eecompile.inspect.text import percent
+from eecompile.training.report import Report, json_safe
+
+MOST_ROWS = 20
+
+
+@dataclass
+class At:
+    """One row at one exit.
+
+    Attributes:
+        prediction: The class that the exit says; None for outputs with positions.
+        sure: Whether the row would leave here.
+    """
+
+    exit: str
+    confidence: float
+    threshold: float | None
+    open: bool
+    sure: bool
+    prediction: int | None
+
+
+@dataclass
+class Departure:
+    """One row: where it left, what it said, and how sure every exit was.
+
+    Attributes:
+        left_at: Name of the exit, "model" for the model's own end.
+        prediction: What was answered; None for outputs with positions.
+        full_prediction: What the whole model would have answered.
+    """
+
+    row: int
+    left_at: str
+    prediction: int | None
+    full_prediction: int | None
+    cost: float
+    exits: list[At]
+
+    @property
+    def why(self) -> str:
+        """One sentence."""
+        taken = next(a for a in self.exits if a.exit == self.left_at)
+        before = [a for a in self.exits[: self.exits.index(taken)] if a.open]
+        unsure = ", ".join(f"{a.exit} {a.confidence:.3f} < {a.threshold:.3f}" for a in before)
+        if taken.threshold is None:
+            return f"no open exit was sure enough ({unsure})" if before else "every exit is closed"
+        sure = f"{taken.exit} is the first that is sure: {taken.confidence:.3f} >= {taken.threshold:.3f}"
+        return sure + (f" (before it {unsure})" if before else "")
+
+
+@dataclass
+class Departures(Report):
+    """What `where` found, a row of the input each."""
+
+    title: ClassVar[str] = "where rows left"
+
+    rows: list[Departure]
+    criterion: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            "criterion": self.criterion,
+            "rows": [json_safe({**vars(r), "why": r.why, "exits": [vars(a) for a in r.exits]}) for r in self.rows],
+        }
+
+    def __rich__(self) -> RenderableType:
+        made = Table(title=f"{self.title} ({self.criterion})", title_justify="left")
+        made.add_column("row", justify="right")
+        for at in self.rows[0].exits if self.rows else []:
+            made.add_column(_heading(at), justify="right")
+        for name in ("left at", "says", "cost"):
+            made.add_column(name, justify="right")
+        for r in self.rows[:MOST_ROWS]:
+            says = "-" if r.prediction is None else str(r.prediction)
+            if r.prediction != r.full_prediction:
+                says += f" (the model: {r.full_prediction})"
+            made.add_row(str(r.row), *(_cell(a, r) for a in r.exits), r.left_at, says, percent(r.cost))
+        note = f"and {len(self.rows) - MOST_ROWS} more rows" if len(self.rows) > MOST_ROWS else ""
+        return Group(made, Text(note)) if note else made
+
+
+def _heading(at: At) -> str:
+    if at.threshold is None:
+        return at.exit
+    return f"{at.exit}\n>= {at.threshold:.3f}" if at.open else f"{at.exit}\nclosed"
+
+
+def _cell(at: At, row: Departure) -> Text:
+    names = [a.exit for a in row.exits]
+    text = f"{at.confidence:.3f}" + ("" if at.prediction is None else f": {at.prediction}")
+    if at.exit == row.left_at:
+        return Text(text + " *", "bold green")
+    later = names.index(at.exit) > names.index(row.left_at)
+    return Text(text, "dim" if later or not at.open else "")
+
+
+def where(fast: Any, *args: Any, **kwargs: Any) -> Departures:
+    """Runs every exit on the given input and says why each row leaves where it does.
+
+    Args:
+        fast: The compiled module; thresholds as they are now.
+        args: The call, as for the model.
+
+    Returns:
+        Departures: Prints as a table; `rows[i].why` is a sentence, `to_dict()` everything.
+
+    Raises:
+        CaptureError: Other arguments than the model was captured with.
+    """
+    result = fast.observe(*args, **kwargs)
+    predictions = [_classes(o) for o in result.outputs]
+    confidences = [c.float().cpu().tolist() for c in result.confidences]
+    exits = fast.exits
+    rows = []
+    for i, left in enumerate(result.exit_index.tolist()):
+        found = []
+        for k, name in enumerate([*(e.name for e in exits), "model"]):
+            threshold = exits[k].threshold if k < len(exits) else None
+            is_open = threshold is None or exits[k].is_open
+            said = predictions[k]
+            found.append(
+                At(
+                    exit=name,
+                    confidence=confidences[k][i],
+                    threshold=threshold,
+                    open=is_open,
+                    sure=is_open and (threshold is None or confidences[k][i] >= threshold),
+                    prediction=None if said is None else said[i],
+                )
+            )
+        rows.append(
+            Departure(
+                i,
+                found[left].exit,
+                found[left].prediction,
+                found[-1].prediction,
+                float(result.cost[i]),
+                found,
+            )
+        )
+    return Departures(rows, exits[0].criterion.name if exits else "no exits")
+
+
+def _classes(output: Tensor) -> list[int] | None:
+    return [int(c) for c in output.argmax(-1).tolist()] if output.ndim == 2 else None
