@@ -86,9 +86,7 @@ def eecompile(
 
     def training_program(fast: CompiledModule) -> Program:
         assert isinstance(model, nn.Module)
-        train = capture_export(
-            model, args, example_kwargs or {}, batch_axis=batch_axis, dynamic=dynamic, training=True
-        )
+        train = capture_export(model, args, example_kwargs or {}, batch_axis=batch_axis, dynamic=dynamic, training=True)
         fast.artifact["train"] = train.exported
         return prepare_training_graph(fast.program, train.graph_module, train.signature)
 
@@ -185,7 +183,9 @@ def _checked(signature: Signature, index: int) -> int:
     leaf = signature.outputs[index]
     if leaf.batch_axis is None or not leaf.dtype.is_floating_point or len(leaf.shape) not in (2, 3):
         raise StrategyError(
-            "the prediction must be class scores per row", got=leaf.describe(), wanted="floating point [B, C] or [B, S, C]"
+            "the prediction must be class scores per row",
+            got=leaf.describe(),
+            wanted="floating point [B, C] or [B, S, C]",
         )
     if len(leaf.shape) == 3 and leaf.batch_axis != 0:
         raise StrategyError("scores per position need the batch on axis 0", got=leaf.describe(), wanted="[B, S, C]")
@@ -211,4 +211,4 @@ def load(path: str | Path, *, executor: str | None = None, device: str | torch.d
     return fast
 
 
-__all__ = ["EecompileError", "PassError", "THRESHOLDS", "eecompile", "find_prediction", "load"]
+__all__ = ["THRESHOLDS", "EecompileError", "PassError", "eecompile", "find_prediction", "load"]

@@ -106,9 +106,7 @@ def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return (), {k: v for k, v in example.items() if k != "labels"}
     if isinstance(example, list | tuple):
         return tuple(example), {}
-    raise EecompileError(
-        "an example is a tensor, a tuple or a dict of keyword arguments", got=type(example).__name__
-    )
+    raise EecompileError("an example is a tensor, a tuple or a dict of keyword arguments", got=type(example).__name__)
 
 
 def benchmark(
@@ -141,7 +139,7 @@ def benchmark(
         calls["original"] = lambda: model(*args, **kwargs)
         if compile_original:
             optimised = torch.compile(model)
-            calls["original, torch.compile"] = lambda: optimised(*args, **kwargs)
+            calls["original, torch.compile"] = lambda: optimised(*args, **kwargs)  # type: ignore[no-untyped-call]
     else:  # a loaded program has no Python model: its captured graph is the nearest thing
         flat = fast.program.signature.flatten(args, kwargs)
         calls["original"] = lambda: fast.program.source(*flat)

@@ -89,9 +89,7 @@ class Patience(Criterion):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.exits_in_agreement < 1:
-            raise StrategyError(
-                "patience counts at least one exit", got=self.exits_in_agreement, wanted="an integer >= 1"
-            )
+            raise StrategyError("patience counts at least one exit", got=self.exits_in_agreement, wanted="an integer >= 1")
 
     @property
     def patience(self) -> int:
@@ -107,9 +105,7 @@ class Learned(Criterion):
     default_threshold: ClassVar[float] = 0.9
 
 
-CRITERIA: dict[str, type[Criterion]] = {
-    c.name: c for c in (MaxProbability, Entropy, Margin, Energy, Patience, Learned)
-}
+CRITERIA: dict[str, type[Criterion]] = {c.name: c for c in (MaxProbability, Entropy, Margin, Energy, Patience, Learned)}
 
 
 def criterion(spec: str | Criterion | dict[str, Any]) -> Criterion:

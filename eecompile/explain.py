@@ -95,8 +95,7 @@ def explain(fast: Any) -> Explanation:
             ],
             "refusals": [{"node": r.node, "rule": r.rule, "reason": r.reason} for r in program.refusals],
             "passes": [
-                {"name": s.name, "seconds": s.seconds, "nodes": s.nodes_after, "summary": s.summary}
-                for s in program.history
+                {"name": s.name, "seconds": s.seconds, "nodes": s.nodes_after, "summary": s.summary} for s in program.history
             ],
         },
         fast,

@@ -208,9 +208,7 @@ def build_head(spec: HeadSpec, site: Site, where: str) -> nn.Module:
     if isinstance(spec, str):
         kind = default_kind(site) if spec == "auto" else spec
         if kind not in HEADS:
-            raise StrategyError(
-                "unknown head", where=where, got=repr(spec), wanted=near(kind, [*HEADS, "auto", "shared"])
-            )
+            raise StrategyError("unknown head", where=where, got=repr(spec), wanted=near(kind, [*HEADS, "auto", "shared"]))
         if site.kind not in HEADS[kind].fits:
             raise StrategyError(
                 f"head {kind!r} does not fit the value at this place",

@@ -78,6 +78,11 @@ class CompiledModule(nn.Module):
         artifact: The exported programs, by mode, for `save`.
     """
 
+    original: nn.Module | None
+    example: tuple[Tensor, ...] | None
+    artifact: dict[str, Any]
+    _chosen: Executor
+
     def __init__(
         self,
         program: Program,
@@ -273,7 +278,7 @@ class CompiledModule(nn.Module):
     def gates(self) -> tuple[Gate, ...]:
         return self.program.gates
 
-    def set_thresholds(self, thresholds: float | Sequence[float] | Mapping[str, float] | Tensor) -> None:
+    def set_thresholds(self, thresholds: Any) -> None:
         """Sets when samples leave: one number for all exits, one for each in order, or by exit name.
 
         No recompilation: only the set of open exits picks another plan.
@@ -486,7 +491,7 @@ class CompiledModule(nn.Module):
                 wanted="a move to another device only",
                 hint="convert the model first, then compile it",
             )
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.thresholds.device
         for gm in (self.program.source, self.program.graph_module, *self.__dict__["_training_graphs"].values()):
             _rebind(gm, self.graph_module)

@@ -208,9 +208,7 @@ class History(Sequence[Snapshot]):
             for s in self._snapshots:
                 if s.name == key:
                     return s
-            raise PassError(
-                "no such pass in the history", got=key, wanted=near(key, [s.name for s in self._snapshots])
-            )
+            raise PassError("no such pass in the history", got=key, wanted=near(key, [s.name for s in self._snapshots]))
         if isinstance(key, slice):
             return History(self._snapshots[key])
         return self._snapshots[key]

@@ -20,6 +20,11 @@ from torch.utils import _pytree as pytree
 
 from eecompile.errors import ArtifactError, CaptureError, MissingDependencyError, near
 
+POSITIONAL_ONLY = int(inspect.Parameter.POSITIONAL_ONLY)
+POSITIONAL = int(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+VAR_POSITIONAL = int(inspect.Parameter.VAR_POSITIONAL)
+VAR_KEYWORD = int(inspect.Parameter.VAR_KEYWORD)
+
 
 @dataclass(frozen=True)
 class Leaf:
@@ -61,20 +66,16 @@ def parameters_of(forward: Callable[..., Any]) -> tuple[Parameter, ...]:
     return tuple(Parameter(p.name, int(p.kind)) for p in inspect.signature(forward).parameters.values())
 
 
-def arguments_by_name(
-    parameters: Sequence[Parameter], args: Sequence[Any], kwargs: Mapping[str, Any]
-) -> dict[str, Any]:
+def arguments_by_name(parameters: Sequence[Parameter], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments as `{name: value}`, sorted, without those that are None. `*args` become `name[0]`, ... in a list.
 
     Raises:
         CaptureError: Too many positional arguments, an unknown or a doubled name.
     """
     named: dict[str, Any] = {}
-    positional = [
-        p for p in parameters if p.kind in (int(inspect._POSITIONAL_ONLY), int(inspect._POSITIONAL_OR_KEYWORD))
-    ]
-    rest = next((p for p in parameters if p.kind == int(inspect._VAR_POSITIONAL)), None)
-    open_names = any(p.kind == int(inspect._VAR_KEYWORD) for p in parameters)
+    positional = [p for p in parameters if p.kind in (POSITIONAL_ONLY, POSITIONAL)]
+    rest = next((p for p in parameters if p.kind == VAR_POSITIONAL), None)
+    open_names = any(p.kind == VAR_KEYWORD for p in parameters)
     for p, value in zip(positional, args, strict=False):
         named[p.name] = value
     if len(args) > len(positional):
@@ -159,10 +160,8 @@ class Signature:
             flat = [kwargs[n] for n in names]
         else:
             flat = self._bind(args, kwargs)
-        for t in flat:
-            if not isinstance(t, torch.Tensor):
-                flat = self._bind(args, kwargs)
-                break
+        if not all(isinstance(t, torch.Tensor) for t in flat):
+            flat = self._bind(args, kwargs)
         key = tuple((t.shape, t.dtype) for t in flat)
         if key not in self._seen:  # type: ignore[attr-defined]
             self._check(flat)
@@ -174,9 +173,7 @@ class Signature:
         named = arguments_by_name(self.parameters, args, kwargs)
         dummy = [object() if c is None else c[0] for c in self.constants]
         wanted = pytree.tree_unflatten(dummy, self.in_spec)
-        constant_names = {
-            k for k, v in wanted.items() if all(type(x) is not object for x in pytree.tree_leaves(v))
-        }
+        constant_names = {k for k, v in wanted.items() if all(type(x) is not object for x in pytree.tree_leaves(v))}
         for name in constant_names - named.keys():  # burned in once, need not be said again
             named[name] = wanted[name]
         if named.keys() != wanted.keys():

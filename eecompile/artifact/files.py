@@ -148,9 +148,7 @@ def refuse_pickles(path: Path) -> None:
                 if info.filename.endswith(("_weights_config.json", "_constants_config.json")):
                     config = json.loads(archive.read(info)).get("config", {})
                     if any(entry.get("use_pickle") for entry in config.values()):
-                        raise ArtifactError(
-                            "the exported program holds pickled tensors", where=f"{path}: {info.filename}"
-                        )
+                        raise ArtifactError("the exported program holds pickled tensors", where=f"{path}: {info.filename}")
                 elif "/sample_inputs/" in info.filename and info.file_size > 0:
                     raise ArtifactError("the exported program holds pickled inputs", where=f"{path}: {info.filename}")
                 elif info.filename.endswith((".pkl", "custom_obj_0")) or "/custom_obj" in info.filename:

@@ -18,8 +18,17 @@ from eecompile.criteria import criterion
 from eecompile.errors import ArtifactError, EecompileError
 from eecompile.heads import Branch, rebuild, score_head
 from eecompile.module import CompiledModule
-from eecompile.passes import Annotate, FindBlocks, FindCuts, Lower, Normalize, StagePass, prepare_training_graph, run_passes
-from eecompile.passes import sites
+from eecompile.passes import (
+    Annotate,
+    FindBlocks,
+    FindCuts,
+    Lower,
+    Normalize,
+    StagePass,
+    prepare_training_graph,
+    run_passes,
+    sites,
+)
 from eecompile.passes.insert_exits import HEADS, TEMPERATURES, THRESHOLDS, InsertExits, cut_of, relocate
 from eecompile.program import Anchor, Exit, Program
 from eecompile.signature import Signature

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,14 +54,11 @@ def write(fast: Any, path: str | Path) -> None:
     source = program.source
     for mode, exported in fast.artifact.items():
         if exported is not None:
-            entries[mode] = files.put(directory, mode, ".pt2", lambda p, e=exported: _export(e, source, p))
+            entries[mode] = files.put(directory, mode, ".pt2", partial(_export, exported, source))
     for e in program.exits:
         if heads[e.name]["kind"] == "custom":
             branch = fast.branch(e.name)
-            size = heads[e.name]
-            entries[f"head {e.name}"] = files.put(
-                directory, f"head_{e.name}", ".pt2", lambda p, b=branch, s=size: _custom(b, s, fast, p)
-            )
+            entries[f"head {e.name}"] = files.put(directory, f"head_{e.name}", ".pt2", partial(_custom, branch, fast))
     manifest = {
         "format": files.FORMAT,
         "version": files.VERSION,
@@ -111,7 +109,7 @@ def _on_cpu(t: Any) -> Any:
     return t.cpu() if isinstance(t, Tensor) and t.device.type != "cpu" else t
 
 
-def _custom(branch: Branch, data: dict[str, Any], fast: Any, path: Path) -> None:
+def _custom(branch: Branch, fast: Any, path: Path) -> None:
     """A user's head: exported, since its class may not be there when the program is loaded."""
     e = next(e for e in fast.program.exits if fast.branch(e.name) is branch)
     node = next(n for n in fast.program.source.graph.nodes if n.name == e.node)

@@ -48,7 +48,7 @@ from eecompile.training.scores import Metric
 TARGETS = ("accuracy", "agreement")
 FIRST_START = 0.85
 LATER_STARTS = (0.25, 0.5, 0.75)
-MOST_SEARCH_ROWS = 20_000
+MOST_SEARCH_ROWS = 10_000
 LEAST_SEARCH_ROWS = 30
 RAMP = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 LONGEST_PATH = 2000
@@ -100,21 +100,13 @@ def calibrate(
         raise
 
 
-def check_options(
-    fast: Compiled, max_drop: float, delta: float | None, target: str, metric: Metric | None
-) -> None:
+def check_options(fast: Compiled, max_drop: float, delta: float | None, target: str, metric: Metric | None) -> None:
     if not fast.exits:
-        raise CalibrationError(
-            "there are no exits to calibrate", hint="compile with a strategy that inserts exits"
-        )
+        raise CalibrationError("there are no exits to calibrate", hint="compile with a strategy that inserts exits")
     if not (0 <= max_drop < 1):
-        raise CalibrationError(
-            "max_drop is out of range", got=max_drop, wanted="0 <= max_drop < 1, 0.01 for 1%"
-        )
+        raise CalibrationError("max_drop is out of range", got=max_drop, wanted="0 <= max_drop < 1, 0.01 for 1%")
     if delta is not None and not (0 < delta < 1):
-        raise CalibrationError(
-            "delta is out of range", got=delta, wanted="0 < delta < 1, or None for no guarantee"
-        )
+        raise CalibrationError("delta is out of range", got=delta, wanted="0 < delta < 1, or None for no guarantee")
     if target not in TARGETS:
         raise CalibrationError("unknown target", got=repr(target), wanted=near(str(target), TARGETS))
     if metric is not None and target == "agreement":
@@ -210,17 +202,11 @@ class Calibration:
             self.nll[k] = negative_log_likelihood(z, y, self.old[k]), negative_log_likelihood(z, y, new[k])
         self.fast.set_temperatures(new)
         if not kept.whole:
-            require_repeatable(
-                self.loader, "temperatures need a second pass for these outputs", "the calibration loader"
-            )
+            require_repeatable(self.loader, "temperatures need a second pass for these outputs", "the calibration loader")
             return second_pass(self.fast, self.loader, data, self.device)
         order = self._in_order(data, keys)
         outputs = [logits[order, k].to(self.device) for k in range(logits.shape[1])]
-        scores = (
-            None
-            if data.scores is None
-            else [data.scores[:, k].to(self.device) for k in range(data.scores.shape[1])]
-        )
+        scores = None if data.scores is None else [data.scores[:, k].to(self.device) for k in range(data.scores.shape[1])]
         found = self.fast.confidences_of(outputs, self.fast.temperatures, scores)
         return torch.stack([c.float().cpu() for c in found], 1)
 
@@ -246,9 +232,7 @@ class Calibration:
         """Threshold vectors by growing loss on the rows of the search, after a ramp of very safe ones."""
         most = 1.5 * self.max_drop + 3 / evidence.rows
         found = candidates(evidence, most)
-        path = [
-            vector for total, _, vector in found if total <= most * evidence.rows and any(pattern(vector))
-        ]
+        path = [vector for total, _, vector in found if total <= most * evidence.rows and any(pattern(vector))]
         if path and evidence.recompute is None:
             search = Search(evidence)
             closed = torch.full((evidence.exits,), CLOSED)
@@ -297,9 +281,7 @@ class Calibration:
 
     def _empirical(self, data: Collected, evidence: Evidence) -> CalibrationReport:
         """The cheapest vector whose drop on all rows, gains counted, is at most `max_drop`."""
-        signed = Evidence(
-            evidence.confidences, data.score[:, -1:] - data.score, self.costs, evidence.recompute
-        )
+        signed = Evidence(evidence.confidences, data.score[:, -1:] - data.score, self.costs, evidence.recompute)
         budget = self.max_drop * data.rows
         rows = torch.arange(data.rows)
         some = signed

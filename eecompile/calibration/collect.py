@@ -154,9 +154,7 @@ def collect(
     joined = {name: torch.cat(found) for name, found in parts.items() if found}
     correct_rows = joined.get("correct")
     if correct_rows is not None and len(correct_rows) != len(joined["keys"]):
-        raise CalibrationError(
-            "some batches have labels and others do not", wanted="labels in all or in none"
-        )
+        raise CalibrationError("some batches have labels and others do not", wanted="labels in all or in none")
     if kept is not None and not kept.keys:
         kept = None
     return Collected(

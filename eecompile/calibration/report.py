@@ -103,14 +103,10 @@ class CalibrationReport(Report):
             ]
             for row in self.exits
         ]
-        parts = [
-            f"expected cost {percent(self.expected_cost, 1)} of the full model's FLOPs, {self.rows} rows"
-        ]
+        parts = [f"expected cost {percent(self.expected_cost, 1)} of the full model's FLOPs, {self.rows} rows"]
         drop = f"drop {percent(self.drop_search)} on the rows of the search"
         if self.drop_test is not None:
-            drop += (
-                f", {percent(self.drop_test)} on those of the test (bound used: {percent(self.loss_test)})"
-            )
+            drop += f", {percent(self.drop_test)} on those of the test (bound used: {percent(self.loss_test)})"
         return stacked(table(self.title, columns, rows), *parts, drop, self.guarantee, *self.notes)
 
 
@@ -132,10 +128,7 @@ def sentence(report: CalibrationReport, smallest_p: float | None) -> str:
             f"With probability at least {sure} over the calibration data, {what} on inputs drawn like it "
             f"(Learn then Test on {n} rows, p = {report.p_value:.2g} at level {report.level:.2g})."
         )
-    closed = (
-        f"No thresholds qualify for max_drop={report.max_drop:g}, delta={report.delta:g}; "
-        "all exits are closed."
-    )
+    closed = f"No thresholds qualify for max_drop={report.max_drop:g}, delta={report.delta:g}; all exits are closed."
     if report.rows_needed is None:
         return f"{closed} No number of rows can show a drop of 0: pass max_drop above 0, or delta=None."
     if report.rows < report.rows_needed:

@@ -72,9 +72,7 @@ def rows_needed(alpha: float, level: float) -> int | None:
     return n
 
 
-def fallback(
-    p_value: Callable[[int], float], count: int, levels: Mapping[int, float]
-) -> list[tuple[int, float]]:
+def fallback(p_value: Callable[[int], float], count: int, levels: Mapping[int, float]) -> list[tuple[int, float]]:
     """Tests hypotheses 0 to count - 1 in order; which are rejected, and the level that each was tested at.
 
     The fallback procedure of Wiens (2003), of which fixed-sequence testing is the case of a single start.

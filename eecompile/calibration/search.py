@@ -7,10 +7,10 @@ prefix sum of the differences, over the ends of groups of equal confidence (ties
 `confidence >= threshold` makes them). Opening an exit also charges its head to all rows that pass it, so
 "closed" is compared as a case of its own.
 
-Prices from high to low, warm-started both ways, give the convex hull of the front. Between its points lie
-further ones: budgets that the hull leaves unused are filled by the same coordinate step with the loss as a
-constraint, and neighbours are interpolated in ranks. Every candidate is then measured, and the Pareto front
-kept.
+Prices from high to low, warm-started both ways and from "all closed", then the slopes across the widest gaps,
+give the convex hull of the front. Between its points lie further ones: budgets that the hull leaves unused
+are filled by the same coordinate step with the loss as a constraint, and neighbours are interpolated in
+ranks. Every candidate is then measured, and the Pareto front kept.
 
 With criteria that have state (patience) a confidence depends on which exits before are open, so there the
 candidates are patterns of open exits, each with one threshold for all.
@@ -19,17 +19,22 @@ candidates are patterns of open exits, each with one threshold for all.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from itertools import pairwise, product
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from eecompile.calibration.evidence import CLOSED, Evidence, pattern
 
-PRICES = 40
+PRICES = 16
+REFINEMENTS = 40
 BUDGETS = 24
 SWEEPS = 6
 ALL_PATTERNS_UP_TO = 8
+
+Point: TypeAlias = tuple[float, float, Tensor]
 
 
 class Search:
@@ -49,6 +54,8 @@ class Search:
         self.ends = ends.T.contiguous()
         self.loss = evidence.loss.T.contiguous()
         self.columns = evidence.confidences.T.contiguous()
+        self.closed = torch.full((self.e,), CLOSED)
+        self.measured: dict[tuple[float, ...], tuple[float, float]] = {}
 
     def threshold(self, k: int, position: int) -> float:
         """A float32 threshold with which exactly the rows up to `position` leave: between it and the next."""
@@ -76,7 +83,9 @@ class Search:
         """
         new = thresholds.clone()
         leaves = (self.columns >= new[:, None]) & (new <= 1)[:, None]
-        before = torch.cat((torch.zeros(1, self.n, dtype=torch.bool), leaves)).cummax(0).values
+        before = [torch.zeros(self.n, dtype=torch.bool)]
+        for k in range(self.e - 1):
+            before.append(before[-1] | leaves[k])
         takes = torch.full((self.n,), self.e)
         pays = self.loss[self.e].clone()
         early = torch.zeros((), dtype=torch.float64)
@@ -89,22 +98,23 @@ class Search:
             is_open[k] = False
             without = self.evidence.costs(tuple(is_open))
             reach = ~before[k]
-            cost_on, cost_off = with_k[takes], without[takes]
-            more_cost = torch.where(reach, with_k[k] - cost_on, 0.0)[self.order[k]].cumsum(0)
-            more_loss = torch.where(reach, self.loss[k] - pays, 0.0)[self.order[k]].cumsum(0)
-            base_cost, base_loss = cost_on[reach].sum(), pays[reach].sum()
-            close_cost = float(cost_off[reach].sum())
+            cost_on, here = with_k[takes], reach.double()
+            opening = float(here @ (cost_on - without[takes]))  # its head, for those that go on
+            base = float(here @ pays)
+            gain = (with_k[k] - cost_on) * here
+            more = (self.loss[k] - pays) * here
             if price is None:
-                usable = self.ends[k] & (early[k] + base_loss + more_loss <= budget + 1e-9)
-                value, closed = base_cost + more_cost, close_cost
+                value = gain[self.order[k]].cumsum(0)
+                total = more[self.order[k]].cumsum(0)
+                usable = self.ends[k] & (total <= budget + 1e-9 - float(early[k]) - base)
+                feasible = float(early[k]) + base <= budget + 1e-9
             else:
-                usable = self.ends[k]
-                value = base_cost + more_cost + price * (base_loss + more_loss)
-                closed = close_cost + price * float(base_loss)
-            value = torch.where(usable, value, math.inf)
-            best = int(value.argmin()) if self.n else 0
-            feasible = price is not None or float(early[k] + base_loss) <= budget + 1e-9
-            if float(value[best]) < closed - 1e-9 or (not feasible and math.isfinite(float(value[best]))):
+                value = gain.add_(more, alpha=price)[self.order[k]].cumsum(0)
+                usable, feasible = self.ends[k], True
+            value = value.masked_fill_(~usable, math.inf)
+            best = int(value.argmin())
+            least = float(value[best]) + opening
+            if least < -1e-9 or (not feasible and math.isfinite(least)):
                 new[k] = self.threshold(k, best)
                 out = self.columns[k] >= new[k]
                 takes = torch.where(out, k, takes)
@@ -133,7 +143,7 @@ class Search:
         return thresholds
 
     def ranks(self, thresholds: Tensor) -> list[int]:
-        reach = (self.columns >= thresholds[:, None]).sum(1).tolist()
+        reach = torch.searchsorted(-self.values, -thresholds[:, None], right=True)[:, 0].tolist()
         return [int(r) if t <= 1 else 0 for r, t in zip(reach, thresholds.tolist(), strict=True)]
 
     def between(self, a: Tensor, b: Tensor, share: float) -> Tensor:
@@ -144,44 +154,84 @@ class Search:
 
     def candidates(self, most: float) -> list[Tensor]:
         """Vectors around the front, up to a mean loss of about `most`."""
-        closed = torch.full((self.e,), CLOSED)
+        closed = self.closed
         everybody = torch.tensor([self.at_rank(k, self.n) for k in range(self.e)])
         prices = torch.logspace(math.log10(max(2.0 * self.n, 10.0)), -1, PRICES, dtype=torch.float64).tolist()
         found: list[Tensor] = []
-        for start, sequence in ((closed, prices), (everybody, prices[::-1])):
-            at = start
-            for price in sequence:
-                at = self.descend(at, price)
-                found.append(at)
-        for quantile in torch.linspace(
-            0.02, 1, 40
-        ).tolist():  # one rank for all exits, and one threshold for all
+        used = []
+        at = closed
+        for price in prices:
+            used.append(price)
+            at = self.descend(at, price)
+            found += [at, self.descend(closed, price)]
+            if self.measure(at)[0] > 2 * most * self.n:
+                break
+        at = everybody
+        for price in reversed(used):
+            at = self.descend(at, price)
+            found.append(at)
+        # one rank for all exits, and one threshold for all
+        pooled = self.values.flatten().sort(descending=True).values
+        for quantile in torch.linspace(0.02, 1, 40).tolist():
             rank = math.ceil(quantile * self.n)
             found.append(torch.tensor([self.at_rank(k, rank) for k in range(self.e)]))
-            shared = self.columns.flatten().quantile(1 - quantile) if self.columns.numel() < 2**24 else None
-            if shared is not None and float(shared) >= 0:
-                found.append(torch.full((self.e,), float(shared.float())))
+            shared = float(pooled[math.ceil(quantile * len(pooled)) - 1])
+            if shared >= 0:
+                found.append(torch.full((self.e,), shared))
+        hull = self.front(found)
+        found += self.refine(hull, most)
         hull = self.front(found)
         for budget in sorted({*range(4), *(most * self.n * i / BUDGETS for i in range(BUDGETS + 1))}):
             starts = [vector for total, _, vector in hull if total <= budget + 1e-9]
             found.append(self.descend(starts[-1] if starts else closed, None, budget))
         hull = self.front(found)
-        for (_, _, a), (_, _, b) in pairwise(hull):
-            found += [self.between(a, b, share) for share in (0.25, 0.5, 0.75)]
+        gap = most * self.n / BUDGETS / 4
+        for (low, _, a), (high, _, b) in pairwise(hull):
+            steps = min(8, max(2, math.ceil((high - low) / gap))) if low <= most * self.n else 2
+            found += [self.between(a, b, i / steps) for i in range(1, steps)]
         return found
 
-    def front(self, found: list[Tensor]) -> list[tuple[float, float, Tensor]]:
-        return front(self.evidence, found)
+    def refine(self, hull: list[Point], most: float) -> list[Tensor]:
+        """Further vectors in the widest gaps: the price is the slope between the two neighbours of a gap."""
+        found = [vector for _, _, vector in hull]
+        tried: set[tuple[float, float]] = set()
+        least = most * self.n / BUDGETS
+        for _ in range(REFINEMENTS):
+            gaps = [
+                (high[0] - low[0], low, high)
+                for low, high in pairwise(lower_hull(self.front(found)))
+                if low[0] <= most * self.n and (low[0], high[0]) not in tried
+            ]
+            if not gaps:
+                break
+            width, low, high = max(gaps, key=lambda gap: gap[0])
+            if width <= max(least, 1.0):
+                break
+            tried.add((low[0], high[0]))
+            price = self.n * (low[1] - high[1]) / width
+            found += [
+                self.descend(low[2], price),
+                self.descend(high[2], price),
+                self.descend(self.closed, price),
+            ]
+        return found
+
+    def measure(self, thresholds: Tensor) -> tuple[float, float]:
+        key = tuple(thresholds.tolist())
+        if key not in self.measured:
+            self.measured[key] = self.evidence.measure(thresholds)
+        return self.measured[key]
+
+    def front(self, found: list[Tensor]) -> list[Point]:
+        return front(self.measure, found)
 
 
-def front(evidence: Evidence, found: list[Tensor]) -> list[tuple[float, float, Tensor]]:
+def front(measure: Callable[[Tensor], tuple[float, float]], found: list[Tensor]) -> list[Point]:
     """Pareto front, by growing loss: (sum of losses, mean cost, thresholds), each cheaper than the one
     before."""
     unique = {tuple(vector.tolist()): vector for vector in found}
-    measured = sorted(
-        ((*evidence.measure(vector), key) for key, vector in unique.items()), key=lambda m: (m[0], m[1], m[2])
-    )
-    kept: list[tuple[float, float, Tensor]] = []
+    measured = sorted(((*measure(vector), key) for key, vector in unique.items()), key=lambda m: (m[0], m[1], m[2]))
+    kept: list[Point] = []
     for total, cost, key in measured:
         if not kept or cost < kept[-1][1] - 1e-12:
             kept.append((total, cost, unique[key]))
@@ -211,11 +261,25 @@ def stateful_candidates(evidence: Evidence) -> list[Tensor]:
     return found
 
 
-def candidates(evidence: Evidence, most: float) -> list[tuple[float, float, Tensor]]:
+def lower_hull(points: list[Point]) -> list[Point]:
+    """The convex lower hull of a front, by growing loss."""
+    hull: list[Point] = []
+    for point in points:
+        while len(hull) > 1:
+            (x0, y0, _), (x1, y1, _) = hull[-2:]
+            if (y1 - y0) * (point[0] - x0) < (point[1] - y0) * (x1 - x0):
+                break
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def candidates(evidence: Evidence, most: float) -> list[Point]:
     """The Pareto front of everything tried: (sum of losses, mean cost, thresholds) by growing loss."""
     closed = torch.full((evidence.exits,), CLOSED)
     if evidence.rows == 0 or evidence.exits == 0:
         return [(0.0, 1.0, closed)]
     if evidence.recompute is not None:
-        return front(evidence, [closed, *stateful_candidates(evidence)])
-    return front(evidence, [closed, *Search(evidence).candidates(most)])
+        return front(evidence.measure, [closed, *stateful_candidates(evidence)])
+    search = Search(evidence)
+    return search.front([closed, *search.candidates(most)])

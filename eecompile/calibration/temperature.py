@@ -24,7 +24,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: int64 `[n]`; -100 is left out, and so are rows whose own label is masked.
 
     Returns:
-        1.0 where no row is left, or where all classes always have the same score.
+        1.0 where no row is left, or where no temperature within the bounds changes the likelihood.
     """
     real = labels != -100
     z, y = logits[real].double(), labels[real]

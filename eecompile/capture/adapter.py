@@ -43,9 +43,7 @@ class FlatCall:
         return split_arguments(self.parameters, named)
 
 
-def split_arguments(
-    parameters: Sequence[Parameter], named: Mapping[str, Any]
-) -> tuple[list[Any], dict[str, Any]]:
+def split_arguments(parameters: Sequence[Parameter], named: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
     """Named arguments as the model's `forward` takes them; only `*args` force positions."""
     kinds = {p.name: p.kind for p in parameters}
     variadic = next((p.name for p in parameters if p.kind == 2 and p.name in named), None)

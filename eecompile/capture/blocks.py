@@ -78,9 +78,7 @@ def shapes(leaves: Sequence[Any]) -> list[tuple[int, ...] | None]:
 
 
 @contextlib.contextmanager
-def observed(
-    model: nn.Module, names: Sequence[str], seen: Callable[[str, nn.Module, Any, Any], None]
-) -> Iterator[None]:
+def observed(model: nn.Module, names: Sequence[str], seen: Callable[[str, nn.Module, Any, Any], None]) -> Iterator[None]:
     """Calls `seen(name, module, inputs, output)` after each call of the named modules by this thread."""
     thread = threading.get_ident()
     counts: dict[str, int] = defaultdict(int)
@@ -128,7 +126,8 @@ class BlocksModel(nn.Module):
 
         def seen(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
             if name in by_name:
-                taps.append(pytree.tree_leaves(output)[by_name[name].primary])
+                # A clone: the model may overwrite it in place before the heads read it.
+                taps.append(pytree.tree_leaves(output)[by_name[name].primary].clone())
 
         grad = torch.no_grad() if self.frozen else contextlib.nullcontext()
         with grad, mode(self.model, self.training and not self.frozen), observed(self.model, self.found.modules, seen):
@@ -183,17 +182,26 @@ def capture_blocks(
                 short, short_out = record(model, call, names, rows(5, True))
             except (RuntimeError, ValueError, IndexError):  # the model has one length only
                 lengths = {}
+            if short is not None and len(short) != len(five):  # one block per position: the length is fixed
+                short, lengths = None, {}
         if [c.name for c in five] != [c.name for c in seven]:
             raise CaptureError(
-                "which blocks run depends on the number of rows", where=type(model).__name__, got=f"{len(five)} against {len(seven)} calls"
+                "which blocks run depends on the number of rows",
+                where=type(model).__name__,
+                got=f"{len(five)} against {len(seven)} calls",
             )
-        taps = tuple(_tap(model, a, b, c) for a, b, c in zip(five, seven, short or five, strict=True))
+        known = {
+            (t.shape[i], s.shape[i]): n
+            for t, s, p in zip(rows(5), rows(5, True), call.paths, strict=True)
+            for i, n in lengths.get(p, {}).items()
+        }
+        taps = tuple(_tap(model, a, b, c, known) for a, b, c in zip(five, seven, short or five, strict=True))
         leaves5, leaves7 = (pytree.tree_leaves(o) for o in (out5, out7))
         inputs = tuple(
             Leaf(p, _named_sizes(t, a, lengths.get(p, {})), t.dtype, a)
             for p, t, a in zip(call.paths, call.tensors, axes, strict=True)
         )
-        outputs = []
+        outputs: list[Leaf] = []
         paths = [path_of(p) for p, _ in pytree.tree_flatten_with_path(out5)[0]]
         other = pytree.tree_leaves(short_out) if short is not None else leaves5
         for path, a, b, c in zip(paths, leaves5, leaves7, other, strict=True):
@@ -263,9 +271,17 @@ def repeated(model: nn.Module, call: FlatCall, flat: Sequence[Tensor], pattern: 
         return sum(counts.get(f"{root}.{name}", {}).values())
 
     total = max(1, counter.get_total_flops())
+    runs: dict[str, int] = defaultdict(int)  # a shared module is one module that is called again
+
+    def count(name: str, module: nn.Module, inputs: Any, output: Any) -> None:
+        runs[name.partition("@")[0]] += 1
+
+    with observed(model, [n for members in groups.values() for n in members], count):
+        args, kwargs = call.arguments(flat)
+        model(*args, **kwargs)
     ranked = sorted(
-        (m for m in groups.values() if len(m) > 1 or type(model.get_submodule(m[0])).__name__.endswith("Cell")),
-        key=lambda m: (-min(3, int(4 * sum(map(flops, m)) / total)), -len(m)),
+        (m for m in groups.values() if sum(runs[n] for n in m) > 1),
+        key=lambda m: (-min(3, int(4 * sum(map(flops, m)) / total)), -sum(runs[n] for n in m)),
     )
     if not ranked:
         raise CaptureError(
@@ -305,7 +321,7 @@ def batch_of(a: tuple[int, ...] | None, b: tuple[int, ...] | None, rows_a: int, 
     return grown[0], a[grown[0]] // rows_a
 
 
-def _tap(model: nn.Module, a: Call, b: Call, short: Call) -> Tap:
+def _tap(model: nn.Module, a: Call, b: Call, short: Call, known: Mapping[tuple[int, int], str]) -> Tap:
     inputs = tuple(batch_of(x, y, 5, 7) for x, y in zip(a.inputs, b.inputs, strict=True))
     outputs = tuple(batch_of(x, y, 5, 7) for x, y in zip(shapes(a.outputs), shapes(b.outputs), strict=True))
     primary = next(
@@ -321,7 +337,9 @@ def _tap(model: nn.Module, a: Call, b: Call, short: Call) -> Tap:
     t, axis = a.outputs[primary], outputs[primary]
     other = short.outputs[primary]
     assert t is not None and axis is not None and other is not None
-    sizes: list[int | str] = ["seq" if s != other.shape[i] else s for i, s in enumerate(t.shape)]
+    sizes: list[int | str] = [
+        s if s == other.shape[i] else known.get((s, other.shape[i]), f"length{s}") for i, s in enumerate(t.shape)
+    ]
     sizes[axis[0]] = "batch"
     kind = type(model.get_submodule(a.name.partition("@")[0])).__name__
     dtype = str(t.dtype).removeprefix("torch.")
@@ -342,9 +360,7 @@ def _named_sizes(t: Tensor, axis: int | None, names: Mapping[int, str]) -> tuple
 def _graph(tapped: BlocksModel, signature: Signature) -> fx.GraphModule:
     """One node for the model, one for each tap, one for each output."""
     graph = fx.Graph()
-    inputs = []
-    for leaf in signature.inputs:
-        inputs.append(graph.placeholder(re.sub(r"\W+", "_", leaf.path).strip("_")))
+    inputs = [graph.placeholder(re.sub(r"\W+", "_", leaf.path).strip("_")) for leaf in signature.inputs]
     model = graph.call_module("model", tuple(inputs))
     count = len(signature.outputs)
     for i, tap in enumerate(tapped.found.taps):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from eecompile.capture import check
 from eecompile.capture.adapter import FlatAdapter, FlatCall, flatten_call, mode, no_attention_fastpath
 from eecompile.capture.source import capture_failed
 from eecompile.errors import CaptureError, EecompileError
-from eecompile.signature import Leaf, Signature, path_of
+from eecompile.signature import POSITIONAL, Leaf, Parameter, Signature, path_of
 
 MAX_BATCH = 65536
 MAX_LENGTH = 1 << 20
@@ -80,7 +79,7 @@ def capture_export(
             attempts.append(name)
             try:
                 exported = _export(adapter, traced, call, axes, further, oblivious)
-            except Exception as error:  # torch.export raises many unrelated types
+            except Exception as error:  # noqa: BLE001 - torch.export raises many unrelated types
                 failures.append(error)
                 if _data_dependent(error):
                     break
@@ -211,7 +210,9 @@ def _export(
         shapes = tuple(spec(p, a) for p, a in zip(call.paths, axes, strict=True))
         try:
             # Without it a branch such as `if x.shape[0] > 1` is burned in without a guard: batch 1 is silently wrong.
-            with fx_config.patch(backed_size_oblivious=oblivious):
+            with fx_config.patch(  # type: ignore[attr-defined]
+                backed_size_oblivious=oblivious
+            ):
                 return export(adapter, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
         except Exception as error:
             narrower = _narrower(str(error), dims)
@@ -275,9 +276,7 @@ def from_exported(
         dynamic=ranges(exported, names),
         training=training,
     )
-    example = tuple(
-        t if a is None else t.narrow(a, 0, size) for t, a in zip(call.tensors, axes, strict=True)
-    )
+    example = tuple(t if a is None else t.narrow(a, 0, size) for t, a in zip(call.tensors, axes, strict=True))
     return Captured(graph_module, signature, exported, example)
 
 
@@ -334,7 +333,8 @@ def flat_graph(exported: ExportedProgram, prefix: str, paths: Sequence[str]) -> 
     """
     module = exported.module()
     graph = fx.Graph()
-    graph.graph_copy(module.graph, env := {})  # type: ignore[arg-type]
+    env: dict[fx.Node, fx.Node] = {}
+    graph.graph_copy(module.graph, env)
     output = module.graph.output_node()
     values = [env.get(v, v) if isinstance(v, fx.Node) else v for v in pytree.tree_leaves(output.args[0])]
     root: dict[str, Any] = {}
@@ -454,12 +454,8 @@ def _program_paths(exported: ExportedProgram) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _program_call(
-    spec: Any, paths: Sequence[str], count: int
-) -> tuple[tuple[Any, ...], tuple[tuple[Any] | None, ...], Any]:
+def _program_call(spec: Any, paths: Sequence[str], count: int) -> tuple[tuple[Any, ...], tuple[tuple[Any] | None, ...], Any]:
     """Argument names of an exported program: positional ones are named after its inputs."""
-    from eecompile.signature import Parameter
-
     args, kwargs = pytree.tree_unflatten([_Slot(i) for i in range(count)], spec)
     if any(not isinstance(a, _Slot) for a in (*args, *kwargs.values())):
         raise CaptureError(
@@ -468,7 +464,7 @@ def _program_call(
             hint="pass the model itself instead of its export",
         )
     named = {paths[a.index]: a for a in args} | dict(kwargs)
-    positional = int(inspect._POSITIONAL_OR_KEYWORD)
+    positional = POSITIONAL
     parameters = tuple(Parameter(n, positional) for n in named)
     leaves, tree = pytree.tree_flatten(dict(sorted(named.items())))
     if [s.index for s in leaves] != list(range(count)):

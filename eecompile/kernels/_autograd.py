@@ -37,9 +37,7 @@ def differentiable(op: Any, definition: Definition) -> None:
             ]
             results = definition(*pytree.tree_unflatten(leaves, ctx.spec))
             results = (results,) if isinstance(results, torch.Tensor) else results
-            pairs = [
-                (y, g) for y, g in zip(results, gradients, strict=True) if g is not None and y.requires_grad
-            ]
+            pairs = [(y, g) for y, g in zip(results, gradients, strict=True) if g is not None and y.requires_grad]
         wanted = [x for x in leaves if isinstance(x, torch.Tensor) and x.requires_grad]
         found: list[torch.Tensor | None] = [None] * len(wanted)
         if pairs and wanted:

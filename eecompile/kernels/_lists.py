@@ -15,9 +15,7 @@ def control_size(capacity: int) -> int:
     return FLAGS + capacity
 
 
-def write_lists(
-    stay: Tensor, rows: Tensor, buckets: Tensor, survivors: Tensor, positions: Tensor, control: Tensor
-) -> None:
+def write_lists(stay: Tensor, rows: Tensor, buckets: Tensor, survivors: Tensor, positions: Tensor, control: Tensor) -> None:
     """The definition: `positions` gets the indices of `stay` `[capacity]` in order, then -1.
 
     `survivors` gets `rows` there, then -1; `control` the count, the index of the smallest of the ascending

@@ -27,9 +27,7 @@ if HAVE_TRITON:
         shift_a, shift_b = top_a - base, top_b - base
         scale_a, scale_b = tl.exp(shift_a), tl.exp(shift_b)
         second = tl.maximum(tl.minimum(top_a, top_b), tl.maximum(second_a, second_b))
-        moment = scale_a * (moment_a + scaled(total_a, shift_a)) + scale_b * (
-            moment_b + scaled(total_b, shift_b)
-        )
+        moment = scale_a * (moment_a + scaled(total_a, shift_a)) + scale_b * (moment_b + scaled(total_b, shift_b))
         total = scale_a * total_a + scale_b * total_b
         return top, second, total, moment, tl.where(top_b > top_a, arg_b, arg_a)
 
@@ -48,9 +46,7 @@ if HAVE_TRITON:
         return top, tl.max(rest, 1), tl.sum(e, 1), moment, first.to(tl.int32) + arg
 
     @triton.jit
-    def row_statistics(
-        pointer, rows, live, stride_row, stride_column, C, temperature, R: tl.constexpr, K: tl.constexpr
-    ):
+    def row_statistics(pointer, rows, live, stride_row, stride_column, C, temperature, R: tl.constexpr, K: tl.constexpr):
         """Statistics of `rows` [R] (int64) of logits `[n, C]` over `temperature`, K columns at a time."""
         top = tl.full((R,), float("-inf"), tl.float32)
         second = tl.full((R,), float("-inf"), tl.float32)

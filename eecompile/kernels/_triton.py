@@ -105,9 +105,7 @@ if HAVE_TRITON:
             for h in ("int64", "uint64")
             for v in ("int32", "uint32")
         }
-        return _core.extern_elementwise(
-            "", "", [handle, value], signature, is_pure=False, _semantic=_semantic
-        )
+        return _core.extern_elementwise("", "", [handle, value], signature, is_pure=False, _semantic=_semantic)
 
 else:
     set_conditional = None

@@ -66,9 +66,7 @@ def _pointers(dtype: str, names: str) -> Types:
     return dict.fromkeys(names.split(), dtype)
 
 
-def _decide(
-    dtype: str, criterion: str, tile: tuple[int, int], conditional: bool = False, final: bool = False
-) -> Case:
+def _decide(dtype: str, criterion: str, tile: tuple[int, int], conditional: bool = False, final: bool = False) -> Case:
     types = {
         **_pointers(f"*{dtype}", "logits result output"),
         **_pointers("*i64", "rows state exit_index survivors positions"),
@@ -90,12 +88,8 @@ def _decide(
         "BLOCK_N": 1024,
         "MAX_K": 16,
     }
-    label = f"{criterion} {dtype} {tile[0]}x{tile[1]}" + (
-        " final" if final else " graph" if conditional else ""
-    )
-    return Case(
-        "decide", label, decide.decide_kernel, types, constants, 8 if tile[1] > 1024 else 4, 3, conditional
-    )
+    label = f"{criterion} {dtype} {tile[0]}x{tile[1]}" + (" final" if final else " graph" if conditional else "")
+    return Case("decide", label, decide.decide_kernel, types, constants, 8 if tile[1] > 1024 else 4, 3, conditional)
 
 
 def _confidence(dtype: str, criterion: str, tile: tuple[int, int]) -> Case:
@@ -232,9 +226,7 @@ def _divisible(function: Any, types: Types) -> dict[tuple[int, ...], list[list[A
     for i, name in enumerate(function.arg_names):
         given = types.get(name, "constexpr")
         if isinstance(given, tuple):
-            found.update(
-                {(i, j): [["tt.divisibility", 16]] for j, t in enumerate(given) if str(t).startswith("*")}
-            )
+            found.update({(i, j): [["tt.divisibility", 16]] for j, t in enumerate(given) if str(t).startswith("*")})
         elif given.startswith("*") or given.endswith(":16"):
             found[(i,)] = [["tt.divisibility", 16]]
     return found
@@ -261,9 +253,7 @@ def compile_case(case: Case, target: str) -> Figures:
         constants["CONDITION"] = False  # ROCm has no conditional nodes
     signature = {name: case.types.get(name, "constexpr") for name in case.function.arg_names}
     signature = {k: v.removesuffix(":16") if isinstance(v, str) else v for k, v in signature.items()}
-    source = ASTSource(
-        case.function, signature, constexprs=constants, attrs=_divisible(case.function, case.types)
-    )
+    source = ASTSource(case.function, signature, constexprs=constants, attrs=_divisible(case.function, case.types))
     built = triton.compile(source, target=GPUTarget(*TARGETS[target]), options=options)
     read = _read_nvidia if nvidia else _read_amd
     registers, spilled = read(built)
@@ -275,9 +265,7 @@ def _read_nvidia(built: Any) -> tuple[int, int]:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(built.asm["cubin"])
         tool = triton.knobs.nvidia.cuobjdump.path
-        shown = subprocess.run(
-            [tool, "-res-usage", str(path)], check=True, capture_output=True, text=True
-        ).stdout
+        shown = subprocess.run([tool, "-res-usage", str(path)], check=True, capture_output=True, text=True).stdout
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", shown)
     if usage is None:
         raise RuntimeError(f"cuobjdump said something unexpected:\n{shown}")
@@ -308,13 +296,9 @@ def compile_all(targets: Sequence[str] = (), kernels: Sequence[str] = ()) -> Ite
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; gives the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="python -m eecompile.kernels.aot", description=__doc__.splitlines()[0]
-    )
+    parser = argparse.ArgumentParser(prog="python -m eecompile.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument(
-        "--target", action="append", default=[], help=f"one of {', '.join(TARGETS)}; repeatable"
-    )
+    parser.add_argument("--target", action="append", default=[], help=f"one of {', '.join(TARGETS)}; repeatable")
     parser.add_argument("--kernel", action="append", default=[], help="only this kernel; repeatable")
     options = parser.parse_args(arguments)
     figures = []

@@ -90,13 +90,9 @@ def check(logits: Tensor, criterion: str, reduce: str, mask: Tensor | None) -> N
     if criterion not in CRITERIA:
         raise StrategyError("unknown criterion", got=repr(criterion), wanted=near(criterion, CRITERIA))
     if reduce not in REDUCTIONS:
-        raise StrategyError(
-            "unknown reduction over positions", got=repr(reduce), wanted=near(reduce, REDUCTIONS)
-        )
+        raise StrategyError("unknown reduction over positions", got=repr(reduce), wanted=near(reduce, REDUCTIONS))
     if logits.ndim not in (2, 3):
-        raise StrategyError(
-            "logits have the wrong rank", got=list(logits.shape), wanted="[n, C] or [n, S, C]"
-        )
+        raise StrategyError("logits have the wrong rank", got=list(logits.shape), wanted="[n, C] or [n, S, C]")
     if criterion == "learned" and logits.shape[-1] != 1:
         raise StrategyError(
             "a learned score is one logit",
@@ -105,15 +101,11 @@ def check(logits: Tensor, criterion: str, reduce: str, mask: Tensor | None) -> N
             hint="pass the score, not the class logits",
         )
     if mask is not None and mask.shape != logits.shape[:-1]:
-        raise StrategyError(
-            "the mask does not fit the logits", got=list(mask.shape), wanted=list(logits.shape[:-1])
-        )
+        raise StrategyError("the mask does not fit the logits", got=list(mask.shape), wanted=list(logits.shape[:-1]))
 
 
 def _max_probability(z: Tensor) -> Tensor:
-    return torch.softmax(z, -1).amax(
-        -1
-    )  # one largest logit of +inf, NaN or all -inf makes the whole softmax NaN
+    return torch.softmax(z, -1).amax(-1)  # one largest logit of +inf, NaN or all -inf makes the whole softmax NaN
 
 
 def _entropy(z: Tensor) -> Tensor:

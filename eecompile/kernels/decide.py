@@ -169,9 +169,7 @@ if HAVE_TRITON:
         row_statistics,
     )
 
-    @triton.jit(
-        do_not_specialize=["C", "W", "capacity", "K", "exit", "patience", "alive_handle", "bucket_handle"]
-    )
+    @triton.jit(do_not_specialize=["C", "W", "capacity", "K", "exit", "patience", "alive_handle", "bucket_handle"])
     def decide_kernel(
         logits,
         result,

@@ -85,9 +85,7 @@ def _check(score: Tensor, state: Tensor, weighted: Tensor | None, ledger: Tensor
             wanted=list(state.shape),
         )
     if ledger is not None and ledger.shape != (*score.shape, 3):
-        raise StrategyError(
-            "the halting ledger does not fit", got=list(ledger.shape), wanted=[*score.shape, 3]
-        )
+        raise StrategyError("the halting ledger does not fit", got=list(ledger.shape), wanted=[*score.shape, 3])
 
 
 # --- kernel ---------------------------------------------------------------------------------------

@@ -67,9 +67,7 @@ def head_confidence(
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None, criterion: str) -> None:
     if criterion not in CRITERIA:
-        raise StrategyError(
-            "a fused head cannot use this criterion", got=repr(criterion), wanted=near(criterion, CRITERIA)
-        )
+        raise StrategyError("a fused head cannot use this criterion", got=repr(criterion), wanted=near(criterion, CRITERIA))
     fits = hidden.ndim == weight.ndim == 2 and hidden.shape[1] == weight.shape[1] and weight.shape[0] > 0
     if not fits or hidden.dtype != weight.dtype or (bias is not None and bias.shape != weight.shape[:1]):
         raise StrategyError(
@@ -236,9 +234,7 @@ def launch_head_confidence(
     block_v, block_d, warps = blocks(hidden.dtype == torch.float32, aligned)
     groups, count = triton.cdiv(n, ROWS), triton.cdiv(V, block_v)
     if splits is None:
-        processors = (
-            torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-        )
+        processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
         splits = max(1, 2 * processors // groups)
     per_split = triton.cdiv(count, min(splits, count))
     splits = math.ceil(count / per_split)  # none without a tile

@@ -19,9 +19,7 @@ from eecompile.kernels._autograd import differentiable
 # --- definition -----------------------------------------------------------------------------------
 
 
-def select(
-    outputs: Sequence[Tensor], confidences: Sequence[Tensor], thresholds: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def select(outputs: Sequence[Tensor], confidences: Sequence[Tensor], thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The definition, in plain torch. Without an exit it returns `outputs[0]` itself; the operator copies.
 
     Args:
@@ -55,9 +53,7 @@ def _check(outputs: Sequence[Tensor], confidences: Sequence[Tensor], thresholds:
             wanted="E + 1 outputs, E + 1 confidences, thresholds [E]",
         )
     if thresholds.shape[0] != len(outputs) - 1:
-        raise StrategyError(
-            "select needs one threshold per exit", got=thresholds.shape[0], wanted=len(outputs) - 1
-        )
+        raise StrategyError("select needs one threshold per exit", got=thresholds.shape[0], wanted=len(outputs) - 1)
     last = outputs[-1]
     for k, (output, value) in enumerate(zip(outputs, confidences, strict=True)):
         if output.shape != last.shape or output.dtype != last.dtype or value.ndim != 1:
@@ -73,18 +69,14 @@ def _check(outputs: Sequence[Tensor], confidences: Sequence[Tensor], thresholds:
 
 
 @torch.library.custom_op("eecompile::select", mutates_args=())
-def select_op(
-    outputs: Sequence[Tensor], confidences: Sequence[Tensor], thresholds: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def select_op(outputs: Sequence[Tensor], confidences: Sequence[Tensor], thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """`select` as `torch.ops.eecompile.select`."""
     output, index, value = select(outputs, confidences, thresholds)
     return output.clone() if len(outputs) == 1 else output, index, value
 
 
 @select_op.register_fake
-def _fake(
-    outputs: Sequence[Tensor], confidences: Sequence[Tensor], thresholds: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+def _fake(outputs: Sequence[Tensor], confidences: Sequence[Tensor], thresholds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     _check(outputs, confidences, thresholds)
     last, value = outputs[-1], confidences[-1]
     return (

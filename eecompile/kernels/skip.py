@@ -206,9 +206,7 @@ if HAVE_TRITON:
                     p = p0 + tl.arange(0, BLOCK_P)
                     mask = (p < P)[:, None] & (d < D)[None, :]
                     at = p.to(tl.int64)[:, None] * stride_position + d.to(tl.int64)[None, :] * stride_feature
-                    total += (
-                        tl.load(x + i * stride_row + at, mask=mask, other=0.0).to(tl.float32) * w[None, :]
-                    )
+                    total += tl.load(x + i * stride_row + at, mask=mask, other=0.0).to(tl.float32) * w[None, :]
             logit = tl.sum(tl.sum(total, 1), 0) / P + tl.load(bias).to(tl.float32)
             value = 1.0 / (1.0 + tl.exp(-logit))
             flag = 1 - (value < tl.load(thresholds + gate)).to(tl.int32)

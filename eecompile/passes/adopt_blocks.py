@@ -56,12 +56,12 @@ class StageBlocks(Pass):
     def run(self, program: Program) -> PassResult:
         marked = program.graph_module
         ends = [e.after for e in program.exits]
-        stages, flops, nodes = [], 0.0, 0
-        for n in marked.graph.nodes:
-            if n.name in program.flops:
-                flops += program.flops[n.name]
-                nodes += 1
-            if n.name in ends:
+        stages: list[Stage] = []
+        flops, nodes = 0.0, 0
+        for name, cost in program.flops.items():  # not the graph's nodes: it has only the blocks that an exit reads
+            flops += cost
+            nodes += 1
+            if name in ends:
                 stages.append(Stage(f"stage_{len(stages)}", (), (), len(stages), flops, nodes))
                 flops, nodes = 0.0, 0
         stages.append(Stage(f"stage_{len(stages)}", (), (), None, flops, nodes))

@@ -59,9 +59,7 @@ class Annotate(Pass):
         return PassResult(program, False, summary=f"{total / 1e6:,.2f} MFLOPs a row")
 
 
-def _sizes(
-    gm: fx.GraphModule, program: Program, example: Sequence[torch.Tensor] | None
-) -> dict[sympy.Expr, int]:
+def _sizes(gm: fx.GraphModule, program: Program, example: Sequence[torch.Tensor] | None) -> dict[sympy.Expr, int]:
     """A number for every symbol of the graph."""
     batch = facts.Batch(gm, program.signature)
     sizes: dict[sympy.Expr, int] = {}
@@ -98,9 +96,7 @@ def count_flops(gm: fx.GraphModule, sizes: Mapping[sympy.Expr, int]) -> dict[str
     return {n.name: _node_flops(gm, n, sizes, known) for n in gm.graph.nodes if n.op in ("call_function", "call_module")}
 
 
-def _node_flops(
-    gm: fx.GraphModule, node: fx.Node, sizes: Mapping[sympy.Expr, int], known: dict[Any, float]
-) -> float:
+def _node_flops(gm: fx.GraphModule, node: fx.Node, sizes: Mapping[sympy.Expr, int], known: dict[Any, float]) -> float:
     bodies = [
         facts.attribute(gm, str(a.target))
         for a in node.all_input_nodes

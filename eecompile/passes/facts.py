@@ -56,7 +56,7 @@ class Batch:
             raise PassError("the graph has no batch symbol", hint="capture it with a free batch axis")
         self.symbol = symbol
 
-    def axis(self, node: fx.Node) -> int | None | str:
+    def axis(self, node: fx.Node) -> int | str | None:
         """The batch axis of a value, None without one, or why it has no single one."""
         hits = [(i, e) for i, e in enumerate(shape(node)) if self.symbol in e.free_symbols]
         if not hits:
@@ -131,7 +131,8 @@ def trunk_nodes(graph_module: fx.GraphModule, batch: Batch) -> set[fx.Node]:
 
 def stack(node: fx.Node) -> tuple[tuple[str, int, str], ...]:
     """Modules around a node, outermost first: (path, call, class)."""
-    return node.meta.get("stack", ())
+    found: tuple[tuple[str, int, str], ...] = node.meta.get("stack", ())
+    return found
 
 
 def block_name(path: str, call: int) -> str:

@@ -61,7 +61,10 @@ class FindBlocks(Pass):
         pattern, members = groups[0]
         blocks = tuple(_block(m, nodes, trunk, last, program) for m in members)
         return PassResult(
-            program.replace(blocks=blocks), False, tuple(refusals), f"{len(blocks)} blocks {pattern} ({members[0].kind})"
+            program.replace(blocks=blocks),
+            False,
+            tuple(refusals),
+            f"{len(blocks)} blocks {pattern} ({members[0].kind})",
         )
 
 
@@ -128,9 +131,7 @@ def _live_counts(nodes: list[fx.Node], trunk: set[fx.Node], last: dict[fx.Node, 
     return counts
 
 
-def _block(
-    one: Instance, nodes: list[fx.Node], trunk: set[fx.Node], last: dict[fx.Node, int], program: Program
-) -> Block:
+def _block(one: Instance, nodes: list[fx.Node], trunk: set[fx.Node], last: dict[fx.Node, int], program: Program) -> Block:
     inside = [nodes[i] for i in one.nodes]
     handed_on = [n for n in inside if last[n] > one.last and n in trunk and facts.is_tensor(n)]
     output = handed_on[-1] if handed_on else inside[-1]

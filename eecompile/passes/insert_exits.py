@@ -62,7 +62,7 @@ class InsertExits(Pass):
         marker.finish()
         _functional_behind(gm, program)
         facts.tidy(gm)
-        marked = program.replace(graph_module=gm, level="marked")
+        marked = program.replace(graph_module=gm, marked=gm, level="marked")
         return PassResult(marked, True, summary=f"{len(program.exits)} exits")
 
     def _buffers(self, program: Program, gm: fx.GraphModule) -> Mapping[str, torch.Tensor]:
@@ -88,11 +88,11 @@ class InsertExits(Pass):
             tail = sites.shared_tail(program)
             if isinstance(tail, Refusal):
                 raise PassError("no shared head", where=tail.node, got=tail.reason)
-            score = [
+            scores = [
                 score_head(sites.site_at(program, cut_of(program, e), e.mask_input)[0]) if e.criterion.learned else None
                 for e in program.exits
             ]
-            return {e.name: Branch(tail.module, s) for e, s in zip(program.exits, score, strict=True)}
+            return {e.name: Branch(tail.module, s) for e, s in zip(program.exits, scores, strict=True)}
         reference = next((p for p in program.graph_module.parameters() if p.is_floating_point()), None)
         heads = {}
         with torch.random.fork_rng(devices=[]):
@@ -176,8 +176,7 @@ class _Marker:
         self.outputs.append(logits)
 
     def _mask(self, e: Exit, judged: fx.Node) -> fx.Node | None:
-        positions = len(self.program.signature.outputs[self.program.prediction or 0].shape) == 3
-        return self.nodes[e.mask_input] if positions and e.mask_input and not e.criterion.learned else None
+        return self.nodes[e.mask_input] if masks_positions(self.program, e) and not e.criterion.learned else None
 
     def _confidence(self, name: str, logits: fx.Node, criterion: Criterion, index: int, mask: fx.Node | None) -> None:
         number = self._new(self.graph.call_function(aten.select.int, (self.temperatures, 0, index)), f"{name}_temperature")
@@ -236,9 +235,19 @@ class _Marker:
         return self._new(self.graph.call_function(target, args), f"{leaf.name}_or_nothing", leaf)
 
 
-def available_from(
-    program: Program, position: int, positions: Mapping[fx.Node, int], nodes: Mapping[str, fx.Node]
-) -> int:
+def masks_positions(program: Program, e: Exit) -> bool:
+    """Whether the exit's padding mask speaks of the positions that the model predicts at, `[B, S, C]`.
+
+    It does not where they differ: an encoder's mask says nothing of a decoder's positions.
+    """
+    shape = program.signature.outputs[program.prediction or 0].shape
+    if len(shape) != 3 or e.mask_input is None:
+        return False
+    names = [n.name for n in facts.placeholders(program.graph_module)]
+    return program.signature.inputs[names.index(e.mask_input)].shape[1] == shape[1]
+
+
+def available_from(program: Program, position: int, positions: Mapping[fx.Node, int], nodes: Mapping[str, fx.Node]) -> int:
     """The first exit at which a value that is computed at `position` is there; the number of exits if at none."""
     return sum(positions[nodes[e.after]] < position for e in program.exits)
 
@@ -257,7 +266,8 @@ def _functional_behind(gm: fx.GraphModule, program: Program) -> None:
                 if plain is not None and user.args and user.args[0] is read:
                     user.target = plain
                     read.replace_all_uses_with(
-                        user, delete_user_cb=lambda u, at=position[user]: position.get(u, -1) > at  # type: ignore[misc]
+                        user,
+                        delete_user_cb=lambda u, at=position[user]: position.get(u, -1) > at,  # type: ignore[misc]
                     )
 
 

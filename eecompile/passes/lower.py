@@ -140,9 +140,7 @@ def _segment(
     )
 
 
-def _decision(
-    gm: fx.GraphModule, part: Extractor, mark: int, state: fx.Node | None, stateful: bool
-) -> list[fx.Node]:
+def _decision(gm: fx.GraphModule, part: Extractor, mark: int, state: fx.Node | None, stateful: bool) -> list[fx.Node]:
     """Head and decision of one exit inside a part; for the model's own end (mark -1) its confidence only."""
     wanted: list[fx.Node] = []
     logits: fx.Node | None = None

@@ -73,9 +73,7 @@ def nothing_placed(program: Program, refusals: list[Refusal]) -> StrategyError:
 class Candidates:
     """The cuts that can hold an exit, judged once each."""
 
-    def __init__(
-        self, program: Program, recipe: ExitRecipe, example: tuple[torch.Tensor, ...] | None
-    ) -> None:
+    def __init__(self, program: Program, recipe: ExitRecipe, example: tuple[torch.Tensor, ...] | None) -> None:
         self.program, self.recipe, self.example = program, recipe, example
         self.refusals: list[Refusal] = []
         self._judged: dict[str, Exit | None] = {}
@@ -104,6 +102,11 @@ class Candidates:
         if site.positions and site.kind != "sequence":
             refuse(f"the model predicts per position, the value here is {list(site.sizes)}")
             return None
+        if site.positions:
+            wanted = self.program.signature.outputs[self.program.prediction or 0].shape[1]
+            if site.sizes[1 - site.batch_axis] != wanted:
+                refuse(f"the model predicts at {wanted} positions, the value here is {list(site.sizes)}")
+                return None
         sides: tuple[str, ...] = ()
         if isinstance(self._tail, sites.Tail):
             reason = sites.tail_fits(self._tail, cut)
@@ -125,9 +128,7 @@ class Candidates:
         # Depth may be measured time; what a head may cost is weighed in the same unit, as a fraction.
         saves = (1.0 - cut.depth) * total
         if cost >= saves * self.recipe.max_head_share:
-            refuse(
-                f"head and decision cost {cost / total:.1%} of the model, leaving here saves {max(saves, 0) / total:.1%}"
-            )
+            refuse(f"head and decision cost {cost / total:.1%} of the model, leaving here saves {max(saves, 0) / total:.1%}")
             return None
         inputs = (cut.value, *sides) if kind == "shared" else (cut.value, *((mask,) if mask else ()))
         return Exit(
@@ -147,7 +148,7 @@ class Candidates:
 
     def sizes(self, cut: Cut) -> list[int]:
         """Sizes of the value at a cut, with ROWS rows and the example's length."""
-        lengths = {}
+        lengths: dict[str, int] = {}
         if self.example is not None:
             for t, leaf in zip(self.example, self.program.signature.inputs, strict=True):
                 lengths |= {n: int(t.shape[i]) for i, n in enumerate(leaf.shape) if isinstance(n, str)}
@@ -171,7 +172,9 @@ class Candidates:
         """`count` exits at 1/(count+1), 2/(count+1), ... of the cost; block boundaries where there are blocks."""
         blocks = [c for c in self.program.cuts if c.is_block]
         pool = blocks if len(blocks) > count else list(self.program.cuts)
-        return self._nearest(pool, [(k + 1) / (count + 1) for k in range(count)])
+        depths = [(k + 1) / (count + 1) for k in range(count)]
+        # Where no block boundary can hold an exit (an encoder's, for a decoder's prediction) any cut may.
+        return self._nearest(pool, depths) or self._nearest(list(self.program.cuts), depths)
 
     def _nearest(self, pool: list[Cut], depths: list[float]) -> list[Exit]:
         """For each depth the nearest cut that is free and fit; fewer where the pool runs out, with a refusal."""
@@ -212,7 +215,7 @@ class Candidates:
                     hint=f"that place was refused: {reasons[0]}" if reasons else "eecompile inspect MODEL shows the cuts",
                 )
             before = len(self.refusals)
-            placed = [e for c in matched if (e := self.judge(c)) is not None]
+            placed = [found for c in matched if (found := self.judge(c)) is not None]
             if not placed:
                 raise StrategyError(
                     "no exit fits where it was asked for",
@@ -221,7 +224,7 @@ class Candidates:
                     or "refused before for the same reason",
                     hint="choose an earlier place or a cheaper head=",
                 )
-            chosen.update({e.after: e for e in placed})
+            chosen.update({one.after: one for one in placed})
         return list(chosen.values())
 
 

@@ -30,9 +30,7 @@ def site_at(program: Program, cut: Cut, mask: str | None) -> tuple[Site, str | N
     return site, name
 
 
-def find_mask(
-    program: Program, sizes: tuple[int | str, ...], batch_axis: int, wanted: str | None
-) -> str | None:
+def find_mask(program: Program, sizes: tuple[int | str, ...], batch_axis: int, wanted: str | None) -> str | None:
     """The graph input `[B, S]` that marks padding for a sequence `[B, S, D]` or `[S, B, D]`."""
     if len(sizes) != 3:
         return None
@@ -77,7 +75,7 @@ def shared_tail(program: Program) -> Tail | Refusal:
     """The layers behind the last block as a module that shares their parameters."""
     blocks = [c for c in program.cuts if c.is_block]
     if program.front_end == "blocks":
-        return Refusal("model", "shared head", 'a model that was captured as blocks has no graph of its final layers')
+        return Refusal("model", "shared head", "a model that was captured as blocks has no graph of its final layers")
     if not blocks:
         return Refusal("model", "shared head", "the model has no repeated block, so no tail behind the last one")
     last = blocks[-1]

@@ -18,7 +18,7 @@ def frozen_trunk(marked: fx.GraphModule, trunk: set[int]) -> fx.GraphModule:
     gm = facts.copy(marked)
     for n in list(gm.graph.nodes):
         if n.op == "call_module" and not inserted(n):  # a model that was captured as blocks
-            setattr(gm, str(n.target), gm.get_submodule(str(n.target)).freeze())
+            setattr(gm, str(n.target), gm.get_submodule(str(n.target)).freeze())  # type: ignore[operator]
         if n.op != "get_attr" or inserted(n):
             continue
         value = facts.attribute(gm, str(n.target))
@@ -26,6 +26,6 @@ def frozen_trunk(marked: fx.GraphModule, trunk: set[int]) -> fx.GraphModule:
             with gm.graph.inserting_after(n):
                 detached = gm.graph.call_function(torch.ops.aten.detach.default, (n,))
             detached.meta["val"] = n.meta.get("val")
-            n.replace_all_uses_with(detached, delete_user_cb=lambda u, d=detached: u is not d)  # type: ignore[misc]
+            n.replace_all_uses_with(detached, delete_user_cb=lambda u, d=detached: u is not d)
     facts.tidy(gm)
     return gm

@@ -18,7 +18,7 @@ from eecompile.capture.adapter import mode
 from eecompile.capture.blocks import Axis, BlocksModel, Tap
 from eecompile.errors import CaptureError
 from eecompile.kernels.confidence import confidence as confidence_of
-from eecompile.passes.insert_exits import TEMPERATURES, THRESHOLDS
+from eecompile.passes.insert_exits import TEMPERATURES, THRESHOLDS, masks_positions
 from eecompile.program import Program
 from eecompile.runtime.outcome import Outcome, assemble
 from eecompile.runtime.survivors import Survivors
@@ -60,7 +60,7 @@ def take(t: Any, axis: Axis, rows: Tensor, size: int) -> Any:
     i, factor = axis
     if factor == 1:
         return t.index_select(i, rows)
-    split = t.unflatten(i, (size, factor))
+    split = t.unflatten(i, (size, factor))  # type: ignore[no-untyped-call]
     return split.index_select(i, rows).flatten(i, i + 1)
 
 
@@ -74,16 +74,14 @@ def spread(t: Any, axis: Axis, rows: Tensor, size: int) -> Any:
     full = t.new_zeros(shape)
     if factor == 1:
         return full.index_copy(i, rows, t)
-    split = full.unflatten(i, (size, factor)).index_copy(i, rows, t.unflatten(i, (rows.numel(), factor)))
+    split = full.unflatten(i, (size, factor)).index_copy(i, rows, t.unflatten(i, (rows.numel(), factor)))  # type: ignore[no-untyped-call]
     return split.flatten(i, i + 1)
 
 
 class _Call:
     """One call of the model."""
 
-    def __init__(
-        self, program: Program, flat: Sequence[Tensor], thresholds: Sequence[float], want_confidence: bool
-    ) -> None:
+    def __init__(self, program: Program, flat: Sequence[Tensor], thresholds: Sequence[float], want_confidence: bool) -> None:
         assert program.marked is not None
         self.program, self.flat, self.want_confidence = program, list(flat), want_confidence
         self.thresholds = thresholds
@@ -190,8 +188,9 @@ class _Call:
 
     def positions_mask(self) -> Tensor | None:
         e = self.program.exits[0]
-        positions = len(self.program.signature.outputs[self.program.prediction or 0].shape) == 3
-        return self.side(e.mask_input) if positions and e.mask_input and not e.criterion.learned else None
+        if e.mask_input is None or e.criterion.learned or not masks_positions(self.program, e):
+            return None
+        return self.side(e.mask_input)
 
     def end(self, output: Any) -> list[Tensor | None]:
         """The model's own end: rows that are still in have their values in the full batch."""

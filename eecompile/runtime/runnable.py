@@ -40,13 +40,11 @@ QUICK: dict[Any, Callable[..., Any]] = {
     aten.flatten.using_ints: torch.flatten,
     aten.view.default: Tensor.view,
     aten.contiguous.default: Tensor.contiguous,
-    aten.slice.Tensor: None,  # type: ignore[dict-item]  # no binding with these arguments
     aten.sym_size.int: Tensor.size,
     aten.scaled_dot_product_attention.default: torch._C._nn.scaled_dot_product_attention,
     aten.gelu.default: torch._C._nn.gelu,
     aten.dropout.default: torch.dropout,
 }
-QUICK = {k: v for k, v in QUICK.items() if v is not None}
 
 
 def lifted(module: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Any, ...]]:

@@ -24,9 +24,7 @@ def strategy(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
     if isinstance(spec, Strategy):
         return spec
     if not isinstance(spec, str | Mapping):
-        raise StrategyError(
-            "strategy= takes a name or an instance", got=type(spec).__name__, wanted=", ".join(STRATEGIES)
-        )
+        raise StrategyError("strategy= takes a name or an instance", got=type(spec).__name__, wanted=", ".join(STRATEGIES))
     options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in STRATEGIES:
@@ -36,9 +34,10 @@ def strategy(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
     for key in options:
         if key not in valid:
             raise StrategyError(f"strategy {name!r} has no such option", got=key, wanted=near(key, valid))
-    if isinstance(options.get("criterion"), dict):
-        options["criterion"] = criterion(options["criterion"])
-    return kind(**options)
+    chosen: dict[str, Any] = dict(options)
+    if isinstance(chosen.get("criterion"), dict):
+        chosen["criterion"] = criterion(chosen["criterion"])
+    return kind(**chosen)
 
 
 __all__ = ["STRATEGIES", "Branchy", "ExitRecipe", "ExitStrategy", "MeBert", "Recipe", "Strategy", "strategy"]

@@ -130,9 +130,7 @@ class ExitStrategy(Strategy):
                 raise StrategyError("exits= is an empty list", hint="give a number, names or fractions")
             bad = [e for e in self.exits if isinstance(e, float) and not 0.0 < e < 1.0]
             if bad or any(not isinstance(e, str | float) for e in self.exits):
-                raise StrategyError(
-                    "exits= takes names or fractions of the cost between 0 and 1", got=list(self.exits)
-                )
+                raise StrategyError("exits= takes names or fractions of the cost between 0 and 1", got=list(self.exits))
         for t in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
             if t is not None and not (isinstance(t, int | float) and t >= 0):
                 raise StrategyError("a threshold is 0 or more", got=self.threshold, wanted="0 or more; above 1 closes")

@@ -14,9 +14,7 @@ import torch
 
 from eecompile.errors import EecompileError
 
-WANTED = (
-    "(inputs, labels) with inputs a tensor, a tuple or a dict of keyword arguments; or a dict with 'labels'"
-)
+WANTED = "(inputs, labels) with inputs a tensor, a tuple or a dict of keyword arguments; or a dict with 'labels'"
 
 
 @dataclass(frozen=True)

@@ -128,9 +128,7 @@ class Checkpoints:
         try:
             return state, load_tensors(data)
         except SafetensorError as error:
-            raise ArtifactError(
-                "the checkpoint is damaged", where=tensors_file, got=str(error), hint=hint
-            ) from error
+            raise ArtifactError("the checkpoint is damaged", where=tensors_file, got=str(error), hint=hint) from error
 
 
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -65,7 +65,5 @@ def sweep(
         if scores is not None and bool(valid.any()):
             accuracy = float(scores.gather(1, index[:, None])[valid, 0].mean())
         early = float((index < len(fast.exits)).double().mean())
-        found.append(
-            {"threshold": threshold, "accuracy": accuracy, "cost": float(cost.mean()), "early": early}
-        )
+        found.append({"threshold": threshold, "accuracy": accuracy, "cost": float(cost.mean()), "early": early})
     return found

@@ -114,9 +114,7 @@ def fit(
     if patience is not None and val_loader is None:
         raise EecompileError("early stopping needs data to watch", got="patience without val_loader")
     if (checkpoint_every is not None or resume == "must") and checkpoint_dir is None:
-        raise EecompileError(
-            "there is no place for checkpoints", got="checkpoint_dir=None", hint="pass checkpoint_dir="
-        )
+        raise EecompileError("there is no place for checkpoints", got="checkpoint_dir=None", hint="pass checkpoint_dir=")
     if loss is not None and objective is not None:
         raise EecompileError("two objectives", got="both loss= and objective=", wanted="one of them")
     if isinstance(scheduler, str) and scheduler != "cosine":

@@ -301,9 +301,7 @@ class Loop:
         self._save()
         done = f"stopped by Ctrl-C after step {self.at.step}"
         if self.checkpoints is None:
-            text = (
-                f"{done}; the trained parameters stay in memory. With checkpoint_dir= a run can be resumed."
-            )
+            text = f"{done}; the trained parameters stay in memory. With checkpoint_dir= a run can be resumed."
         else:
             text = (
                 f"{done}; checkpoint: {self.checkpoints.latest}\n"

@@ -221,9 +221,7 @@ class Sum(Objective):
         check_weights(self.factors)
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
-        terms = [
-            f * part(result, labels, where=where) for f, part in zip(self.factors, self.parts, strict=True)
-        ]
+        terms = [f * part(result, labels, where=where) for f, part in zip(self.factors, self.parts, strict=True)]
         return torch.stack(terms).sum()
 
     def final(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
@@ -288,9 +286,7 @@ def objective(spec: str | Mapping[str, Any] | Objective | None) -> Objective:
     known = [f.name for f in fields(OBJECTIVES[name])]  # type: ignore[arg-type]
     for option in options:
         if option not in known:
-            raise EecompileError(
-                f"unknown option of the objective {name!r}", got=option, wanted=near(option, known)
-            )
+            raise EecompileError(f"unknown option of the objective {name!r}", got=option, wanted=near(option, known))
     return OBJECTIVES[name](**options)
 
 
@@ -309,9 +305,7 @@ def outputs_of(result: Result) -> tuple[Tensor, ...]:
 def check_weights(weights: Weights) -> Weights:
     if isinstance(weights, str):
         if weights not in ("uniform", "linear"):
-            raise EecompileError(
-                "unknown weights", got=repr(weights), wanted=near(weights, ("uniform", "linear"))
-            )
+            raise EecompileError("unknown weights", got=repr(weights), wanted=near(weights, ("uniform", "linear")))
         return weights
     values = tuple(float(w) for w in weights)
     if not values or any(not math.isfinite(w) or w < 0 for w in values) or sum(values) == 0:

@@ -152,9 +152,7 @@ class FitReport(Report):
         if self.resumed_from is not None:
             notes.append(f"resumed from step {self.resumed_from}")
         if self.best_epoch is not None:
-            notes.append(
-                f"parameters of epoch {self.best_epoch}" + (", stopped early" if self.stopped_early else "")
-            )
+            notes.append(f"parameters of epoch {self.best_epoch}" + (", stopped early" if self.stopped_early else ""))
         if self.checkpoint is not None:
             notes.append(f"checkpoint: {self.checkpoint}")
         return stacked(table(self.title, columns, rows), "; ".join(notes))

@@ -62,9 +62,7 @@ def check_labels(
             where=where,
             got=str(labels.dtype),
             wanted="class indices of an integer dtype",
-            hint="use .long(), or .argmax(-1) for one-hot labels"
-            if logits.shape == labels.shape
-            else _NOT_CLASSES,
+            hint="use .long(), or .argmax(-1) for one-hot labels" if logits.shape == labels.shape else _NOT_CLASSES,
         )
     if labels.shape != logits.shape[:-1]:
         raise error(
@@ -141,7 +139,5 @@ def measure(
             hint="use reduction='none' and average over everything but the batch",
         )
     if not bool(score.isfinite().all()):
-        raise error(
-            "the metric is not finite", where=where, got=f"{int((~score.isfinite()).sum())} of {rows} rows"
-        )
+        raise error("the metric is not finite", where=where, got=f"{int((~score.isfinite()).sum())} of {rows} rows")
     return score.detach().double()

@@ -25,13 +25,10 @@ def trained_tensors(fast: Compiled, plan: Plan) -> dict[str, Tensor]:
     return found | {name: b for name, b in fast.named_buffers() if id(b) not in fixed}
 
 
-def settings(
-    fast: Compiled, plan: Plan, loader: Any, accelerator: Any, trained: dict[str, Tensor]
-) -> dict[str, Any]:
+def settings(fast: Compiled, plan: Plan, loader: Any, accelerator: Any, trained: dict[str, Tensor]) -> dict[str, Any]:
     """Everything that must be equal, as JSON reads it back. The number of epochs only where it matters."""
     named: dict[str, Any] = {
-        name: getattr(plan, name)
-        for name in ("lr", "trunk_lr", "weight_decay", "max_grad_norm", "patience", "seed")
+        name: getattr(plan, name) for name in ("lr", "trunk_lr", "weight_decay", "max_grad_norm", "patience", "seed")
     }
     for name in ("optimizer", "scheduler", "metric"):
         value = getattr(plan, name)

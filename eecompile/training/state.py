@@ -48,9 +48,7 @@ def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
 
 def key_of(key: Any, path: str) -> Any:
     if not isinstance(key, (str, int)):
-        raise EecompileError(
-            "a key of the training state is neither text nor integer", where=path, got=repr(key)
-        )
+        raise EecompileError("a key of the training state is neither text nor integer", where=path, got=repr(key))
     return key
 
 

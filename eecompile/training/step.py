@@ -22,9 +22,7 @@ class Step(nn.Module):
         final_only: Only the model's own output counts: the first of two stages.
     """
 
-    def __init__(
-        self, fast: Compiled, objective: Objective, metric: Metric | None, *, final_only: bool
-    ) -> None:
+    def __init__(self, fast: Compiled, objective: Objective, metric: Metric | None, *, final_only: bool) -> None:
         super().__init__()
         self.fast = cast(Any, fast)
         self.objective, self.metric, self.final_only = objective, metric, final_only
@@ -66,6 +64,4 @@ def classifies(objective: Objective) -> bool:
         return all(classifies(part) for part in objective.parts)
     if isinstance(objective, Exits):
         return objective.distillation < 1
-    return not isinstance(objective, PerExitLoss) and not (
-        isinstance(objective, Distillation) and objective.alpha == 1
-    )
+    return not isinstance(objective, PerExitLoss) and not (isinstance(objective, Distillation) and objective.alpha == 1)

@@ -266,9 +266,7 @@ def test_minilm_classifier_is_fresh_and_seeded(cache: Path) -> None:
     first, second, third = (models.minilm_classifier(folder, 3, seed) for seed in (0, 0, 1))
     assert torch.equal(first.classifier.weight, second.classifier.weight)
     assert not torch.equal(first.classifier.weight, third.classifier.weight)
-    assert torch.equal(
-        first.bert.embeddings.word_embeddings.weight, third.bert.embeddings.word_embeddings.weight
-    )
+    assert torch.equal(first.bert.embeddings.word_embeddings.weight, third.bert.embeddings.word_embeddings.weight)
     out = first.eval()(**{k: v for k, v in datasets.tokens("val", 2, standin=True).items() if k != "labels"})
     assert out.logits.shape == (2, 3)
 
@@ -332,9 +330,7 @@ def test_training_resumes_as_if_unbroken(cache: Path, monkeypatch: pytest.Monkey
 def test_options_and_results(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     threads = torch.get_num_threads()
     try:
-        options = _common.parse(
-            "Doc.\n\nMore.", ["--quick", "--seed", "3", "--threads", "1", "--out", str(tmp_path)]
-        )
+        options = _common.parse("Doc.\n\nMore.", ["--quick", "--seed", "3", "--threads", "1", "--out", str(tmp_path)])
         with pytest.raises(SystemExit):
             _common.parse(None, ["--threads", "0"])
     finally:

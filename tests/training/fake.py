@@ -39,14 +39,11 @@ class Fake(nn.Module):
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             self.blocks = nn.ModuleList(
-                nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Tanh())
-                for _ in range(exits + 1)
+                nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Tanh()) for _ in range(exits + 1)
             )
             self.end = nn.Linear(width, classes)
             self.heads = nn.ModuleList(
-                nn.Sequential(
-                    nn.Dropout(0.3), nn.Linear(width, width), nn.BatchNorm1d(width), nn.Linear(width, classes)
-                )
+                nn.Sequential(nn.Dropout(0.3), nn.Linear(width, width), nn.BatchNorm1d(width), nn.Linear(width, classes))
                 for _ in range(exits)
             )
             self.scorers = nn.ModuleList(nn.Linear(width, 1) for _ in range(exits))
@@ -170,9 +167,7 @@ def confidences_of(
     return tuple(found)
 
 
-def blobs(
-    n: int = 48, width: int = 8, classes: int = 3, seed: int = 0, noise: float = 1.0
-) -> tuple[Tensor, Tensor]:
+def blobs(n: int = 48, width: int = 8, classes: int = 3, seed: int = 0, noise: float = 1.0) -> tuple[Tensor, Tensor]:
     """`n` points around one centre per class."""
     g = torch.Generator().manual_seed(seed)
     centres = torch.randn(classes, width, generator=torch.Generator().manual_seed(123)) * 2

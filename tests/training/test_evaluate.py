@@ -166,9 +166,7 @@ def test_reports_what_observe_says():
     class Odd(Fake):
         def observe(self, x):
             z = torch.zeros(n, 3)
-            return Result(
-                z, torch.ones(n).long(), torch.ones(n), torch.full((n,), 0.4), (z,) * 3, (torch.ones(n),) * 3
-            )
+            return Result(z, torch.ones(n).long(), torch.ones(n), torch.full((n,), 0.4), (z,) * 3, (torch.ones(n),) * 3)
 
     report = evaluate(Odd(), [(torch.zeros(n, 8), torch.zeros(n).long())])
     assert report.mean_cost == pytest.approx(0.4)

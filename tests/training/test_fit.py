@@ -69,7 +69,7 @@ def test_joint_and_two_stage():
     )
     assert [row.stage for row in report.rows] == ["trunk", "trunk", "heads", "heads"]
     assert all(what == {"blocks", "end"} for stage, what in seen if stage == "trunk")
-    trunk_after = {n: t for n, t in seen_trunk(staged).items()}
+    trunk_after = seen_trunk(staged)
     fit(staged, loader(), epochs=1)
     assert all(torch.equal(t, trunk_after[n]) for n, t in seen_trunk(staged).items())
 
@@ -164,9 +164,7 @@ def test_loss_and_metric_of_a_task_that_is_not_classification():
     fast = Fake(classes=2)
     target = X[:, :2]
     metric = lambda prediction, wanted: -(prediction - wanted).square().mean(1)  # noqa: E731
-    report = fit(
-        fast, batched(X, target), epochs=2, loss=F.mse_loss, metric=metric, val_loader=batched(X, target)
-    )
+    report = fit(fast, batched(X, target), epochs=2, loss=F.mse_loss, metric=metric, val_loader=batched(X, target))
     assert report.score == "metric"
     assert report.rows[1].val_scores[0] < 0
     assert report.rows[1].val_loss > 0

@@ -36,9 +36,7 @@ def labels_for(shape):
 
 
 @pytest.mark.parametrize("shape", [(5, 4), (5, 3, 4)])
-@pytest.mark.parametrize(
-    ("weights", "w"), [("uniform", [1, 1, 1]), ("linear", [1, 2, 3]), ([0, 3, 1], [0, 3, 1])]
-)
+@pytest.mark.parametrize(("weights", "w"), [("uniform", [1, 1, 1]), ("linear", [1, 2, 3]), ([0, 3, 1], [0, 3, 1])])
 def test_weighted_cross_entropy(shape, weights, w):
     r, y = made(shape), labels_for(shape)
     y.view(-1)[0] = -100
@@ -109,9 +107,7 @@ def test_own_loss_on_every_exit():
     r = made((5, 2))
     target = torch.zeros(5, 2)
     mine = PerExitLoss(F.mse_loss, weights=[1, 0, 1])
-    torch.testing.assert_close(
-        mine(r, target), (F.mse_loss(r.outputs[0], target) + F.mse_loss(r.outputs[2], target)) / 2
-    )
+    torch.testing.assert_close(mine(r, target), (F.mse_loss(r.outputs[0], target) + F.mse_loss(r.outputs[2], target)) / 2)
     torch.testing.assert_close(mine.final(r, target), F.mse_loss(r.outputs[2], target))
     with pytest.raises(EecompileError, match="scalar"):
         PerExitLoss(lambda o, y: o)(r, target)

@@ -106,9 +106,7 @@ def test_resumes_bit_for_bit_after_a_kill_at_every_step(tmp_path, options):
         assert same(wanted, full_state(resumed)), step
         assert [(r.loss, r.scores, r.val_loss, r.lr) for r in again.rows] == rows
         assert again.steps == report.steps
-        assert (
-            again.resumed_from == last_saved(options, report, step) if saved else again.resumed_from is None
-        )
+        assert again.resumed_from == last_saved(options, report, step) if saved else again.resumed_from is None
 
 
 def last_saved(options, report, step):
@@ -205,14 +203,10 @@ def test_sigkill_of_a_real_process(tmp_path):
 
     script = SCRIPT.format(root=str(Path(__file__).parents[2]))
     command = [sys.executable, "-c", script]
-    kill = subprocess.run(
-        [*command, "5", str(tmp_path / "run"), str(tmp_path / "no")], check=False, timeout=120
-    )
+    kill = subprocess.run([*command, "5", str(tmp_path / "run"), str(tmp_path / "no")], check=False, timeout=120)
     assert kill.returncode == -signal.SIGKILL
     assert not (tmp_path / "no").exists()
-    subprocess.run(
-        [*command, "-1", str(tmp_path / "run"), str(tmp_path / "resumed")], check=True, timeout=120
-    )
+    subprocess.run([*command, "-1", str(tmp_path / "run"), str(tmp_path / "resumed")], check=True, timeout=120)
     whole, _ = train(tmp_path / "whole", {"epochs": 2, "checkpoint_every": 2, "scheduler": "cosine"})
     resumed = load_file(tmp_path / "resumed")
     assert all(torch.equal(resumed[n], t) for n, t in full_state(whole).items())

@@ -1,0 +1,323 @@
+"""calibrate: what is set, what is said, what is refused; ties, NaN, positions, state."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eecompile.calibration import collect as collecting
+from eecompile.calibration.calibrate import FIRST_START, LEAST_SEARCH_ROWS, calibrate, split_sizes
+from eecompile.calibration.risk import exact_binomial, rows_needed
+from eecompile.criteria import Learned, Margin, Patience
+from eecompile.errors import CalibrationError
+from eecompile.training.evaluate import evaluate
+from tests.calibration.synthetic import Drawn, draw, loader
+from tests.training.fake import Fake, batched, blobs
+
+X, Y = draw(3000)
+
+
+def test_sets_thresholds_and_temperatures_and_reports_them():
+    fast = Drawn()
+    report = calibrate(fast, loader(X, Y), max_drop=0.03)
+    assert report.qualified
+    assert fast.calls == 6  # one pass
+    assert fast.thresholds.tolist() == pytest.approx([row.threshold for row in report.exits[:-1]])
+    assert fast.temperatures.tolist() == pytest.approx([row.temperature for row in report.exits])
+    assert (report.search_rows, report.test_rows, report.rows) == (1000, 2000, 3000)
+    assert report.loss_test <= 0.03
+    assert report.p_value <= report.level <= 0.05
+    assert report.drop_test <= report.loss_test
+    assert sum(row.share for row in report.exits) == pytest.approx(1)
+    assert "probability at least 95%" in report.guarantee
+    assert "at most 3%" in report.guarantee
+    # the report agrees with what the module then does
+    seen = evaluate(fast, loader(X, Y))
+    assert seen.mean_cost == pytest.approx(report.expected_cost, abs=1e-6)
+    assert [row.share for row in seen.rows] == pytest.approx([row.share for row in report.exits])
+    assert seen.drop == pytest.approx((1000 * report.drop_search + 2000 * report.drop_test) / 3000)
+    assert report.expected_cost < 1
+    json.dumps(report.to_dict(), allow_nan=False)
+    assert "exit_1" in str(report)
+
+
+def test_the_p_value_is_that_of_the_rows_of_the_test():
+    fast = Drawn()
+    report = calibrate(fast, [(X, Y)], max_drop=0.03, seed=4)
+    keys = torch.rand(3000, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
+    test = keys.argsort(stable=True)[1000:]
+    result = fast.observe(X[test])
+    wrong = (X[test, -1].argmax(1) == Y[test]) & (result.output.argmax(1) != Y[test])
+    assert float(wrong.double().mean()) == pytest.approx(report.loss_test)
+    assert float(exact_binomial(wrong.sum(), 2000, 0.03)) == pytest.approx(report.p_value)
+
+
+def test_deterministic_and_the_seed_matters():
+    a, b, c = (calibrate(Drawn(), loader(X, Y), max_drop=0.03, seed=s).to_dict() for s in (0, 0, 1))
+    assert a == b
+    assert a != c
+
+
+def test_temperatures_see_only_the_rows_of_the_search():
+    """Labels of the test rows may not move the confidences that are tested."""
+    keys = torch.rand(3000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    test = keys.argsort(stable=True)[1000:]
+    other = Y.clone()
+    other[test] = (other[test] + 1) % 3
+    first, second = Drawn(), Drawn()
+    calibrate(first, [(X, Y)])
+    calibrate(second, [(X, other)])
+    assert torch.equal(first.temperatures, second.temperatures)
+
+
+def test_temperatures_make_scaled_logits_honest():
+    fast = Drawn()
+    g = torch.Generator().manual_seed(3)
+    z = 1.5 * torch.randn(6000, 4, 3, generator=g)
+    y = torch.multinomial(z[:, 1].softmax(1), 1, generator=g)[:, 0]
+    z[:, 1] *= 3
+    report = calibrate(fast, loader(z, y))
+    assert report.exits[1].temperature == pytest.approx(3, rel=0.1)
+    assert report.exits[1].nll_after < report.exits[1].nll_before
+
+
+@pytest.mark.parametrize("criterion", [Margin(), Learned(), Patience(exits_in_agreement=2)])
+@pytest.mark.parametrize("delta", [0.05, None])
+def test_criteria(criterion, delta):
+    fast = Drawn(exits=4, criterion=criterion)
+    x, y = draw(3000, exits=4)
+    report = calibrate(fast, loader(x, y), max_drop=0.1, delta=delta)
+    seen = evaluate(fast, loader(x, y))
+    assert report.qualified
+    assert seen.mean_cost == pytest.approx(report.expected_cost, abs=1e-6)
+    assert [row.share for row in seen.rows] == pytest.approx([row.share for row in report.exits])
+    kept = criterion.learned or criterion.stateful
+    assert all((row.temperature == 1) == kept for row in report.exits[:-1])
+
+
+def test_agreement_needs_no_labels():
+    report = calibrate(Drawn(), [X], max_drop=0.1, target="agreement")
+    assert report.qualified
+    assert "not fitted" in report.notes[0]
+    assert "differ" in report.guarantee
+    assert calibrate(Drawn(), loader(X, Y), max_drop=0.1, target="agreement").notes == []
+
+
+def test_metric_in_the_unit_interval_uses_hoeffding_bentkus():
+    metric = lambda prediction, wanted: prediction.softmax(1).gather(1, wanted[:, None])[:, 0]  # noqa: E731
+    fast = Drawn()
+    report = calibrate(fast, loader(X, Y), max_drop=0.1, metric=metric)
+    assert report.qualified
+    seen = evaluate(fast, loader(X, Y), metric=metric)
+    assert seen.drop <= 0.1
+    assert "mean metric" in report.guarantee
+    with pytest.raises(CalibrationError, match=r"\[0, 1\]"):
+        calibrate(fast, loader(X, Y), metric=lambda p, y: p[:, 0])
+    with pytest.raises(CalibrationError, match="agreement"):
+        calibrate(fast, loader(X, Y), metric=metric, target="agreement")
+
+
+# --- nothing qualifies ------------------------------------------------------------------------------------
+
+
+def test_too_few_rows_close_the_exits_and_say_how_many_are_needed():
+    fast = Drawn()
+    report = calibrate(fast, loader(X[:200], Y[:200]), max_drop=0.01)
+    needed = rows_needed(0.01, FIRST_START * 0.05) + LEAST_SEARCH_ROWS
+    assert not report.qualified
+    assert report.rows_needed == needed == 345
+    assert f"at least {needed} are needed" in report.guarantee
+    assert fast.thresholds.tolist() == [2.0] * 3
+    assert report.expected_cost == 1.0
+    json.dumps(report.to_dict(), allow_nan=False)
+    assert "closed" in str(report)
+
+
+def test_as_many_rows_as_are_needed_do_where_nothing_goes_wrong():
+    x, y = draw(345, skill=20.0)
+    assert calibrate(Drawn(), [(x, y)], max_drop=0.01).qualified
+    assert not calibrate(Drawn(), [(x[:344], y[:344])], max_drop=0.01).qualified
+
+
+def test_a_drop_of_zero_cannot_be_shown():
+    report = calibrate(Drawn(), loader(X, Y), max_drop=0.0)
+    assert not report.qualified
+    assert report.rows_needed is None
+    assert "delta=None" in report.guarantee
+    report = calibrate(Drawn(), loader(X, Y), max_drop=0.0, delta=None)
+    assert report.qualified
+    assert report.drop_search <= 0
+
+
+def test_exits_that_know_nothing_are_closed():
+    x = X.clone()
+    x[:, :3] = torch.randn(3000, 3, 3, generator=torch.Generator().manual_seed(0))
+    report = calibrate(Drawn(), loader(x, Y), max_drop=0.01)
+    assert report.exits[-1].share > 0.9
+    report = calibrate(Drawn(), loader(x, Y), max_drop=0.001, delta=0.001)
+    assert "No thresholds qualify" in report.guarantee
+
+
+def test_thresholds_and_temperatures_survive_an_error():
+    fast = Drawn()
+    fast.set_thresholds([0.7, 0.8, 2.0])
+    fast.set_temperatures([1.5, 1.0, 1.0, 0.5])
+    with pytest.raises(CalibrationError):
+        calibrate(fast, [(X, Y + 1)])
+    assert fast.thresholds.tolist() == pytest.approx([0.7, 0.8, 2.0])
+    assert fast.temperatures.tolist() == [1.5, 1.0, 1.0, 0.5]
+
+
+# --- empirical optimum ------------------------------------------------------------------------------------
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(20, 200), st.integers(0, 10**6), st.sampled_from([0.0, 0.02, 0.1]))
+def test_the_empirical_optimum_keeps_the_drop_and_beats_one_threshold(n, seed, max_drop):
+    x, y = draw(n, seed=seed)
+    fast = Drawn()
+    report = calibrate(fast, [(x, y)], max_drop=max_drop, delta=None, temperature=False)
+    result = fast.observe(x)
+    full = (x[:, -1].argmax(1) == y).double().mean()
+    early = (result.output.argmax(1) == y).double().mean()
+    assert full - early <= max_drop + 1e-9
+    assert report.drop_search == pytest.approx(float(full - early))
+    for t in torch.linspace(0.4, 1, 13).tolist():
+        fast.set_thresholds([t] * 3)
+        other = fast.observe(x)
+        if full - (other.output.argmax(1) == y).double().mean() <= max_drop:
+            assert report.expected_cost <= float(other.cost.mean()) + 0.03
+
+
+def test_ties_leave_together():
+    x = X.clone().round()  # few distinct confidences
+    fast = Drawn()
+    report = calibrate(fast, loader(x, Y), max_drop=0.05, temperature=False)
+    seen = evaluate(fast, loader(x, Y))
+    assert [row.share for row in seen.rows] == pytest.approx([row.share for row in report.exits])
+
+
+# --- data -------------------------------------------------------------------------------------------------
+
+
+class Positions(Drawn):
+    """Outputs `[B, S, C]`."""
+
+    def _outputs(self, x):
+        return tuple(x.unbind(1)), None
+
+
+def positions(n=1500, s=4):
+    x, y = draw(n * s, seed=7)
+    return x.reshape(n, s, 4, 3).transpose(1, 2).contiguous(), y.reshape(n, s)
+
+
+def test_outputs_with_positions_read_the_data_twice():
+    x, y = positions()
+    y[0] = -100
+    y[1, 1:] = -100
+    fast = Positions()
+    report = calibrate(fast, loader(x, y), max_drop=0.1)
+    assert fast.calls == 6
+    assert report.rows == 1499
+    assert report.skipped_rows == 1
+    assert report.qualified
+    again = calibrate(Positions(), loader(x, y), max_drop=0.1)
+    assert again.to_dict() == report.to_dict()
+
+    class Shuffled:
+        def __iter__(self):
+            order = torch.randperm(1500)
+            return iter(loader(x[order], y[order]))
+
+    with pytest.raises(CalibrationError, match="other rows"):
+        calibrate(Positions(), Shuffled(), max_drop=0.1)
+    assert calibrate(Positions(), Shuffled(), max_drop=0.1, temperature=False).rows == 1499
+    with pytest.raises(Exception, match="read only once"):
+        calibrate(Positions(), iter(loader(x, y)), max_drop=0.1)
+
+
+def test_large_outputs_are_not_all_kept(monkeypatch):
+    whole = calibrate(Drawn(), loader(X, Y), max_drop=0.05)
+    monkeypatch.setattr(collecting, "LIMIT", 2500 * 4 * 3 * 4 // 2)
+    fast = Drawn()
+    part = calibrate(fast, loader(X, Y), max_drop=0.05)
+    assert fast.calls == 12
+    assert part.to_dict() == whole.to_dict()  # the rows of the search were among those kept
+
+
+def test_rows_without_labels_are_left_out():
+    y = Y.clone()
+    y[::3] = -100
+    report = calibrate(Drawn(), loader(X, y), max_drop=0.05)
+    assert (report.rows, report.skipped_rows) == (2000, 1000)
+
+
+def test_confidences_that_are_not_finite_never_leave():
+    x = X.clone()
+    x[::2, 0, 1] = float("inf")  # max probability is NaN there, and the outputs are not
+    fast = Drawn()
+    report = calibrate(fast, loader(x, Y), max_drop=0.1, temperature=False)
+    assert report.qualified
+    assert not (fast.observe(x).exit_index[::2] == 0).any()
+
+
+def test_nan_outputs_are_named():
+    x = X.clone()
+    x[700, 1, 2] = float("nan")
+    with pytest.raises(CalibrationError, match="NaN in 1 of 500 rows") as error:
+        calibrate(Drawn(), loader(x, Y))
+    assert "exit_1, batch 1" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("data", "options", "text"),
+    [
+        ([], {}, "empty"),
+        ([(X, Y + 1)], {}, "out of range"),
+        ([(X, Y.float())], {}, "wrong dtype"),
+        ([X], {}, "no labels"),
+        ([(X, Y), X], {"target": "agreement"}, "others do not"),
+        ([(X[:1], Y[:1])], {}, "too few rows"),
+        ([(X, Y)], {"max_drop": 1.0}, "max_drop"),
+        ([(X, Y)], {"max_drop": -0.1}, "max_drop"),
+        ([(X, Y)], {"max_drop": float("nan")}, "max_drop"),
+        ([(X, Y)], {"delta": 0.0}, "delta"),
+        ([(X, Y)], {"delta": 1.0}, "delta"),
+        ([(X, Y)], {"target": "acuracy"}, "did you mean accuracy"),
+    ],
+)
+def test_bad_input(data, options, text):
+    with pytest.raises(CalibrationError, match=text):
+        calibrate(Drawn(), data, **options)
+
+
+def test_no_exits():
+    with pytest.raises(CalibrationError, match="no exits"):
+        calibrate(Fake(exits=0), batched(*blobs()))
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.integers(2, 200_000), st.floats(0.001, 0.5), st.floats(0.001, 0.5))
+def test_the_split_leaves_a_test_that_can_show_something_where_one_can(n, max_drop, delta):
+    search, test = split_sizes(n, max_drop, delta)
+    assert search >= 1
+    assert test >= 1
+    assert search + test == n
+    least = rows_needed(max_drop, FIRST_START * delta)
+    if n >= least + LEAST_SEARCH_ROWS:
+        assert test >= least
+        assert search >= min(LEAST_SEARCH_ROWS, n // 3)
+    assert split_sizes(n, max_drop, None) == (n, 0)
+
+
+def test_a_large_set_takes_seconds():
+    x, y = draw(60_000, exits=6)
+    started = time.process_time()
+    assert calibrate(Drawn(exits=6), loader(x, y, 5000), max_drop=0.02).qualified
+    assert time.process_time() - started < 20

@@ -1,0 +1,56 @@
+"""Fixtures of every test: one thread, and the zoo, each model compiled once per session."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from eecompile import CompiledModule, eecompile, strategies
+from tests.support import Fingerprint
+from tests.zoo import ZOO, Entry
+
+ROWS = 6  # of the example that a model is compiled with
+
+
+@dataclass(frozen=True)
+class Animal:
+    """A model of the zoo, compiled, with what it looked like before."""
+
+    entry: Entry
+    model: nn.Module
+    fast: CompiledModule
+    before: Fingerprint
+    random_state: tuple[Tensor, Tensor]
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """The models are tiny, and sums in another order would not be equal bit for bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def zoo() -> Callable[[str], Animal]:
+    """`zoo(name)`: the model compiled with three entropy exits, at its first use."""
+    kept: dict[str, Animal] = {}
+
+    def get(name: str) -> Animal:
+        if name not in kept:
+            entry = ZOO[name]
+            model = entry.model()
+            before = Fingerprint.of(model)
+            args, kwargs = entry.inputs(ROWS)
+            state = torch.get_rng_state()
+            strategy = strategies.Branchy(exits=entry.exits, criterion="entropy")
+            fast = eecompile(model, strategy, example_inputs=args, example_kwargs=kwargs, **entry.options)
+            kept[name] = Animal(entry, model, fast, before, (state, torch.get_rng_state()))
+        return kept[name]
+
+    return get

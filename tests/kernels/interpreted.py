@@ -1,0 +1,335 @@
+"""The kernels in Triton's interpreter against float64 definitions. Run by `test_interpreter.py`, in a process of
+its own, because Triton reads TRITON_INTERPRET when a kernel is defined.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from eecompile.kernels import confidence, decide, gather, halt, head_confidence, skip
+from eecompile.kernels._lists import COUNTER, control_size
+from eecompile.kernels._triton import INTERPRETED, LAUNCHES
+
+DTYPES = [torch.float32, torch.float16, torch.bfloat16]
+NAN, INF = math.nan, math.inf
+BUCKETS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 2048], dtype=torch.int32)
+
+torch.set_num_threads(1)
+
+
+@contextlib.contextmanager
+def launched(name: str) -> Iterator[None]:
+    """Fails unless the kernel ran in the interpreter meanwhile; numpy's remarks on inf and NaN are not news."""
+    assert INTERPRETED
+    before = LAUNCHES[name]
+    with np.errstate(all="ignore"):
+        yield
+    assert LAUNCHES[name] > before
+
+
+def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
+    if got.is_floating_point():
+        torch.testing.assert_close(got.double(), wanted.double(), rtol=2e-5, atol=2e-6, equal_nan=True)
+    else:
+        assert torch.equal(got, wanted.to(got.dtype))
+
+
+def logits(n: int, C: int, dtype: torch.dtype, strided: bool = False) -> torch.Tensor:
+    """Rows with a NaN, a +inf, masked classes, nothing but -inf, and a tie for the largest, where they fit in."""
+    g = torch.Generator().manual_seed(n * 7919 + C)
+    x = (torch.randn(n, C, generator=g) * 4).to(dtype)
+    if C > 2:
+        x[-1, [0, C // 2, C - 1]] = 30.0
+    for row, (where, what) in enumerate([(C // 2, NAN), (C - 1, INF), (0, -INF), (slice(None), -INF)], start=1):
+        if row < n - 1:
+            x[row, where] = what
+    return torch.stack((x, torch.full_like(x, NAN)), -1).flatten(1)[:, ::2] if strided else x
+
+
+# --- confidence -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "C"), [(1, 1), (1, 63), (63, 5), (6, 1023), (5, 2100)])
+def test_confidence(n: int, C: int, dtype: torch.dtype) -> None:
+    x = logits(n, C, dtype, strided=True)
+    for criterion in ("max_probability", "entropy", "margin", "energy"):
+        with launched("confidence"):
+            value, state = confidence.launch_confidence(x, None, criterion, torch.tensor(1.7))
+        close(value, confidence.confidence(x, None, criterion, torch.tensor(1.7), dtype=torch.float64)[0])
+        assert value.dtype == torch.float32
+        assert state.shape == (0,)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_confidence_learned(dtype: torch.dtype) -> None:
+    score = torch.tensor([-80.0, -1.0, 0.0, 3.0, 80.0, NAN, INF, -INF], dtype=dtype)[:, None]
+    with launched("confidence"):
+        value, _ = confidence.launch_confidence(score, None, "learned", torch.tensor(0.5))
+    close(value, confidence.confidence(score, None, "learned", torch.tensor(0.5), dtype=torch.float64)[0])
+    assert value[5:].isnan().all()
+
+
+@pytest.mark.parametrize("threshold", [None, 0.5, 2.0])
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_confidence_patience(dtype: torch.dtype, first: bool, threshold: float | None) -> None:
+    x = logits(63, 5, dtype)
+    limit = None if threshold is None else torch.tensor(threshold)
+    state = None if first else torch.stack((torch.arange(63) % 5, torch.arange(63) % 3), -1)
+    with launched("confidence"):
+        got = confidence.launch_confidence(x, state, "patience", torch.tensor(3.0), patience=2, threshold=limit)
+    wanted = confidence.confidence(x, state, "patience", torch.tensor(1.0), patience=2, threshold=limit, dtype=torch.float64)
+    for a, b in zip(got, wanted, strict=True):
+        close(a, b)
+
+
+@pytest.mark.parametrize("reduce", ["min", "mean", "last"])
+def test_confidence_over_positions(reduce: str) -> None:
+    x = torch.randn(4, 3, 65)
+    mask = torch.tensor([[1, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]])
+    for m in (mask, None):
+        with launched("confidence"):
+            got, _ = confidence.launch_confidence(x, None, "entropy", torch.tensor(1.0), reduce=reduce, mask=m)
+        close(
+            got,
+            confidence.confidence(x, None, "entropy", torch.tensor(1.0), reduce=reduce, mask=m, dtype=torch.float64)[0],
+        )
+
+
+# --- decide ---------------------------------------------------------------------------------------
+
+
+def decided(run: Any, criterion: str, n: int, capacity: int, C: int, kind: torch.dtype, **options: Any) -> Any:
+    """Every buffer after a decision; they start as NaN or as numbers that are never right."""
+    final, identity = options.pop("final", False), options.pop("identity", False)
+    threshold = options.pop("threshold", 0.5)
+    samples = capacity + 3
+    g = torch.Generator().manual_seed(capacity)
+    x = logits(capacity, C, kind, strided=True)
+    if n > 3:
+        x[n - 1] = x[0]
+    if criterion == "given":
+        x = torch.rand(capacity, generator=g)
+        x[-1] = NAN
+    elif criterion == "learned":
+        x = x[:, :1]
+    result = torch.randn(capacity, 7, generator=g).to(kind)
+    rows = None if identity else torch.randperm(samples, generator=g)[:capacity]
+    state = torch.stack((torch.arange(samples) % C, torch.arange(samples) % 3), 1)
+    buffers = {
+        "output": torch.full((samples, 7), NAN, dtype=kind),
+        "exit_index": torch.full((samples,), -7),
+        "confidence": torch.full((samples,), NAN),
+        "survivors": torch.full((capacity,), -9),
+        "positions": torch.full((capacity,), -9),
+        "control": torch.zeros(control_size(capacity), dtype=torch.int32),
+    }
+    run(
+        x, result, rows, torch.tensor([n], dtype=torch.int32), torch.tensor([9.0, threshold]),
+        torch.tensor([9.0, 1.5, 1.5]), 1, criterion, 2, state if criterion == "patience" else None, BUCKETS,
+        *buffers.values(), final=final, **options,
+    )  # fmt: skip
+    buffers["control"] = buffers["control"][:4]  # behind that lies scratch of the kernel
+    return {**buffers, "state": state}
+
+
+@pytest.mark.parametrize("criterion", [*confidence.CRITERIA, "given"])
+@pytest.mark.parametrize(("n", "capacity", "C"), [(1, 1, 3), (0, 3, 3), (37, 63, 5), (3, 4, 1023), (6, 6, 2100)])
+def test_decide(criterion: str, n: int, capacity: int, C: int) -> None:
+    kind = DTYPES[(n + C) % 3]
+    for final in (False, True):
+        identity = bool(n % 2) != final
+        options = {"final": final, "identity": identity}
+        with launched("decide"):
+            got = decided(decide.launch_decide, criterion, n, capacity, C, kind, **options)
+        wanted = decided(decide.decide, criterion, n, capacity, C, kind, dtype=torch.float64, **options)
+        for name, tensor in got.items():
+            close(tensor, wanted[name])
+        assert got["control"][COUNTER] == 0  # ready for the next launch
+        if final:
+            assert (got["exit_index"] == 1).sum() == n
+
+
+def test_decide_past_one_block_of_rows() -> None:
+    for n in (1023, 1100):
+        with launched("decide"):
+            got = decided(decide.launch_decide, "max_probability", n, 1100, 3, torch.float32)
+        wanted = decided(decide.decide, "max_probability", n, 1100, 3, torch.float32, dtype=torch.float64)
+        for name, tensor in got.items():
+            close(tensor, wanted[name])
+        assert 0 < got["control"][0] < n
+
+
+def test_decide_closed_exit_leaves_patience_alone() -> None:
+    with launched("decide"):
+        got = decided(decide.launch_decide, "patience", 9, 9, 5, torch.float32, threshold=1.5)
+    wanted = decided(decide.decide, "patience", 9, 9, 5, torch.float32, threshold=1.5)
+    assert torch.equal(got["state"], wanted["state"])
+    assert got["control"].tolist() == [9, 4, 1, 0]
+    assert (got["exit_index"] == -7).all()
+
+
+def test_decide_nan_is_never_sure_at_threshold_zero() -> None:
+    with launched("decide"):
+        got = decided(decide.launch_decide, "entropy", 9, 9, 5, torch.float32, threshold=0.0, identity=True)
+    # rows 1, 2 and 4 of `logits` hold a NaN, a +inf and nothing but -inf
+    assert got["survivors"].tolist() == [1, 2, 4] + [-1] * 6
+    assert got["control"].tolist() == [3, 2, 1, 0]
+
+
+# --- gather and scatter ---------------------------------------------------------------------------
+
+
+def tensors(n: int) -> tuple[list[torch.Tensor], list[int]]:
+    """Seven dtypes, four layouts, three batch axes; widths of one word, odd bytes and past one block."""
+    g = torch.Generator().manual_seed(n)
+    return [
+        torch.randn(n, 5, generator=g),
+        torch.randn(3, n, 4, generator=g).half(),
+        torch.randint(0, 9, (n,), generator=g),
+        torch.rand(2, n, generator=g) > 0.5,
+        torch.randn(n, 4102, generator=g).bfloat16(),
+        torch.randn(n, 16, generator=g)[:, ::2],
+        torch.randn(6, n, generator=g).t(),
+        torch.randn(n, 3, generator=g, dtype=torch.complex128),
+        torch.randint(0, 99, (2, 3, n), generator=g).to(torch.uint8),
+    ], [0, 1, 0, 1, 0, 0, 0, 0, 2]
+
+
+@pytest.mark.parametrize(("n", "b", "live"), [(1, 1, 1), (63, 8, 5), (40, 64, 33), (4, 4, 0)])
+def test_gather(n: int, b: int, live: int) -> None:
+    sources, axes = tensors(n)
+    sources[0][0, 0] = -0.0
+    sources[0][0, 1] = torch.tensor([0x7FC12345], dtype=torch.int32).view(torch.float32)
+    positions = torch.full((n,), -1)
+    positions[:live] = torch.randperm(n)[:live].sort().values
+    shapes = [[b if i == axis else k for i, k in enumerate(s.shape)] for s, axis in zip(sources, axes, strict=True)]
+    got = [torch.full(shape, 1, dtype=s.dtype) for s, shape in zip(sources, shapes, strict=True)]
+    wanted = [x.clone() for x in got]
+    count = torch.tensor([live], dtype=torch.int32)
+    with launched("gather"):
+        gather.launch_gather(sources, got, positions, count, axes)
+    gather.gather(sources, wanted, positions, count, axes)
+    for a, w in zip(got, wanted, strict=True):
+        assert torch.equal(a.contiguous().view(torch.uint8), w.contiguous().view(torch.uint8))
+
+
+@pytest.mark.parametrize(("n", "b", "live"), [(1, 1, 1), (8, 63, 5), (64, 40, 33), (4, 4, 0)])
+def test_scatter(n: int, b: int, live: int) -> None:
+    sources, axes = tensors(n)
+    rows = torch.full((n,), -1)
+    rows[:live] = torch.randperm(b)[:live]
+    shapes = [[b if i == axis else k for i, k in enumerate(s.shape)] for s, axis in zip(sources, axes, strict=True)]
+    got = [torch.full(shape, 1, dtype=s.dtype) for s, shape in zip(sources, shapes, strict=True)]
+    wanted = [x.clone() for x in got]
+    count = torch.tensor([live], dtype=torch.int32)
+    with launched("scatter"):
+        gather.launch_scatter(sources, got, rows, count, axes)
+    gather.scatter(sources, wanted, rows, count, axes)
+    for a, w in zip(got, wanted, strict=True):
+        assert torch.equal(a, w)
+
+
+# --- skip -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool])
+@pytest.mark.parametrize(("shape", "axis"), [((1, 1), 0), ((63,), 0), ((2, 7, 1023), 1), ((3, 4100), 0)])
+def test_skip(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
+    y, x = (torch.randn(*shape[:-1], shape[-1] * 2).mul(9).to(dtype)[..., ::2] for _ in range(2))
+    gate = torch.rand(shape[axis])
+    gate[-1] = 0.5
+    gate[0] = NAN
+    for g in (gate, gate > 0.5, gate.half()):
+        with launched("skip"):
+            assert torch.equal(skip.launch_skip(g, y, x, axis), skip.skip(g, y, x, axis))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "capacity", "P", "D"), [(1, 1, 1, 1), (5, 9, 49, 63), (3, 4, 65, 1023), (60, 63, 1, 3)])
+def test_pool_gate(n: int, capacity: int, P: int, D: int, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(D)
+    x = torch.randn(capacity, D, P, generator=g).to(dtype).mT
+    weight = torch.randn(D, generator=g).to(dtype)
+    if n > 1:
+        x[1, 0, 0] = NAN
+    rows = torch.randperm(capacity + 3, generator=g)[:capacity] if n % 2 else None
+
+    def run(function: Any, **options: Any) -> list[torch.Tensor]:
+        buffers = [
+            torch.full((capacity + 3,), NAN),
+            torch.full((capacity,), -9),
+            torch.full((capacity,), -9),
+            torch.zeros(control_size(capacity), dtype=torch.int32),
+        ]
+        count = torch.tensor([n], dtype=torch.int32)
+        bias = torch.tensor([0.1], dtype=dtype)
+        function(x, rows, count, weight, bias, torch.tensor([9.0, 0.5]), 1, BUCKETS, *buffers, **options)
+        buffers[3] = buffers[3][:4]
+        return buffers
+
+    with launched("pool_gate"):
+        got = run(skip.launch_pool_gate)
+    for a, b in zip(got, run(skip.pool_gate, dtype=torch.float64), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
+    if n > 1:
+        assert 1 in got[2]  # a NaN opens
+
+
+# --- halt -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("shape", "D"), [((1,), ()), ((63,), (7,)), ((2, 3), (1023,)), ((4,), (3, 400))])
+def test_halt(shape: tuple[int, ...], D: tuple[int, ...], dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(3)
+    weighted = ledger = exact = book = None
+    for step in range(4):
+        score = torch.rand(shape, generator=g) * 0.6
+        score.view(-1)[0] = NAN
+        state = torch.randn(*shape, *D, generator=g).to(dtype)
+        if ledger is not None:
+            state[ledger[..., 0] >= 1] = NAN  # what has halted must not be read into anything
+        with launched("halt"):
+            weighted, ledger, running = halt.launch_halt(score, state, weighted, ledger, 0.01, step == 3, in_place=step == 2)
+        exact, book, still = halt.halt(score.double(), state.double(), exact, book, 0.01, step == 3)
+        torch.testing.assert_close(weighted.double(), exact, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(ledger.double(), book, rtol=1e-4, atol=1e-5)
+        assert torch.equal(running, still)
+    assert not running.any()
+    assert weighted.isfinite().all()
+
+
+# --- head_confidence ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("n", "D", "V", "splits"), [(1, 7, 1, None), (5, 33, 63, 2), (1, 16, 1023, 3), (20, 65, 300, None)])
+def test_head_confidence(n: int, D: int, V: int, splits: int | None, dtype: torch.dtype) -> None:
+    g = torch.Generator().manual_seed(V)
+    hidden = torch.randn(n, 2 * D, generator=g).to(dtype)[:, ::2]
+    weight = torch.randn(V, D, generator=g).to(dtype)
+    bias = torch.randn(V, generator=g).to(dtype)
+    if V > 60:
+        weight[60], bias[60] = weight[3], bias[3]
+        hidden[0] = weight[3] * 2  # a tie across tiles: the lower class wins
+        bias[5] = -INF
+    if n > 3:
+        hidden[1, 0], hidden[2, 0] = NAN, INF
+    for criterion in head_confidence.CRITERIA:
+        for b in (None, bias):
+            with launched("head_confidence"):
+                got = head_confidence.launch_head_confidence(hidden, weight, b, torch.tensor(2.0), criterion, splits)
+            wanted = head_confidence.head_confidence(hidden, weight, b, torch.tensor(2.0), criterion, dtype=torch.float64)
+            for x, y in zip(got, wanted, strict=True):
+                torch.testing.assert_close(x.double(), y.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
+    if V > 60:
+        assert got[1][0] == 3

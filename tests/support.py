@@ -1,0 +1,201 @@
+"""What several test files need: comparing outputs, thresholds that no rounding can flip, and what a model looks like."""
+
+from __future__ import annotations
+
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from eecompile import CompiledModule
+from eecompile.capture.export import Captured
+from eecompile.passes import analysis, insertion, run_passes
+from eecompile.program import Program, Result
+from eecompile.strategies import Strategy
+
+CLOSED = 2.0
+GAP = 2e-5  # a hundred times what rounding moves a confidence when a smaller batch is summed in another order
+
+
+# ------------------------------------------------------------------------------------------------ outputs
+
+
+def tensors(output: Any) -> list[Tensor]:
+    return [t for t in tree_leaves(output) if isinstance(t, Tensor)]
+
+
+def equal_bits(got: Any, want: Any) -> None:
+    """Same type, same shapes, same bits; NaN equals NaN."""
+    assert type(got) is type(want)
+    a, b = tensors(got), tensors(want)
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.dtype == y.dtype
+        assert torch.equal(x.isnan(), y.isnan())
+        assert torch.equal(torch.nan_to_num(x), torch.nan_to_num(y)), float((x - y).abs().max())
+
+
+def close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
+    """Equal within `tolerance` of the largest value, and NaN in the same places."""
+    assert type(got) is type(want)
+    a, b = tensors(got), tensors(want)
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        assert x.shape == y.shape
+        assert x.dtype == y.dtype
+        assert torch.equal(x.isnan(), y.isnan()), "NaN in other places"
+        x, y = torch.nan_to_num(x.double()), torch.nan_to_num(y.double())
+        off = float((x - y).abs().max()) if x.numel() else 0.0
+        assert off <= tolerance * (1 + float(y.abs().max()) if y.numel() else 1), off
+
+
+def same_result(got: Result, want: Result) -> None:
+    """Exit index equal; confidence, cost and every output leaf equal up to rounding."""
+    assert torch.equal(got.exit_index, want.exit_index)
+    assert got.exit_index.dtype == torch.int64
+    assert got.confidence.dtype == torch.float32
+    torch.testing.assert_close(got.confidence, want.confidence, atol=1e-5, rtol=0)
+    assert torch.equal(got.cost, want.cost)
+    close(got.output, want.output)
+
+
+# ------------------------------------------------------------------------------------------------ thresholds
+
+
+def separating(confidences: Tensor, rng: random.Random) -> float:
+    """A threshold in the middle of a gap between the confidences `[B]` of one exit.
+
+    The survivors of an earlier exit are computed in a smaller batch, where sums run in another order and a confidence
+    moves by some 1e-7. A threshold equal to a confidence, or next to it, would let rounding decide, and executors could
+    then rightly disagree. In the middle of a gap of 2e-5 or more none can.
+    """
+    points = sorted({0.0, 1.0 + 4 * GAP, *(c for c in confidences.tolist() if c == c)})
+    gaps = [(a, b) for a, b in zip(points, points[1:], strict=False) if b - a >= GAP]
+    low, high = rng.choice(gaps)
+    return min((low + high) / 2, 1.0 + GAP)
+
+
+def random_thresholds(confidences: Sequence[Tensor], rng: random.Random, closed: float = 0.25) -> list[float]:
+    """One threshold for each exit; each is closed with the given probability."""
+    return [CLOSED if rng.random() < closed else separating(c, rng) for c in confidences]
+
+
+def patience_thresholds(exits: int, patience: int, rng: random.Random) -> list[float]:
+    """Between the values that a count over `patience` can take."""
+    return [rng.choice([CLOSED, *((k + 0.5) / patience for k in range(patience))]) for _ in range(exits)]
+
+
+# ------------------------------------------------------------------------------------------------ the user's model
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """Everything about a model that compiling and running may not change."""
+
+    values: dict[str, Tensor]
+    objects: dict[str, int]
+    modules: dict[str, dict[str, Any]]
+
+    @staticmethod
+    def of(model: nn.Module) -> Fingerprint:
+        named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        return Fingerprint(
+            {n: t.detach().clone() for n, t in named.items()},
+            {n: id(t) for n, t in named.items()},
+            {n: _attributes(m) for n, m in model.named_modules()},
+        )
+
+    def check(self, model: nn.Module) -> None:
+        now = Fingerprint.of(model)
+        assert now.objects == self.objects, "parameters are other objects"
+        assert now.modules == self.modules
+        for name, value in self.values.items():
+            assert torch.equal(now.values[name], value), name
+
+
+def _attributes(m: nn.Module) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in m.__dict__.items():
+        if isinstance(value, dict) and (name.startswith("_") or name == "config"):  # registries and hooks
+            found[name] = {k: id(v) for k, v in value.items()}
+        elif isinstance(value, bool | int | float | str):
+            found[name] = value
+        else:
+            found[name] = id(value)
+    found["gradient flags"] = {n: p.requires_grad for n, p in m.named_parameters(recurse=False)}
+    return found
+
+
+def shares_parameters(fast: CompiledModule, model: nn.Module) -> None:
+    """No parameter of the trunk is there twice: the compiled module holds the model's own objects, and the heads'."""
+    own = {id(p) for p in model.parameters()}
+    storages = {p.data_ptr() for p in model.parameters() if p.numel()}
+    new = [p for p in fast.parameters() if id(p) not in own]
+    assert {id(p) for p in fast.program.source.parameters()} <= own
+    assert {id(p) for p in new} == {id(p) for p in fast.head_parameters()}
+    assert not [p for p in new if p.data_ptr() in storages]
+
+
+# ------------------------------------------------------------------------------------------------ compiling
+
+
+def again(fast: CompiledModule, strategy: Strategy, prediction: int | None = None) -> CompiledModule:
+    """Another strategy on what was captured before: capture is what takes the time."""
+    source = fast.source_graph
+    captured = Captured(source, fast.program.signature, fast.artifact.get("eval"), fast.example)
+    at = fast.program.prediction if prediction is None else prediction
+    program = Program(source, source, captured.signature, prediction=at)
+    program = run_passes(program, [*analysis(captured), *insertion(strategy.recipe(), captured, seed=0)])
+    return CompiledModule(program, strategy, original=fast.original, example=fast.example)
+
+
+@contextmanager
+def executor(fast: CompiledModule, name: str) -> Iterator[CompiledModule]:
+    before = fast.executor
+    fast.executor = name
+    try:
+        yield fast
+    finally:
+        fast.executor = before
+
+
+def both(fast: CompiledModule, *args: Any, **kwargs: Any) -> tuple[Result, Result]:
+    """The same call by `compact` and by `reference`."""
+    with torch.no_grad():
+        with executor(fast, "compact"):
+            compact = fast.run(*args, **kwargs)
+        with executor(fast, "reference"):
+            reference = fast.run(*args, **kwargs)
+    return compact, reference
+
+
+# ------------------------------------------------------------------------------------------------ what runs
+
+
+class Watch(TorchDispatchMode):
+    """Counts the operators that run, and sees the shape of every tensor that they give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ops: Counter[str] = Counter()
+        self.shapes: dict[str, list[tuple[int, ...]]] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__
+        self.ops[name] += 1
+        self.shapes.setdefault(name, []).extend(tuple(t.shape) for t in tensors(out))
+        return out
+
+
+def watch(call: Callable[[], Any]) -> Watch:
+    with torch.no_grad(), Watch() as seen:
+        call()
+    return seen
