@@ -79,9 +79,9 @@ def confidence(
         state = logits.new_empty((0,), dtype=torch.int64)
         if reduce == "last" and logits.ndim == 3:  # the other positions would be computed for nothing
             real, found = _last(logits, mask)
-            value = _STATELESS[criterion](real.to(dtype) / temperature)
+            value = _STATELESS[criterion](_scaled(real, temperature, dtype))
             return (value if found is None else value.masked_fill(~found, math.nan)), state
-        per_position = _STATELESS[criterion](logits.to(dtype) / temperature)
+        per_position = _STATELESS[criterion](_scaled(logits, temperature, dtype))
     return (per_position if logits.ndim == 2 else _reduce(per_position, reduce, mask)), state
 
 
@@ -102,6 +102,14 @@ def check(logits: Tensor, criterion: str, reduce: str, mask: Tensor | None) -> N
         )
     if mask is not None and mask.shape != logits.shape[:-1]:
         raise StrategyError("the mask does not fit the logits", got=list(mask.shape), wanted=list(logits.shape[:-1]))
+
+
+def _scaled(logits: Tensor, temperature: Tensor, dtype: torch.dtype) -> Tensor:
+    z = logits.to(dtype)
+    if not temperature.requires_grad:
+        return z / temperature
+    masked = z == -math.inf  # kept out of the quotient, whose gradient in the temperature would be 0 * inf
+    return (z.masked_fill(masked, 0) / temperature).masked_fill(masked, -math.inf)
 
 
 def _max_probability(z: Tensor) -> Tensor:

@@ -216,7 +216,7 @@ if HAVE_TRITON:
         opened = live
         if not FINAL:
             threshold = tl.zeros((R,), tl.float32) + tl.load(thresholds + exit)
-            opened = live & (threshold <= 1.0)
+            opened = live & ((threshold > 1.0) == 0)
         if CRITERION == "given":
             value = tl.load(logits + i * stride_row, mask=live, other=0.0).to(tl.float32)
         elif CRITERION == "patience":

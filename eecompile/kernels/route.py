@@ -81,14 +81,14 @@ def _check(choice: Tensor, branches: Sequence[Tensor], batch_axis: int) -> None:
 
 
 @torch.library.custom_op("eecompile::route", mutates_args=())
-def route_op(choice: Tensor, branches: Sequence[Tensor], batch_axis: int = 0) -> Tensor:
-    """`route` as `torch.ops.eecompile.route`."""
+def route_op(choice: Tensor, branches: Sequence[Tensor], batch_axis: int) -> Tensor:
+    """`route` as `torch.ops.eecompile.route`; no default, because autograd loses those next to a list."""
     result = route(choice, branches, batch_axis)
     return result.clone() if len(branches) == 1 else result
 
 
 @route_op.register_fake
-def _fake(choice: Tensor, branches: Sequence[Tensor], batch_axis: int = 0) -> Tensor:
+def _fake(choice: Tensor, branches: Sequence[Tensor], batch_axis: int) -> Tensor:
     _check(choice, branches, batch_axis)
     return torch.empty_like(branches[-1])
 
