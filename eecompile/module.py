@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
-from eecompile import benchmark as benchmarks
 from eecompile import explain as explaining
 from eecompile.artifact.write import write
-from eecompile.calibration.calibrate import calibrate
-from eecompile.criteria import Criterion, MaxProbability
+from eecompile.criteria import MaxProbability
 from eecompile.errors import EecompileError, MissingDependencyError, StrategyError, near
 from eecompile.heads import Branch
 from eecompile.kernels.confidence import confidence as confidence_of
 from eecompile.passes.insert_exits import HEADS, TEMPERATURES, THRESHOLDS
-from eecompile.passes.training_graph import frozen_trunk
 from eecompile.program import Gate, History, Program, Result
 from eecompile.runtime.blocks import BlocksExecutor
 from eecompile.runtime.compact import CompactExecutor
@@ -28,45 +23,15 @@ from eecompile.runtime.devices import move_constants
 from eecompile.runtime.outcome import Executor, Outcome
 from eecompile.runtime.reference import ReferenceExecutor
 from eecompile.strategies.base import Strategy
-from eecompile.training.evaluate import evaluate
-from eecompile.training.fit import fit, objective_of
+from eecompile.thresholds import ExitRecord, threshold_values
+from eecompile.trainable import Trainable
 
 EXECUTORS = ("auto", "reference", "compact")
 LATER = ("device", "simulate")
 BACKENDS = ("eager", "inductor")
 
 
-@dataclass(frozen=True)
-class ExitRecord:
-    """One exit as users see it.
-
-    Attributes:
-        name: `exit_0`, `exit_1`, ...
-        node: Name of the graph node whose value the head reads.
-        cut: Block or node that it lies behind.
-        depth: Fraction of the full model's cost spent before it.
-        threshold: Confidence from which a sample leaves; above 1 the exit is closed.
-        head: The head's module.
-        head_cost: Cost of head and decision, as a fraction of the full model's.
-    """
-
-    name: str
-    node: str
-    cut: str
-    depth: float
-    threshold: float
-    temperature: float
-    head: nn.Module
-    head_kind: str
-    head_cost: float
-    criterion: Criterion
-
-    @property
-    def is_open(self) -> bool:
-        return self.threshold <= 1.0
-
-
-class CompiledModule(nn.Module):
+class CompiledModule(Trainable):
     """A model with early exits. `fast(x)` returns what `model(x)` returns; `fast.run(x)` says how.
 
     Args:
@@ -287,27 +252,9 @@ class CompiledModule(nn.Module):
             StrategyError: A wrong count, an unknown name, a negative number or NaN.
         """
         names = [e.name for e in self.program.exits]
-        if isinstance(thresholds, Tensor):
-            thresholds = [float(t) for t in thresholds.flatten().tolist()]
-        if isinstance(thresholds, Mapping):
-            values = self.thresholds.tolist()
-            for name, value in thresholds.items():
-                if name not in names:
-                    raise StrategyError("no exit has this name", got=name, wanted=near(str(name), names))
-                values[names.index(name)] = value
-        elif isinstance(thresholds, Sequence) and not isinstance(thresholds, str):
-            values = list(thresholds)
-        else:
-            values = [thresholds] * len(names)
-        if len(values) != len(names):
-            raise StrategyError("wrong number of thresholds", got=len(values), wanted=f"{len(names)}: {', '.join(names)}")
-        for name, value in zip(names, values, strict=True):
-            if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-                raise StrategyError(
-                    "a threshold is a number of 0 or more", where=name, got=repr(value), wanted="0 to 1, above 1 closes"
-                )
+        values = threshold_values(names, self.thresholds.tolist(), thresholds)
         with torch.no_grad():
-            self.thresholds.copy_(torch.tensor([float(v) for v in values], dtype=torch.float32))
+            self.thresholds.copy_(torch.tensor(values, dtype=torch.float32))
         self._changed()
 
     def set_temperatures(self, temperatures: Sequence[float]) -> None:
@@ -390,95 +337,6 @@ class CompiledModule(nn.Module):
     def __repr__(self) -> str:
         kind = type(self.original).__name__ if self.original is not None else "loaded program"
         return f"CompiledModule({kind}, {self.strategy.name}, {len(self.program.exits)} exits, executor={self.executor!r})"
-
-    # ------------------------------------------------------------------ training
-
-    def fit(self, loader: Iterable[Any], **options: Any) -> Any:
-        """Trains what was inserted; see `eecompile.training.fit.fit`. The trunk stays frozen unless asked."""
-        options.setdefault("trunk", self.strategy.joint)
-        options.setdefault("two_stage", getattr(self.strategy, "two_stage", False))
-        return fit(self, loader, **options)
-
-    def calibrate(self, loader: Iterable[Any], **options: Any) -> Any:
-        """Sets temperatures and thresholds with a guarantee; see `eecompile.calibration.calibrate.calibrate`."""
-        return calibrate(self, loader, **options)
-
-    def evaluate(self, loader: Iterable[Any], **options: Any) -> Any:
-        """Accuracy against compute; see `eecompile.training.evaluate.evaluate`."""
-        return evaluate(self, loader, **options)
-
-    def benchmark(self, example: Any, **options: Any) -> Any:
-        """Measured time against the original; see `eecompile.benchmark.benchmark`."""
-        return benchmarks.benchmark(self, example, **options)
-
-    def loss(self, result: Result, labels: Any) -> Tensor:
-        """The strategy's objective on a result of `run` in train mode."""
-        loss: Tensor = objective_of(self)(result, labels)
-        return loss
-
-    def head_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the inserted heads that the model does not have itself."""
-        own = {id(p) for p in self.trunk_parameters()}
-        return (p for p in self.heads.parameters() if id(p) not in own)
-
-    def trunk_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the user's model."""
-        return self.program.source.parameters()
-
-    @contextlib.contextmanager
-    def prepare_training(self, trunk: bool) -> Iterator[None]:
-        """Train mode with the trunk trainable or frozen; mode and flag are as before afterwards."""
-        flag, training = self.train_trunk, self.training
-        self.train_trunk = trunk
-        try:
-            self.train()
-            self._training_graph()
-            yield
-        finally:
-            self.train_trunk = flag
-            self.train(training)
-
-    @contextlib.contextmanager
-    def _mode(self, training: bool) -> Iterator[None]:
-        flags = {m: m.training for m in self.modules()}
-        try:
-            self.train(training)
-            yield
-        finally:
-            for m, flag in flags.items():
-                m.training = flag
-
-    def _training_graph(self) -> fx.GraphModule:
-        """The marked graph for training: trunk frozen in eval mode, or the train-mode capture."""
-        graphs = self.__dict__["_training_graphs"]
-        if self.train_trunk not in graphs:
-            if not self.train_trunk:
-                graphs[False] = frozen_trunk(self.graph_module, set(map(id, self.trunk_parameters())))
-            elif self.program.front_end == "blocks":
-                graphs[True] = self.graph_module
-            elif self.__dict__["_training_program"] is None:
-                raise EecompileError(
-                    "this program has no train-mode capture, so its trunk cannot be trained",
-                    got="a loaded program that was saved without one",
-                    wanted="trunk=False, or a program saved after training its trunk",
-                    hint="save again from a strategy with trunk=True",
-                )
-            else:
-                program = self.__dict__["_training_program"](self)
-                assert program.marked is not None
-                graphs[True] = program.marked
-        found: fx.GraphModule = graphs[self.train_trunk]
-        found.train(self.training)
-        return found
-
-    def train_mode_capture(self) -> None:
-        """Captures the model in train mode now, so that the trunk can be trained after `load` too."""
-        with self._mode(True):
-            flag, self.train_trunk = self.train_trunk, True
-            try:
-                self._training_graph()
-            finally:
-                self.train_trunk = flag
 
     # ------------------------------------------------------------------ moving and saving
 

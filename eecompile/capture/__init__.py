@@ -11,7 +11,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from eecompile.capture.blocks import capture_blocks
-from eecompile.capture.export import BatchAxis, Captured, capture_export, capture_program
+from eecompile.capture.export import BatchAxis, Captured, capture_export
+from eecompile.capture.exported import capture_program
 from eecompile.errors import CaptureError, near
 
 FRONT_ENDS = ("export", "blocks")

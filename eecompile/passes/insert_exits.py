@@ -176,7 +176,9 @@ class _Marker:
         self.outputs.append(logits)
 
     def _mask(self, e: Exit, judged: fx.Node) -> fx.Node | None:
-        return self.nodes[e.mask_input] if masks_positions(self.program, e) and not e.criterion.learned else None
+        if e.mask_input is None or e.criterion.learned or not masks_positions(self.program, e):
+            return None
+        return self.nodes[e.mask_input]
 
     def _confidence(self, name: str, logits: fx.Node, criterion: Criterion, index: int, mask: fx.Node | None) -> None:
         number = self._new(self.graph.call_function(aten.select.int, (self.temperatures, 0, index)), f"{name}_temperature")

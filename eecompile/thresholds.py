@@ -1,0 +1,71 @@
+"""Exits as users see them, and what they may pass as thresholds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from eecompile.criteria import Criterion
+from eecompile.errors import StrategyError, near
+
+
+@dataclass(frozen=True)
+class ExitRecord:
+    """One exit as users see it.
+
+    Attributes:
+        name: `exit_0`, `exit_1`, ...
+        node: Name of the graph node whose value the head reads.
+        cut: Block or node that it lies behind.
+        depth: Fraction of the full model's cost spent before it.
+        threshold: Confidence from which a sample leaves; above 1 the exit is closed.
+        head: The head's module.
+        head_cost: Cost of head and decision, as a fraction of the full model's.
+    """
+
+    name: str
+    node: str
+    cut: str
+    depth: float
+    threshold: float
+    temperature: float
+    head: nn.Module
+    head_kind: str
+    head_cost: float
+    criterion: Criterion
+
+    @property
+    def is_open(self) -> bool:
+        return self.threshold <= 1.0
+
+
+def threshold_values(names: Sequence[str], now: Sequence[float], given: Any) -> list[float]:
+    """One threshold per exit from one number, a list in order, a tensor, or a dict by exit name.
+
+    Raises:
+        StrategyError: A wrong count, an unknown name, a negative number or NaN.
+    """
+    if isinstance(given, Tensor):
+        given = [float(t) for t in given.flatten().tolist()]
+    values: list[Any]
+    if isinstance(given, Mapping):
+        values = list(now)
+        for name, value in given.items():
+            if name not in names:
+                raise StrategyError("no exit has this name", got=name, wanted=near(str(name), names))
+            values[names.index(name)] = value
+    elif isinstance(given, list | tuple):
+        values = list(given)
+    else:
+        values = [given] * len(names)
+    if len(values) != len(names):
+        raise StrategyError("wrong number of thresholds", got=len(values), wanted=f"{len(names)}: {', '.join(names)}")
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
+            raise StrategyError(
+                "a threshold is a number of 0 or more", where=name, got=repr(value), wanted="0 to 1, above 1 closes"
+            )
+    return [float(v) for v in values]

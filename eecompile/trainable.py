@@ -1,0 +1,125 @@
+"""The training half of the compiled module: fit, calibrate, evaluate, and the graphs that gradients go through."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, cast
+
+from torch import Tensor, fx, nn
+
+from eecompile import benchmark as benchmarks
+from eecompile.calibration.calibrate import calibrate
+from eecompile.errors import EecompileError
+from eecompile.passes.training_graph import frozen_trunk
+from eecompile.program import Program, Result
+from eecompile.strategies.base import Strategy
+from eecompile.training.evaluate import evaluate
+from eecompile.training.fit import fit, objective_of
+from eecompile.training.protocol import Compiled
+
+
+class Trainable(nn.Module):
+    """What training needs of a compiled module; `CompiledModule` fills in the rest."""
+
+    program: Program
+    strategy: Strategy
+    graph_module: fx.GraphModule
+    train_trunk: bool
+    _training_program: Callable[[Any], Program] | None
+
+    @property
+    def compiled(self) -> Compiled:
+        """This module, as training and calibration see it."""
+        return cast(Compiled, self)
+
+    @property
+    def heads(self) -> nn.Module:
+        raise NotImplementedError
+
+    def fit(self, loader: Iterable[Any], **options: Any) -> Any:
+        """Trains what was inserted; see `eecompile.training.fit.fit`. The trunk stays frozen unless asked."""
+        options.setdefault("trunk", self.strategy.joint)
+        options.setdefault("two_stage", getattr(self.strategy, "two_stage", False))
+        return fit(self.compiled, loader, **options)
+
+    def calibrate(self, loader: Iterable[Any], **options: Any) -> Any:
+        """Sets temperatures and thresholds with a guarantee; see `eecompile.calibration.calibrate.calibrate`."""
+        return calibrate(self.compiled, loader, **options)
+
+    def evaluate(self, loader: Iterable[Any], **options: Any) -> Any:
+        """Accuracy against compute; see `eecompile.training.evaluate.evaluate`."""
+        return evaluate(self.compiled, loader, **options)
+
+    def benchmark(self, example: Any, **options: Any) -> Any:
+        """Measured time against the original; see `eecompile.benchmark.benchmark`."""
+        return benchmarks.benchmark(self, example, **options)
+
+    def loss(self, result: Result, labels: Any) -> Tensor:
+        """The strategy's objective on a result of `run` in train mode."""
+        loss: Tensor = objective_of(self)(result, labels)
+        return loss
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the inserted heads that the model does not have itself."""
+        own = {id(p) for p in self.trunk_parameters()}
+        return (p for p in self.heads.parameters() if id(p) not in own)
+
+    def trunk_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the user's model."""
+        return self.program.source.parameters()
+
+    @contextlib.contextmanager
+    def prepare_training(self, trunk: bool) -> Iterator[None]:
+        """Train mode with the trunk trainable or frozen; mode and flag are as before afterwards."""
+        flag, training = self.train_trunk, self.training
+        self.train_trunk = trunk
+        try:
+            self.train()
+            self._training_graph()
+            yield
+        finally:
+            self.train_trunk = flag
+            self.train(training)
+
+    @contextlib.contextmanager
+    def _mode(self, training: bool) -> Iterator[None]:
+        flags = {m: m.training for m in self.modules()}
+        try:
+            self.train(training)
+            yield
+        finally:
+            for m, flag in flags.items():
+                m.training = flag
+
+    def _training_graph(self) -> fx.GraphModule:
+        """The marked graph for training: trunk frozen in eval mode, or the train-mode capture."""
+        graphs = self.__dict__["_training_graphs"]
+        if self.train_trunk not in graphs:
+            if not self.train_trunk:
+                graphs[False] = frozen_trunk(self.graph_module, set(map(id, self.trunk_parameters())))
+            elif self.program.front_end == "blocks":
+                graphs[True] = self.graph_module
+            elif self.__dict__["_training_program"] is None:
+                raise EecompileError(
+                    "this program has no train-mode capture, so its trunk cannot be trained",
+                    got="a loaded program that was saved without one",
+                    wanted="trunk=False, or a program saved after training its trunk",
+                    hint="save again from a strategy with trunk=True",
+                )
+            else:
+                program = self.__dict__["_training_program"](self)
+                assert program.marked is not None
+                graphs[True] = program.marked
+        found: fx.GraphModule = graphs[self.train_trunk]
+        found.train(self.training)
+        return found
+
+    def train_mode_capture(self) -> None:
+        """Captures the model in train mode now, so that the trunk can be trained after `load` too."""
+        with self._mode(True):
+            flag, self.train_trunk = self.train_trunk, True
+            try:
+                self._training_graph()
+            finally:
+                self.train_trunk = flag
