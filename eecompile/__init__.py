@@ -17,8 +17,9 @@ from eecompile.errors import (
 if TYPE_CHECKING:
     from eecompile import criteria, errors, heads, strategies
     from eecompile.api import eecompile, load
-    from eecompile.module import CompiledModule, ExitRecord
+    from eecompile.module import CompiledModule
     from eecompile.program import Result
+    from eecompile.thresholds import ExitRecord
 
 __version__ = "0.1.0"
 
@@ -46,7 +47,7 @@ __all__ = [
 # Names that need torch, and where they live: `eecompile --help` and the shell's completion do without it.
 _LAZY = {
     "CompiledModule": "eecompile.module",
-    "ExitRecord": "eecompile.module",
+    "ExitRecord": "eecompile.thresholds",
     "Result": "eecompile.program",
     "criteria": "",
     "eecompile": "eecompile.api",
