@@ -67,11 +67,31 @@ def eecompile(
         UnsupportedModelError: Samples influence one another.
         StrategyError: Unknown strategy or place, an ambiguous prediction, or no place for an exit.
     """
-    chosen = resolve_strategy(strategy)
-    args = _positional(example_inputs)
-    tell = progress or (lambda _: None)
+    with torch.random.fork_rng(devices=[]):  # tracing and new heads draw numbers; the caller's generator stays put
+        return _compile(
+            model, resolve_strategy(strategy), _positional(example_inputs), example_kwargs, prediction, executor,
+            backend, batch_axis, capture, dynamic, blocks, measure, seed, progress or (lambda _: None)
+        )  # fmt: skip
+
+
+def _compile(
+    model: Any,
+    chosen: Strategy,
+    args: tuple[Any, ...],
+    example_kwargs: Mapping[str, Any] | None,
+    prediction: str | int | None,
+    executor: str,
+    backend: str,
+    batch_axis: BatchAxis,
+    front_end: str,
+    dynamic: Mapping[str, Mapping[int, str]] | None,
+    blocks: str | None,
+    measure: bool,
+    seed: int,
+    tell: Callable[[str], None],
+) -> CompiledModule:
     tell("capture")
-    captured = _captured(model, args, example_kwargs, capture, batch_axis, dynamic, blocks)
+    captured = _captured(model, args, example_kwargs, front_end, batch_axis, dynamic, blocks)
     program = Program(
         captured.graph_module,
         captured.graph_module,

@@ -127,6 +127,8 @@ def _attributes(m: nn.Module) -> dict[str, Any]:
             found[name] = {k: id(v) for k, v in value.items()}
         elif isinstance(value, bool | int | float | str):
             found[name] = value
+        elif isinstance(value, tuple | list | dict):  # torch.export puts equal copies of some of these back
+            found[name] = repr(value)
         else:
             found[name] = id(value)
     found["gradient flags"] = {n: p.requires_grad for n, p in m.named_parameters(recurse=False)}

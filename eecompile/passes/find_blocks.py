@@ -110,8 +110,10 @@ def candidates(
             refusals.append(Refusal(pattern, "find_blocks", f"covers {coverage:.0%} of the graph"))
             continue
         width = Counter(live[m.last] for m in members).most_common(1)[0][0]
+        # Where several values cross anyway, finer units gain nothing: they cut inside a block
+        size = len(members) if width > 1 else -len(members)
         share = 3 if cell else min(3, int(4 * coverage))  # in quarters: finer units lose a little to their container
-        ranked.append(((coverage < GOOD_COVERAGE and not cell, width, -share, -len(members)), pattern, members))
+        ranked.append(((coverage < GOOD_COVERAGE and not cell, width, -share, size), pattern, members))
     ranked.sort(key=lambda r: r[0])
     for _, pattern, members in ranked[1:]:
         refusals.append(Refusal(pattern, "find_blocks", f"{len(members)} members, but another group fits better"))

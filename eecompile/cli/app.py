@@ -1,0 +1,100 @@
+"""The commands, as typer knows them: names, help and examples."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from eecompile.cli import build, demo, doctor, measure, train
+from eecompile.cli.out import guarded
+
+app = typer.Typer(
+    name="eecompile",
+    help="Rewrite unmodified PyTorch models so that each input computes only as much as it needs.",
+    epilog="\n\n".join(
+        [
+            "A model from end to end:",
+            "  eecompile rewrite net.py:Net -o fast --data net.py:train --exits 3",
+            "  eecompile fit fast --data net.py:train --epochs 5",
+            "  eecompile calibrate fast --data net.py:val --max-drop 0.01",
+            "  eecompile evaluate fast --data net.py:test",
+            "No model at hand: eecompile demo",
+        ]
+    ),
+    no_args_is_help=True,
+    rich_markup_mode="rich",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(value: bool) -> None:
+    if value:
+        from eecompile import __version__
+
+        typer.echo(f"eecompile {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="The version, and no more.")
+    ] = False,
+) -> None:
+    """What comes before a command."""
+
+
+def examples(*lines: str) -> str:
+    """Examples for the end of a help page."""
+    return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
+
+
+app.command(
+    epilog=examples(
+        "eecompile rewrite net.py:Net -o fast --input x=float32[4,3,32,32] --exits 3",
+        "eecompile rewrite ./bert-dir -o fast --strategy mebert --criterion patience",
+        'eecompile rewrite net.py:make -o fast --data net.py:train --exits "layer*.1" --option threshold=0.8',
+    )
+)(guarded(build.rewrite))
+app.command(
+    epilog=examples(
+        "eecompile inspect fast",
+        "eecompile inspect fast --format diff",
+        "eecompile inspect net.py:Net --input float32[4,3,32,32] --format table --after find_cuts",
+        "eecompile inspect fast --format dot | dot -Tsvg -o fast.svg",
+    )
+)(guarded(build.inspect))
+app.command(
+    epilog=examples(
+        "eecompile fit fast --data digits:train --val digits:val --epochs 10",
+        "eecompile fit fast --data net.py:train --epochs 5 --checkpoint-dir ckpt -o fitted",
+    )
+)(guarded(train.fit))
+app.command(
+    epilog=examples(
+        "eecompile calibrate fast --data digits:val --max-drop 0.01 --delta 0.05",
+        "eecompile calibrate fast --data net.py:val --target agreement --no-guarantee",
+    )
+)(guarded(train.calibrate))
+app.command(
+    epilog=examples(
+        "eecompile evaluate fast --data digits:test",
+        "eecompile evaluate fast --data net.py:test --curve 21 --json",
+    )
+)(guarded(measure.evaluate))
+app.command(
+    epilog=examples(
+        "eecompile run fast --data digits:test --rows 5", "eecompile run fast --input x=float32[2,1,8,8] --threshold 0.5"
+    )
+)(guarded(measure.run))
+app.command(
+    epilog=examples(
+        "eecompile bench fast --data digits:test --batch 1",
+        "eecompile bench fast --data net.py:test --batch 32 --model net.py:Net --compile",
+    )
+)(guarded(measure.bench))
+app.command(epilog=examples("eecompile strategies", "eecompile strategies --json"))(guarded(build.strategies))
+app.command(epilog=examples("eecompile doctor", "eecompile doctor --json"))(guarded(doctor.doctor))
+app.command(epilog=examples("eecompile demo", "eecompile demo -o digits-fast --json"))(guarded(demo.demo))

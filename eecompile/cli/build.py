@@ -1,0 +1,147 @@
+"""`rewrite`, `inspect` and `strategies`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from eecompile.cli import names
+from eecompile.cli import options as o
+from eecompile.cli.out import reporting
+
+
+def rewrite(
+    model: o.Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to save the program.")],
+    strategy: o.Strategy = "branchy",
+    exits: o.Exits = None,
+    head: o.Head = None,
+    criterion: o.Criterion = None,
+    option: o.StrategyOptions = None,
+    prediction: o.Prediction = None,
+    executor: o.Executor = "auto",
+    backend: o.Backend = "eager",
+    blocks: o.Blocks = None,
+    batch_axis: o.BatchAxis = 0,
+    measure: o.Measure = False,
+    example: o.Example = None,
+    input: o.Input = None,
+    data: o.DataForInput = None,
+    seed: o.Seed = 0,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Capture a model, insert exits, and save the result as a directory.
+
+    The model is not trained or changed; `fit` and `calibrate` come next.
+    """
+    with reporting(as_json) as out:
+        from eecompile.cli import inputs, models
+
+        models.free_place(output)
+        request = models.Request(
+            strategy, exits or [], head, criterion, option or [], prediction, executor, backend, "export", blocks,
+            batch_axis, measure, seed, inputs.example(example, input, data, seed=seed),
+        )  # fmt: skip
+        fast = models.compiled(model, request, out.say)
+        out.say("save")
+        fast.save(output)
+        out.show(
+            _places(fast),
+            f"saved in {output}; next: eecompile fit {output} --data ..., then eecompile calibrate",
+        )
+        out.result({"saved": str(output), **fast.explain().to_dict()})
+
+
+def _places(fast: Any) -> Any:
+    """What was inserted, what was refused, and how long it took."""
+    from rich.console import Group
+    from rich.text import Text
+
+    from eecompile.inspect.tables import exits
+
+    refused = len(fast.program.refusals)
+    seconds = sum(s.seconds for s in fast.history)
+    total = f"{len(fast.exits)} exits; {refused} places refused (eecompile inspect says why); passes took {seconds:.2f} s"
+    return Group(exits(fast), Text(total))
+
+
+def inspect(
+    model: o.Model,
+    format: Annotated[
+        str,
+        typer.Option("--format", "-f", help=f"{', '.join(names.FORMATS)}.", autocompletion=names.completing(names.FORMATS)),
+    ] = "tree",
+    after: Annotated[
+        str | None,
+        typer.Option(
+            help="The graph after this pass, or source, marked or staged.",
+            autocompletion=names.completing(names.LEVELS),
+            show_default="the program as it runs",
+        ),
+    ] = None,
+    strategy: o.Strategy = "branchy",
+    exits: o.Exits = None,
+    head: o.Head = None,
+    criterion: o.Criterion = None,
+    option: o.StrategyOptions = None,
+    prediction: o.Prediction = None,
+    capture: o.Capture = "export",
+    blocks: o.Blocks = None,
+    batch_axis: o.BatchAxis = 0,
+    measure: o.Measure = False,
+    example: o.Example = None,
+    input: o.Input = None,
+    data: o.DataForInput = None,
+    seed: o.Seed = 0,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.", rich_help_panel=o.COMMON)] = False,
+    debug: o.Debug = False,
+) -> None:
+    """Show what was found in a model, what was inserted, what was refused, and why.
+
+    A saved directory is shown as it is; any other model is rewritten first, and nothing is saved.
+    """
+    as_json = as_json or format == "json"
+    with reporting(as_json) as out:
+        from eecompile import inspect as show
+        from eecompile.cli import inputs, models
+        from eecompile.errors import EecompileError, near
+
+        if format not in show.FORMATS:
+            raise EecompileError("unknown format", got=repr(format), wanted=near(format, show.FORMATS))
+        request = models.Request(
+            strategy, exits or [], head, criterion, option or [], prediction, "auto", "eager", capture, blocks,
+            batch_axis, measure, seed, inputs.example(example, input, data, seed=seed),
+        )  # fmt: skip
+        fast = models.compiled(model, request, out.say)
+        if as_json:
+            out.result(show.to_dict(fast, after))
+        else:
+            out.show(show.render(fast, format, after))
+
+
+def strategies(as_json: o.Json = False, debug: o.Debug = False) -> None:
+    """List the strategies: what each inserts, where it is from, and its defaults."""
+    with reporting(as_json) as out:
+        from rich.table import Table
+
+        from eecompile.strategies import STRATEGIES
+
+        described = {
+            name: {"summary": s.summary, "paper": s.paper, "defaults": s().to_dict()} for name, s in STRATEGIES.items()
+        }
+        table = Table(title="strategies", title_justify="left", show_lines=True)
+        for column in ("name", "inserts", "from", "defaults"):
+            table.add_column(column, overflow="fold")
+        for name, kind in STRATEGIES.items():
+            defaults = dict(kind().to_dict())
+            defaults.pop("name")
+            table.add_row(name, kind.summary, kind.paper, "\n".join(f"{k}={_short(v)}" for k, v in defaults.items()))
+        out.show(table, "set one with --option key=value, or strategies.Branchy(key=value) in Python")
+        out.result({"strategies": described})
+
+
+def _short(value: Any) -> str:
+    return str(value["name"]) if isinstance(value, dict) and "name" in value else str(value)

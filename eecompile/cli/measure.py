@@ -1,0 +1,129 @@
+"""`evaluate`, `run` and `bench`: what a saved program does."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from eecompile.cli import options as o
+from eecompile.cli.out import reporting
+from eecompile.cli.train import BatchSize
+
+Threads = Annotated[int | None, typer.Option(help="Threads of torch.", show_default="torch's own choice")]
+
+
+def evaluate(
+    directory: o.Saved,
+    data: o.Data,
+    curve: Annotated[
+        int | None, typer.Option(help="Also this many points of the trade-off of one threshold for all exits.")
+    ] = None,
+    threshold: o.Threshold = None,
+    batch_size: BatchSize = None,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Accuracy and cost of every exit and of the whole, against the full model."""
+    with reporting(as_json) as out:
+        from eecompile.cli import data as datas
+        from eecompile.cli import models
+
+        fast = models.saved(directory, threshold)
+        report = fast.evaluate(datas.loader(data, batch_size), curve=False if curve is None else curve)
+        out.show(report)
+        out.result(report.to_dict())
+
+
+def run(
+    directory: o.Saved,
+    example: o.Example = None,
+    input: o.Input = None,
+    data: o.DataForInput = None,
+    rows: Annotated[int, typer.Option(help="Rows to take from --data.")] = 8,
+    threshold: o.Threshold = None,
+    executor: o.Executor = "auto",
+    seed: o.Seed = 0,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Run some inputs and say where each row left and why."""
+    with reporting(as_json) as out:
+        from eecompile.cli import inputs, models
+        from eecompile.inspect import where
+
+        if rows < 1:
+            raise _none("rows", rows)
+        fast = models.saved(directory, threshold)
+        fast.executor = executor
+        args, kwargs = _call(inputs.example(example, input, data, rows, seed), fast)
+        result = fast.run(*args, **kwargs)
+        departures = where(fast, *args, **kwargs)
+        out.show(departures, *(f"row {r.row}: {r.why}" for r in departures.rows[:3]))
+        out.result(
+            {
+                "executor": fast.executor,
+                "exit_index": result.exit_index.tolist(),
+                "confidence": [float(c) for c in result.confidence.tolist()],
+                "cost": [float(c) for c in result.cost.tolist()],
+                **departures.to_dict(),
+            }
+        )
+
+
+def bench(
+    directory: o.Saved,
+    example: o.Example = None,
+    input: o.Input = None,
+    data: o.DataForInput = None,
+    batch: Annotated[int, typer.Option(help="Rows to take from --data.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.")] = 9,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODEL", help="The original model to compare with.", show_default="its captured graph"),
+    ] = None,
+    compile: Annotated[bool, typer.Option("--compile", help="Also the original under torch.compile.")] = False,
+    threshold: o.Threshold = None,
+    executor: o.Executor = "auto",
+    backend: Annotated[str | None, typer.Option(help="eager or inductor.", show_default="the saved one")] = None,
+    threads: Threads = None,
+    seed: o.Seed = 0,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Measured time against the original, in one run, in turns."""
+    with reporting(as_json) as out:
+        from eecompile.cli import inputs, models
+
+        if batch < 1:
+            raise _none("batch", batch)
+        models.threads(threads)
+        fast = models.saved(directory, threshold)
+        if backend is not None:
+            fast.backend = backend
+        fast.executor = executor
+        args, kwargs = _call(inputs.example(example, input, data, batch, seed), fast)
+        original: Any = None if model is None else models.find(model).model
+        report = fast.benchmark(kwargs if kwargs else args, rounds=rounds, compile_original=compile, original=original)
+        against = "its Python model" if model is not None else "its captured graph"
+        out.show(report, f"original: {against}")
+        out.result({**report.to_dict(), "original": against})
+
+
+def _call(call: Any, fast: Any) -> Any:
+    """The call, or an error that lists what the program takes."""
+    from eecompile.errors import EecompileError
+
+    if call is None:
+        raise EecompileError(
+            "no input was given",
+            wanted="; ".join(leaf.describe() for leaf in fast.program.signature.inputs),
+            hint="pass --data digits:test, --input name=float32[4,3,32,32], or --example file.py:attr",
+        )
+    return call
+
+
+def _none(what: str, got: int) -> Exception:
+    from eecompile.errors import EecompileError
+
+    return EecompileError(f"--{what} is a number of at least 1", got=got)

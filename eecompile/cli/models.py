@@ -1,0 +1,270 @@
+"""MODEL of the command line: what the text names, and the compiled module made from it."""
+
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+import eecompile
+from eecompile import CompiledModule, EecompileError, MissingDependencyError
+from eecompile.artifact.files import MANIFEST
+from eecompile.cli import inputs, sources
+
+FORMS = "package.module:attr, file.py:attr, a Hugging Face directory, a .pt2 file, or a saved directory"
+TOKENS, ROWS = 32, 4
+
+
+@dataclass
+class Found:
+    """What MODEL names.
+
+    Attributes:
+        model: A module, a program, the path of a `.pt2` file, or a compiled module.
+        call: An example that is known without being told.
+    """
+
+    model: nn.Module | ExportedProgram | Path
+    call: inputs.Call | None = None
+
+
+@dataclass
+class Request:
+    """How a model is to be rewritten: the options of `rewrite` and `inspect`."""
+
+    strategy: str = "branchy"
+    exits: list[str] = field(default_factory=list)
+    head: str | None = None
+    criterion: str | None = None
+    options: list[str] = field(default_factory=list)
+    prediction: str | None = None
+    executor: str = "auto"
+    backend: str = "eager"
+    capture: str = "export"
+    blocks: str | None = None
+    batch_axis: int = 0
+    measure: bool = False
+    seed: int = 0
+    call: inputs.Call | None = None
+
+
+def find(spec: str) -> Found:
+    """What the text names.
+
+    Raises:
+        EecompileError: Nothing that can be compiled; the message says what was looked for.
+    """
+    path = Path(spec)
+    if path.is_dir():
+        if (path / MANIFEST).is_file():
+            return Found(eecompile.load(path))
+        if (path / "config.json").is_file():
+            return hugging_face(path)
+        raise EecompileError(
+            "there is no model in this directory",
+            where=spec,
+            got=", ".join(sorted(p.name for p in path.iterdir())[:6]) or "nothing",
+            wanted=f"{MANIFEST} (saved by eecompile) or config.json (Hugging Face)",
+        )
+    if path.suffix == ".pt2":
+        if not path.is_file():
+            raise EecompileError("there is no such file", where=spec, wanted="a .pt2 file of torch.export.save")
+        return Found(path)
+    if not sources.is_attribute(spec):
+        known = "a file, but not one of a model" if path.exists() else "no such file or directory"
+        raise EecompileError("this does not name a model", where=spec, got=known, wanted=FORMS)
+    found = sources.attribute(spec, "a model")
+    if not isinstance(found, nn.Module | ExportedProgram) and callable(found):
+        found = sources.made(found, spec, "a model")
+    if not isinstance(found, nn.Module | ExportedProgram):
+        raise EecompileError("this is no model", where=spec, got=type(found).__name__, wanted="torch.nn.Module")
+    return Found(found)
+
+
+def compiled(spec: str, request: Request, progress: Callable[[str], None] | None = None) -> CompiledModule:
+    """The model that the text names, rewritten; a saved program as it is.
+
+    Raises:
+        EecompileError: It cannot be found, captured or rewritten.
+    """
+    found = find(spec)
+    if isinstance(found.model, CompiledModule):
+        return found.model
+    args, kwargs = request.call or found.call or ((), {})
+    if isinstance(found.model, nn.Module) and not args and not kwargs:
+        raise EecompileError(
+            "an example input is needed to capture this model",
+            where=spec,
+            wanted=f"arguments {', '.join(parameters(found.model))}",
+            hint="pass --input name=float32[4,3,32,32], --example file.py:attr, or --data",
+        )
+    prediction = request.prediction
+    return eecompile.eecompile(
+        found.model,
+        strategy(request),
+        example_inputs=args or None,
+        example_kwargs=kwargs or None,
+        prediction=int(prediction) if prediction is not None and prediction.isdigit() else prediction,
+        executor=request.executor,
+        backend=request.backend,
+        batch_axis=request.batch_axis,
+        capture=request.capture,
+        blocks=request.blocks,
+        measure=request.measure,
+        seed=request.seed,
+        progress=progress,
+    )
+
+
+def parameters(model: nn.Module) -> list[str]:
+    """Names of the arguments of a model's forward."""
+    return list(inspect.signature(model.forward).parameters)
+
+
+def strategy(request: Request) -> Any:
+    """The strategy that the options describe.
+
+    Raises:
+        StrategyError: Unknown name or option.
+        EecompileError: An option that is not key=value.
+    """
+    described: dict[str, Any] = {"name": request.strategy}
+    for option in request.options:
+        key, equals, value = option.partition("=")
+        if not equals or not key:
+            raise EecompileError("a strategy's option is key=value", got=repr(option))
+        described[key.strip().replace("-", "_")] = parsed(value)
+    if request.exits:
+        described["exits"] = places(request.exits)
+    if request.head is not None:
+        named = sources.is_attribute(request.head)
+        described["head"] = sources.attribute(request.head, "a head") if named else request.head
+    if request.criterion is not None:
+        described["criterion"] = request.criterion
+    return eecompile.strategies.strategy(described)
+
+
+def parsed(value: str) -> Any:
+    """A value as JSON, else as the text that it is."""
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError:
+        return value
+
+
+def places(exits: list[str]) -> Any:
+    """`--exits` as the strategy takes it: a number, "every-block", or a list of names and fractions."""
+    if len(exits) == 1 and exits[0].lstrip("+-").isdigit():
+        return int(exits[0])
+    if exits == ["every-block"]:
+        return exits[0]
+    found: list[str | float] = []
+    for text in exits:
+        try:
+            found.append(float(text))
+        except ValueError:
+            found.append(text)
+    return found
+
+
+def hugging_face(directory: Path) -> Found:
+    """A model from a local directory of transformers, and an example made from its config.
+
+    Raises:
+        MissingDependencyError: transformers is not installed.
+        EecompileError: The directory does not hold a model that transformers can load.
+    """
+    try:
+        import transformers
+        from transformers.utils import logging
+    except ImportError as error:
+        raise MissingDependencyError(
+            "this looks like a directory of transformers",
+            where=str(directory),
+            got=str(error),
+            hint="pip install 'eecompile[hf]'",
+        ) from error
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
+        architectures = getattr(config, "architectures", None) or []
+        kind = getattr(transformers, architectures[0], None) if architectures else None
+        if kind is None:
+            raise EecompileError(
+                "transformers knows no class for this model",
+                where=str(directory / "config.json"),
+                got=f"architectures: {architectures}",
+                hint="load it in a file of your own and give file.py:attr",
+            )
+        model = kind.from_pretrained(directory, local_files_only=True).eval()
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise EecompileError("transformers cannot load this", where=str(directory), got=first) from error
+    return Found(model, config_call(config, model))
+
+
+def config_call(config: Any, model: nn.Module) -> inputs.Call | None:
+    """Random tokens or pixels of the sizes in a config; None where it says neither."""
+    names = parameters(model)
+    if "pixel_values" in names and getattr(config, "image_size", None):
+        size = config.image_size
+        height, width = (size, size) if isinstance(size, int) else size
+        channels = getattr(config, "num_channels", 3)
+        return inputs.random_call([f"pixel_values=float32[{ROWS},{channels},{height},{width}]"])
+    if "input_ids" in names and getattr(config, "vocab_size", None):
+        length = min(TOKENS, getattr(config, "max_position_embeddings", TOKENS) or TOKENS)
+        shapes = [f"input_ids=int64[{ROWS},{length}]<{config.vocab_size}"]
+        if "attention_mask" in names:
+            shapes.append(f"attention_mask=int64[{ROWS},{length}]=1")
+        return inputs.random_call(shapes)
+    return None
+
+
+def saved(path: Path, thresholds: list[float] | None = None) -> CompiledModule:
+    """A saved program, with other thresholds where asked.
+
+    Raises:
+        ArtifactError: The directory is missing, truncated, altered or foreign.
+        StrategyError: Thresholds that do not fit.
+    """
+    fast = eecompile.load(path)
+    if thresholds:
+        fast.set_thresholds(thresholds[0] if len(thresholds) == 1 else thresholds)
+    return fast
+
+
+def free_place(path: Path) -> Path:
+    """A directory to save in: new, empty, or one that holds a saved program.
+
+    Raises:
+        EecompileError: Something else is there, and would be in the way.
+    """
+    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
+        raise EecompileError(
+            "the directory holds something else",
+            where=str(path),
+            got=", ".join(sorted(p.name for p in path.iterdir())[:6]),
+            wanted="a new or empty directory, or one with a saved program",
+        )
+    return path
+
+
+def threads(count: int | None) -> None:
+    """Sets torch's threads where asked.
+
+    Raises:
+        EecompileError: Less than one.
+    """
+    if count is None:
+        return
+    if count < 1:
+        raise EecompileError("torch needs at least one thread", got=count)
+    torch.set_num_threads(count)

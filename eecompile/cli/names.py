@@ -1,0 +1,42 @@
+"""Names for help and completion, written out so that a shell need not wait for torch. A test compares them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+STRATEGIES = ("branchy", "mebert")
+HEADS = ("auto", "conv", "linear", "mlp", "pooler", "shared")
+CRITERIA = ("max_probability", "entropy", "margin", "energy", "patience", "learned")
+FORMATS = ("tree", "table", "code", "diff", "dot", "mermaid", "json")
+EXECUTORS = ("auto", "reference", "compact")
+BACKENDS = ("eager", "inductor")
+CAPTURES = ("export", "blocks")
+TARGETS = ("accuracy", "agreement")
+LEVELS = (
+    "source",
+    "normalize",
+    "annotate",
+    "find_blocks",
+    "find_cuts",
+    "place_exits",
+    "insert_exits",
+    "stage",
+    "lower",
+    "verify",
+    "marked",
+    "staged",
+)
+DATA = tuple(
+    f"{name}{part}"
+    for name in ("digits", "mnist", "fashion_mnist", "cifar10", "minilm_imdb")
+    for part in ("", ":train", ":val", ":test")
+)
+
+
+def completing(names: tuple[str, ...]) -> Callable[[str], list[str]]:
+    """A completion over fixed names."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names if name.startswith(incomplete)]
+
+    return complete

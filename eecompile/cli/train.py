@@ -1,0 +1,119 @@
+"""`fit` and `calibrate`: they read a saved program and write it back."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from eecompile.cli import names
+from eecompile.cli import options as o
+from eecompile.cli.out import reporting
+
+BatchSize = Annotated[int | None, typer.Option(help="Of built-in data; a loader of your own has its own.")]
+
+
+def fit(
+    directory: o.Saved,
+    data: o.Data,
+    val: Annotated[str | None, typer.Option(help="Data to measure on after every epoch.")] = None,
+    epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 1,
+    lr: Annotated[float, typer.Option(help="Learning rate of the heads.")] = 1e-3,
+    trunk: Annotated[
+        bool | None,
+        typer.Option("--trunk/--heads-only", help="Train the model itself too.", show_default="the strategy's"),
+    ] = None,
+    trunk_lr: Annotated[float | None, typer.Option(help="Learning rate of the model.", show_default="lr / 10")] = None,
+    objective: Annotated[
+        str | None, typer.Option(help="Name of the training objective.", show_default="the strategy's")
+    ] = None,
+    scheduler: Annotated[str | None, typer.Option(help="cosine, or none.")] = None,
+    patience: Annotated[
+        int | None, typer.Option(help="Stop after this many epochs that are no better; needs --val.")
+    ] = None,
+    batch_size: BatchSize = None,
+    checkpoint_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where checkpoints go; a killed run goes on from there.")
+    ] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    resume: Annotated[bool, typer.Option(help="Go on from a checkpoint if there is one.")] = True,
+    output: o.Output = None,
+    seed: o.Seed = 0,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Train the exits of a saved program; the model itself stays as it is unless asked.
+
+    The directory is replaced in one step, once training is done.
+    """
+    with reporting(as_json) as out:
+        from eecompile.cli import data as datas
+        from eecompile.cli import models
+
+        place = models.free_place(output or directory)
+        fast = models.saved(directory)
+        options: dict[str, object] = {"trunk": trunk} if trunk is not None else {}
+        report = fast.fit(
+            datas.loader(data, batch_size),
+            epochs=epochs,
+            lr=lr,
+            trunk_lr=trunk_lr,
+            objective=objective,
+            scheduler=scheduler,
+            patience=patience,
+            val_loader=None if val is None else datas.loader(val, batch_size),
+            checkpoint_dir=checkpoint_dir,
+            checkpoint_every=checkpoint_every,
+            resume=resume,
+            seed=seed,
+            **options,
+        )
+        fast.save(place)
+        out.show(report, f"saved in {place}; next: eecompile calibrate {place} --data ...")
+        out.result({"saved": str(place), **report.to_dict()})
+
+
+def calibrate(
+    directory: o.Saved,
+    data: o.Data,
+    max_drop: Annotated[float, typer.Option(help="Largest drop: 0.01 is one percent point of accuracy.")] = 0.01,
+    delta: Annotated[float, typer.Option(help="Largest probability that the drop is larger after all.")] = 0.05,
+    guarantee: Annotated[
+        bool, typer.Option(help="Without one: the cheapest thresholds whose drop on this data is small enough.")
+    ] = True,
+    target: Annotated[
+        str,
+        typer.Option(
+            help="accuracy against the labels, or agreement with the full model (needs no labels).",
+            autocompletion=names.completing(names.TARGETS),
+        ),
+    ] = "accuracy",
+    temperature: Annotated[bool, typer.Option(help="Fit a temperature for each exit.")] = True,
+    batch_size: BatchSize = None,
+    output: o.Output = None,
+    seed: o.Seed = 0,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Choose thresholds that lose at most --max-drop, and save them with the program.
+
+    Use data that training has not seen. Where no thresholds qualify, all exits are closed and it says so.
+    """
+    with reporting(as_json) as out:
+        from eecompile.cli import data as datas
+        from eecompile.cli import models
+
+        place = models.free_place(output or directory)
+        fast = models.saved(directory)
+        report = fast.calibrate(
+            datas.loader(data, batch_size),
+            max_drop=max_drop,
+            delta=delta if guarantee else None,
+            target=target,
+            temperature=temperature,
+            seed=seed,
+        )
+        fast.save(place)
+        out.show(report, f"saved in {place}")
+        out.result({"saved": str(place), **report.to_dict()})
