@@ -187,7 +187,7 @@ class Search:
         hull = self.front(found)
         gap = most * self.n / BUDGETS / 4
         for (low, _, a), (high, _, b) in pairwise(hull):
-            steps = min(8, max(2, math.ceil((high - low) / gap))) if low <= most * self.n else 2
+            steps = min(8, max(2, math.ceil((high - low) / gap))) if gap > 0 and low <= most * self.n else 2
             found += [self.between(a, b, i / steps) for i in range(1, steps)]
         return found
 

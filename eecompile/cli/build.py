@@ -129,9 +129,10 @@ def strategies(as_json: o.Json = False, debug: o.Debug = False) -> None:
 
         from eecompile.strategies import STRATEGIES
 
-        described = {
-            name: {"summary": s.summary, "paper": s.paper, "defaults": s().to_dict()} for name, s in STRATEGIES.items()
-        }
+        described = [
+            {"name": name, "summary": kind.summary, "paper": kind.paper, "defaults": kind().to_dict()}
+            for name, kind in STRATEGIES.items()
+        ]
         table = Table(title="strategies", title_justify="left", show_lines=True)
         for column in ("name", "inserts", "from", "defaults"):
             table.add_column(column, overflow="fold")

@@ -248,7 +248,16 @@ def test_large_outputs_are_not_all_kept(monkeypatch):
     fast = Drawn()
     part = calibrate(fast, loader(X, Y), max_drop=0.05)
     assert fast.calls == 12
-    assert part.to_dict() == whole.to_dict()  # the rows of the search were among those kept
+    # the rows of the search were among those kept; sums over other batches differ in the last digits
+    assert _rounded(part.to_dict()) == _rounded(whole.to_dict())
+
+
+def _rounded(value):
+    if isinstance(value, float):
+        return round(value, 6)
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    return [_rounded(v) for v in value] if isinstance(value, list) else value
 
 
 def test_rows_without_labels_are_left_out():

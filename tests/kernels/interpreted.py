@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from triton.runtime import interpreter
 
 from eecompile.kernels import confidence, decide, gather, halt, head_confidence, skip
 from eecompile.kernels._lists import COUNTER, control_size
@@ -22,6 +23,20 @@ NAN, INF = math.nan, math.inf
 BUCKETS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 2048], dtype=torch.int32)
 
 torch.set_num_threads(1)
+
+
+def _loop_bounds_with_numpy_2_4() -> None:
+    """Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses; later Tritons do what this does."""
+    plain = interpreter._patch_lang_tensor
+
+    def patched(tensor: Any, scope: Any) -> None:
+        plain(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
+    interpreter._patch_lang_tensor = patched
+
+
+_loop_bounds_with_numpy_2_4()
 
 
 @contextlib.contextmanager
