@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -19,6 +20,7 @@ from eecompile.errors import ArtifactError
 MANIFEST = "eecompile.json"
 FORMAT = "eecompile program"
 VERSION = 1
+OURS = re.compile(r"(?:eval|train|heads|head_\w+)-[0-9a-f]{12}\.(?:pt2|safetensors)|\.[\w.]+\.\d+\.part[\w.]*")
 
 
 def sha256(path: Path) -> str:
@@ -72,9 +74,8 @@ def commit(directory: Path, manifest: Mapping[str, Any]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     kept = {MANIFEST, *(entry["file"] for entry in manifest["files"].values())}
-    for path in directory.iterdir():
-        ours = path.suffix in (".pt2", ".safetensors", ".json") or ".part" in path.name
-        if path.is_file() and ours and path.name not in kept:
+    for path in directory.iterdir():  # only what `put` wrote: other files there are somebody else's
+        if path.is_file() and OURS.fullmatch(path.name) and path.name not in kept:
             path.unlink(missing_ok=True)
 
 

@@ -31,6 +31,7 @@ def blocks(outline: Outline) -> Table:
 
 def exits(fast: Any) -> Table:
     made = _table("exits", "exit", "after", "head", "criterion", "threshold", "head cost", "cost of leaving")
+    made.columns[1].no_wrap = True
     costs = fast.costs([e.is_open for e in fast.exits]).tolist()
     for e, cost in zip(fast.exits, costs, strict=False):
         threshold = f"{e.threshold:.4g}" if e.is_open else "closed"
