@@ -128,9 +128,9 @@ def _attributes(m: nn.Module) -> dict[str, Any]:
         elif isinstance(value, bool | int | float | str):
             found[name] = value
         elif isinstance(value, tuple | list | dict):  # torch.export puts equal copies of some of these back
-            found[name] = repr(value)
-        else:
-            found[name] = id(value)
+            found[name] = type(value).__name__
+        else:  # a model may replace what it caches while it runs; its kind stays
+            found[name] = type(value).__name__
     found["gradient flags"] = {n: p.requires_grad for n, p in m.named_parameters(recurse=False)}
     return found
 
