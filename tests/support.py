@@ -122,9 +122,7 @@ class Fingerprint:
 
 def _kept(modules: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """Mode, hooks and gradient flags; a model's own caches may change while it runs."""
-    return {
-        n: {k: v for k, v in a.items() if k in ("training", "gradient flags") or "hooks" in k} for n, a in modules.items()
-    }
+    return {n: {k: v for k, v in a.items() if k in ("training", "gradient flags")} for n, a in modules.items()}
 
 
 def _attributes(m: nn.Module) -> dict[str, Any]:
