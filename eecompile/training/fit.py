@@ -68,7 +68,7 @@ def fit(
             AdamW by default.
         scheduler: None, "cosine" (to 0 over each stage), or a function that makes a scheduler from the
             optimizer; it is stepped after every optimizer step.
-        objective: Name, dict or instance (`training/objectives.py`); by default that of `fast.strategy`.
+        objective: Name, dict or instance (`training/objectives`); by default that of `fast.strategy`.
         loss: `(output, labels) -> scalar` for a task that is not classification; instead of `objective`.
         metric: `(prediction, labels) -> [B]`, higher is better; shown instead of accuracy.
         val_loader: Measured after every epoch.

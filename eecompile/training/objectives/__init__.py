@@ -1,0 +1,50 @@
+"""What is minimised when exits are trained: small classes, by name, saved in artifacts as plain dicts.
+
+An objective takes the `Result` of `fast.run(x)` in train mode (outputs of E exits and, last, of the model
+itself) and labels, and gives one differentiable scalar. Outputs are `[B, C]` or `[B, S, C]` with labels
+`[B]` or `[B, S]` of class indices, -100 left out.
+
+| name | loss |
+|---|---|
+| exits | what strategies with exits ask for: the next three, put together from options |
+| weighted_cross_entropy | sum of w_k CE(output_k, labels), w normalised to 1 (BranchyNet 2016) |
+| distillation | (1 - alpha) CE + alpha T^2 KL(last / T, output_k / T) (Hinton et al. 2015) |
+| exit_score | BCE of the learned exit score against "this exit is right" (BERxiT, Xin et al. 2021) |
+| sum | any of them added, with weights; also written "a+b" |
+| per_exit_loss | a function `(output, labels) -> scalar` of the user, for tasks that are not classification |
+"""
+
+from eecompile.training.objectives.base import (
+    Objective,
+    Weights,
+    check_weights,
+    cross_entropy,
+    divergence,
+    outputs_of,
+    weighted,
+)
+from eecompile.training.objectives.exits import Distillation, Exits, ExitScore, WeightedCrossEntropy
+from eecompile.training.objectives.general import Loss, PerExitLoss, Sum
+from eecompile.training.objectives.registry import OBJECTIVES, objective, register
+
+register(Exits, WeightedCrossEntropy, Distillation, ExitScore, PerExitLoss, Sum)
+
+__all__ = [
+    "OBJECTIVES",
+    "Distillation",
+    "ExitScore",
+    "Exits",
+    "Loss",
+    "Objective",
+    "PerExitLoss",
+    "Sum",
+    "WeightedCrossEntropy",
+    "Weights",
+    "check_weights",
+    "cross_entropy",
+    "divergence",
+    "objective",
+    "outputs_of",
+    "register",
+    "weighted",
+]

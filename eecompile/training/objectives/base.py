@@ -1,0 +1,107 @@
+"""What an objective is, and the losses that all of them are made of."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any, ClassVar, TypeAlias
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eecompile.errors import EecompileError, near
+from eecompile.program import Result
+from eecompile.training.scores import IGNORE, check_labels
+
+Weights: TypeAlias = str | Sequence[float]
+
+
+class Objective(ABC):
+    """Base of all objectives. Instances are immutable; `to_dict` and `objective` are inverse."""
+
+    name: ClassVar[str] = ""
+
+    @abstractmethod
+    def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
+        """The loss, 0-dim, of one batch. `where` names the batch in error messages."""
+
+    def final(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
+        """Loss of the model's own output alone: the first of two stages of training."""
+        last = outputs_of(result)[-1]
+        return cross_entropy(last, check_labels(last, labels, where))
+
+    def to_dict(self) -> dict[str, Any]:
+        """JSON-safe; `objective(...)` reads it."""
+        return {"name": self.name, **asdict(self)}  # type: ignore[call-overload]
+
+    def __add__(self, other: Objective) -> Objective:
+        from eecompile.training.objectives.general import Sum
+
+        return Sum((self, other))
+
+
+def outputs_of(result: Result) -> tuple[Tensor, ...]:
+    """The outputs of every exit and of the model; an error where `run` was not called in train mode."""
+    if not result.outputs:
+        raise EecompileError(
+            "the result holds no outputs of the exits",
+            got="a result of eval mode",
+            wanted="a result of fast.run(...) in train mode",
+            hint="call fast.train() before fast.run(...)",
+        )
+    return result.outputs
+
+
+def check_weights(weights: Weights) -> Weights:
+    if isinstance(weights, str):
+        if weights not in ("uniform", "linear"):
+            raise EecompileError("unknown weights", got=repr(weights), wanted=near(weights, ("uniform", "linear")))
+        return weights
+    values = tuple(float(w) for w in weights)
+    if not values or any(not math.isfinite(w) or w < 0 for w in values) or sum(values) == 0:
+        raise EecompileError(
+            "weights must be finite, 0 or more, and not all 0",
+            got=list(values),
+            wanted="'uniform', 'linear' or a list",
+        )
+    return values
+
+
+def weighted(weights: Weights, losses: Sequence[Tensor]) -> Tensor:
+    """Mean of 0-dim losses under weights that are normalised to 1."""
+    n = len(losses)
+    if weights == "uniform":
+        values: Sequence[float] = [1.0] * n
+    elif weights == "linear":
+        values = [float(k + 1) for k in range(n)]
+    else:
+        values = [float(w) for w in weights]
+    if len(values) != n:
+        raise EecompileError(
+            "the objective has the wrong number of weights",
+            got=f"{len(values)} weights",
+            wanted=f"{n}: one per exit ({n - 1}) and one for the model's own output",
+        )
+    total = sum(values)
+    terms = [loss * (w / total) for loss, w in zip(losses, values, strict=True) if w > 0]
+    return torch.stack(terms).sum()
+
+
+def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    """Mean over the labels that are not -100; 0 where there is none. float32 arithmetic."""
+    logits = logits.float().flatten(0, -2)
+    total = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
+    return total / (labels != IGNORE).sum().clamp_min(1)
+
+
+def divergence(teacher: Tensor, student: Tensor, temperature: float, real: Tensor | None) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the positions that are `real`."""
+    p = torch.log_softmax(teacher.float() / temperature, -1)
+    q = torch.log_softmax(student.float() / temperature, -1)
+    each = F.kl_div(q, p, log_target=True, reduction="none").sum(-1) * temperature**2
+    if real is None:
+        return each.mean()
+    return (each * real).sum() / real.sum().clamp_min(1)

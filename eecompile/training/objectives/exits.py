@@ -1,0 +1,144 @@
+"""Losses of classifiers at exits: cross entropy, distillation from the last, exit scores."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from eecompile.errors import EecompileError
+from eecompile.program import Result
+from eecompile.training.objectives.base import (
+    Objective,
+    Weights,
+    check_weights,
+    cross_entropy,
+    divergence,
+    outputs_of,
+    weighted,
+)
+from eecompile.training.scores import IGNORE, check_labels, right
+
+
+@dataclass(frozen=True)
+class WeightedCrossEntropy(Objective):
+    """Cross entropy of every exit and of the model's own output, weighted.
+
+    Args:
+        weights: "uniform", "linear" (proportional to the exit's rank, so later ones count more, as in
+            PABEE), or one number of 0 or more per exit and, last, one for the model's own output.
+    """
+
+    name: ClassVar[str] = "weighted_cross_entropy"
+
+    weights: Weights = "uniform"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", check_weights(self.weights))
+
+    def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
+        outputs = outputs_of(result)
+        labels = check_labels(outputs[-1], labels, where)
+        return weighted(self.weights, [cross_entropy(output, labels) for output in outputs])
+
+
+@dataclass(frozen=True)
+class Distillation(Objective):
+    """Every exit learns from the labels and from the model's own output; the latter learns from the labels.
+
+    Args:
+        alpha: Share of the teacher, in [0, 1]. With 1 no labels are needed.
+        temperature: Softens both distributions; the loss is scaled by its square.
+        weights: As in `WeightedCrossEntropy`.
+    """
+
+    name: ClassVar[str] = "distillation"
+
+    alpha: float = 0.5
+    temperature: float = 2.0
+    weights: Weights = "uniform"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", check_weights(self.weights))
+        if not 0 <= self.alpha <= 1:
+            raise EecompileError("alpha of the distillation is out of range", got=self.alpha, wanted="0 to 1")
+        if not (self.temperature > 0 and math.isfinite(self.temperature)):
+            raise EecompileError("the distillation temperature must be positive", got=self.temperature)
+
+    def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
+        outputs = outputs_of(result)
+        unlabelled = self.alpha == 1 and labels is None
+        if not unlabelled:
+            labels = check_labels(outputs[-1], labels, where)
+        real = None if unlabelled else labels != IGNORE
+        teacher = outputs[-1].detach()
+        losses = []
+        for student in outputs[:-1]:
+            soft = divergence(teacher, student, self.temperature, real)
+            hard = 0.0 if self.alpha == 1 else cross_entropy(student, labels)
+            losses.append(self.alpha * soft + (1 - self.alpha) * hard)
+        losses.append(outputs[-1].sum() * 0 if unlabelled else cross_entropy(outputs[-1], labels))
+        return weighted(self.weights, losses)
+
+
+@dataclass(frozen=True)
+class ExitScore(Objective):
+    """Binary cross entropy of each exit's score against whether that exit is right, which is detached.
+
+    For `[B, S, C]` the target is the share of a row's positions that are right.
+    """
+
+    name: ClassVar[str] = "exit_score"
+
+    def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
+        outputs = outputs_of(result)
+        if result.scores is None or len(result.scores) != len(outputs) - 1:
+            raise EecompileError(
+                "there are no exit scores to train",
+                where=where,
+                got="none" if result.scores is None else f"{len(result.scores)} scores",
+                wanted=f"{len(outputs) - 1} scores, one per exit",
+                hint="use criterion='learned', or an objective without exit_score",
+            )
+        labels = check_labels(outputs[-1], labels, where)
+        losses = []
+        for score, output in zip(result.scores, outputs, strict=False):
+            target, valid = right(output.detach(), labels)
+            each = F.binary_cross_entropy_with_logits(score.float(), target.float(), reduction="none")
+            losses.append((each * valid).sum() / valid.sum().clamp_min(1))
+        return torch.stack(losses).mean()
+
+
+@dataclass(frozen=True)
+class Exits(Objective):
+    """What strategies with exits ask for: weighted cross entropy, with a share of distillation, plus exit
+    scores.
+
+    Args:
+        weights: As in `WeightedCrossEntropy`.
+        distillation: Share of the loss that is distilled from the model's own output, in [0, 1].
+        learned: Whether exit scores are trained as well.
+    """
+
+    name: ClassVar[str] = "exits"
+
+    weights: Weights = "uniform"
+    distillation: float = 0.0
+    learned: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weights", check_weights(self.weights))
+        self._parts()
+
+    def _parts(self) -> list[Objective]:
+        first: Objective = WeightedCrossEntropy(self.weights)
+        if self.distillation:
+            first = Distillation(alpha=self.distillation, weights=self.weights)
+        return [first, ExitScore()] if self.learned else [first]
+
+    def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
+        return torch.stack([part(result, labels, where=where) for part in self._parts()]).sum()
