@@ -1,345 +1,283 @@
-"""What the examples share: options, trained trunks that are kept, accuracy, results as JSON.
+"""What the examples share: the command line, keeping what was trained, judging, timing, the record in JSON.
 
-A trunk is a model trained as usual, with no early exit in it. It is trained once for each set of settings and
-kept, with its accuracy and the seconds that it took, in ``$EECOMPILE_RUNS`` (or ``~/.cache/eecompile/runs``);
-a run that was stopped goes on from its last checkpoint. ``python -m examples._common`` trains them all.
+An example is one function; all that takes long is kept, so a second run only judges and measures:
+
+    def example(options: Options, record: Record) -> None:
+        trunk = resnet_trunk(quick=options.quick, seed=options.seed)            # examples/trunks.py, kept
+        fast = eecompile(trunk.model, Branchy(...), example_inputs=(x,))
+        fitted(fast, train, "branchy-resnet", options, trunk, epochs=4)         # kept, resumes; sets the weights
+        record.done("train")                                                    # ends here with --until train
+        seen = observed(fast, {"val": val, "test": test})                       # one pass each, kept
+        variants = judged(fast, seen, record, "CIFAR-10", trunk.accuracy)       # calibrates on val, judges on test
+        record.done("judge")
+        timed(record, trunk.model, rows_of(test, 4), variants, (1, 32, 256))    # interleaved with the original
+
+    if __name__ == "__main__":
+        main("branchy_resnet", __doc__, example)
+
+`main` parses ``--quick --seed --threads --out --until --json``, turns errors into one line and exit code 2,
+prints the record and writes ``results/NAME.json`` (``NAME-quick.json``). What is trained lies in
+``$EECOMPILE_RUNS``, data in ``$EECOMPILE_DATA`` (below ``~/.cache/eecompile`` unless set).
+
+A program without exits to calibrate (gates, halting, routes) adds its own line with ``record.row(...)`` and gives
+``timed`` its own ``Variant``: a name and a call. Every line of a record gets into the README's table
+(``python -m examples.table``).
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import json
-import os
-import platform
-import sys
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, field
-from functools import partial
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from examples import datasets, models
+from eecompile.benchmark import as_call, interleaved, summary
+from examples._observed import Observed, observe
+from examples._record import Options, Record, main, parse, write_result
 from examples._registry import DatasetError, atomic
+from examples.trunks import (
+    Inputs,
+    Recipe,
+    Trunk,
+    accuracy,
+    console,
+    fit_trunk,
+    image_data,
+    lenet_trunk,
+    minilm_trunk,
+    resnet_trunk,
+    runs_root,
+    take,
+    trunk,
+)
 
-Inputs = Tensor | dict[str, Tensor]
-console = Console(stderr=True)
-
-
-# ---- options and results
-
-
-@dataclass(frozen=True)
-class Options:
-    """What every example takes on its command line."""
-
-    quick: bool = False
-    seed: int = 0
-    threads: int = 2
-    out: Path = Path(__file__).parent / "results"
-
-
-def parse(doc: str | None, argv: Sequence[str] | None = None) -> Options:
-    """Options from the command line; sets the number of threads and the seed."""
-    parser = argparse.ArgumentParser(description=(doc or "").strip().split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="stand-in data, small models")
-    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is random (0)")
-    parser.add_argument("--threads", type=int, default=2, help="threads that torch may use (2)")
-    parser.add_argument("--out", type=Path, default=Options.out, help="folder for NAME.json")
-    options = Options(**vars(parser.parse_args(argv)))
-    if options.threads < 1:
-        parser.error(f"--threads is {options.threads}, wanted at least 1")
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(options.seed)
-    return options
+# ---- what is kept
 
 
-def write_result(name: str, result: dict[str, Any], options: Options) -> Path:
-    """Keep ``result`` as ``NAME.json``, ``NAME-quick.json`` if quick, with the command and the machine."""
-    command = f"python -m examples.{name}" + " --quick" * options.quick
-    command += f" --seed {options.seed}" if options.seed else ""
-    machine = {
-        "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
-        "threads": options.threads,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
+def digest(settings: Mapping[str, Any]) -> str:
+    """Eight letters that name a set of settings; functions count by their names."""
+    text = json.dumps(settings, sort_keys=True, default=lambda v: getattr(v, "__qualname__", str(v)))
+    return hashlib.sha256(text.encode()).hexdigest()[:8]
+
+
+def fitted(
+    fast: Any, loader: Iterable[Any], name: str, options: Options, trunk: Trunk, *, bf16: bool = False, **fit: Any
+) -> dict[str, Any]:
+    """``fast.fit(loader, **fit)``, kept: weights are set on ``fast`` either way; gives the record of the training.
+
+    Found again by name, strategy, trunk and options. Training that was stopped goes on from its last checkpoint.
+
+    Args:
+        trunk: Of ``fast``; its weights change where ``fit`` or the strategy trains the trunk.
+        bf16: Mixed precision, where the processor has units for it.
+        fit: Options of `eecompile.training.fit.fit`. ``seed`` is that of ``options`` unless given.
+    """
+    fit.setdefault("seed", options.seed)
+    settings = {"name": name, "strategy": fast.strategy.to_dict(), "trunk": asdict(trunk.recipe), "bf16": bf16, **fit}
+    settings["exits"] = [[record.cut, record.head_kind] for record in fast.exits]
+    path = runs_root() / f"{name}-{digest(settings)}.safetensors"
+    fast.__dict__["kept_as"] = path  # observations are kept beside it
+    fixed = {id(fast.thresholds), id(fast.temperatures)}
+    state: dict[str, Tensor] = {
+        key: value for key, value in fast.state_dict(keep_vars=True).items() if id(value) not in fixed
     }
-    options.out.mkdir(parents=True, exist_ok=True)
-    path = options.out / f"{name}{'-quick' if options.quick else ''}.json"
+    found = _kept(path, state)
+    if found is not None:
+        return found
+    path.parent.mkdir(parents=True, exist_ok=True)
+    checkpoints = path.with_suffix(".checkpoints")
+    options_of_fit = {"checkpoint_every": 50, "checkpoint_dir": checkpoints, "progress": console.is_terminal, **fit}
+    if bf16 and any(torch.cpu.get_capabilities().get(unit) for unit in ("amx_bf16", "avx512_bf16")):
+        from accelerate import Accelerator
+
+        options_of_fit["accelerator"] = Accelerator(mixed_precision="bf16", cpu=True)
+
+    def say(event: Any) -> None:
+        if event.kind == "epoch":
+            scores = ", ".join(f"{score:.3f}" for score in event.row.val_scores or event.row.scores or [])
+            console.print(
+                f"{name}: {event.stage} epoch {event.epoch}, loss {event.loss:.4f}, right {scores}", soft_wrap=True
+            )
+
+    report = fast.fit(loader, callbacks=(say,), **options_of_fit).to_dict()
+    report = {"settings": json.loads(json.dumps(settings, default=str)), "rows": report["rows"]}
+    report["seconds"] = round(sum(row["seconds"] for row in report["rows"]), 1)
     with atomic(path) as written:
-        text = json.dumps({"command": command, "machine": machine, **result}, indent=2, default=str)
-        written.write_text(text + "\n")
-    return path
+        tensors = {key: value.detach().clone().contiguous() for key, value in state.items()}
+        save_file(tensors, written, {"fit": json.dumps(report)})
+    shutil.rmtree(checkpoints, ignore_errors=True)
+    return report
 
 
-def accuracy(model: nn.Module, loader: DataLoader[Any] | Iterator[Any]) -> float:
-    """Share of right answers over batches of ``(inputs, labels)`` or dictionaries with ``labels``."""
-    right = total = 0
-    was_training = model.training
-    model.eval()
-    with torch.no_grad():
-        for batch in loader:
-            if isinstance(batch, dict):
-                inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
-            else:
-                inputs, labels = batch
-            right += int((_logits(model, inputs).argmax(-1) == labels).sum())
-            total += len(labels)
-    model.train(was_training)
-    if not total:
-        raise DatasetError("accuracy: the loader yielded no batch, wanted at least one")
-    return right / total
+def _kept(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
+    """Sets the tensors kept at ``path`` and gives the record beside them; None where nothing is kept."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file, torch.no_grad():
+            for key, value in state.items():
+                value.copy_(file.get_tensor(key))
+            found: dict[str, Any] = json.loads(file.metadata()["fit"])
+    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        raise DatasetError(f"{path} does not hold these weights ({error}). Delete it and run again.") from error
+    return found
 
 
-def _logits(model: nn.Module, inputs: Inputs) -> Tensor:
-    out = model(**inputs) if isinstance(inputs, dict) else model(inputs)
-    return out if isinstance(out, Tensor) else out.logits
+def observed(fast: Any, loaders: Mapping[str, Iterable[Any]]) -> dict[str, Observed]:
+    """Every exit's output on every row of each loader: one pass, kept beside the weights of `fitted`.
+
+    Thresholds are then chosen and judged from it in seconds, however often; the test part is run once.
+    """
+    found = {}
+    for part, loader in loaders.items():
+        path = fast.__dict__["kept_as"].with_suffix(f".{part}.safetensors")
+        found[part] = observe(fast, loader, path)
+    return found
 
 
-# ---- training
+# ---- judging
 
 
 @dataclass(frozen=True)
-class Recipe:
-    """How a trunk is trained; with the name, what a kept trunk is found by."""
+class Variant:
+    """Something to time against the original: its row, and a call on one batch.
 
-    name: str
-    epochs: int
-    batch_size: int
-    lr: float
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    weight_decay: float = 0.01
-    augmented: bool = False
-    channels_last: bool = False
-    bf16: bool = False  # mixed precision, where the processor has units for it
-    seed: int = 0
-    rows: int | None = None  # training rows; None for all
-    standin: bool = False
-
-    @property
-    def path(self) -> Path:
-        """Where the trunk is kept."""
-        named = os.environ.get("EECOMPILE_RUNS")
-        root = Path(named).expanduser() if named else Path.home() / ".cache" / "eecompile" / "runs"
-        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
-        return root / f"{self.name}-{digest}.safetensors"
-
-
-@dataclass(frozen=True)
-class Trunk:
-    """A trained model, its accuracy on the validation and test parts, and the seconds of training."""
-
-    model: nn.Module
-    val_accuracy: float
-    accuracy: float
-    seconds: float
-    path: Path
-    recipe: Recipe
-    history: list[float] = field(default_factory=list)  # mean training loss of each epoch
-
-    def to_dict(self) -> dict[str, Any]:
-        """The record without the model, for a result's JSON."""
-        return {
-            "recipe": asdict(self.recipe), "val_accuracy": self.val_accuracy, "accuracy": self.accuracy,
-            "seconds": self.seconds, "history": self.history,
-        }  # fmt: skip
-
-
-def _take(inputs: Inputs, index: Tensor) -> Inputs:
-    return {k: v[index] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[index]
-
-
-def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
-    if recipe.optimizer == "sgd":
-        return torch.optim.SGD(model.parameters(), recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, nesterov=True)
-    return torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
-
-
-def _precision(recipe: Recipe) -> Any:
-    wanted = recipe.bf16 and bool(torch.cpu.get_capabilities().get("amx_bf16"))
-    return torch.autocast("cpu", torch.bfloat16) if wanted else nullcontext()
-
-
-def fit_trunk(
-    model: nn.Module, inputs: Inputs, labels: Tensor, recipe: Recipe, save_every_s: float = 60.0
-) -> tuple[float, list[float]]:
-    """Train ``model`` in place; gives the seconds and the mean loss of each epoch.
-
-    A checkpoint is written next to ``recipe.path`` every ``save_every_s`` seconds. After a stop the next call
-    goes on from it, with the batches, the augmentation and the dropout of an unbroken run.
+    Attributes:
+        row: Where ``speedup`` and ``seconds`` go.
+        call: Runs a batch as arguments, ``call(*args, **kwargs)``.
+        before: Called before every run over the batches, outside of no clock: to set thresholds.
     """
-    state_path = recipe.path.with_suffix(".resume")
-    state_path.parent.mkdir(parents=True, exist_ok=True)
-    if recipe.channels_last:
-        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    steps = -(-len(labels) // recipe.batch_size)
-    optimizer = _optimizer(model, recipe)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, recipe.lr, total_steps=steps * recipe.epochs, pct_start=0.2, cycle_momentum=False
-    )
-    torch.manual_seed(recipe.seed)
-    done, seconds, losses = 0, 0.0, [0.0] * recipe.epochs
-    if state_path.exists():
-        state = torch.load(state_path, weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
-        torch.set_rng_state(state["rng"])
-        done, seconds, losses = state["done"], state["seconds"], state["losses"]
-        console.print(f"{recipe.name}: going on after step {done} of {steps * recipe.epochs}")
 
-    def save() -> None:
-        with atomic(state_path) as written:
-            parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
-            state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"rng": torch.get_rng_state(), "done": done, "losses": losses}
-            torch.save({**state, "seconds": seconds + time.perf_counter() - start}, written)
-
-    model.train()
-    start = saved = time.perf_counter()
-    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        bar = progress.add_task(recipe.name, total=steps * recipe.epochs, completed=done)
-        try:
-            for epoch in range(done // steps, recipe.epochs):
-                order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(recipe.seed * 1000 + epoch))
-                for step in range(done - epoch * steps, steps):
-                    index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-                    batch = _take(inputs, index)
-                    if recipe.augmented and isinstance(batch, Tensor):
-                        batch = datasets.augment(batch)
-                    if recipe.channels_last and isinstance(batch, Tensor):
-                        batch = batch.contiguous(memory_format=torch.channels_last)
-                    with _precision(recipe):
-                        loss = nn.functional.cross_entropy(_logits(model, batch).float(), labels[index])
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-                    optimizer.step()
-                    schedule.step()
-                    done += 1
-                    losses[epoch] += loss.item() / steps
-                    progress.advance(bar)
-                    if time.perf_counter() - saved > save_every_s:
-                        save()
-                        saved = time.perf_counter()
-                took = seconds + time.perf_counter() - start
-                line = f"epoch {epoch + 1}/{recipe.epochs}, loss {losses[epoch]:.4f}, {took:.0f} s"
-                console.print(f"{recipe.name}: {line}")
-        except KeyboardInterrupt:
-            console.print(f"{recipe.name}: stopped; the same command goes on from the last checkpoint")
-            raise
-    if recipe.channels_last:
-        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
-    model.eval()
-    return seconds + time.perf_counter() - start, losses
+    row: dict[str, Any]
+    call: Callable[..., Any]
+    before: Callable[[], Any] = lambda: None
 
 
-def trunk(
-    recipe: Recipe,
-    build: Callable[[], nn.Module],
-    data: Callable[[str, int | None], tuple[Inputs, Tensor]],
-) -> Trunk:
-    """The kept trunk of ``recipe``, trained now if there is none.
-
-    ``build`` makes the untrained model; ``data(part, limit)`` gives inputs, a tensor [N, ...] or a dictionary
-    of them, and labels int64 [N].
-    """
-    path = recipe.path
-    torch.manual_seed(recipe.seed)
-    model = build()
-    if path.exists():
-        try:
-            with safe_open(path, framework="pt") as file:
-                record = json.loads(file.metadata()["trunk"])
-                model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
-            raise DatasetError(
-                f"{recipe.name}: {path} is not a trunk of these settings ({error}). Delete it and run again."
-            ) from error
-    else:
-        inputs, labels = data("train", recipe.rows)
-        seconds, history = fit_trunk(model, inputs, labels, recipe)
-        record = {"seconds": round(seconds, 1), "history": [round(loss, 5) for loss in history]}
-        for key, part in (("val_accuracy", "val"), ("accuracy", "test")):
-            record[key] = accuracy(model, _batches(*data(part, None)))
-        with atomic(path) as written:
-            weights = {key: value.contiguous() for key, value in model.state_dict().items()}
-            save_file(weights, written, {"trunk": json.dumps(record)})
-        path.with_suffix(".resume").unlink(missing_ok=True)
-    return Trunk(model.eval(), path=path, recipe=recipe, **record)
+PROMISES: dict[str, dict[str, Any]] = {
+    "guaranteed": {"max_drop": 0.01, "delta": 0.05},  # at most 1% lost, with 95% confidence
+    "empirical": {"max_drop": 0.01, "delta": None},  # at most 1% lost on the validation part
+}
 
 
-def _batches(inputs: Inputs, labels: Tensor, size: int = 256) -> Iterator[tuple[Inputs, Tensor]]:
-    for index in torch.split(torch.arange(len(labels)), size):
-        yield _take(inputs, index), labels[index]
-
-
-# ---- the trunks of the examples
-
-
-def _images(name: str, standin: bool) -> Callable[[str, int | None], tuple[Tensor, Tensor]]:
-    def data(part: str, limit: int | None) -> tuple[Tensor, Tensor]:
-        images, labels = datasets.load(name, part, limit, standin=standin).tensors
-        return images, labels
-
-    return data
-
-
-def lenet_trunk(name: str = "mnist", *, quick: bool = False, seed: int = 0) -> Trunk:
-    """LeNet on ``mnist`` or ``fashion_mnist``."""
-    recipe = Recipe(f"lenet-{name}", 12, 128, 4e-3, weight_decay=1e-3, seed=seed)
-    if quick:
-        recipe = Recipe(f"lenet-{name}-quick", 4, 32, 4e-3, seed=seed, standin=True)
-    return trunk(recipe, models.LeNet, _images(name, quick))
-
-
-def resnet_trunk(*, quick: bool = False, seed: int = 0) -> Trunk:
-    """ResNet-20 on CIFAR-10 (ResNet-8 on the stand-in when quick)."""
-    recipe = Recipe("resnet20-cifar10", 12, 128, 0.4, "sgd", 5e-4, True, True, True, seed)
-    if quick:
-        recipe = Recipe("resnet8-cifar10-quick", 3, 32, 0.2, "sgd", 5e-4, seed=seed, standin=True)
-    return trunk(recipe, models.resnet8 if quick else models.resnet20, _images("cifar10", quick))
-
-
-def minilm_trunk(*, quick: bool = False, seed: int = 0) -> Trunk:
-    """MiniLM-L6 fine-tuned on 4,000 reviews of IMDB at length 128 (the tiny stand-in when quick)."""
-    recipe = Recipe("minilm-imdb", 2, 32, 1e-4, bf16=True, seed=seed, rows=4_000)
-    if quick:
-        recipe = Recipe("minilm-imdb-quick", 4, 32, 5e-3, seed=seed, rows=256, standin=True)
-
-    def data(part: str, limit: int | None) -> tuple[Inputs, Tensor]:
-        columns = dict(datasets.tokens(part, limit or (256 if quick else 2_000), standin=quick))
-        labels = columns.pop("labels")
-        return columns, labels
-
-    return trunk(recipe, lambda: models.minilm_classifier(datasets.minilm(standin=quick), seed=seed), data)
-
-
-def main() -> None:
-    """Train every trunk that is not kept yet and print what they reach."""
-    options = parse(__doc__)
-    settings: dict[str, Any] = {"quick": options.quick, "seed": options.seed}
-    makers = (lenet_trunk, partial(lenet_trunk, "fashion_mnist"), resnet_trunk, minilm_trunk)
-    for make in makers:
-        got = make(**settings)
-        print(
-            f"{got.recipe.name}: test {got.accuracy:.4f}, validation {got.val_accuracy:.4f}, trained in {got.seconds:.0f} s"
+def judged(
+    fast: Any,
+    seen: Mapping[str, Observed],
+    record: Record,
+    label: str,
+    original_accuracy: float,
+    promises: Mapping[str, Mapping[str, Any]] = PROMISES,
+) -> list[Variant]:
+    """Calibrates on ``seen["val"]`` with each promise and judges on ``seen["test"]``: a row and a variant each."""
+    variants = []
+    for promise, options in promises.items():
+        report = seen["val"].of(fast).calibrate(**options)
+        judgement = seen["test"].of(fast).evaluate()
+        thresholds, temperatures = fast.thresholds.tolist(), fast.temperatures.tolist()
+        row = record.row(
+            label,
+            thresholds=promise,
+            original_accuracy=original_accuracy,
+            full_accuracy=judgement.full_accuracy,
+            accuracy=judgement.accuracy,
+            cost=judgement.mean_cost,
+            share={r.name: r.share for r in judgement.rows if r.open},
+            guarantee=report.guarantee,
+            exits=[{"name": e.name, "after": e.cut, "head": e.head_kind, "head_cost": e.head_cost} for e in fast.exits],
+            calibration=report.to_dict(),
+            evaluation=judgement.to_dict(),
         )
 
+        def before(thresholds: list[float] = thresholds, temperatures: list[float] = temperatures) -> None:
+            fast.set_thresholds(thresholds)
+            fast.set_temperatures(temperatures)
 
-if __name__ == "__main__":
-    try:
-        main()
-    except DatasetError as problem:
-        sys.exit(f"error: {problem}")
+        variants.append(Variant(row, fast, before))
+    return variants
+
+
+# ---- timing
+
+
+def timed(
+    record: Record,
+    original: nn.Module,
+    inputs: Inputs,
+    variants: Sequence[Variant],
+    sizes: Sequence[int] = (1, 32),
+    rows: Mapping[int, int] | None = None,
+    rounds: int = 9,
+) -> None:
+    """Time of each variant against the original on the same rows of ``inputs``, in turn, in one run.
+
+    Fills ``speedup`` (original's median time over the variant's) and ``seconds`` per row of ``inputs``, by batch size.
+
+    Args:
+        original: The model, or any callable like it.
+        inputs: A tensor [N, ...] or a dictionary of them: rows like those in use, not picked.
+        rows: How many of them for each size; 64 batches of 1, 8 of 32, 2 of 256 unless given.
+    """
+    quick = record.options.quick
+    rounds = 3 if quick else rounds
+    for size in sizes:
+        count = min(len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs),
+                    (rows or {}).get(size, {1: 64, 32: 256, 256: 512}.get(size, 4 * size)))  # fmt: skip
+        if quick:
+            count = min(count, 4 * size)
+        index = [torch.arange(at, min(at + size, count)) for at in range(0, count, size)]
+        batches = [as_call(take(inputs, i)) for i in index]
+        calls = {"original": _over(original, batches, lambda: None)}
+        calls |= {str(i): _over(v.call, batches, v.before) for i, v in enumerate(variants)}
+        was_training = getattr(original, "training", False)
+        if isinstance(original, nn.Module):
+            original.eval()
+        with torch.no_grad():
+            times = interleaved(calls, rounds, warm_up=1)
+        if isinstance(original, nn.Module):
+            original.train(was_training)
+        base, base_spread = summary(times["original"])
+        for i, v in enumerate(variants):
+            median, spread = summary(times[str(i)])
+            v.row.setdefault("speedup", {})[str(size)] = round(base / median, 3)
+            v.row.setdefault("seconds", {})[str(size)] = {
+                "original": base / count, "original_spread": base_spread / count,
+                "early_exit": median / count, "early_exit_spread": spread / count,
+                "rows": count, "rounds": rounds,
+            }  # fmt: skip
+
+
+def _over(call: Callable[..., Any], batches: Sequence[Any], before: Callable[[], Any]) -> Callable[[], None]:
+    def run() -> None:
+        before()
+        for args, kwargs in batches:
+            call(*args, **kwargs)
+
+    return run
+
+
+def rows_in(loader: Any) -> int:
+    """Rows of a torch ``DataLoader``."""
+    return len(loader.dataset)
+
+
+def rows_of(loader: Iterable[Any], batches: int) -> Inputs:
+    """The inputs of the first batches of a loader, joined: what `timed` takes."""
+    taken = list(islice(loader, batches))
+    if isinstance(taken[0], Mapping):
+        return {key: torch.cat([item[key] for item in taken]) for key in taken[0] if key != "labels"}
+    return torch.cat([item[0] for item in taken])
+
+
+__all__ = [
+    "PROMISES", "DatasetError", "Inputs", "Observed", "Options", "Recipe", "Record", "Trunk", "Variant", "accuracy",
+    "console", "fit_trunk", "fitted", "image_data", "judged", "lenet_trunk", "main", "minilm_trunk", "observed", "parse",
+    "resnet_trunk", "rows_in", "rows_of", "runs_root", "take", "timed", "trunk", "write_result",
+]  # fmt: skip

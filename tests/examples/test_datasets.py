@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import subprocess
 import sys
 import tarfile
@@ -336,10 +337,16 @@ def test_options_and_results(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     finally:
         torch.set_num_threads(threads)
     assert "--threads is 0, wanted at least 1" in capsys.readouterr().err
-    path = _common.write_result("thing", {"accuracy": 0.5}, options)
+    record = _common.Record("thing", options)
+    record.note(rows_of_data=7)
+    record.row("it", accuracy=0.5)
+    path = record.write()
     assert path == tmp_path / "thing-quick.json"
-    assert '"command": "python -m examples.thing --quick --seed 3"' in path.read_text()
-    assert '"accuracy": 0.5' in path.read_text()
+    found = json.loads(path.read_text())
+    assert found["command"] == "python -m examples.thing --quick --seed 3"
+    assert found["rows_of_data"] == 7
+    assert found["rows"] == [{"what": "it", "accuracy": 0.5}]
+    assert found["machine"]["versions"]["torch"] == torch.__version__
 
 
 def test_accuracy_counts_and_refuses_an_empty_loader() -> None:

@@ -1,0 +1,322 @@
+"""The trunks of the examples: models trained as usual, with no early exit in them, each trained once and kept.
+
+A trunk is found by its `Recipe`. It is kept, with its accuracy and the seconds that it took, in
+``$EECOMPILE_RUNS`` (or ``~/.cache/eecompile/runs``); training that was stopped goes on from its last checkpoint.
+``python -m examples.trunks resnet20 minilm`` trains and keeps some of them, without a name all.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from examples import datasets, models
+from examples._registry import DatasetError, atomic
+
+Inputs = Tensor | dict[str, Tensor]
+console = Console(stderr=True)
+
+
+def runs_root() -> Path:
+    """The folder for what was trained: ``$EECOMPILE_RUNS`` or ``~/.cache/eecompile/runs``."""
+    named = os.environ.get("EECOMPILE_RUNS")
+    return Path(named).expanduser() if named else Path.home() / ".cache" / "eecompile" / "runs"
+
+
+def accuracy(model: nn.Module, loader: DataLoader[Any] | Iterator[Any]) -> float:
+    """Share of right answers over batches of ``(inputs, labels)`` or dictionaries with ``labels``."""
+    right = total = 0
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for batch in loader:
+            if isinstance(batch, dict):
+                inputs, labels = {k: v for k, v in batch.items() if k != "labels"}, batch["labels"]
+            else:
+                inputs, labels = batch
+            right += int((_logits(model, inputs).argmax(-1) == labels).sum())
+            total += len(labels)
+    model.train(was_training)
+    if not total:
+        raise DatasetError("accuracy: the loader yielded no batch, wanted at least one")
+    return right / total
+
+
+def _logits(model: nn.Module, inputs: Inputs) -> Tensor:
+    out = model(**inputs) if isinstance(inputs, dict) else model(inputs)
+    return out if isinstance(out, Tensor) else out.logits
+
+
+# ---- training
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a trunk is trained; with the name, what a kept trunk is found by."""
+
+    name: str
+    epochs: int
+    batch_size: int
+    lr: float
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    weight_decay: float = 0.01
+    augmented: bool = False
+    channels_last: bool = False
+    bf16: bool = False  # mixed precision, where the processor has units for it
+    seed: int = 0
+    rows: int | None = None  # training rows; None for all
+    standin: bool = False
+
+    @property
+    def path(self) -> Path:
+        """Where the trunk is kept."""
+        digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
+        return runs_root() / f"{self.name}-{digest}.safetensors"
+
+
+@dataclass(frozen=True)
+class Trunk:
+    """A trained model, its accuracy on the validation and test parts, and the seconds of training."""
+
+    model: nn.Module
+    val_accuracy: float
+    accuracy: float
+    seconds: float
+    path: Path
+    recipe: Recipe
+    history: list[float] = field(default_factory=list)  # mean training loss of each epoch
+
+    def to_dict(self) -> dict[str, Any]:
+        """The record without the model, for a result's JSON."""
+        return {
+            "recipe": asdict(self.recipe), "val_accuracy": self.val_accuracy, "accuracy": self.accuracy,
+            "seconds": self.seconds, "history": self.history,
+        }  # fmt: skip
+
+
+def take(inputs: Inputs, index: Tensor) -> Inputs:
+    """The rows ``index`` of every tensor."""
+    return {k: v[index] for k, v in inputs.items()} if isinstance(inputs, dict) else inputs[index]
+
+
+def _optimizer(model: nn.Module, recipe: Recipe) -> torch.optim.Optimizer:
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(model.parameters(), recipe.lr, momentum=0.9, weight_decay=recipe.weight_decay, nesterov=True)
+    return torch.optim.AdamW(model.parameters(), recipe.lr, weight_decay=recipe.weight_decay)
+
+
+def _precision(recipe: Recipe) -> Any:
+    able = torch.cpu.get_capabilities()
+    wanted = recipe.bf16 and bool(able.get("amx_bf16") or able.get("avx512_bf16"))
+    return torch.autocast("cpu", torch.bfloat16) if wanted else nullcontext()
+
+
+def fit_trunk(
+    model: nn.Module, inputs: Inputs, labels: Tensor, recipe: Recipe, save_every_s: float = 60.0
+) -> tuple[float, list[float]]:
+    """Train ``model`` in place; gives the seconds and the mean loss of each epoch.
+
+    A checkpoint is written next to ``recipe.path`` every ``save_every_s`` seconds. After a stop the next call
+    goes on from it, with the batches, the augmentation and the dropout of an unbroken run.
+    """
+    state_path = recipe.path.with_suffix(".resume")
+    state_path.parent.mkdir(parents=True, exist_ok=True)
+    if recipe.channels_last:
+        model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    steps = -(-len(labels) // recipe.batch_size)
+    optimizer = _optimizer(model, recipe)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, recipe.lr, total_steps=steps * recipe.epochs, pct_start=0.2, cycle_momentum=False
+    )
+    torch.manual_seed(recipe.seed)
+    done, seconds, losses = 0, 0.0, [0.0] * recipe.epochs
+    if state_path.exists():
+        state = torch.load(state_path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        torch.set_rng_state(state["rng"])
+        done, seconds, losses = state["done"], state["seconds"], state["losses"]
+        console.print(f"{recipe.name}: going on after step {done} of {steps * recipe.epochs}")
+
+    def save() -> None:
+        with atomic(state_path) as written:
+            parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
+            state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
+            state |= {"rng": torch.get_rng_state(), "done": done, "losses": losses}
+            torch.save({**state, "seconds": seconds + time.perf_counter() - start}, written)
+
+    model.train()
+    start = saved = time.perf_counter()
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        bar = progress.add_task(recipe.name, total=steps * recipe.epochs, completed=done)
+        try:
+            for epoch in range(done // steps, recipe.epochs):
+                order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(recipe.seed * 1000 + epoch))
+                for step in range(done - epoch * steps, steps):
+                    index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+                    batch = take(inputs, index)
+                    if recipe.augmented and isinstance(batch, Tensor):
+                        batch = datasets.augment(batch)
+                    if recipe.channels_last and isinstance(batch, Tensor):
+                        batch = batch.contiguous(memory_format=torch.channels_last)
+                    with _precision(recipe):
+                        loss = nn.functional.cross_entropy(_logits(model, batch).float(), labels[index])
+                    optimizer.zero_grad(set_to_none=True)
+                    loss.backward()  # type: ignore[no-untyped-call]
+                    nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+                    optimizer.step()
+                    schedule.step()
+                    done += 1
+                    losses[epoch] += loss.item() / steps
+                    progress.advance(bar)
+                    if time.perf_counter() - saved > save_every_s:
+                        save()
+                        saved = time.perf_counter()
+                took = seconds + time.perf_counter() - start
+                line = f"epoch {epoch + 1}/{recipe.epochs}, loss {losses[epoch]:.4f}, {took:.0f} s"
+                console.print(f"{recipe.name}: {line}")
+        except KeyboardInterrupt:
+            console.print(f"{recipe.name}: stopped; the same command goes on from the last checkpoint")
+            raise
+    if recipe.channels_last:
+        model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+    model.eval()
+    return seconds + time.perf_counter() - start, losses
+
+
+def trunk(
+    recipe: Recipe,
+    build: Callable[[], nn.Module],
+    data: Callable[[str, int | None], tuple[Inputs, Tensor]],
+) -> Trunk:
+    """The kept trunk of ``recipe``, trained now if there is none.
+
+    ``build`` makes the untrained model; ``data(part, limit)`` gives inputs, a tensor [N, ...] or a dictionary
+    of them, and labels int64 [N].
+    """
+    path = recipe.path
+    torch.manual_seed(recipe.seed)
+    model = build()
+    if path.exists():
+        try:
+            with safe_open(path, framework="pt") as file:
+                record = json.loads(file.metadata()["trunk"])
+                model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+        except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+            raise DatasetError(
+                f"{recipe.name}: {path} is not a trunk of these settings ({error}). Delete it and run again."
+            ) from error
+    else:
+        inputs, labels = data("train", recipe.rows)
+        seconds, history = fit_trunk(model, inputs, labels, recipe)
+        record = {"seconds": round(seconds, 1), "history": [round(loss, 5) for loss in history]}
+        for key, part in (("val_accuracy", "val"), ("accuracy", "test")):
+            record[key] = accuracy(model, _batches(*data(part, None)))
+        with atomic(path) as written:
+            weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+            save_file(weights, written, {"trunk": json.dumps(record)})
+        path.with_suffix(".resume").unlink(missing_ok=True)
+    return Trunk(model.eval(), path=path, recipe=recipe, **record)
+
+
+def _batches(inputs: Inputs, labels: Tensor, size: int = 256) -> Iterator[tuple[Inputs, Tensor]]:
+    for index in torch.split(torch.arange(len(labels)), size):
+        yield take(inputs, index), labels[index]
+
+
+# ---- the trunks of the examples
+
+ROWS_OF_REVIEWS = 4_000  # of validation and of test that MiniLM is judged on
+
+
+def image_data(name: str, standin: bool) -> Callable[[str, int | None], tuple[Tensor, Tensor]]:
+    """The parts of an image set as `trunk` wants them: images float32 [N, C, H, W] and labels int64 [N]."""
+
+    def data(part: str, limit: int | None) -> tuple[Tensor, Tensor]:
+        images, labels = datasets.load(name, part, limit, standin=standin).tensors
+        return images, labels
+
+    return data
+
+
+def lenet_trunk(name: str = "mnist", *, quick: bool = False, seed: int = 0) -> Trunk:
+    """LeNet on ``mnist`` or ``fashion_mnist``."""
+    recipe = Recipe(f"lenet-{name}", 10, 128, 4e-3, weight_decay=1e-3, seed=seed)
+    if quick:
+        recipe = Recipe(f"lenet-{name}-quick", 4, 32, 4e-3, seed=seed, standin=True)
+    return trunk(recipe, models.LeNet, image_data(name, quick))
+
+
+def resnet_trunk(*, quick: bool = False, seed: int = 0) -> Trunk:
+    """ResNet-20 on CIFAR-10 (ResNet-8 on the stand-in when quick)."""
+    recipe = Recipe("resnet20-cifar10", 10, 128, 0.4, "sgd", 5e-4, True, True, True, seed)
+    if quick:
+        recipe = Recipe("resnet8-cifar10-quick", 3, 32, 0.2, "sgd", 5e-4, seed=seed, standin=True)
+    return trunk(recipe, models.resnet8 if quick else models.resnet20, image_data("cifar10", quick))
+
+
+def minilm_trunk(*, quick: bool = False, seed: int = 0) -> Trunk:
+    """MiniLM-L6 fine-tuned on 4,000 reviews of IMDB at length 128 (the tiny stand-in when quick)."""
+    recipe = Recipe("minilm-imdb", 2, 32, 1e-4, bf16=True, seed=seed, rows=4_000)
+    if quick:
+        recipe = Recipe("minilm-imdb-quick", 4, 32, 5e-3, seed=seed, rows=256, standin=True)
+
+    def data(part: str, limit: int | None) -> tuple[Inputs, Tensor]:
+        columns = dict(datasets.tokens(part, limit or (256 if quick else ROWS_OF_REVIEWS), standin=quick))
+        labels = columns.pop("labels")
+        return columns, labels
+
+    return trunk(recipe, lambda: models.minilm_classifier(datasets.minilm(standin=quick), seed=seed), data)
+
+
+TRUNKS: dict[str, Callable[..., Trunk]] = {
+    "lenet-mnist": lenet_trunk,
+    "lenet-fashion": partial(lenet_trunk, "fashion_mnist"),
+    "resnet20": resnet_trunk,
+    "minilm": minilm_trunk,
+}
+
+
+def main() -> None:
+    """Train the named trunks, or all, that are not kept yet and print what they reach."""
+    parser = argparse.ArgumentParser(prog="python -m examples.trunks", description=main.__doc__)
+    parser.add_argument("names", nargs="*", help=f"of {', '.join(TRUNKS)}; all unless given")
+    parser.add_argument("--quick", action="store_true", help="stand-in data, small models")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything that is random (0)")
+    parser.add_argument("--threads", type=int, default=2, help="threads that torch may use (2)")
+    options = parser.parse_args()
+    unknown = [name for name in options.names if name not in TRUNKS]
+    if unknown or options.threads < 1:
+        parser.error(f"no trunk {unknown[0]!r}; there are {', '.join(TRUNKS)}" if unknown else "--threads is 1 or more")
+    torch.set_num_threads(options.threads)
+    for name in options.names or TRUNKS:
+        got = TRUNKS[name](quick=options.quick, seed=options.seed)
+        told = f"test {got.accuracy:.4f}, validation {got.val_accuracy:.4f}, trained in {got.seconds:.0f} s"
+        print(f"{got.recipe.name}: {told}", flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except DatasetError as problem:
+        sys.exit(f"error: {problem}")
