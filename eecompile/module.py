@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from eecompile import explain as explaining
+from eecompile.anytime import Anytime
 from eecompile.artifact.write import write
 from eecompile.criteria import MaxProbability
 from eecompile.errors import EecompileError, MissingDependencyError, StrategyError, near
@@ -20,18 +21,18 @@ from eecompile.program import Gate, History, Program, Result
 from eecompile.runtime.blocks import BlocksExecutor
 from eecompile.runtime.compact import CompactExecutor
 from eecompile.runtime.devices import move_constants
+from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Executor, Outcome
 from eecompile.runtime.reference import ReferenceExecutor
 from eecompile.strategies.base import Strategy
 from eecompile.thresholds import ExitRecord, threshold_values
-from eecompile.trainable import Trainable
 
 EXECUTORS = ("auto", "reference", "compact")
 LATER = ("device", "simulate")
 BACKENDS = ("eager", "inductor")
 
 
-class CompiledModule(Trainable):
+class CompiledModule(Anytime):
     """A model with early exits. `fast(x)` returns what `model(x)` returns; `fast.run(x)` says how.
 
     Args:
@@ -85,21 +86,28 @@ class CompiledModule(Trainable):
     # ------------------------------------------------------------------ running
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model would return, each row from the first exit that is sure enough."""
+        """What the model would return, each row from the first exit that is sure enough.
+
+        With `deadline_ms=` (milliseconds from now) or `budget=` (fraction of the full model's cost that no row may
+        exceed) the best output until then; see `eecompile.anytime`.
+        """
+        allowance = self._allowance(kwargs) if kwargs else None
         flat = self.program.signature.flatten(args, kwargs)
-        return self.program.signature.restore(self._execute(flat, False).leaves)
+        return self.program.signature.restore(self._execute(flat, False, allowance).leaves)
 
     def run(self, *args: Any, **kwargs: Any) -> Result:
         """The output with exit index, confidence and cost of every row.
 
         In train mode everything is computed, and `outputs`, `confidences` and `scores` of every exit are there too,
-        differentiable.
+        differentiable. `deadline_ms=` and `budget=` as in a plain call.
 
         Raises:
             CaptureError: Other arguments than the model was captured with.
+            StrategyError: A limit that is no number or cannot be kept.
         """
+        allowance = self._allowance(kwargs) if kwargs else None
         flat = self.program.signature.flatten(args, kwargs)
-        return self._result(self._execute(flat, True))
+        return self._result(self._execute(flat, True, allowance))
 
     def observe(self, *args: Any, **kwargs: Any) -> Result:
         """Like `run`, but with every exit computed, in eval mode and without gradients."""
@@ -113,10 +121,10 @@ class CompiledModule(Trainable):
         with torch.no_grad():
             return self.program.signature.restore(list(self.program.source(*flat)))
 
-    def _execute(self, flat: Sequence[Tensor], want_confidence: bool) -> Outcome:
+    def _execute(self, flat: Sequence[Tensor], want_confidence: bool, allowance: Allowance | None = None) -> Outcome:
         if self.training:
             return ReferenceExecutor(self.program, self._training_graph()).run(flat)
-        return self._chosen.run(flat, want_confidence)
+        return self._chosen.run(flat, want_confidence, allowance)
 
     def _result(self, outcome: Outcome) -> Result:
         thresholds = self.thresholds.tolist()
@@ -126,6 +134,9 @@ class CompiledModule(Trainable):
             exit_index=outcome.exit_index,
             confidence=outcome.confidence if outcome.confidence is not None else torch.zeros(()),
             cost=costs[outcome.exit_index],
+            final=torch.ones_like(outcome.exit_index, dtype=torch.bool) if outcome.final is None else outcome.final,
+            stopped=outcome.stopped,
+            late=outcome.late,
         )
         if outcome.outputs is not None and outcome.confidences is not None:
             result.outputs = outcome.outputs

@@ -279,6 +279,10 @@ class Result:
         scores: In train mode, for learned criteria: the exit score's logit `[B]` of every exit.
         gates: Open or shut per gate and row, where the strategy has gates.
         steps: Steps taken per row, where the strategy halts.
+        final: [B] bool; rows that left by themselves. The others were stopped at `exit_index` by a deadline, a budget or
+            an interrupt, or are still on their way in a stream.
+        stopped: Why the call was stopped before every row was final: "deadline", "budget" or "interrupt".
+        late: Whether the output came after its deadline, or costs more than its budget: even the first exit was too far.
     """
 
     output: Any
@@ -290,3 +294,6 @@ class Result:
     scores: tuple[torch.Tensor, ...] | None = None
     gates: torch.Tensor | None = None
     steps: torch.Tensor | None = None
+    final: torch.Tensor | None = None
+    stopped: str | None = None
+    late: bool = False

@@ -6,8 +6,9 @@ is left the model's forward is abandoned.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import torch
@@ -16,16 +17,21 @@ from torch.utils import _pytree as pytree
 
 from eecompile.capture.adapter import mode
 from eecompile.capture.blocks import Axis, BlocksModel, Tap
-from eecompile.errors import CaptureError
+from eecompile.errors import CaptureError, UnsupportedModelError
 from eecompile.kernels.confidence import confidence as confidence_of
 from eecompile.passes.insert_exits import TEMPERATURES, THRESHOLDS, masks_positions
 from eecompile.program import Program
-from eecompile.runtime.outcome import Outcome, assemble
+from eecompile.runtime.limits import Allowance
+from eecompile.runtime.outcome import Outcome, assemble, times_of
 from eecompile.runtime.survivors import Survivors
+from eecompile.runtime.timing import StageTimes
 
 
 class _NobodyLeft(BaseException):
-    """Ends the model's forward; not an Exception, so that the model's own handlers let it through."""
+    """Ends the model's forward where nobody is in any more, or where the call is stopped.
+
+    Not an Exception, so that the model's own handlers let it through.
+    """
 
 
 class BlocksExecutor:
@@ -40,17 +46,42 @@ class BlocksExecutor:
     def __init__(self, program: Program) -> None:
         self.program = program
         self._lock = threading.Lock()
+        self._running: set[_Call] = set()
+        self.times = times_of(program)
         self.thresholds_changed()
 
     def thresholds_changed(self) -> None:
         self._thresholds = [float(t) for t in getattr(self.program.marked, THRESHOLDS).tolist()]
 
     def reset(self) -> None:
+        self.times.forget()
         self.thresholds_changed()
 
-    def run(self, flat: Sequence[Tensor], want_confidence: bool = False) -> Outcome:
+    def run(self, flat: Sequence[Tensor], want_confidence: bool = False, allowance: Allowance | None = None) -> Outcome:
         with self._lock:
-            return _Call(self.program, flat, self._thresholds, want_confidence).outcome()
+            call = _Call(self.program, flat, self._thresholds, want_confidence, allowance or Allowance(), self.times)
+            self._running.add(call)
+            try:
+                return call.outcome()
+            finally:
+                self._running.discard(call)
+
+    def stream(self, flat: Sequence[Tensor], allowance: Allowance) -> Generator[Outcome, None, None]:
+        raise UnsupportedModelError(
+            "there is no stream of a model that was captured as blocks",
+            got="the model's own Python, which runs from start to end and cannot pause between two exits",
+            wanted='capture="export"',
+            hint="deadline_ms=, budget= and interrupt() work here too",
+        )
+
+    def measure(self, flat: Sequence[Tensor]) -> None:
+        self.run(flat, True, Allowance(deadline=math.inf))
+
+    def interrupt(self) -> int:
+        running = list(self._running)
+        for call in running:
+            call.interrupted = True
+        return len(running)
 
 
 def take(t: Any, axis: Axis, rows: Tensor, size: int) -> Any:
@@ -81,7 +112,15 @@ def spread(t: Any, axis: Axis, rows: Tensor, size: int) -> Any:
 class _Call:
     """One call of the model."""
 
-    def __init__(self, program: Program, flat: Sequence[Tensor], thresholds: Sequence[float], want_confidence: bool) -> None:
+    def __init__(
+        self,
+        program: Program,
+        flat: Sequence[Tensor],
+        thresholds: Sequence[float],
+        want_confidence: bool,
+        allowance: Allowance,
+        times: StageTimes,
+    ) -> None:
         assert program.marked is not None
         self.program, self.flat, self.want_confidence = program, list(flat), want_confidence
         self.thresholds = thresholds
@@ -95,6 +134,11 @@ class _Call:
         self.state: Tensor | None = None
         self.names = [n.name for n in program.marked.graph.nodes if n.op == "placeholder"]
         self.temperatures: Tensor = getattr(program.marked, TEMPERATURES)
+        self.allowance, self.times = allowance, times
+        self.interrupted = False
+        self.stopped: str | None = None
+        self.open = sorted(i for i, _ in self.exits.values())
+        self.behind, self.started = -1, times.clock()  # the last exit, and when the work behind it began
 
     def outcome(self) -> Outcome:
         model = self.model.model
@@ -121,7 +165,28 @@ class _Call:
         finally:
             for h in handles:
                 h.remove()
-        return assemble(self.program, self.flat, self.in_, leaves, self.want_confidence)
+        outcome = assemble(self.program, self.flat, self.in_, leaves, self.want_confidence)
+        outcome.stopped = self.stopped
+        deadline = self.allowance.deadline
+        outcome.late = self.allowance.over or (deadline is not None and self.times.clock() > deadline)
+        return outcome
+
+    def why_stop(self, exit_index: int, rows: int) -> str | None:
+        """Why the rows that are still in must not go on."""
+        if self.interrupted:
+            return "interrupt"
+        if self.allowance.deepest is not None and exit_index >= self.allowance.deepest:
+            return "budget"
+        if self.allowance.deadline is None:
+            return None
+        now = self.times.clock()
+        self.times.add((self.behind, exit_index), rows, now - self.started)
+        nearest = next((k for k in self.open if k > exit_index), len(self.program.exits))
+        self.behind, self.started = exit_index, now
+        if now + self.times.predict((exit_index, nearest), rows) > self.allowance.deadline:
+            self.times.refused((exit_index, nearest))
+            return "deadline"
+        return None
 
     def tap(self, name: str) -> Tap:
         k = self.counts.get(name, 0)
@@ -180,6 +245,12 @@ class _Call:
         stay = self.in_.decide(index, logits, found, self.thresholds[index])
         if e.criterion.stateful:
             self.state = state if stay is None else state.index_select(0, stay)
+        if stay is None or stay.numel():
+            self.stopped = self.why_stop(index, self.in_.size if self.in_.rows is None else self.in_.rows.numel())
+            if self.stopped is not None:
+                mine = logits if stay is None else logits.index_select(0, stay)
+                self.in_.finish(mine, found if stay is None else found.index_select(0, stay), at=index)
+                raise _NobodyLeft
         return stay
 
     def side(self, name: str) -> Tensor:

@@ -7,16 +7,20 @@ schedule at all.
 
 from __future__ import annotations
 
+import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from eecompile.passes.insert_exits import THRESHOLDS
 from eecompile.passes.lower import Segment, schedule
 from eecompile.program import Program
-from eecompile.runtime.outcome import Outcome, assemble, nothing
+from eecompile.runtime.anytime import run_within, stream_of
+from eecompile.runtime.limits import Allowance
+from eecompile.runtime.outcome import Outcome, assemble, nothing, times_of
 from eecompile.runtime.runnable import EagerSegment, compiled
 from eecompile.runtime.survivors import Survivors
 
@@ -48,6 +52,8 @@ class CompactExecutor:
         self.program, self.backend = program, backend
         self._plans: dict[tuple[tuple[int, ...], bool], tuple[Step, ...]] = {}
         self._lock = threading.Lock()
+        self._running: set[_Run] = set()
+        self.times = times_of(program)
         self.thresholds_changed()
 
     def thresholds_changed(self) -> None:
@@ -59,6 +65,7 @@ class CompactExecutor:
     def reset(self) -> None:
         with self._lock:
             self._plans = {}
+        self.times.forget()
         self.thresholds_changed()
 
     def plan(self, open_exits: tuple[int, ...], decide_at_end: bool) -> tuple[Step, ...]:
@@ -77,43 +84,126 @@ class CompactExecutor:
         call: Call = EagerSegment(segment.module) if self.backend == "eager" else compiled(segment.module)
         return Step(segment, call, tuple(v.batch_axis for v in segment.outputs))
 
-    def run(self, flat: Sequence[Tensor], want_confidence: bool = False) -> Outcome:
+    def run(self, flat: Sequence[Tensor], want_confidence: bool = False, allowance: Allowance | None = None) -> Outcome:
+        call = self._begin(flat, want_confidence)
+        self._running.add(call)
+        try:
+            if allowance is not None:
+                return run_within(call, allowance, self.times)
+            for _ in call.walk():
+                if call.interrupted:
+                    call.stop("interrupt")
+                    break
+        finally:
+            self._running.discard(call)
+        return call.outcome()
+
+    def stream(self, flat: Sequence[Tensor], allowance: Allowance) -> Generator[Outcome, None, None]:
+        call = self._begin(flat, True)
+        self._running.add(call)
+        try:
+            yield from stream_of(call, allowance, self.times)
+        finally:
+            self._running.discard(call)
+
+    def measure(self, flat: Sequence[Tensor]) -> None:
+        call = self._begin(flat, True)
+        call.thresholds = [math.inf] * len(call.thresholds)  # nobody leaves: every piece runs on all rows
+        run_within(call, Allowance(), self.times)
+
+    def interrupt(self) -> int:
+        running = list(self._running)  # a copy in one step of the interpreter: calls come and go meanwhile
+        for call in running:
+            call.interrupted = True
+        return len(running)
+
+    def _begin(self, flat: Sequence[Tensor], want_confidence: bool) -> _Run:
         thresholds, open_exits = self._current
-        plan = self.plan(open_exits, want_confidence)
-        return _Run(self.program, flat, want_confidence).through(plan, thresholds)
+        return _Run(self.program, flat, want_confidence, self.plan(open_exits, want_confidence), thresholds)
 
 
 class _Run:
     """One call: the survivors, and the output leaves that were computed so far."""
 
-    def __init__(self, program: Program, flat: Sequence[Tensor], want_confidence: bool) -> None:
+    def __init__(
+        self,
+        program: Program,
+        flat: Sequence[Tensor],
+        want_confidence: bool,
+        plan: Sequence[Step],
+        thresholds: Sequence[float],
+    ) -> None:
         self.program, self.flat, self.want_confidence = program, flat, want_confidence
+        self.plan, self.thresholds = plan, thresholds
         self.outputs = program.signature.outputs
         index, axis = program.signature.batch_input
         first = flat[index]
-        self.in_ = Survivors(first.shape[axis], first.device, len(program.exits))
+        self.size = first.shape[axis]
+        self.in_ = Survivors(self.size, first.device, len(program.exits))
         self.leaves: list[Tensor | None] = [None] * len(self.outputs)
+        self.interrupted = False
+        self.stopped: str | None = None
+        # exit, logits and confidence of the last decision, and who of those rows stayed (None: all)
+        self.last: tuple[int, Tensor, Tensor, Tensor | None] | None = None
 
-    def through(self, plan: Sequence[Step], thresholds: Sequence[float]) -> Outcome:
+    @property
+    def stops(self) -> list[int]:
+        end = len(self.program.exits)
+        return [end if step.segment.exit is None else step.segment.exit for step in self.plan]
+
+    def walk(self) -> Iterator[tuple[int, int]]:
+        """Segment by segment. Pauses behind each decision that leaves rows in; whoever walks may stop there.
+
+        Yields:
+            The index of the segment that comes next, and the rows that it would run on.
+        """
         live: Sequence[Tensor] = self.flat
         state: tuple[Tensor, ...] = ()
-        for step in plan:
+        rows = self.size
+        for i, step in enumerate(self.plan):
             segment = step.segment
             values = step.call(*live, *(state if segment.takes_state else ()))
             if segment.exit is None:
                 self._finish(segment, values)
-                break
+                return
             at = segment.decision + len(segment.leaves)
             self._keep_leaves(segment, values[segment.decision : at])
             live, state = values[at:], values[2 : segment.decision]
-            stay = self.in_.decide(segment.exit, values[0], values[1], thresholds[segment.exit])
-            if stay is None:
-                continue
-            if stay.numel() == 0:
-                break
-            live = [self.in_.gather(t, axis, stay) for t, axis in zip(live, step.axes, strict=True)]
-            state = tuple(s.index_select(0, stay) for s in state)
-        return self._outcome()
+            stay = self.in_.decide(segment.exit, values[0], values[1], self.thresholds[segment.exit])
+            if stay is not None:
+                rows = stay.numel()
+                if rows == 0:
+                    return
+                live = [self.in_.gather(t, axis, stay) for t, axis in zip(live, step.axes, strict=True)]
+                state = tuple(s.index_select(0, stay) for s in state)
+            self.last = (segment.exit, values[0], values[1], stay)
+            yield i + 1, rows
+
+    def stop(self, why: str) -> None:
+        self.stopped = why
+        self._take_last(self.in_)
+
+    def so_far(self) -> Outcome:
+        survivors = self.in_.copy()
+        self._take_last(survivors)
+        return assemble(self.program, self.flat, survivors, self.leaves, self.want_confidence)
+
+    def _take_last(self, survivors: Survivors) -> None:
+        """Rows that are still in have the output of the exit that they have just passed."""
+        assert self.last is not None
+        exit_index, logits, confidence, stay = self.last
+        if stay is not None:
+            logits, confidence = logits.index_select(0, stay), confidence.index_select(0, stay)
+        survivors.finish(logits, confidence, at=exit_index)
+
+    def outcome(self) -> Outcome:
+        outcome = assemble(self.program, self.flat, self.in_, self.leaves, self.want_confidence)
+        outcome.stopped = self.stopped
+        return outcome
+
+    def wait(self) -> None:
+        if self.in_.device.type == "cuda":
+            torch.cuda.synchronize(self.in_.device)
 
     def _finish(self, segment: Segment, values: tuple[Tensor, ...]) -> None:
         at = 1 if self.want_confidence else 0
@@ -131,6 +221,3 @@ class _Run:
             else:
                 full = nothing(leaf, self.program.signature, self.flat, value.device)
                 self.leaves[i] = full.index_copy_(leaf.batch_axis, rows, value)
-
-    def _outcome(self) -> Outcome:
-        return assemble(self.program, self.flat, self.in_, self.leaves, self.want_confidence)

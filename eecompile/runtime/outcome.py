@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from eecompile.program import Program
+from eecompile.runtime.limits import Allowance
 from eecompile.runtime.survivors import Survivors
+from eecompile.runtime.timing import Piece, StageTimes
 from eecompile.signature import Leaf, Signature
 
 
@@ -27,6 +29,9 @@ class Outcome:
         outputs: Prediction of every exit and of the model itself, batch first; None unless everything was computed.
         confidences: [B] each, NaN where an exit cannot tell.
         scores: Exit scores, `[B, 1]` each.
+        final: [B] bool: rows that left by themselves; None for all of them.
+        stopped: Why the call was stopped before every row was final: "deadline", "budget" or "interrupt".
+        late: Whether the output came after the deadline, or costs more than the budget.
     """
 
     leaves: list[Tensor]
@@ -35,14 +40,32 @@ class Outcome:
     outputs: tuple[Tensor, ...] | None = None
     confidences: tuple[Tensor, ...] | None = None
     scores: tuple[Tensor, ...] | None = None
+    final: Tensor | None = None
+    stopped: str | None = None
+    late: bool = False
 
 
 class Executor(Protocol):
     """Runs a program on flat inputs."""
 
     name: str
+    times: StageTimes
 
-    def run(self, flat: Sequence[Tensor], want_confidence: bool) -> Outcome: ...
+    def run(self, flat: Sequence[Tensor], want_confidence: bool, allowance: Allowance | None = None) -> Outcome:
+        """One call; with an allowance, the best output that it lets the call have."""
+        ...
+
+    def stream(self, flat: Sequence[Tensor], allowance: Allowance) -> Generator[Outcome, None, None]:
+        """The output after each open exit, until every row is final."""
+        ...
+
+    def measure(self, flat: Sequence[Tensor]) -> None:
+        """Runs every piece once on all rows, for `times`."""
+        ...
+
+    def interrupt(self) -> int:
+        """Stops the calls that run now, in any thread, after their next decision; gives how many there are."""
+        ...
 
     def reset(self) -> None:
         """Forgets everything that was derived from the program's buffers (after a move to another device)."""
@@ -69,7 +92,23 @@ def assemble(
     confidence = None
     if want_confidence and survivors.confidence is not None:
         confidence = torch.nan_to_num(survivors.confidence, nan=0.0)
-    return Outcome(done, survivors.exit_index, confidence)
+    return Outcome(done, survivors.exit_index, confidence, final=survivors.final)
+
+
+def times_of(program: Program) -> StageTimes:
+    """Times of this program's pieces, nothing measured yet."""
+    spent = [0.0]
+    for stage in program.stages:
+        spent.append(spent[-1] + stage.flops)
+
+    def work(piece: Piece) -> float:
+        start, stop = piece
+        if stop < -1:
+            return 0.0
+        head = program.exits[stop].head_flops if stop < len(program.exits) else 0.0
+        return spent[stop + 1] - spent[start + 1] + head
+
+    return StageTimes(work)
 
 
 def nothing(like: Leaf, signature: Signature, flat: Sequence[Tensor], device: torch.device) -> Tensor:

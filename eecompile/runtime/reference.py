@@ -1,14 +1,23 @@
-"""The reference executor: the marked graph as it stands. Computes everything, then selects. Truth, and training."""
+"""The reference executor: the marked graph as it stands. Computes everything, then selects. Truth, and training.
+
+It also says what a stream or a budget would have given: everything is computed, and each row then takes what it would
+have had at that exit. A deadline it cannot keep.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor, fx
 
+from eecompile.errors import StrategyError
+from eecompile.kernels.blank import blank
+from eecompile.passes import facts
+from eecompile.passes.insert_exits import THRESHOLDS
 from eecompile.program import Program
-from eecompile.runtime.outcome import Outcome
+from eecompile.runtime.limits import Allowance
+from eecompile.runtime.outcome import Outcome, times_of
 
 
 class ReferenceExecutor:
@@ -19,14 +28,15 @@ class ReferenceExecutor:
     def __init__(self, program: Program, marked: fx.GraphModule | None = None) -> None:
         self.program = program
         self.marked = marked if marked is not None else program.marked
+        self.times = times_of(program)
 
-    def run(self, flat: Sequence[Tensor], want_confidence: bool = True) -> Outcome:
+    def run(self, flat: Sequence[Tensor], want_confidence: bool = True, allowance: Allowance | None = None) -> Outcome:
         assert self.marked is not None
         results = list(self.marked(*flat))
         count, exits = len(self.program.signature.outputs), len(self.program.exits)
         leaves, (index, confidence), rest = results[:count], results[count : count + 2], results[count + 2 :]
         scores = tuple(rest[2 * exits + 2 :])
-        return Outcome(
+        outcome = Outcome(
             leaves=leaves,
             exit_index=index,
             confidence=confidence,
@@ -34,6 +44,54 @@ class ReferenceExecutor:
             confidences=tuple(rest[exits + 1 : 2 * exits + 2]),
             scores=scores or None,
         )
+        if allowance is None or allowance.deepest is None:
+            return outcome
+        cut = self.stopped_at(outcome, allowance.deepest)
+        cut.late = allowance.over
+        cut.stopped = None if cut.final is None else "budget"
+        return cut
+
+    def stream(self, flat: Sequence[Tensor], allowance: Allowance) -> Generator[Outcome, None, None]:
+        outcome = self.run(flat)
+        thresholds = getattr(self.marked, THRESHOLDS).tolist()
+        for k in (k for k, t in enumerate(thresholds) if t <= 1.0):
+            cut = self.stopped_at(outcome, k)
+            last = k == allowance.deepest
+            cut.late, cut.stopped = allowance.over, "budget" if last and cut.final is not None else None
+            yield cut
+            if last or cut.final is None:
+                return
+        yield self.stopped_at(outcome, len(thresholds))
+
+    def stopped_at(self, outcome: Outcome, k: int) -> Outcome:
+        """What every row would have had if the call had been stopped at exit k."""
+        assert outcome.outputs is not None and outcome.confidences is not None and outcome.confidence is not None
+        assert self.marked is not None
+        beyond = outcome.exit_index > k
+        index = outcome.exit_index.clamp(max=k)
+        at = self.program.prediction or 0
+        axis = self.program.signature.outputs[at].batch_axis or 0
+        prediction = outcome.leaves[at].movedim(axis, 0)
+        prediction = torch.where(beyond.view(-1, *(1,) * (prediction.ndim - 1)), outcome.outputs[k], prediction)
+        confidence = torch.where(beyond, torch.nan_to_num(outcome.confidences[k], nan=0.0), outcome.confidence)
+        leaves = list(outcome.leaves)
+        for i, node in enumerate(facts.output_leaves(self.marked)[: len(leaves)]):
+            if node.target is torch.ops.eecompile.blank.default:
+                available, batch_axis = node.args[2:4]
+                assert isinstance(available, int) and isinstance(batch_axis, int)
+                leaves[i] = blank(leaves[i], index, available, batch_axis)
+        leaves[at] = prediction.movedim(0, axis)
+        final = ~beyond if bool(beyond.any()) else None
+        return Outcome(leaves, index, confidence, final=final)
+
+    def measure(self, flat: Sequence[Tensor]) -> None:
+        raise StrategyError(
+            "the reference executor has no stages to measure: it computes everything", hint='set fast.executor = "compact"'
+        )
+
+    def interrupt(self) -> int:
+        """It computes everything: there is nothing that could be stopped."""
+        return 0
 
     def reset(self) -> None:
         """Nothing is derived."""

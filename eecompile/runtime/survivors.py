@@ -20,6 +20,7 @@ class Survivors:
         self.prediction: Tensor | None = None
         self.exit_index: Tensor | None = None
         self.confidence: Tensor | None = None
+        self.final: Tensor | None = None  # [B] bool, only where a call was stopped
 
     def decide(self, exit_index: int, logits: Tensor, confidence: Tensor, threshold: float) -> Tensor | None:
         """Lets the rows that are sure leave.
@@ -61,16 +62,36 @@ class Survivors:
         self.exit_index.index_fill_(0, rows, exit_index)
         self.confidence.index_copy_(0, rows, surest.detach())
 
-    def finish(self, prediction: Tensor, confidence: Tensor | None) -> None:
-        """The model's own end, for the rows that are still in: prediction [n, ..., C], batch first."""
+    def finish(self, prediction: Tensor, confidence: Tensor | None, at: int | None = None) -> None:
+        """The end for the rows that are still in: prediction [n, ..., C], batch first.
+
+        Args:
+            at: The exit that a call was stopped at: these rows are not final. None for the model's own end.
+        """
+        if at is not None:
+            self.final = torch.zeros(self.size, dtype=torch.bool, device=self.device)
+            if self.rows is not None:
+                self.final = torch.ones_like(self.final).index_fill_(0, self.rows, False)
         if self.rows is None:
             self.prediction, self.confidence = prediction, confidence
-            self.exit_index = torch.full((self.size,), self.end, dtype=torch.int64, device=self.device)
+            index = self.end if at is None else at
+            self.exit_index = torch.full((self.size,), index, dtype=torch.int64, device=self.device)
             return
-        assert self.prediction is not None and self.confidence is not None
+        assert self.prediction is not None and self.confidence is not None and self.exit_index is not None
         self.prediction = self.prediction.index_copy_(0, self.rows, prediction)
+        if at is not None:
+            self.exit_index.index_fill_(0, self.rows, at)
         if confidence is not None:
             self.confidence.index_copy_(0, self.rows, confidence.detach())
+
+    def copy(self) -> Survivors:
+        """The same state; what becomes of one does not touch the other."""
+        new = Survivors(self.size, self.device, self.end)
+        new.rows = self.rows
+        for name in ("prediction", "exit_index", "confidence"):
+            value = getattr(self, name)
+            setattr(new, name, None if value is None else value.clone())
+        return new
 
     def gather(self, tensor: Tensor, axis: int | None, stay: Tensor) -> Tensor:
         """The rows that stay of a live tensor."""
