@@ -12,7 +12,8 @@ from torch.export import ExportedProgram
 
 from eecompile.artifact.read import read
 from eecompile.capture import Captured, capture
-from eecompile.capture.export import BatchAxis, capture_export
+from eecompile.capture.axes import BatchAxis
+from eecompile.capture.export import capture_export
 from eecompile.errors import CaptureError, EecompileError, PassError, StrategyError, near
 from eecompile.module import CompiledModule
 from eecompile.passes import analysis, insertion, prepare_training_graph, run_passes

@@ -20,7 +20,7 @@ from eecompile.passes.insert_exits import HEADS, TEMPERATURES, THRESHOLDS
 from eecompile.program import Gate, History, Program, Result
 from eecompile.runtime.blocks import BlocksExecutor
 from eecompile.runtime.compact import CompactExecutor
-from eecompile.runtime.devices import move_constants
+from eecompile.runtime.devices import move_constants, other_device
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Executor, Outcome
 from eecompile.runtime.reference import ReferenceExecutor
@@ -122,9 +122,15 @@ class CompiledModule(Anytime):
             return self.program.signature.restore(list(self.program.source(*flat)))
 
     def _execute(self, flat: Sequence[Tensor], want_confidence: bool, allowance: Allowance | None = None) -> Outcome:
-        if self.training:
-            return ReferenceExecutor(self.program, self._training_graph()).run(flat)
-        return self._chosen.run(flat, want_confidence, allowance)
+        try:
+            if self.training:
+                return ReferenceExecutor(self.program, self._training_graph()).run(flat)
+            return self._chosen.run(flat, want_confidence, allowance)
+        except RuntimeError as error:
+            elsewhere = other_device(self.program.signature, flat, self.thresholds.device)
+            if elsewhere is None:
+                raise
+            raise elsewhere from error
 
     def _result(self, outcome: Outcome) -> Result:
         thresholds = self.thresholds.tolist()

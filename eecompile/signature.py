@@ -24,6 +24,7 @@ POSITIONAL_ONLY = int(inspect.Parameter.POSITIONAL_ONLY)
 POSITIONAL = int(inspect.Parameter.POSITIONAL_OR_KEYWORD)
 VAR_POSITIONAL = int(inspect.Parameter.VAR_POSITIONAL)
 VAR_KEYWORD = int(inspect.Parameter.VAR_KEYWORD)
+LABELS = "a loader's `labels` go to fit, calibrate and evaluate, not to the call"
 
 
 @dataclass(frozen=True)
@@ -91,7 +92,12 @@ def arguments_by_name(parameters: Sequence[Parameter], args: Sequence[Any], kwar
         if name in named:
             raise CaptureError("an argument is given twice", where=name)
         if name not in known and not open_names:
-            raise CaptureError("the model has no such argument", got=name, wanted=near(name, known))
+            raise CaptureError(
+                "the model has no such argument",
+                got=name,
+                wanted=near(name, known),
+                hint=LABELS if name == "labels" else None,
+            )
         named[name] = value
     return {k: named[k] for k in sorted(named) if named[k] is not None}
 
@@ -198,7 +204,7 @@ class Signature:
 
     def _other_call(self, named: Mapping[str, Any]) -> None:
         extra = sorted(k for k in named if not any(re.match(rf"{re.escape(k)}\b", i.path) for i in self.inputs))
-        tip = "a loader's `labels` go to fit, calibrate and evaluate, not to the call; " if "labels" in extra else ""
+        tip = f"{LABELS}; " if "labels" in extra else ""
         raise CaptureError(
             "called with other arguments than the model was captured with",
             got=", ".join(
@@ -214,6 +220,7 @@ class Signature:
         sizes: dict[str, int] = {}
         for t, leaf in zip(flat, self.inputs, strict=True):
             ok = t.dim() == len(leaf.shape) and t.dtype == leaf.dtype
+            before = dict(sizes)
             for size, want in zip(t.shape, leaf.shape, strict=False) if ok else ():
                 if isinstance(want, int):
                     ok = ok and size == want
@@ -222,7 +229,12 @@ class Signature:
                     same = sizes.setdefault(want, size) == size
                     ok = ok and same and size >= low and (high is None or size <= high)
             if not ok:
-                ranges = ", ".join(f"{n} {lo} to {'any' if hi is None else hi}" for n, (lo, hi) in self.dynamic.items())
+                ranges = ", ".join(
+                    f"{n} {before[n]}, as in the inputs before it"
+                    if n in before
+                    else f"{n} {lo} to {'any' if hi is None else hi}"
+                    for n, (lo, hi) in self.dynamic.items()
+                )
                 raise CaptureError(
                     "an input does not fit the captured graph",
                     where=leaf.path,

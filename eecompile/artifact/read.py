@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 import eecompile.ops
 from eecompile.artifact import files
 from eecompile.capture.export import flat_graph
+from eecompile.capture.exported import program_graph
 from eecompile.criteria import criterion
 from eecompile.errors import ArtifactError, EecompileError
 from eecompile.heads import Branch, rebuild, score_head
@@ -59,7 +60,8 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     paths = {name: files.checked(directory, entry) for name, entry in data["files"].items()}
     signature = Signature.from_dict(data["signature"])
     exported = _exported(paths["eval"])
-    graph_module = flat_graph(exported, "m" if _adapted(exported) else "", [leaf.path for leaf in signature.inputs])
+    names = [leaf.path for leaf in signature.inputs]
+    graph_module = flat_graph(exported, "m", names) if _adapted(exported) else program_graph(exported)[0]
     program = Program(graph_module, graph_module, signature, prediction=data["prediction"])
     program = run_passes(program, [Normalize(), Annotate(), FindBlocks(), FindCuts()])
     exits = tuple(_exit(e) for e in data["exits"])
@@ -77,7 +79,6 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
         artifact["train"] = train = _exported(paths["train"])
 
         def training(fast: CompiledModule) -> Program:
-            names = [leaf.path for leaf in signature.inputs]
             train_graph = flat_graph(train, "m", names)
             _share(train_graph, fast.program.source)
             return prepare_training_graph(fast.program, train_graph, signature)

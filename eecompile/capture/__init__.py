@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from eecompile.capture.axes import BatchAxis
 from eecompile.capture.blocks import capture_blocks
-from eecompile.capture.export import BatchAxis, Captured, capture_export
+from eecompile.capture.export import Captured, capture_export
 from eecompile.capture.exported import capture_program
 from eecompile.errors import CaptureError, near
 
@@ -38,8 +39,13 @@ def capture(
     if isinstance(model, str | Path):
         model = read_pt2(Path(model))
     if isinstance(model, ExportedProgram):
-        flat = [t for t in (*args, *kwargs.values()) if isinstance(t, torch.Tensor)]
-        return capture_program(model, flat or None)
+        if front_end == "blocks":
+            raise CaptureError(
+                'capture="blocks" taps the modules of a Python model, which an exported program no longer has',
+                got=type(model).__name__,
+                hint='pass the model itself, or leave capture="export"',
+            )
+        return capture_program(model, args, kwargs)
     if front_end == "blocks":
         return capture_blocks(model, args, kwargs, batch_axis=batch_axis, dynamic=dynamic, pattern=blocks)
     return capture_export(model, args, kwargs, batch_axis=batch_axis, dynamic=dynamic)

@@ -111,11 +111,11 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def no_attention_fastpath() -> Iterator[None]:
-    """`nn.TransformerEncoder` takes another, untraceable path in eval mode unless this is off."""
+def no_attention_fastpath() -> Iterator[bool]:
+    """`nn.TransformerEncoder` takes another, untraceable path in eval mode unless this is off. Gives what was set."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        yield
+        yield before
     finally:
         torch.backends.mha.set_fastpath_enabled(before)

@@ -23,7 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from eecompile.capture import check
 from eecompile.capture.adapter import FlatCall, flatten_call, mode, no_attention_fastpath
-from eecompile.capture.export import BatchAxis, Captured, _batch_size, batch_axes, token_axes
+from eecompile.capture.axes import BatchAxis, batch_axes, batch_size, token_axes
+from eecompile.capture.export import Captured
 from eecompile.errors import CaptureError, near
 from eecompile.signature import Leaf, Signature, path_of
 
@@ -160,7 +161,7 @@ def capture_blocks(
     """
     call = flatten_call(model, args, kwargs)
     axes = batch_axes(call, batch_axis)
-    size = _batch_size(call, axes)
+    size = batch_size(call, axes)
     lengths = dict(dynamic) if dynamic is not None else token_axes(call, axes)
 
     def rows(n: int, shorter: bool = False) -> list[Tensor]:
@@ -227,17 +228,11 @@ def capture_blocks(
             return model(*a, **k)
 
         flat = tuple(rows(size))
-        check.independent(
-            signature,
-            signature.flatten_output(invoke(flat)),
-            signature.flatten_output(invoke(check.rows(signature, flat, [1]))),
-            1,
-            type(model).__name__,
-        )
+        unknown = check.independent(signature, flat, invoke, type(model).__name__)
         total = _total_flops(invoke, rows(5)) / 5
     found = BlocksFound(taps, max(0.0, total - sum(t.flops for t in taps)), tuple(names))
     graph_module = _graph(BlocksModel(model, call, found), signature)
-    notes = (f"captured as {len(taps)} blocks, without a trace",)
+    notes = (f"captured as {len(taps)} blocks, without a trace", *unknown)
     return Captured(graph_module, signature, None, flat, notes, "blocks", found)
 
 

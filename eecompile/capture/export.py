@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -16,14 +16,15 @@ from torch.utils import _pytree as pytree
 
 from eecompile.capture import check
 from eecompile.capture.adapter import FlatAdapter, FlatCall, flatten_call, mode, no_attention_fastpath
-from eecompile.capture.source import capture_failed
+from eecompile.capture.axes import BatchAxis, batch_axes, batch_size, shapes, token_axes
+from eecompile.capture.quiet import quiet
+from eecompile.capture.source import capture_failed, model_failed
 from eecompile.errors import CaptureError
 from eecompile.signature import Leaf, Signature, path_of
 
 MAX_BATCH = 65536
 MAX_LENGTH = 1 << 20
 TRACE_ROWS = 5  # a batch of 1 would be specialised
-BatchAxis = int | Mapping[str, int | None] | Callable[[str, torch.Tensor], int | None]
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def capture_export(
     """
     call = flatten_call(model, args, kwargs)
     axes = batch_axes(call, batch_axis)
-    size = _batch_size(call, axes)
+    size = batch_size(call, axes)
     lengths = dict(dynamic) if dynamic is not None else token_axes(call, axes)
     traced = tuple(
         t if a is None else t.index_select(a, torch.arange(max(TRACE_ROWS, size), device=t.device) % size)
@@ -73,10 +74,10 @@ def capture_export(
     failures: list[BaseException] = []
     problems: list[str] = []
     options = [(d, o) for d in ([lengths, {}] if lengths else [{}]) for o in (True, False)]
-    with mode(model, training), _on_adapter(adapter, training), no_attention_fastpath():
+    with mode(model, training), _on_adapter(adapter, training), no_attention_fastpath() as fused, quiet():
         for further, oblivious in options:
-            name = ("free length" if further else "fixed length") + ("" if oblivious else ", batch 1 unguarded")
-            attempts.append(name)
+            name = "a free batch" + (" and sequence length" if further else "")
+            attempts.append(name + ("" if oblivious else ", branches on batch 1 not guarded"))
             try:
                 exported = _export(adapter, traced, call, axes, further, oblivious)
             except Exception as error:  # noqa: BLE001 - torch.export raises many unrelated types
@@ -94,7 +95,7 @@ def capture_export(
                 return model(*a, **k)
 
             module = exported.module()
-            problems = check.verify(
+            problems, unknown = check.verify(
                 captured.signature,
                 flat,
                 lambda *t, m=module, s=captured.signature: s.flatten_output(m(*t)),
@@ -102,17 +103,32 @@ def capture_export(
                 type(model).__name__,
             )
             if not problems:
-                return _with_notes(captured, attempts)
+                check.fused_attention(captured.signature, flat, module, run, model, fused)
+                return _with_notes(captured, attempts, unknown)
     if failures and not problems:
+        _try_model(model, call, training)
         raise capture_failed(model, failures[0], attempts) from failures[0]
     check.raise_problems(problems, type(model).__name__)
     raise CaptureError("capture failed", where=type(model).__name__)
 
 
-def _with_notes(captured: Captured, attempts: list[str]) -> Captured:
-    notes = (f"captured with {attempts[-1]}",) + (
-        (f"not possible: {', '.join(attempts[:-1])}",) if len(attempts) > 1 else ()
-    )
+def _try_model(model: nn.Module, call: FlatCall, training: bool) -> None:
+    """Runs the model on the example as it is: an error of its own is not one of tracing.
+
+    Raises:
+        CaptureError: It fails.
+    """
+    args, kwargs = call.arguments(call.tensors)
+    try:
+        with torch.no_grad(), mode(model, training):
+            model(*args, **kwargs)
+    except Exception as error:  # the user's code may raise anything
+        raise model_failed(model, error, shapes(call)) from error
+
+
+def _with_notes(captured: Captured, attempts: list[str], unknown: tuple[str, ...] = ()) -> Captured:
+    failed = (f"not possible: {'; '.join(attempts[:-1])}",) if len(attempts) > 1 else ()
+    notes = (f"captured with {attempts[-1]}", *failed, *unknown)
     return Captured(captured.graph_module, captured.signature, captured.exported, captured.flat_example, notes)
 
 
@@ -120,74 +136,6 @@ def _with_notes(captured: Captured, attempts: list[str]) -> Captured:
 def _on_adapter(adapter: FlatAdapter, training: bool) -> Iterator[None]:
     adapter.training = training
     yield
-
-
-def batch_axes(call: FlatCall, batch_axis: BatchAxis) -> tuple[int | None, ...]:
-    """Batch axis of each tensor input; None where it has none."""
-    if isinstance(batch_axis, Mapping):
-        unknown = sorted(set(batch_axis) - set(call.paths))
-        if unknown:
-            raise CaptureError(
-                "batch_axis names an input that the example does not have", got=unknown, wanted=", ".join(call.paths)
-            )
-        return tuple(batch_axis.get(p, 0) if t.dim() else None for p, t in zip(call.paths, call.tensors, strict=True))
-    if callable(batch_axis):
-        return tuple(batch_axis(p, t) for p, t in zip(call.paths, call.tensors, strict=True))
-    sizes = [t.shape[batch_axis] for t in call.tensors if t.dim() > batch_axis]
-    if not sizes:
-        raise CaptureError("no input has that batch axis", got=f"batch_axis={batch_axis}", wanted=_shapes(call))
-    size = max(set(sizes), key=lambda s: (s != 1, sizes.count(s)))
-    axes: list[int | None] = []
-    for path, t in zip(call.paths, call.tensors, strict=True):
-        if t.dim() <= batch_axis or (t.shape[batch_axis] == 1 and size != 1):
-            axes.append(None)
-        elif t.shape[batch_axis] != size:
-            raise CaptureError(
-                "the inputs disagree about the batch size",
-                where=path,
-                got=_shapes(call),
-                wanted=f"{size} rows on axis {batch_axis} of every input that has a batch",
-                hint='pass batch_axis={"name": axis or None, ...}',
-            )
-        else:
-            axes.append(batch_axis)
-    return tuple(axes)
-
-
-def _shapes(call: FlatCall) -> str:
-    return ", ".join(f"{p}: {list(t.shape)}" for p, t in zip(call.paths, call.tensors, strict=True))
-
-
-def _batch_size(call: FlatCall, axes: Sequence[int | None]) -> int:
-    sizes = {t.shape[a] for t, a in zip(call.tensors, axes, strict=True) if a is not None}
-    if len(sizes) != 1:
-        raise CaptureError(
-            "the example has no single batch size", got=_shapes(call), hint='pass batch_axis={"name": axis or None}'
-        )
-    size = sizes.pop()
-    if size < 2:
-        raise CaptureError(
-            "the example has a batch of 1, from which a batch axis cannot be told apart",
-            got=_shapes(call),
-            wanted="at least 2 different rows, better 4",
-            hint="pass several real inputs at once in example_inputs or example_kwargs",
-        )
-    return size
-
-
-def token_axes(call: FlatCall, axes: Sequence[int | None]) -> dict[str, dict[int, str]]:
-    """Axes that look like a sequence length: axis 1 of integer inputs `[B, S]`, and the same size elsewhere."""
-    lengths = {
-        t.shape[1]
-        for t, a in zip(call.tensors, axes, strict=True)
-        if a == 0 and t.dim() == 2 and not t.is_floating_point() and t.shape[1] > 2
-    }
-    names = {s: ("seq" if i == 0 else f"seq{i}") for i, s in enumerate(sorted(lengths, reverse=True))}
-    found: dict[str, dict[int, str]] = {}
-    for path, t, a in zip(call.paths, call.tensors, axes, strict=True):
-        if a == 0 and t.dim() >= 2 and t.shape[1] in names and (t.dim() == 2 or not t.is_floating_point()):
-            found[path] = {i: names[s] for i, s in enumerate(t.shape) if i > 0 and s in names}
-    return found
 
 
 def _export(

@@ -2,29 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from eecompile.capture import check
 from eecompile.capture.adapter import FlatCall
-from eecompile.capture.export import Captured, _batch_size, _outputs, _sizes, _Slot, flat_graph, ranges
-from eecompile.errors import CaptureError, EecompileError
+from eecompile.capture.axes import batch_size
+from eecompile.capture.export import Captured, _outputs, _sizes, _Slot, flat_graph, ranges
+from eecompile.errors import CaptureError
 from eecompile.signature import POSITIONAL, Leaf, Parameter, Signature
 
 
-def capture_program(exported: ExportedProgram, example: Sequence[torch.Tensor] | None = None) -> Captured:
+def capture_program(
+    exported: ExportedProgram, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+) -> Captured:
     """A program that the user exported, or read from a `.pt2` file, as the model.
 
+    Args:
+        args: Positional arguments of an example call; by default the example that the program was exported with.
+        kwargs: Keyword arguments of that call.
+
     Raises:
-        CaptureError: Its batch axis is fixed.
+        CaptureError: Its batch axis is fixed, or the example does not fit.
+        UnsupportedModelError: Samples influence one another.
     """
     spec = exported.call_spec.in_spec
-    inputs = [n for n in flat_graph(exported, "", _program_paths(exported)).graph.nodes if n.op == "placeholder"]
+    graph_module, paths = program_graph(exported)
+    inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     symbols = [d.node.expr for n in inputs for d in getattr(n.meta["val"], "shape", ())[:1] if isinstance(d, torch.SymInt)]
     if not symbols:
         raise CaptureError(
@@ -33,7 +42,6 @@ def capture_program(exported: ExportedProgram, example: Sequence[torch.Tensor] |
             hint='export it with dynamic_shapes, for example {0: torch.export.Dim("batch", min=1)} for every input',
         )
     batch = symbols[0]
-    paths = _program_paths(exported)
     axes: list[int | None] = []
     further: dict[str, dict[int, str]] = {}
     free: dict[Any, str] = {}
@@ -43,62 +51,69 @@ def capture_program(exported: ExportedProgram, example: Sequence[torch.Tensor] |
         for i, e in enumerate(exprs):
             if e is not None and e != batch and e.is_Symbol:
                 further.setdefault(path, {})[i] = free.setdefault(e, f"seq{len(free) or ''}")
-    parameters, constants, arguments = _program_call(spec, paths, len(inputs))
-    tensors = tuple(example) if example is not None else tuple(n.meta["val"] for n in inputs)
-    call = FlatCall(parameters, tensors, paths, constants, arguments)
-    graph_module = flat_graph(exported, "", paths)
+    parameters, constants, arguments = _program_call(exported, paths)
+    call = FlatCall(parameters, tuple(n.meta["val"] for n in inputs), paths, constants, arguments)
     names: dict[Any, str] = {batch: "batch", **free}
     leaves = tuple(
-        Leaf(p, _sizes(n.meta["val"], names), n.meta["val"].dtype, a)
-        for n, p, a in zip([n for n in graph_module.graph.nodes if n.op == "placeholder"], paths, axes, strict=True)
+        Leaf(p, _sizes(n.meta["val"], names), n.meta["val"].dtype, a) for n, p, a in zip(inputs, paths, axes, strict=True)
     )
     outputs, out_constants, out_spec = _outputs(exported, graph_module, names)
     signature = Signature(
         parameters, leaves, outputs, call.spec, out_spec, constants, out_constants, ranges(exported, names)
     )
-    if example is not None:
-        flat = tuple(example)
-        _batch_size(call, axes)
-        module = exported.module()
-        check.independent(
-            signature,
-            signature.flatten_output(_call_program(module, spec, flat)),
-            signature.flatten_output(_call_program(module, spec, check.rows(signature, flat, [1]))),
-            1,
-            "exported program",
-        )
-        return Captured(graph_module, signature, exported, flat, ("an exported program",))
-    return Captured(graph_module, signature, exported, None, ("an exported program",))
+    given = bool(args or kwargs)
+    if not given and exported.example_inputs is not None:
+        args, kwargs = exported.example_inputs
+    if not args and not kwargs:
+        unknown: tuple[str, ...] = ("not checked: whether samples influence one another, since there is no example",)
+        return Captured(graph_module, signature, exported, None, ("an exported program", *unknown))
+    flat = tuple(signature.flatten(args, kwargs or {}))
+    if given:
+        batch_size(FlatCall(parameters, flat, paths, constants, arguments), axes)
+    elif signature.batch_size(flat) < 2:
+        flat = tuple(check.rows(signature, flat, [0, 0, 0]))
+    order = [paths.index(p) for p in _program_paths(exported)]
+    module = exported.module()
+
+    def run(tensors: Sequence[torch.Tensor]) -> Any:
+        positional, named = pytree.tree_unflatten([tensors[i] for i in order], spec)
+        return module(*positional, **named)
+
+    unknown = check.independent(signature, flat, run, "exported program")
+    return Captured(graph_module, signature, exported, flat, ("an exported program", *unknown))
 
 
-def _call_program(module: nn.Module, spec: Any, flat: Sequence[torch.Tensor]) -> Any:
-    args, kwargs = pytree.tree_unflatten(list(flat), spec)
-    with torch.no_grad():
-        return module(*args, **kwargs)
+def program_graph(exported: ExportedProgram) -> tuple[fx.GraphModule, tuple[str, ...]]:
+    """The program as a flat graph, and the names of its inputs; both in the order that calls are flattened in, by name."""
+    graph_module = flat_graph(exported, "", _program_paths(exported))
+    paths = tuple(sorted(_program_paths(exported)))
+    by_path = dict(
+        zip(_program_paths(exported), (n for n in graph_module.graph.nodes if n.op == "placeholder"), strict=True)
+    )
+    for path in reversed(paths):
+        first = next(iter(graph_module.graph.nodes))
+        if by_path[path] is not first:
+            first.prepend(by_path[path])
+    graph_module.recompile()
+    return graph_module, paths
 
 
 def _program_paths(exported: ExportedProgram) -> tuple[str, ...]:
-    names = [s.arg.name for s in exported.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
-    return tuple(names)
+    return tuple(s.arg.name for s in exported.graph_signature.input_specs if s.kind.name == "USER_INPUT")
 
 
-def _program_call(spec: Any, paths: Sequence[str], count: int) -> tuple[tuple[Any, ...], tuple[tuple[Any] | None, ...], Any]:
-    """Argument names of an exported program: positional ones are named after its inputs."""
-    args, kwargs = pytree.tree_unflatten([_Slot(i) for i in range(count)], spec)
+def _program_call(
+    exported: ExportedProgram, paths: Sequence[str]
+) -> tuple[tuple[Parameter, ...], tuple[tuple[Any] | None, ...], Any]:
+    """Arguments of an exported program, which are named after its inputs, and how a call of them is flattened."""
+    slots = [_Slot(i) for i in range(len(paths))]
+    args, kwargs = pytree.tree_unflatten(list(slots), exported.call_spec.in_spec)
     if any(not isinstance(a, _Slot) for a in (*args, *kwargs.values())):
         raise CaptureError(
             "the exported program takes containers of tensors",
             wanted="plain tensor arguments",
             hint="pass the model itself instead of its export",
         )
-    named = {paths[a.index]: a for a in args} | dict(kwargs)
-    positional = POSITIONAL
-    parameters = tuple(Parameter(n, positional) for n in named)
-    leaves, tree = pytree.tree_flatten(dict(sorted(named.items())))
-    if [s.index for s in leaves] != list(range(count)):
-        raise EecompileError(
-            "the exported program's inputs are not in the order of their names",
-            got=", ".join(paths),
-            hint="pass the model itself instead of its export",
-        )
-    return parameters, (None,) * count, tree
+    parameters = tuple(Parameter(n, POSITIONAL) for n in _program_paths(exported))
+    _, tree = pytree.tree_flatten(dict.fromkeys(paths, slots[0]))
+    return parameters, (None,) * len(paths), tree

@@ -42,6 +42,9 @@ def line_of(model: nn.Module, error: BaseException) -> str | None:
         link = link.__cause__ or link.__context__
     if seen:
         return seen[-1]
+    guarded = _guard_line(error, files)
+    if guarded is not None:
+        return guarded
     # torch.export also writes the user's stack into the message
     for match in reversed(re.findall(r'File "([^"]+)", line (\d+), in (\w+)', str(error))):
         if os.path.abspath(match[0]) in files:
@@ -49,13 +52,60 @@ def line_of(model: nn.Module, error: BaseException) -> str | None:
     return None
 
 
+def _guard_line(error: BaseException, files: set[str]) -> str | None:
+    """The line that branched on a size, where that is what failed: torch checks sizes when the trace is done, and keeps
+    the place of each branch in the tracer's environment.
+    """
+    trace = error.__traceback__
+    while trace is not None:
+        tracer = trace.tb_frame.f_locals.get("fake_mode")
+        for guard in getattr(getattr(tracer, "shape_env", None), "guards", ()):
+            place = getattr(getattr(guard, "sloc", None), "framework_loc", None)
+            if isinstance(place, traceback.FrameSummary) and os.path.abspath(place.filename) in files:
+                return f"{place.filename}:{place.lineno} in {place.name}: {place.line}"
+        trace = trace.tb_next
+    return None
+
+
+def _reason(error: BaseException) -> str:
+    """The first sentence of torch's message, and the one behind it where that says which constraint failed."""
+    lines = [x.strip() for x in str(error).splitlines() if x.strip()]
+    first = lines[0].partition(" For more information")[0] if lines else ""
+    if len(lines) > 1 and lines[1].startswith("- "):
+        first += " " + lines[1].removeprefix("- ").partition(". ")[0].rstrip(".")
+    return f"{type(error).__name__}: {first[:300]}" if first else type(error).__name__
+
+
+def model_failed(model: nn.Module, error: BaseException, example: str) -> CaptureError:
+    """The error for a model that does not run on its example, traced or not."""
+    return CaptureError(
+        f"{type(model).__name__} itself fails on the example",
+        where=line_of(model, error) or type(model).__name__,
+        got=f"{_reason(error)} (example {example})",
+        hint="give an example that the model runs on",
+    )
+
+
 def capture_failed(model: nn.Module, error: BaseException, attempts: list[str]) -> CaptureError:
     """The error for a model that cannot be exported."""
-    first = next((x.strip() for x in str(error).splitlines() if x.strip()), type(error).__name__)
+    foreign = re.search(r"Found <class '([\w.]+)'> in output", str(error))
+    if foreign is not None:
+        cache = foreign[1].endswith("Cache")
+        return CaptureError(
+            f"{type(model).__name__} returns an object that torch cannot take apart",
+            where=type(model).__name__,
+            got=foreign[1],
+            wanted="tensors in tuples, lists, dicts, named tuples, or output classes of transformers",
+            hint='pass use_cache=False: example_kwargs={..., "use_cache": False}'
+            if cache
+            else "register its class with torch.export.register_dataclass, or return a dict",
+        )
+    line = line_of(model, error)
     return CaptureError(
         f"{type(model).__name__} could not be captured as one graph",
-        where=line_of(model, error) or type(model).__name__,
-        got=f"{type(error).__name__}: {first[:300]}" + (f" (tried {', '.join(attempts)})" if attempts else ""),
+        where=line or type(model).__name__,
+        got=_reason(error) + (f" (tried {'; '.join(attempts)})" if len(attempts) > 1 else ""),
         wanted="a forward whose Python control flow does not depend on data or on the number of rows",
-        hint='use capture="blocks" (exits at module boundaries, no trace), or rewrite that line',
+        hint='use capture="blocks" (exits at module boundaries, no trace), or rewrite '
+        + ("that line" if line else "what depends on them"),
     )

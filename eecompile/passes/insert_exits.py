@@ -99,7 +99,7 @@ class InsertExits(Pass):
             torch.manual_seed(self.seed)
             for e in program.exits:
                 site, _ = sites.site_at(program, cut_of(program, e), e.mask_input)
-                module = build_head(self.head, site, e.cut)
+                module = build_head(self.head, site, e.cut).to(getattr(torch, site.dtype))
                 takes_mask = check_head(module, site, e.cut)
                 score = score_head(site) if e.criterion.learned else None
                 branch = Branch(module, score, takes_mask)

@@ -231,7 +231,7 @@ class Candidates:
 def head_flops(head: nn.Module, site: Site, sizes: list[int]) -> float:
     """FLOPs of a head for one row, on meta tensors; 0 for a head that does not run there (checked when inserted)."""
     h = torch.empty(sizes, dtype=getattr(torch, site.dtype), device="meta")
-    branch = Branch(copy.deepcopy(head), takes_mask=False).to("meta").eval()
+    branch = Branch(copy.deepcopy(head), takes_mask=False).to("meta", h.dtype).eval()
     try:
         return flops_of(lambda: branch(h)) / ROWS
     except EecompileError:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+
+from eecompile.errors import CaptureError
+from eecompile.signature import Signature
 
 
 def move_constants(graph_module: fx.GraphModule, device: torch.device) -> int:
@@ -30,3 +34,17 @@ def move_constants(graph_module: fx.GraphModule, device: torch.device) -> int:
                 n.kwargs = {k: moved(v) for k, v in n.kwargs.items()}
         module.recompile()
     return count
+
+
+def other_device(signature: Signature, flat: Sequence[Tensor], device: torch.device) -> CaptureError | None:
+    """The error for a call that failed because an input is not where the program is; None where all inputs are."""
+    for t, leaf in zip(flat, signature.inputs, strict=True):
+        if t.device != device:
+            return CaptureError(
+                "an input is on another device than the program",
+                where=leaf.path,
+                got=t.device,
+                wanted=device,
+                hint=f'move the input with .to("{device}"), or the program with fast.to("{t.device}")',
+            )
+    return None

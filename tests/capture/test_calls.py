@@ -1,0 +1,165 @@
+"""The call: positional, by name, with `*args` and `**kwargs`, with None and burned-in values; other calls are refused."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from eecompile import CaptureError, CompiledModule, eecompile
+from tests.capture.nets import Net, compiled, made, rows
+from tests.support import equal_bits
+
+
+class Options(Net):
+    def forward(self, x: Tensor, *, scale: Tensor, mask: Tensor | None = None, twice: bool = False) -> Tensor:
+        x = x * scale
+        if mask is not None:
+            x = x * mask
+        return super().forward(2 * x if twice else x)
+
+
+class Open(Net):
+    """Everything lands in `*args` and `**kwargs`, which torch.export cannot give dynamic shapes."""
+
+    def forward(self, x: Tensor, *parts: Tensor, **named: Tensor) -> Tensor:
+        for part in parts:
+            x = x + part
+        return super().forward(x * named["scale"])
+
+
+class Nested(Net):
+    def forward(self, views: dict[str, Tensor], pair: tuple[Tensor, Tensor]) -> Tensor:
+        return super().forward(views["left"] + views["right"] * pair[0] + pair[1])
+
+
+@pytest.fixture(scope="module")
+def options() -> tuple[Options, CompiledModule]:
+    model = made(Options)
+    return model, compiled(model, rows(4), example_kwargs={"scale": rows(4, 1), "mask": None, "twice": True})
+
+
+def test_names_positions_and_none(options):
+    model, fast = options
+    x, scale = rows(3), rows(3, 1)
+    with torch.no_grad():
+        want = model(x, scale=scale, twice=True)
+        for args, kwargs in (
+            ((x,), {"scale": scale, "twice": True}),
+            ((x,), {"scale": scale}),  # burned in, so it need not be said again
+            ((), {"scale": scale, "x": x, "mask": None}),
+        ):
+            equal_bits(fast(*args, **kwargs), want)
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "said"),
+    [
+        (
+            (rows(3),),
+            {},
+            ["other arguments than the model was captured with", "x: Tensor[3, 16]", "scale: float32["],
+        ),
+        ((), {}, ["other arguments", "x: float32[batch, 16]"]),
+        ((rows(3),), {"scale": rows(3, 1), "mask": rows(3)}, ["other arguments", "mask: Tensor[3, 16]", "compile again"]),
+        ((rows(3), rows(3, 1)), {}, ["too many positional arguments", "at most 1: x"]),
+        ((rows(3),), {"scale": rows(3, 1), "x": rows(3)}, ["given twice", "where:  x"]),
+        ((rows(3),), {"scael": rows(3, 1)}, ["no such argument", "did you mean scale"]),
+        ((rows(3),), {"scale": rows(3, 1), "labels": rows(3)}, ["no such argument", "fit, calibrate and evaluate"]),
+        ((rows(3),), {"scale": rows(3, 1), "twice": False}, ["differs from the value that was captured", "got:    False"]),
+        ((rows(3).tolist(),), {"scale": rows(3, 1)}, ["other arguments", "x: list"]),
+        ((rows(3).double(),), {"scale": rows(3, 1)}, ["where:  x", "float64[3, 16]", "x: float32[batch, 16]", "convert"]),
+        ((rows(3, 4),), {"scale": rows(3, 1)}, ["where:  x", "float32[3, 4]", "x: float32[batch, 16]"]),
+        ((rows(0),), {"scale": rows(0, 1)}, ["does not fit", "batch 1 to any"]),
+        ((rows(3)[0],), {"scale": rows(3, 1)}, ["where:  x", "float32[16]"]),
+    ],
+)
+def test_other_calls_say_what_was_captured(options, args, kwargs, said):
+    for call in (options[1], options[1].run, options[1].observe, options[1].full):
+        with pytest.raises(CaptureError) as caught:
+            call(*args, **kwargs)
+        for text in said:
+            assert text in str(caught.value)
+
+
+def test_an_input_on_another_device_is_named(options):
+    with pytest.raises(CaptureError) as caught:
+        options[1](rows(3).to("meta"), scale=rows(3, 1))
+    text = str(caught.value)
+    assert "an input is on another device than the program" in text
+    assert "where:  x" in text
+    assert "got:    meta" in text
+    assert "wanted: cpu" in text
+    assert '.to("cpu")' in text
+
+
+def test_an_error_within_the_program_stays_what_it_is(options, monkeypatch):
+    def broken(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(options[1]._chosen, "run", broken)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        options[1](rows(3), scale=rows(3, 1))
+
+
+def test_open_arguments():
+    model = made(Open)
+    fast = compiled(model, rows(4), rows(4, seed=2), rows(4, seed=3), example_kwargs={"scale": rows(4, 1)})
+    for count in (1, 5):
+        args = [rows(count, seed=s) for s in (4, 5, 6)]
+        with torch.no_grad():
+            equal_bits(fast(*args, scale=rows(count, 1)), model(*args, scale=rows(count, 1)))
+    with pytest.raises(CaptureError, match="other arguments"):
+        fast(rows(4), rows(4), scale=rows(4, 1))
+    with pytest.raises(CaptureError, match="other arguments"):
+        fast(rows(4), rows(4), rows(4), scale=rows(4, 1), shift=rows(4, 1))
+
+
+def test_containers_of_tensors():
+    model = made(Nested)
+
+    def call(count: int) -> tuple[Any, Any]:
+        return {"left": rows(count), "right": rows(count, seed=2)}, (rows(count, 1), rows(count, seed=3))
+
+    fast = compiled(model, *call(4))
+    assert [leaf.path for leaf in fast.program.signature.inputs] == ["pair[0]", "pair[1]", "views.left", "views.right"]
+    with torch.no_grad():
+        equal_bits(fast(*call(3)), model(*call(3)))
+    views, pair = call(3)
+    with pytest.raises(CaptureError, match="other arguments"):
+        fast({"left": views["left"]}, pair)
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "said"),
+    [
+        (made(Net), {}, ["no example input", "where:  Net", "example_inputs=(x,)"]),
+        (made(Net), {"example_inputs": ()}, ["no example input"]),
+        (made(Net), {"example_inputs": {"x": rows(4)}}, ["takes a tuple", "example_kwargs="]),
+        (made(Net), {"example_inputs": ("text",)}, ["holds no tensor", "real tensors"]),
+        (lambda x: x, {"example_inputs": (rows(4),)}, ["takes a module", "got:    function", "wrap a function"]),
+        (42, {"example_inputs": (rows(4),)}, ["takes a module", "got:    int", "torch.nn.Module"]),
+        (Net, {"example_inputs": (rows(4),)}, ["takes a module", "got:    type"]),
+        (made(Net), {"example_inputs": (rows(4),), "capture": "trace"}, ["unknown way to capture", "export"]),
+        (made(Net), {"example_inputs": (rows(4),), "batch_axis": 3}, ["no input has that batch axis", "x: [4, 16]"]),
+        (made(Net), {"example_inputs": (rows(4), rows(4))}, ["too many positional arguments"]),
+    ],
+)
+def test_what_is_no_model_or_no_example(model, options, said):
+    with pytest.raises(CaptureError) as caught:
+        eecompile(model, **options)
+    for text in said:
+        assert text in str(caught.value)
+
+
+def test_a_single_tensor_is_an_example():
+    fast = eecompile(made(Net), example_inputs=rows(4))
+    assert fast.program.signature.inputs[0].path == "x"
+
+
+def test_a_compiled_model_is_not_compiled_again():
+    fast = compiled(made(Net), rows(4))
+    with pytest.raises(CaptureError, match="compiled already"):
+        eecompile(fast, example_inputs=(rows(4),))

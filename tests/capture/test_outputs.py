@@ -1,0 +1,135 @@
+"""Outputs keep their type: containers, named tuples, dataclasses of transformers, numbers and None among them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
+
+from eecompile import CaptureError, StrategyError, eecompile
+from tests.capture.nets import Answer, Net, compiled, made, rows
+from tests.support import close, equal_bits
+
+
+class Tree(Net):
+    def forward(self, x: Tensor) -> dict[str, object]:
+        h = self.trunk(x)
+        return {"logits": self.out(h), "aux": [h, (h.sum(-1), None)], "version": 3, "name": "tree"}
+
+
+class Named(Net):
+    def forward(self, x: Tensor) -> Answer:
+        h = self.trunk(x)
+        return Answer(self.out(h), h.mean(-1))
+
+
+class Two(Net):
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        h = self.trunk(x)
+        return self.out(h), -self.out(h)
+
+
+class NoScores(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).argmax(-1)
+
+
+class Nothing(Net):
+    def forward(self, x: Tensor) -> int:
+        self.trunk(x)
+        return 3
+
+
+def test_a_tree_of_outputs():
+    model = made(Tree)
+    fast = compiled(model, rows(4), prediction="logits")
+    x = rows(3)
+    with torch.no_grad():
+        got, want = fast(x), model(x)
+    equal_bits(got, want)
+    assert list(got) == list(want)
+    assert got["aux"][1][1] is None
+    assert type(got["aux"][1]) is tuple
+    assert (got["version"], got["name"]) == (3, "tree")
+
+
+def test_leaves_that_a_row_never_reached_are_marked():
+    fast = compiled(made(Tree), rows(4), prediction="logits", closed=False)
+    fast.set_thresholds(0.0)
+    got = fast(rows(3))
+    assert bool(torch.isfinite(got["logits"]).all())
+    assert bool(got["aux"][0].isnan().all())
+
+
+def test_a_named_tuple_stays_one():
+    model = made(Named)
+    fast = compiled(model, rows(4))  # only one output has the shape of scores
+    with torch.no_grad():
+        got = fast(rows(3))
+        equal_bits(got, model(rows(3)))
+    assert isinstance(got, Answer)
+    assert fast.prediction_of(got) is got.scores
+
+
+def test_an_output_class_of_transformers_stays_one():
+    torch.manual_seed(0)
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=2, intermediate_size=32,
+            max_position_embeddings=16, num_labels=3,
+        )
+    ).eval()  # fmt: skip
+    ids = torch.randint(0, 50, (4, 8), generator=torch.Generator().manual_seed(0))
+    fast = compiled(model, strategy="mebert", example_kwargs={"input_ids": ids, "output_hidden_states": True})
+    with torch.no_grad():
+        got, want = fast(input_ids=ids[:3]), model(input_ids=ids[:3], output_hidden_states=True)
+    assert type(got) is type(want)
+    close(got.logits, want.logits, 1e-6)
+    assert len(got.hidden_states) == 4
+    assert got.loss is None
+
+
+def test_a_key_value_cache_in_the_output_says_how_to_leave_it_out():
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2, n_positions=16)).eval()
+    ids = torch.randint(0, 50, (4, 8), generator=torch.Generator().manual_seed(0))
+    with pytest.raises(CaptureError, match="use_cache=False"):
+        eecompile(model, example_kwargs={"input_ids": ids}, prediction="logits")
+    fast = compiled(model, example_kwargs={"input_ids": ids, "use_cache": False}, prediction="logits")
+    with torch.no_grad():
+        close(fast(input_ids=ids).logits, model(input_ids=ids, use_cache=False).logits, 1e-6)
+
+
+def test_several_possible_predictions_are_listed():
+    with pytest.raises(StrategyError) as caught:
+        eecompile(made(Two), example_inputs=(rows(4),))
+    text = str(caught.value)
+    assert "several outputs could be the prediction" in text
+    assert "0: [0]: float32[batch, 3]; 1: [1]: float32[batch, 3]" in text
+    assert "pass prediction=" in text
+    fast = compiled(made(Two), rows(4), prediction=1)
+    with torch.no_grad():
+        equal_bits(fast(rows(3)), made(Two)(rows(3)))
+    assert fast.program.prediction == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "prediction", "said"),
+    [
+        (Tree, "logit", ["names no output", "did you mean logits", "got:    'logit'"]),
+        (Tree, 7, ["names no output", "0: "]),
+        (Tree, "aux[1][0]", ["must be class scores per row", "aux[1][0]: float32[batch]"]),
+        (NoScores, None, ["no output looks like class scores", "int64[batch]"]),
+    ],
+)
+def test_a_prediction_that_is_none(kind, prediction, said):
+    with pytest.raises(StrategyError) as caught:
+        eecompile(made(kind), example_inputs=(rows(4),), prediction=prediction)
+    for text in said:
+        assert text in str(caught.value)
+
+
+def test_a_model_that_returns_no_tensor():
+    with pytest.raises(CaptureError, match="no tensor"):
+        eecompile(made(Nothing), example_inputs=(rows(4),))
