@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,24 +15,26 @@ from torch.export import ExportedProgram
 from eecompile.artifact.read import read
 from eecompile.capture import Captured, capture
 from eecompile.capture.axes import BatchAxis
+from eecompile.capture.cascade import capture_cascade, ready
+from eecompile.capture.composite import several
 from eecompile.capture.export import capture_export
-from eecompile.errors import CaptureError, EecompileError, PassError, StrategyError, near
+from eecompile.errors import CaptureError, EecompileError, PassError, StrategyError
 from eecompile.module import CompiledModule
 from eecompile.passes import analysis, insertion, prepare_training_graph, run_passes
 from eecompile.passes.insert_exits import THRESHOLDS
+from eecompile.prediction import find_prediction
 from eecompile.program import Program
-from eecompile.signature import Signature
 from eecompile.strategies import Strategy
 from eecompile.strategies import strategy as resolve_strategy
 
 
 def eecompile(
-    model: nn.Module | ExportedProgram | str | Path,
+    model: nn.Module | ExportedProgram | str | Path | Sequence[nn.Module] | Mapping[str, nn.Module],
     strategy: str | Strategy = "branchy",
     *,
     example_inputs: Sequence[Any] | Tensor | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
-    prediction: str | int | None = None,
+    prediction: str | int | Sequence[str | int | None] | None = None,
     executor: str = "auto",
     backend: str = "eager",
     batch_axis: BatchAxis = 0,
@@ -45,11 +49,12 @@ def eecompile(
 
     Args:
         model: A module, a program of `torch.export`, or the path of a `.pt2` file. It is not changed: parameters are
-            shared, hooks, mode and attributes stay.
+            shared, hooks, mode and attributes stay. Several modules, as a list or by name, are a cascade.
         strategy: A name (`eecompile strategies` lists them) or an instance such as `strategies.Branchy(exits=3)`.
         example_inputs: Positional arguments of one call, with at least 2 different rows, better 4 or more.
         example_kwargs: Keyword arguments of that call; values that are no tensors are burned in.
         prediction: Which output holds the class scores, by name or index; found by itself where only one can.
+            For a cascade also a list, one entry for each model.
         executor: "auto", "compact" (survivors only) or "reference" (computes everything; the truth).
         backend: "eager", or "inductor" for stages through `torch.compile` with a dynamic batch.
         batch_axis: Axis of the batch in every tensor input, or by input name (None: that input has no batch).
@@ -80,7 +85,7 @@ def _compile(
     chosen: Strategy,
     args: tuple[Any, ...],
     example_kwargs: Mapping[str, Any] | None,
-    prediction: str | int | None,
+    prediction: str | int | Sequence[str | int | None] | None,
     executor: str,
     backend: str,
     batch_axis: BatchAxis,
@@ -92,12 +97,16 @@ def _compile(
     tell: Callable[[str], None],
 ) -> CompiledModule:
     tell("capture")
-    captured = _captured(model, args, example_kwargs, front_end, batch_axis, dynamic, blocks)
+    taken = _taken(
+        model, chosen, args, dict(example_kwargs or {}), prediction, batch_axis, front_end, dynamic, blocks, measure
+    )
+    captured, chosen, again = taken.captured, taken.strategy, taken.again
     program = Program(
         captured.graph_module,
         captured.graph_module,
         captured.signature,
-        prediction=find_prediction(captured.signature, prediction),
+        prediction=find_prediction(captured.signature.outputs, taken.prediction),
+        models=captured.models,
         front_end=captured.front_end,
     )
     example = captured.flat_example
@@ -106,8 +115,8 @@ def _compile(
     program = run_passes(program, insertion(recipe, captured, seed), tell)
 
     def training_program(fast: CompiledModule) -> Program:
-        assert isinstance(model, nn.Module)
-        train = capture_export(model, args, example_kwargs or {}, batch_axis=batch_axis, dynamic=dynamic, training=True)
+        assert again is not None
+        train = again()
         fast.artifact["train"] = train.exported
         return prepare_training_graph(fast.program, train.graph_module, train.signature)
 
@@ -116,12 +125,81 @@ def _compile(
         chosen,
         executor=executor,
         backend=backend,
-        original=model if isinstance(model, nn.Module) else None,
+        original=taken.original,
         example=example,
-        training_program=training_program if isinstance(model, nn.Module) else None,
+        training_program=None if again is None else training_program,
         artifact={"eval": captured.exported},
         notes=captured.notes,
     )
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What the caller gave, captured.
+
+    Attributes:
+        original: The full model, called as the compiled module is; None for an exported program.
+        again: Captures it in train mode.
+        prediction: Which output of it holds the class scores, as far as is known.
+    """
+
+    captured: Captured
+    strategy: Strategy
+    original: nn.Module | None
+    again: Callable[[], Captured] | None
+    prediction: str | int | None
+
+
+def _taken(
+    model: Any,
+    chosen: Strategy,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    prediction: str | int | Sequence[str | int | None] | None,
+    batch_axis: BatchAxis,
+    front_end: str,
+    dynamic: Mapping[str, Mapping[int, str]] | None,
+    blocks: str | None,
+    measure: bool,
+) -> _Taken:
+    models = several(model)
+    chosen = chosen.over(1 if models is None else len(models))
+    axes: dict[str, Any] = {"batch_axis": batch_axis, "dynamic": dynamic}
+    if models is None:
+        if not (prediction is None or isinstance(prediction, str | int)):
+            raise StrategyError("a list of predictions is for a cascade", got=prediction, wanted="a name or an index")
+        captured = _captured(model, args, kwargs, front_end, batch_axis, dynamic, blocks)
+        if not isinstance(model, nn.Module):
+            return _Taken(captured, chosen, None, None, prediction)
+        again = partial(capture_export, model, args, kwargs, **axes, training=True)
+        return _Taken(captured, chosen, model, again, prediction)
+    _one_graph(models, args, kwargs, front_end, blocks)
+    together = ready(models, args, kwargs, batch_axis=batch_axis, prediction=prediction, measure=measure, **chosen.together)
+    captured = capture_cascade(together, args, kwargs, **axes)
+    again = partial(capture_cascade, together, args, kwargs, **axes, training=True)
+    return _Taken(captured, chosen, together.last.alone, again, together.leaf[together.order[-1]])
+
+
+def _one_graph(
+    models: Mapping[str, nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any], front_end: str, blocks: str | None
+) -> None:
+    """What a cascade of several models needs, and cannot take."""
+    if front_end != "export" or blocks is not None:
+        raise CaptureError(
+            "several models are captured into one graph",
+            got=f"capture={front_end!r}, blocks={blocks!r}",
+            wanted='capture="export", without blocks=',
+        )
+    if not args and not kwargs:
+        raise CaptureError(
+            "no example input",
+            where=", ".join(models),
+            wanted="at least 2 rows",
+            hint="pass example_inputs=(x,) or example_kwargs={...}",
+        )
+    for name, model in models.items():
+        if isinstance(model, CompiledModule):
+            raise CaptureError("a compiled model cannot be a stage of a cascade", where=name, hint="pass the original model")
 
 
 def _positional(example_inputs: Sequence[Any] | Tensor | None) -> tuple[Any, ...]:
@@ -162,55 +240,6 @@ def _captured(
     return capture(
         model, args, dict(kwargs or {}), front_end=front_end, batch_axis=batch_axis, dynamic=dynamic, blocks=blocks
     )
-
-
-def find_prediction(signature: Signature, wanted: str | int | None) -> int:
-    """Index of the output leaf that holds the class scores.
-
-    Raises:
-        StrategyError: It is not there, or several could be it; the message lists the outputs.
-    """
-    leaves = signature.outputs
-    listed = "; ".join(f"{i}: {leaf.describe()}" for i, leaf in enumerate(leaves))
-    if wanted is not None:
-        for i, leaf in enumerate(leaves):
-            if wanted in (i, leaf.path):
-                return _checked(signature, i)
-        raise StrategyError(
-            "prediction= names no output of the model",
-            got=repr(wanted),
-            wanted=listed,
-            hint=near(str(wanted), [leaf.path for leaf in leaves]),
-        )
-    named = [i for i, leaf in enumerate(leaves) if leaf.path.rsplit(".", 1)[-1] == "logits"]
-    if len(named) == 1:
-        return _checked(signature, named[0])
-    able = [
-        i
-        for i, leaf in enumerate(leaves)
-        if leaf.batch_axis is not None and leaf.dtype.is_floating_point and len(leaf.shape) in (2, 3)
-    ]
-    if len(able) == 1:
-        return _checked(signature, able[0])
-    raise StrategyError(
-        "no output looks like class scores" if not able else "several outputs could be the prediction",
-        got=listed,
-        wanted="one floating-point output [B, C] or [B, S, C]",
-        hint="pass prediction= with its name or index",
-    )
-
-
-def _checked(signature: Signature, index: int) -> int:
-    leaf = signature.outputs[index]
-    if leaf.batch_axis is None or not leaf.dtype.is_floating_point or len(leaf.shape) not in (2, 3):
-        raise StrategyError(
-            "the prediction must be class scores per row",
-            got=leaf.describe(),
-            wanted="floating point [B, C] or [B, S, C]",
-        )
-    if len(leaf.shape) == 3 and leaf.batch_axis != 0:
-        raise StrategyError("scores per position need the batch on axis 0", got=leaf.describe(), wanted="[B, S, C]")
-    return index
 
 
 def load(path: str | Path, *, executor: str | None = None, device: str | torch.device | None = None) -> CompiledModule:

@@ -142,7 +142,7 @@ def benchmark(
             calls["original, torch.compile"] = lambda: optimised(*args, **kwargs)  # type: ignore[no-untyped-call]
     else:  # a loaded program has no Python model: its captured graph is the nearest thing
         flat = fast.program.signature.flatten(args, kwargs)
-        calls["original"] = lambda: fast.program.source(*flat)
+        calls["original"] = lambda: fast.full_graph(*flat)
     calls[f"eecompile, {fast.executor}"] = lambda: fast(*args, **kwargs)
     calls.update(against or {})
     with torch.no_grad(), mode(fast, False), mode(model if model is not None else fast, False):

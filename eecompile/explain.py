@@ -38,7 +38,7 @@ def explain(fast: Any) -> Explanation:
     costs = fast.costs([e.is_open for e in fast.exits]).tolist()
     return Explanation(
         {
-            "model": type(fast.original).__name__ if fast.original is not None else "loaded program",
+            "model": fast.title,
             "strategy": fast.strategy.to_dict(),
             "front_end": program.front_end,
             "capture": list(fast.notes),

@@ -190,7 +190,17 @@ class Branch(nn.Module):
         return logits if self.score is None else (logits, self.score(h))
 
 
-HEADS: dict[str, type[Head]] = {h.kind: h for h in (LinearHead, ConvHead, MLPHead, PoolerHead)}
+class IdentityHead(Head):
+    """No head: the value at the exit holds class scores already, as the prediction of another model does."""
+
+    kind = "identity"
+    fits = ("vector", "sequence")
+
+    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.batch_first(h)
+
+
+HEADS: dict[str, type[Head]] = {h.kind: h for h in (LinearHead, ConvHead, MLPHead, PoolerHead, IdentityHead)}
 HeadSpec = str | nn.Module | Callable[[Site], nn.Module]
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from eecompile import explain as explaining
 from eecompile.anytime import Anytime
 from eecompile.artifact.write import write
+from eecompile.costs import costs_of
 from eecompile.criteria import MaxProbability
 from eecompile.errors import EecompileError, MissingDependencyError, StrategyError, near
 from eecompile.heads import Branch
@@ -78,6 +79,7 @@ class CompiledModule(Anytime):
         self.__dict__["_executors"] = {}
         self.__dict__["_lock"] = threading.RLock()
         self.__dict__["_costs"] = {}
+        self.__dict__["_full"] = []
         self.train_trunk = strategy.joint
         self._backend = self._valid("backend", backend, BACKENDS)
         self.executor = executor
@@ -119,7 +121,7 @@ class CompiledModule(Anytime):
         """The output of the model without any exit."""
         flat = self.program.signature.flatten(args, kwargs)
         with torch.no_grad():
-            return self.program.signature.restore(list(self.program.source(*flat)))
+            return self.program.signature.restore(list(self.full_graph(*flat)))
 
     def _execute(self, flat: Sequence[Tensor], want_confidence: bool, allowance: Allowance | None = None) -> Outcome:
         try:
@@ -297,17 +299,7 @@ class CompiledModule(Anytime):
         key = tuple(bool(o) for o in open_exits)
         cache = self.__dict__["_costs"]
         if key not in cache:
-            total = self.program.total_flops or 1.0
-            spent, found = 0.0, []
-            for k, stage in enumerate(self.program.stages):
-                spent += stage.flops
-                if k < len(key):
-                    here = self.program.exits[k].head_flops
-                    found.append((spent + here) / total)
-                    spent += here if key[k] else 0.0
-                else:
-                    found.append(spent / total)
-            cache[key] = torch.tensor(found, dtype=torch.float32)
+            cache[key] = torch.tensor(costs_of(self.program, key), dtype=torch.float32)
         cost: Tensor = cache[key]
         return cost
 
@@ -348,12 +340,19 @@ class CompiledModule(Anytime):
         """What was found, inserted and refused, and which executor runs and why."""
         return explaining.explain(self)
 
+    @property
+    def title(self) -> str:
+        """What was compiled, for people: the model's class, or the models of a cascade."""
+        if self.program.models:
+            return f"cascade of {', '.join(self.program.models)}"
+        return type(self.original).__name__ if self.original is not None else "loaded program"
+
     def __str__(self) -> str:
         return str(self.explain())
 
     def __repr__(self) -> str:
-        kind = type(self.original).__name__ if self.original is not None else "loaded program"
-        return f"CompiledModule({kind}, {self.strategy.name}, {len(self.program.exits)} exits, executor={self.executor!r})"
+        count = len(self.program.exits)
+        return f"CompiledModule({self.title}, {self.strategy.name}, {count} exits, executor={self.executor!r})"
 
     # ------------------------------------------------------------------ moving and saving
 
@@ -373,6 +372,7 @@ class CompiledModule(Anytime):
         for gm in (self.graph_module, self.program.source, self.program.graph_module):
             move_constants(gm, device)
         self.__dict__["_training_graphs"].clear()
+        self.__dict__["_full"].clear()
         for executor in self.__dict__["_executors"].values():
             executor.reset()
         return self

@@ -166,6 +166,8 @@ class Stage:
         outputs: Live values that it hands on, in order.
         exit: Index of the exit at its end, None for the model's own end.
         flops: Cost of one row, head excluded.
+        only_for: Cost of work that the model's own output does not need, by the exits that do: `((0,), 1e6)` runs only
+            while exit 0 is open.
     """
 
     name: str
@@ -174,6 +176,7 @@ class Stage:
     exit: int | None
     flops: float
     nodes: int
+    only_for: tuple[tuple[tuple[int, ...], float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -232,6 +235,9 @@ class Program:
         prediction: Index of the output leaf that holds the class scores, None until a strategy needs it.
         flops: Cost of each node of the captured graph for one row, by name.
         seconds: Measured time of each node for one row, by name, where it was asked for.
+        models: Names of the models of a cascade, the last one being the full model; empty for a single model. The
+            captured graph gives the predictions of the others behind the full model's output leaves.
+        full_flops: Cost of the full model for one row, where the graph holds other models too.
         facts: What has been established so far; passes declare what they need and give.
         refusals: Places that were passed over, with the reason.
     """
@@ -242,9 +248,11 @@ class Program:
     level: Level = "captured"
     marked: fx.GraphModule | None = None
     front_end: Literal["export", "blocks"] = "export"
+    models: tuple[str, ...] = ()
     prediction: int | None = None
     flops: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
+    full_flops: float | None = None
     blocks: tuple[Block, ...] = ()
     cuts: tuple[Cut, ...] = ()
     exits: tuple[Exit, ...] = ()
@@ -261,8 +269,8 @@ class Program:
 
     @property
     def total_flops(self) -> float:
-        """Cost of the unmodified model for one row."""
-        return float(sum(self.flops.values()))
+        """Cost of the unmodified model for one row; of a cascade's last model alone."""
+        return float(sum(self.flops.values())) if self.full_flops is None else self.full_flops
 
 
 @dataclass

@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from eecompile import benchmark as benchmarks
 from eecompile.calibration.calibrate import calibrate
 from eecompile.errors import EecompileError
+from eecompile.passes import facts
 from eecompile.passes.training_graph import frozen_trunk
 from eecompile.program import Program, Result
 from eecompile.strategies.base import Strategy
@@ -91,6 +92,17 @@ class Trainable(nn.Module):
         finally:
             for m, flag in flags.items():
                 m.training = flag
+
+    @property
+    def full_graph(self) -> fx.GraphModule:
+        """The captured graph of the full model alone."""
+        if not self.program.models:
+            return self.program.source
+        cache = self.__dict__["_full"]
+        if not cache:
+            cache.append(facts.own_graph(self.program.source, self.program.signature))
+        found: fx.GraphModule = cache[0]
+        return found
 
     def _training_graph(self) -> fx.GraphModule:
         """The marked graph for training: trunk frozen in eval mode, or the train-mode capture."""

@@ -117,19 +117,103 @@ def resnet8(classes: int = 10) -> ResNet:
     return ResNet(1, width=8, classes=classes)
 
 
-def minilm_classifier(folder: Path | str, labels: int = 2, seed: int = 0) -> BertForSequenceClassification:
+class TinyConv(nn.Module):
+    """Three strided convolutions for 16 x 16 colour images: [B, 3, 16, 16] to logits [B, classes]."""
+
+    def __init__(self, classes: int = 10, width: int = 24) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, width, 3, padding=1, bias=False)
+        self.bn1 = nn.BatchNorm2d(width)
+        self.conv2 = nn.Conv2d(width, 2 * width, 3, 2, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(2 * width)
+        self.conv3 = nn.Conv2d(2 * width, 4 * width, 3, 2, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * width)
+        self.fc = nn.Linear(4 * width, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.relu(self.bn1(self.conv1(x)))
+        x = F.relu(self.bn3(self.conv3(F.relu(self.bn2(self.conv2(x))))))
+        y: Tensor = self.fc(x.mean((2, 3)))
+        return y
+
+
+def _conv_bn_relu6(channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU6())
+
+
+class InvertedResidual(nn.Module):
+    """Widen, filter each channel, narrow; beside a shortcut where the shape stays (Sandler et al., 2018)."""
+
+    def __init__(self, channels: int, out: int, stride: int, expand: int) -> None:
+        super().__init__()
+        hidden = channels * expand
+        self.shortcut = stride == 1 and channels == out
+        widen = [_conv_bn_relu6(channels, hidden, 1)] if expand > 1 else []
+        narrow = (nn.Conv2d(hidden, out, 1, bias=False), nn.BatchNorm2d(out))
+        self.conv = nn.Sequential(*widen, _conv_bn_relu6(hidden, hidden, 3, stride, hidden), *narrow)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.conv(x)
+        return x + y if self.shortcut else y
+
+
+class MobileNetV2(nn.Module):
+    """MobileNetV2 (Sandler et al., 2018) with the parameter names of the published weights: [B, 3, H, W] to logits."""
+
+    SETTINGS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
+
+    def __init__(self, classes: int = 1000, settings: tuple[tuple[int, int, int, int], ...] = SETTINGS) -> None:
+        super().__init__()
+        layers: list[nn.Module] = [_conv_bn_relu6(3, 32, 3, 2)]
+        channels = 32
+        for expand, out, repeats, stride in settings:
+            for k in range(repeats):
+                layers.append(InvertedResidual(channels, out, stride if k == 0 else 1, expand))
+                channels = out
+        layers.append(_conv_bn_relu6(channels, 4 * channels, 1))
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(4 * channels, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.classifier(self.features(x).mean((2, 3)))
+        return y
+
+
+class BagOfWords(nn.Module):
+    """Mean of word vectors, one linear layer: int64 ``input_ids``, ``attention_mask`` [B, S] to logits [B, labels]."""
+
+    def __init__(self, vocabulary: int, width: int = 32, labels: int = 2) -> None:
+        super().__init__()
+        self.words = nn.Embedding(vocabulary, width)
+        self.dropout = nn.Dropout(0.3)
+        self.classifier = nn.Linear(width, labels)
+        nn.init.normal_(self.words.weight, std=0.1)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        weight = attention_mask.unsqueeze(-1).to(self.words.weight.dtype)
+        mean = (self.words(input_ids) * weight).sum(1) / weight.sum(1).clamp(min=1)
+        y: Tensor = self.classifier(self.dropout(mean))
+        return y
+
+
+def minilm_classifier(
+    folder: Path | str, labels: int = 2, seed: int = 0, layers: int | None = None
+) -> BertForSequenceClassification:
     """BERT classifier on the encoder in ``folder``, with a fresh pooler and classifier drawn from ``seed``.
 
-    ``input_ids``, ``attention_mask`` int64 [B, S] to an output with ``logits`` [B, labels].
+    ``input_ids``, ``attention_mask`` int64 [B, S] to an output with ``logits`` [B, labels]. ``layers`` keeps only
+    that many of the first layers.
     """
     from transformers import BertForSequenceClassification
     from transformers.utils import logging
 
+    options = {} if layers is None else {"num_hidden_layers": layers}
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # it would list the fresh layers as missing
     logging.disable_progress_bar()
     try:
-        model: Any = BertForSequenceClassification.from_pretrained(folder, num_labels=labels)
+        model: Any = BertForSequenceClassification.from_pretrained(folder, num_labels=labels, **options)
     finally:
         logging.set_verbosity(verbosity)
         logging.enable_progress_bar()

@@ -24,9 +24,9 @@ from eecompile.passes import (
     FindBlocks,
     FindCuts,
     Lower,
-    Normalize,
     StagePass,
     prepare_training_graph,
+    prepared,
     run_passes,
     sites,
 )
@@ -62,8 +62,9 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     exported = _exported(paths["eval"])
     names = [leaf.path for leaf in signature.inputs]
     graph_module = flat_graph(exported, "m", names) if _adapted(exported) else program_graph(exported)[0]
-    program = Program(graph_module, graph_module, signature, prediction=data["prediction"])
-    program = run_passes(program, [Normalize(), Annotate(), FindBlocks(), FindCuts()])
+    models = tuple(data.get("models", ()))
+    program = Program(graph_module, graph_module, signature, prediction=data["prediction"], models=models)
+    program = run_passes(program, [*prepared(models), Annotate(), FindBlocks(), FindCuts()])
     exits = tuple(_exit(e) for e in data["exits"])
     program = program.replace(exits=relocate(program, exits))
     tensors = _tensors(paths["heads"])

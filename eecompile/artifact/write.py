@@ -68,6 +68,7 @@ def write(fast: Any, path: str | Path) -> None:
         "backend": fast.backend,
         "signature": program.signature.to_dict(),
         "prediction": program.prediction,
+        "models": list(program.models),
         "exits": [_exit(e) for e in program.exits],
         "heads": heads,
         "stages": [s.flops for s in program.stages],

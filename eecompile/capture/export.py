@@ -38,6 +38,7 @@ class Captured:
     notes: tuple[str, ...] = ()
     front_end: Literal["export", "blocks"] = "export"
     blocks: Any = None  # what the blocks front end measured
+    models: tuple[str, ...] = ()  # of a cascade, the full model last
 
 
 def capture_export(

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-STRATEGIES = ("branchy", "mebert")
-HEADS = ("auto", "conv", "linear", "mlp", "pooler", "shared")
+STRATEGIES = ("branchy", "cascade", "mebert")
+HEADS = ("auto", "conv", "identity", "linear", "mlp", "pooler", "shared")
 CRITERIA = ("max_probability", "entropy", "margin", "energy", "patience", "learned")
 FORMATS = ("tree", "table", "code", "diff", "dot", "mermaid", "json")
 EXECUTORS = ("auto", "reference", "compact")
@@ -15,6 +15,7 @@ TARGETS = ("accuracy", "agreement")
 LEVELS = (
     "source",
     "normalize",
+    "share",
     "annotate",
     "find_blocks",
     "find_cuts",

@@ -64,7 +64,7 @@ def drawing(fast: Any, outline: Outline) -> Drawing:
     titled = tuple(
         (f"s{i}", f"{p.name}, {write.percent(p.share)}", tuple(clusters[p.name])) for i, p in enumerate(outline.parts)
     )
-    model = type(fast.original).__name__ if fast.original is not None else "loaded program"
+    model = fast.title
     return Drawing(f"{model}, {outline.level.name}", titled, tuple(loose), tuple(arrows))
 
 

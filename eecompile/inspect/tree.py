@@ -66,8 +66,7 @@ class _Grown:
 
     def _head(self) -> Text:
         fast = self.fast
-        model = type(fast.original).__name__ if fast.original is not None else "loaded program"
-        head = Text.assemble((model, "bold"), f", {fast.strategy.name}: ")
+        head = Text.assemble((fast.title, "bold"), f", {fast.strategy.name}: ")
         count = len(fast.exits)
         head.append(f"{count} exit{'' if count == 1 else 's'}, {write.flops(fast.program.total_flops)} a row")
         if not self.whole:

@@ -15,6 +15,7 @@ from eecompile.passes.insert_exits import TEMPERATURES, THRESHOLDS, InsertExits,
 from eecompile.passes.lower import Lower
 from eecompile.passes.normalize import Normalize
 from eecompile.passes.place_exits import PlaceExits
+from eecompile.passes.share import Share
 from eecompile.passes.stage import StagePass
 from eecompile.passes.verify import Verify
 from eecompile.program import Program
@@ -26,7 +27,12 @@ def analysis(captured: Captured, measure: bool = False, blocks: str | None = Non
     """What every strategy needs to know before it can be placed."""
     if captured.front_end == "blocks":
         return [AdoptBlocks(captured.blocks)]
-    return [Normalize(), Annotate(captured.flat_example, measure), FindBlocks(blocks), FindCuts()]
+    return [*prepared(captured.models), Annotate(captured.flat_example, measure), FindBlocks(blocks), FindCuts()]
+
+
+def prepared(models: tuple[str, ...]) -> list[Pass]:
+    """What comes before anything is counted; several models may share work."""
+    return [Normalize(), Share()] if models else [Normalize()]
 
 
 def insertion(recipe: Recipe, captured: Captured, seed: int) -> list[Pass]:
@@ -45,7 +51,7 @@ def insertion(recipe: Recipe, captured: Captured, seed: int) -> list[Pass]:
 def prepare_training_graph(program: Program, graph_module: fx.GraphModule, signature: Signature) -> Program:
     """The exits of `program` in the train-mode capture of the same model; heads, buffers and parameters shared."""
     assert program.marked is not None
-    train = Program(graph_module, graph_module, signature, prediction=program.prediction)
+    train = Program(graph_module, graph_module, signature, prediction=program.prediction, models=program.models)
     train = run_passes(train, [Normalize(), Annotate(), FindBlocks(), FindCuts()])
     heads = {e.name: facts.attribute(program.marked, e.head) for e in program.exits}
     buffers = {name: getattr(program.marked, name) for name in (THRESHOLDS, TEMPERATURES)}
@@ -65,6 +71,7 @@ __all__ = [
     "Pass",
     "PassResult",
     "PlaceExits",
+    "Share",
     "StageBlocks",
     "StagePass",
     "Verify",
@@ -72,5 +79,6 @@ __all__ = [
     "check_order",
     "insertion",
     "prepare_training_graph",
+    "prepared",
     "run_passes",
 ]

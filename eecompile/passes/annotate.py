@@ -54,9 +54,12 @@ class Annotate(Pass):
             if self.example is None:
                 raise PassError("measuring needs example inputs", hint="pass example_inputs to eecompile()")
             seconds = measure(gm, self.example, program.signature.batch_size(self.example), self.rounds)
-        total = sum(flops.values())
-        program = program.replace(flops=flops, seconds=seconds)
-        return PassResult(program, False, summary=f"{total / 1e6:,.2f} MFLOPs a row")
+        full = None
+        if program.models:
+            own = facts.needed_for(facts.own_leaves(gm, program.signature))
+            full = float(sum(flops.get(n.name, 0.0) for n in own))
+        program = program.replace(flops=flops, seconds=seconds, full_flops=full)
+        return PassResult(program, False, summary=f"{program.total_flops / 1e6:,.2f} MFLOPs a row")
 
 
 def _sizes(gm: fx.GraphModule, program: Program, example: Sequence[torch.Tensor] | None) -> dict[sympy.Expr, int]:

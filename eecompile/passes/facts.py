@@ -64,12 +64,26 @@ class Batch:
         if len(hits) > 1:
             return f"carries the batch on {len(hits)} axes"
         i, e = hits[0]
-        return i if e == self.symbol else f"folds the batch into axis {i} (size {self.text(e)})"
+        return i if self.counts_rows(e) else f"folds the batch into axis {i} (size {self.text(e)})"
+
+    def counts_rows(self, e: sympy.Expr) -> bool:
+        """Whether a size is the batch, also where it is written in another way: `(batch*seq + seq - 1)//seq`."""
+        if e == self.symbol or e.free_symbols == {self.symbol}:
+            return bool(e == self.symbol)
+        others = sorted(e.free_symbols - {self.symbol}, key=str)
+        for rows in (3, 7, 11):  # sizes are sums, products and quotients: equal at nine points, equal
+            for start in (2, 5, 13):
+                values = {s: start + 2 * k for k, s in enumerate(others)} | {self.symbol: rows}
+                if e.subs(values) != rows:
+                    return False
+        return True
 
     def carries(self, node: fx.Node) -> bool:
         return any(self.symbol in e.free_symbols for e in shape(node))
 
     def text(self, e: sympy.Expr) -> str | int:
+        if self.symbol in e.free_symbols and self.counts_rows(e):
+            e = self.symbol
         return int(e) if e.is_Integer else str(e.subs({s: sympy.Symbol(n) for s, n in self.names.items()}))
 
     def sizes(self, node: fx.Node) -> tuple[int | str, ...]:
@@ -101,6 +115,52 @@ def attribute(module: torch.nn.Module, target: str) -> Any:
     for part in target.split("."):
         found = getattr(found, part)
     return found
+
+
+def needed_for(outputs: Iterable[fx.Node]) -> set[fx.Node]:
+    """The given nodes and everything that they are computed from, in-place writes to any of it included."""
+    found: set[fx.Node] = set()
+    todo = list(outputs)
+    while todo:
+        n = todo.pop()
+        if n not in found:
+            found.add(n)
+            todo += n.all_input_nodes
+            todo += writers(n)
+    return found
+
+
+def writers(node: fx.Node) -> list[fx.Node]:
+    """The in-place operators that write to a value, or to a view of it."""
+    found = []
+    for u in node.users:
+        if u.op != "call_function" or not isinstance(u.target, torch._ops.OpOverload):
+            continue
+        given = dict(zip((a.name for a in u.target._schema.arguments), u.args, strict=False)) | dict(u.kwargs)
+        aliases = [a.alias_info for a in u.target._schema.arguments if given.get(a.name) is node]
+        if any(a is not None and a.is_write for a in aliases):
+            found.append(u)
+        if any(a is not None for a in aliases):  # what it gives is the same memory
+            found += writers(u)
+    return found
+
+
+def own_leaves(graph_module: fx.GraphModule, signature: Signature) -> list[fx.Node]:
+    """The model's own output leaves, without what a captured or marked graph gives behind them."""
+    return output_leaves(graph_module)[: len(signature.outputs)]
+
+
+def own_graph(graph_module: fx.GraphModule, signature: Signature) -> fx.GraphModule:
+    """The model's own computation alone, under a graph of its own."""
+    gm = copy(graph_module)
+    leaves = own_leaves(gm, signature)
+    gm.graph.output_node().args = (tuple(leaves),)
+    needed = needed_for(leaves)
+    for n in reversed(list(gm.graph.nodes)):  # in-place operators are never dead code to FX
+        if n not in needed and n.op not in ("placeholder", "output"):
+            gm.graph.erase_node(n)
+    tidy(gm)
+    return gm
 
 
 def last_uses(nodes: Sequence[fx.Node]) -> dict[fx.Node, int]:

@@ -38,6 +38,8 @@ class Instance:
 class FindBlocks(Pass):
     """Fills `program.blocks` with the best group of repeated modules, or with nothing where none repeats.
 
+    In a cascade the blocks are its models.
+
     Args:
         pattern: Take this group, a path with `*` for its numbers (for example `layer*.*`), instead of the best one.
     """
@@ -53,6 +55,11 @@ class FindBlocks(Pass):
         batch = facts.Batch(program.graph_module, program.signature)
         trunk = facts.trunk_nodes(program.graph_module, batch)
         last = facts.last_uses(nodes)
+        if program.models:
+            members = [one for (path, _), one in instances(nodes).items() if path in program.models]
+            members.sort(key=lambda m: program.models.index(m.path))
+            blocks = tuple(_block(m, nodes, trunk, last, program) for m in members)
+            return PassResult(program.replace(blocks=blocks), False, (), f"{len(blocks)} models")
         groups, refusals = candidates(nodes, trunk, last)
         if self.pattern is not None:
             groups = [g for g in groups if g[0] == self.pattern]

@@ -49,6 +49,9 @@ class FindCuts(Pass):
                 continue
             positions = {q: v for q, v in positions.items() if v[2] or not p <= q < after}
             positions[p] = (block.name, values, True)
+        for name, n in sweep.earlier():
+            positions = {q: v for q, v in positions.items() if v[0] != name}
+            positions[sweep.position[n]] = (name, n, True)
         cuts = []
         for p, live in sweep.live_at(sorted(positions)):
             name, value, is_block = positions[p]
@@ -75,7 +78,11 @@ class Sweep:
         self.trunk = facts.trunk_nodes(self.gm, self.batch)
         self.anchors = facts.anchors(self.nodes)
         costs = program.seconds or program.flops
-        total = sum(costs.values()) or 1.0
+        total = sum(costs.values())
+        if program.models:
+            own = facts.needed_for(facts.own_leaves(self.gm, program.signature))
+            total = sum(costs.get(n.name, 0.0) for n in own)
+        total = total or 1.0
         done, self.depth = 0.0, []
         for n in self.nodes:
             done += costs.get(n.name, 0.0)
@@ -89,6 +96,11 @@ class Sweep:
                 last_of[facts.block_name(path, call)] = i
         for name, i in last_of.items():  # the outermost module that ends at a position names it
             self._ends.setdefault(i, name)
+
+    def earlier(self) -> list[tuple[str, fx.Node]]:
+        """The predictions of a cascade's models before the last, by name."""
+        given = facts.output_leaves(self.gm)[len(self.program.signature.outputs) :]
+        return list(zip(self.program.models, given, strict=False))
 
     def prediction(self) -> fx.Node | None:
         leaves = facts.output_leaves(self.gm)

@@ -137,7 +137,7 @@ class _Marker:
         with self.graph.inserting_before(first):
             self.thresholds = self._new(self.graph.get_attr(THRESHOLDS), "thresholds")
             self.temperatures = self._new(self.graph.get_attr(TEMPERATURES), "temperatures")
-        leaves = facts.output_leaves(gm)
+        leaves = facts.own_leaves(gm, program.signature)
         assert program.prediction is not None
         self.leaves = leaves
         self.prediction = leaves[program.prediction]

@@ -112,8 +112,9 @@ def _segment(
     decides = not at_end or decide_at_end
     takes_state = stateful and after_open and decides
     state = part.graph.placeholder("state") if takes_state else None
+    needed = layout.needed(later if at_end else (stop, *later))
     for n in layout.interval(start, stop):
-        if n.op in ("placeholder", "get_attr") or n in part.env:
+        if n.op in ("placeholder", "get_attr") or n in part.env or n not in needed:
             continue
         if facts.is_symbolic_number(n) and any(a not in part.env and a.op != "get_attr" for a in n.all_input_nodes):
             continue
@@ -150,9 +151,9 @@ def _decision(gm: fx.GraphModule, part: Extractor, mark: int, state: fx.Node | N
         if n.target in (torch.ops.eecompile.select.default, torch.ops.eecompile.blank.default):
             break
         if n.target is torch.ops.eecompile.confidence.default:
-            args = list(n.args)
-            copied: list[Any] = [part.resolve(a) if isinstance(a, fx.Node) else a for a in args]
-            copied[1] = state
+            logits_or_score, _, *rest = n.args  # the state comes in with the rows that carry it
+            copied: list[Any] = [part.resolve(a) if isinstance(a, fx.Node) else a for a in (logits_or_score, *rest)]
+            copied.insert(1, state)
             options = {k: part.resolve(v) if isinstance(v, fx.Node) else v for k, v in n.kwargs.items()}
             # every exit of a schedule is open: no threshold is needed to freeze the state of a closed one
             options.pop("threshold", None)

@@ -14,6 +14,7 @@ from eecompile.errors import EecompileError, StrategyError, near
 from eecompile.heads import Branch, Site, build_head, score_head
 from eecompile.passes import sites
 from eecompile.passes.annotate import ROWS, flops_of
+from eecompile.passes.at_predictions import at_predictions
 from eecompile.passes.base import Pass, PassResult
 from eecompile.program import Cut, Exit, Program, Refusal
 from eecompile.strategies.base import ExitRecipe
@@ -41,7 +42,9 @@ class PlaceExits(Pass):
     def run(self, program: Program) -> PassResult:
         considered = Candidates(program, self.recipe, self.example)
         where = self.recipe.where
-        if isinstance(where, int):
+        if where == "predictions":
+            chosen = at_predictions(program, self.recipe, DECISION_FLOPS_PER_CLASS)
+        elif isinstance(where, int):
             chosen = considered.spaced(where)
         elif isinstance(where, str) and where == "every-block":
             chosen = considered.every_block()

@@ -6,6 +6,7 @@ It computes what the marked graph computes, in the same order; each stage is a s
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,6 +84,11 @@ class Layout:
         high = len(self.trunk) if stop >= len(self.bounds) else self.bounds[stop] + 1
         return self.trunk[low:high]
 
+    def needed(self, exits: Iterable[int]) -> set[fx.Node]:
+        """Trunk nodes that the model's own output or one of these exits needs."""
+        heads = [self.names[n] for k in exits for n in self.program.exits[k].head_inputs]
+        return facts.needed_for([*self.leaves, self.prediction(), *heads])
+
     def live(self, exit_index: int, later: tuple[int, ...] | None = None) -> list[fx.Node]:
         """Tensors that cross the boundary at an exit; `later` are the exits that are open behind it (None: all)."""
         p = self.bounds[exit_index]
@@ -91,11 +97,12 @@ class Layout:
         heads = {self.names[n] for k in wanted for n in exits[k].head_inputs}
         # predictions per position leave padding out of the confidence, to the very end
         heads |= {self.names[e.mask_input] for e in exits if e.mask_input and self.positions}
+        needed = self.needed(wanted)  # work of a closed exit does not run: what only it reads need not survive
         out = []
         for n in self.trunk[: p + 1]:
             if n.op == "get_attr" or not facts.is_tensor(n):
                 continue
-            used = any(self.position.get(u, -1) > p for u in n.users) or n in heads
+            used = any(self.position.get(u, -1) > p and u in needed for u in n.users) or n in heads
             if used:
                 out.append(n)
         return out
@@ -116,13 +123,29 @@ class Layout:
         count = len(self.bounds)
         found = []
         incoming = self.as_live(self.inputs())
+        own, by_exit = self.needed(()), self._needed_by_exit()
         for k in range(count + 1):
             nodes = [n for n in self.interval(k - 1, k) if n.op not in ("placeholder", "get_attr")]
             outgoing = self.as_live(self.live(k)) if k < count else self.as_live(_tensors(self.leaves))
-            flops = sum(self.program.flops.get(n.name, 0.0) for n in nodes)
-            found.append(Stage(f"stage_{k}", incoming, outgoing, k if k < count else None, flops, len(nodes)))
+            flops, only = 0.0, dict[tuple[int, ...], float]()
+            for n in nodes:
+                cost = self.program.flops.get(n.name, 0.0)
+                if n in own:
+                    flops += cost
+                elif cost:
+                    only[by_exit[n]] = only.get(by_exit[n], 0.0) + cost
+            exit_index = k if k < count else None
+            found.append(Stage(f"stage_{k}", incoming, outgoing, exit_index, flops, len(nodes), tuple(only.items())))
             incoming = outgoing
         return tuple(found)
+
+    def _needed_by_exit(self) -> dict[fx.Node, tuple[int, ...]]:
+        """The exits that each trunk node is needed for."""
+        found: dict[fx.Node, tuple[int, ...]] = {}
+        for k, e in enumerate(self.program.exits):
+            for n in facts.needed_for(self.names[i] for i in e.head_inputs):
+                found[n] = (*found.get(n, ()), k)
+        return found
 
 
 def _tensors(nodes: list[fx.Node]) -> list[fx.Node]:
@@ -151,6 +174,8 @@ def _staged_graph(program: Program, layout: Layout, stages: tuple[Stage, ...]) -
         if k == len(stages) - 1:
             leaves.append(layout.prediction())
         handed = [layout.names[v.node] for v in stage.outputs] if stage.exit is not None else []
+        if stage.exit is not None:  # a head may read what nobody needs afterwards
+            handed += [layout.names[n] for n in program.exits[stage.exit].head_inputs]
         given = list(dict.fromkeys([*handed, *leaves]))
         passed = [n for n in given if n in taken]
         given = [n for n in given if n not in taken]

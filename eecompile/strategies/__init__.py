@@ -10,9 +10,10 @@ from eecompile.criteria import criterion
 from eecompile.errors import StrategyError, near
 from eecompile.strategies.base import ExitRecipe, ExitStrategy, Recipe, Strategy
 from eecompile.strategies.branchy import Branchy
+from eecompile.strategies.cascade import Cascade
 from eecompile.strategies.mebert import MeBert
 
-STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Branchy, MeBert)}
+STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Branchy, Cascade, MeBert)}
 
 
 def strategy(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
@@ -40,4 +41,4 @@ def strategy(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
     return kind(**chosen)
 
 
-__all__ = ["STRATEGIES", "Branchy", "ExitRecipe", "ExitStrategy", "MeBert", "Recipe", "Strategy", "strategy"]
+__all__ = ["STRATEGIES", "Branchy", "Cascade", "ExitRecipe", "ExitStrategy", "MeBert", "Recipe", "Strategy", "strategy"]

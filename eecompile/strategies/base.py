@@ -24,9 +24,10 @@ class ExitRecipe:
     """Exits to insert.
 
     Attributes:
-        where: A number spaced by cost, "every-block", names of blocks, modules or nodes with wildcards, or fractions
-            of the model's cost.
-        head: A head's name, "auto", "shared" (the model's own final layers), a module, or a factory over a `Site`.
+        where: A number spaced by cost, "every-block", names of blocks, modules or nodes with wildcards, fractions
+            of the model's cost, or "predictions" (those of the earlier models in the graph).
+        head: A head's name, "auto", "shared" (the model's own final layers), "identity" (the value there is class
+            scores already), a module, or a factory over a `Site`.
         criterion: How sure an exit is.
         threshold: Confidence from which a sample leaves, before calibration; one or one per exit.
         mask: Name of the input that marks padding, None to find it.
@@ -55,6 +56,23 @@ class Strategy:
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+
+    def over(self, models: int) -> Strategy:
+        """This strategy for so many models in one graph.
+
+        Raises:
+            StrategyError: It takes a single model.
+        """
+        if models > 1:
+            raise StrategyError(
+                f"strategy {self.name!r} takes one model", got=f"{models} models", hint='for several: strategy="cascade"'
+            )
+        return self
+
+    @property
+    def together(self) -> dict[str, Any]:
+        """How several models are put together: options of `eecompile.capture.cascade.ready`."""
+        return {}
 
     def recipe(self) -> Recipe:
         raise NotImplementedError

@@ -35,7 +35,8 @@ def parameter_groups(fast: Compiled, plan: Plan, stage: StagePlan) -> list[dict[
         raise EecompileError(
             "there is nothing to train",
             got=f"no parameter that requires a gradient in stage {stage.name!r}",
-            hint="where the heads are the model's own layers pass trunk=True; or check requires_grad",
+            hint='where the exits have no layers of their own (head="shared", a cascade of models) pass trunk=True to '
+            "train the models themselves; or check requires_grad",
         )
     return groups
 

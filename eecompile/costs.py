@@ -1,0 +1,33 @@
+"""What a row costs that leaves at each exit, for one set of open exits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from eecompile.program import Program
+
+
+def costs_of(program: Program, open_exits: Sequence[bool]) -> list[float]:
+    """Fraction of the full model's FLOPs of a row that leaves at each exit and, last, at the model's own end.
+
+    Work runs if the model's own output or an open exit needs it, heads of open exits included. The figure for a closed
+    exit is what a row would cost that left there.
+    """
+    total = program.total_flops or 1.0
+    spent, found = 0.0, []
+    closed: list[tuple[tuple[int, ...], float]] = []  # work that no open exit needs
+    for k, stage in enumerate(program.stages):
+        spent += stage.flops
+        for exits, cost in stage.only_for:
+            if any(open_exits[e] for e in exits):
+                spent += cost
+            else:
+                closed.append((exits, cost))
+        if k == len(program.exits):
+            found.append(spent / total)
+            continue
+        here = program.exits[k].head_flops
+        alone = sum(cost for exits, cost in closed if k in exits)
+        found.append((spent + here + alone) / total)
+        spent += here if open_exits[k] else 0.0
+    return found

@@ -1,0 +1,242 @@
+"""Cascades equal their models run by hand, row by row, and do not do the work that they save."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from eecompile import CompiledModule, eecompile, load, strategies
+from tests import cascades, zoo_plain
+from tests.cascades import BATCHES, Herd
+from tests.support import (
+    CLOSED,
+    Fingerprint,
+    again,
+    both,
+    close,
+    equal_bits,
+    random_thresholds,
+    same_result,
+    shares_parameters,
+    watch,
+)
+
+
+@dataclass(frozen=True)
+class Pack:
+    herd: Herd
+    fast: CompiledModule
+    before: dict[str, Fingerprint]
+
+
+@pytest.fixture(scope="module")
+def packs() -> dict[str, Pack]:
+    found = {}
+    for name, herd in (("images", cascades.images()), ("text", cascades.reviews())):
+        fast, before = herd.compiled()
+        found[name] = Pack(herd, fast, before)
+    return found
+
+
+@pytest.fixture(params=["images", "text"])
+def pack(request: pytest.FixtureRequest, packs: dict[str, Pack]) -> Iterator[Pack]:
+    with torch.no_grad():
+        yield packs[request.param]
+
+
+def logits(output: Any) -> Tensor:
+    return output if isinstance(output, Tensor) else output.logits
+
+
+def test_compiling_leaves_every_model_as_it_was(pack):
+    for name, model in pack.herd.models.items():
+        pack.before[name].check(model)
+    shares_parameters(pack.fast, nn.ModuleDict(pack.herd.models))
+    assert [b.name for b in pack.fast.program.blocks] == list(pack.herd.models)
+    assert [e.cut for e in pack.fast.exits] == list(pack.herd.models)[:-1]
+
+
+def test_closed_exits_give_the_last_models_own_numbers(pack):
+    pack.fast.set_thresholds(CLOSED)
+    for batch in BATCHES:
+        args, kwargs = pack.herd.inputs(batch, 1)
+        want = pack.herd.by_hand(*args, **kwargs)[-1]
+        compact, reference = both(pack.fast, *args, **kwargs)
+        equal_bits(compact.output, want)
+        equal_bits(reference.output, want)
+        equal_bits(pack.fast.full(*args, **kwargs), want)
+        equal_bits(pack.fast.original(*args, **kwargs), want)
+        assert compact.cost.tolist() == [1.0] * batch
+
+
+def test_a_cascade_is_its_models_run_by_hand(pack):
+    """Row by row: the first model whose confidence reaches its threshold answers."""
+    rng = random.Random(3)
+    taken: set[int] = set()
+    for batch in BATCHES:
+        args, kwargs = pack.herd.inputs(batch, 2)
+        outputs = [logits(o) for o in pack.herd.by_hand(*args, **kwargs)]
+        seen = pack.fast.observe(*args, **kwargs)
+        for mine, want in zip(seen.outputs, outputs, strict=True):
+            close(mine, want)
+        for _ in range(3):
+            thresholds = random_thresholds(seen.confidences[:-1], rng)
+            pack.fast.set_thresholds(thresholds)
+            compact, reference = both(pack.fast, *args, **kwargs)
+            same_result(compact, reference)
+            close(logits(pack.fast(*args, **kwargs)), logits(compact.output))
+            for row in range(batch):
+                sure = [float(c[row]) >= t for c, t in zip(seen.confidences, [*thresholds, 0.0], strict=False)]
+                first = sure.index(True) if True in sure else len(outputs) - 1
+                assert compact.exit_index[row].item() == first
+                close(logits(compact.output)[row], outputs[first][row])
+                taken.add(first)
+    assert taken == {0, 1, 2}
+
+
+def test_costs_are_the_flops_that_run(packs):
+    pack = packs["images"]
+    args, _ = pack.herd.inputs(4, 0)
+    spent = []
+    for name, model in pack.herd.models.items():
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model(cascades.Grey()(*args) if name == "lenet" else args[0])
+        spent.append(counter.get_total_flops())
+    for shut in ((), (0,), (1,), (0, 1)):
+        is_open = [k not in shut for k in range(2)]
+        want = [sum(spent[j] for j in range(k + 1) if j == k or is_open[j]) / spent[-1] for k in range(2)]
+        want.append(1.0 + sum(s for s, o in zip(spent, is_open, strict=False) if o) / spent[-1])
+        torch.testing.assert_close(pack.fast.costs(is_open), torch.tensor(want), atol=2e-4, rtol=0)
+    assert pack.fast.program.total_flops == pytest.approx(spent[-1] / 4)
+
+
+@pytest.mark.parametrize("shut", [(), (0,), (1,), (0, 1)])
+def test_a_closed_model_does_not_run(packs, shut):
+    """Convolutions are counted: LeNet has 2, the residual net 7, VGG 6."""
+    pack = packs["images"]
+    args, _ = pack.herd.inputs(5, 4)
+    pack.fast.set_thresholds([CLOSED if k in shut else 1.0 + 1e-9 for k in range(2)])
+    pack.fast.set_thresholds([CLOSED if k in shut else 1.0 for k in range(2)])  # open, but nobody is that sure
+    seen = watch(lambda: pack.fast(*args))
+    assert seen.ops["convolution"] == sum(c for k, c in enumerate((2, 7, 6)) if k not in shut)
+    assert seen.ops["relu_"] == 7  # in-place operators of VGG: never dead code to FX, kept by nobody else
+
+
+def test_later_models_see_only_the_rows_that_are_left(packs):
+    pack = packs["images"]
+    args, _ = pack.herd.inputs(9, 5)
+    confidence = pack.fast.observe(*args).confidences[0]
+    low, high = confidence.sort().values[[3, 4]].tolist()
+    pack.fast.set_thresholds([(low + high) / 2, CLOSED])
+    seen = watch(lambda: pack.fast(*args))
+    assert {shape[0] for shape in seen.shapes["convolution"]} == {9, 4}
+    pack.fast.set_thresholds([0.0, 0.0])
+    assert watch(lambda: pack.fast(*args)).ops["convolution"] == 2
+
+
+def test_saved_and_loaded_without_the_classes(packs, tmp_path):
+    pack = packs["images"]
+    args, _ = pack.herd.inputs(7, 6)
+    confidences = pack.fast.observe(*args).confidences[:-1]
+    pack.fast.set_thresholds(random_thresholds(confidences, random.Random(1), closed=0.0))
+    want = pack.fast.run(*args)
+    pack.fast.save(tmp_path / "saved")
+    loaded = load(tmp_path / "saved")
+    same_result(loaded.run(*args), want)
+    assert torch.equal(loaded.costs([True, False]), pack.fast.costs([True, False]))
+    equal_bits(loaded.full(*args), pack.fast.full(*args))
+    torch.save({"x": args[0]}, tmp_path / "x.pt")
+    code = (
+        "import sys, torch; from eecompile import load;"
+        f"r = load({str(tmp_path / 'saved')!r}).run(torch.load({str(tmp_path / 'x.pt')!r})['x']);"
+        "assert not [m for m in sys.modules if m.startswith('tests')]; print(r.exit_index.tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[1], capture_output=True, text=True)
+    assert done.stdout.strip() == str(want.exit_index.tolist()), done.stderr
+
+
+def test_text_is_saved_with_the_last_models_output_type(packs, tmp_path):
+    pack = packs["text"]
+    _, kwargs = pack.herd.inputs(5, 6)
+    pack.fast.set_thresholds(CLOSED)
+    pack.fast.save(tmp_path / "saved")
+    equal_bits(load(tmp_path / "saved")(**kwargs), pack.fast(**kwargs))
+
+
+class Deeper(nn.Module):
+    """A stem and some layers, both shared with other models, and a classifier of its own."""
+
+    def __init__(self, stem: nn.Module, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.stem, self.layers, self.head = stem, nn.ModuleList(layers), nn.Linear(8, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for layer in self.layers:
+            x = torch.relu_(layer(x))
+        out: Tensor = self.head(x.mean((2, 3)))
+        return out
+
+
+def test_layers_that_models_share_run_once():
+    """Subsets of layers as models: the stem, in-place ReLUs and all, is computed once and handed on."""
+    torch.manual_seed(0)
+    stem = nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(True), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU(True)
+    )
+    layers = [nn.Conv2d(8, 8, 3, padding=1) for _ in range(4)]
+    models = [Deeper(stem, layers[:k]).eval() for k in (1, 2, 4)]
+    x = torch.randn(6, 3, 12, 12)
+    fast = eecompile(models, "cascade", example_inputs=(x,))
+    assert fast.program.models == ("deeper_0", "deeper_1", "deeper_2")
+    rng = random.Random(0)
+    with torch.no_grad():
+        for batch in BATCHES:
+            y = 3 * torch.randn(batch, 3, 12, 12)
+            fast.set_thresholds(CLOSED)
+            equal_bits(fast(y), models[-1](y))
+            fast.set_thresholds(random_thresholds(fast.observe(y).confidences[:-1], rng))
+            same_result(*both(fast, y))
+        fast.set_thresholds(1.0)
+        assert watch(lambda: fast(y)).ops["convolution"] == 6  # by hand: 3 + 4 + 6
+    costs = fast.costs([True, True]).tolist()
+    assert costs[-1] == pytest.approx(1.0, abs=1e-3)  # nothing was done in vain but two classifiers
+    assert costs[0] < costs[1] < 1.0
+    assert fast.costs([False, True]).tolist()[1] == pytest.approx(costs[1], abs=1e-3)
+
+
+def test_one_model_is_a_cascade_over_its_layers():
+    model = cascades.seeded(lambda: zoo_plain.CifarResNet(2, 4), 5)
+    x = 2 * torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    fast = eecompile(model, "cascade", example_inputs=(x,))
+    assert len(fast.exits) == 2
+    with torch.no_grad():
+        fast.set_thresholds(CLOSED)
+        equal_bits(fast(x), model(x))
+        fast.set_thresholds(random_thresholds(fast.observe(x).confidences[:-1], random.Random(0), closed=0.0))
+        same_result(*both(fast, x))
+    other = again(fast, strategies.Cascade(exits=("layer1.1", 0.7), head="mlp"))
+    assert [e.head_kind for e in other.exits] == ["mlp", "mlp"]
+
+
+def test_patience_counts_over_models(packs):
+    """State crosses from model to model with the rows that carry it."""
+    herd = packs["images"].herd
+    from dataclasses import replace
+
+    args, _ = herd.inputs(8, 7)
+    patient = replace(herd.strategy, criterion="patience")
+    fast = eecompile(herd.models, patient, example_inputs=args)
+    for thresholds in ([1.0, 1.0], [CLOSED, 1.0], [0.4, 1.0]):
+        fast.set_thresholds(thresholds)
+        same_result(*both(fast, *args))
