@@ -118,7 +118,7 @@ def _compile(
         assert again is not None
         train = again()
         fast.artifact["train"] = train.exported
-        return prepare_training_graph(fast.program, train.graph_module, train.signature)
+        return prepare_training_graph(fast.program, train.graph_module, train.signature, recipe.equilibrium)
 
     return CompiledModule(
         program,

@@ -149,6 +149,7 @@ class CompiledModule(Anytime):
         if outcome.outputs is not None and outcome.confidences is not None:
             result.outputs = outcome.outputs
             result.confidences = tuple(torch.nan_to_num(c, nan=0.0) for c in outcome.confidences)
+            result.separate = outcome.separate
             result.scores = None if outcome.scores is None else tuple(s.flatten() for s in outcome.scores)
         return result
 
@@ -306,8 +307,12 @@ class CompiledModule(Anytime):
     def confidences_of(
         self, outputs: Sequence[Tensor], temperatures: Tensor, scores: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, ...]:
-        """Confidences `[n]` of stored predictions with other temperatures, all exits open; NaN where none is known."""
-        found, state = [], None
+        """Confidences `[n]` of stored predictions with other temperatures, all exits open; NaN where none is known.
+
+        Where the surest exit answers, `outputs` are what the heads say by themselves.
+        """
+        found: list[Tensor] = []
+        state, surest = None, self.program.exits[0].combine == "confident"
         criterion = self.program.exits[0].criterion
         for k, logits in enumerate(outputs):
             last = k == len(outputs) - 1
@@ -321,7 +326,7 @@ class CompiledModule(Anytime):
                 patience=kind.patience,
                 reduce=kind.reduce,
             )
-            found.append(value)
+            found.append(value.fmax(found[-1]) if surest and found and not last else value)
         return tuple(found)
 
     # ------------------------------------------------------------------ graphs and reports

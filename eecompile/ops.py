@@ -9,6 +9,7 @@ into buffers (but for `head_confidence`), have no gradient, and run as Triton ke
 """
 
 from eecompile.kernels.blank import blank
+from eecompile.kernels.combine import ensemble, keep_best
 from eecompile.kernels.confidence import confidence
 from eecompile.kernels.decide import decide
 from eecompile.kernels.gather import gather, scatter
@@ -22,9 +23,11 @@ __all__ = [
     "blank",
     "confidence",
     "decide",
+    "ensemble",
     "gather",
     "halt",
     "head_confidence",
+    "keep_best",
     "pool_gate",
     "route",
     "scatter",

@@ -111,6 +111,7 @@ class Exit:
         head_flops: Cost of head and decision for one row.
         anchor: Where to find `node` in the training capture.
         head_inputs: Names of the nodes that the head is called with.
+        combine: What it answers, given the exits before it: "last", "ensemble" or "confident".
     """
 
     name: str
@@ -125,6 +126,7 @@ class Exit:
     head_inputs: tuple[str, ...] = ()
     head_kind: str = ""
     mask_input: str | None = None
+    combine: str = "last"
 
 
 @dataclass(frozen=True)
@@ -284,6 +286,7 @@ class Result:
         cost: [B] float32; fraction of the full model's FLOPs spent on each row.
         outputs: In train mode: the prediction of every exit and, last, of the model itself; each `[B, ..., C]`.
         confidences: In train mode: [B] float32 of every exit and, last, of the model itself.
+        separate: In train mode, where exits are combined: what each head says by itself and, last, the model.
         scores: In train mode, for learned criteria: the exit score's logit `[B]` of every exit.
         gates: Open or shut per gate and row, where the strategy has gates.
         steps: Steps taken per row, where the strategy halts.
@@ -300,6 +303,7 @@ class Result:
     outputs: tuple[torch.Tensor, ...] | None = None
     confidences: tuple[torch.Tensor, ...] | None = None
     scores: tuple[torch.Tensor, ...] | None = None
+    separate: tuple[torch.Tensor, ...] | None = None
     gates: torch.Tensor | None = None
     steps: torch.Tensor | None = None
     final: torch.Tensor | None = None

@@ -57,8 +57,10 @@ class Trainable(nn.Module):
         return benchmarks.benchmark(self, example, **options)
 
     def loss(self, result: Result, labels: Any) -> Tensor:
-        """The strategy's objective on a result of `run` in train mode."""
-        loss: Tensor = objective_of(self)(result, labels)
+        """The strategy's objective on a result of `run` in train mode. One objective for all calls: some keep means."""
+        if "_objective" not in self.__dict__:
+            self.__dict__["_objective"] = objective_of(self)
+        loss: Tensor = self.__dict__["_objective"](result, labels)
         return loss
 
     def head_parameters(self) -> Iterator[nn.Parameter]:

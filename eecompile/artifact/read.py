@@ -82,7 +82,7 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
         def training(fast: CompiledModule) -> Program:
             train_graph = flat_graph(train, "m", names)
             _share(train_graph, fast.program.source)
-            return prepare_training_graph(fast.program, train_graph, signature)
+            return prepare_training_graph(fast.program, train_graph, signature, fast.strategy.recipe().equilibrium)
 
     return CompiledModule(
         program,

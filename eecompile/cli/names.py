@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-STRATEGIES = ("branchy", "cascade", "mebert")
+STRATEGIES = ("ann", "anytime", "branchy", "cascade", "mebert")
 HEADS = ("auto", "conv", "identity", "linear", "mlp", "pooler", "shared")
 CRITERIA = ("max_probability", "entropy", "margin", "energy", "patience", "learned")
 FORMATS = ("tree", "table", "code", "diff", "dot", "mermaid", "json")

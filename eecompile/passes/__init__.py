@@ -9,6 +9,7 @@ from eecompile.passes import facts
 from eecompile.passes.adopt_blocks import AdoptBlocks, StageBlocks
 from eecompile.passes.annotate import Annotate
 from eecompile.passes.base import Pass, PassResult, check_order, run_passes
+from eecompile.passes.equilibrium import Equilibrium
 from eecompile.passes.find_blocks import FindBlocks
 from eecompile.passes.find_cuts import FindCuts
 from eecompile.passes.insert_exits import TEMPERATURES, THRESHOLDS, InsertExits, relocate
@@ -48,21 +49,28 @@ def insertion(recipe: Recipe, captured: Captured, seed: int) -> list[Pass]:
     return [*passes, StagePass(), Lower(), Verify(captured.flat_example)]
 
 
-def prepare_training_graph(program: Program, graph_module: fx.GraphModule, signature: Signature) -> Program:
-    """The exits of `program` in the train-mode capture of the same model; heads, buffers and parameters shared."""
+def prepare_training_graph(
+    program: Program, graph_module: fx.GraphModule, signature: Signature, equilibrium: bool = False
+) -> Program:
+    """The exits of `program` in the train-mode capture of the same model; heads, buffers and parameters shared.
+
+    Args:
+        equilibrium: Whether gradients are scaled at the exits (Li et al. 2019).
+    """
     assert program.marked is not None
     train = Program(graph_module, graph_module, signature, prediction=program.prediction, models=program.models)
     train = run_passes(train, [Normalize(), Annotate(), FindBlocks(), FindCuts()])
     heads = {e.name: facts.attribute(program.marked, e.head) for e in program.exits}
     buffers = {name: getattr(program.marked, name) for name in (THRESHOLDS, TEMPERATURES)}
     train = train.replace(exits=relocate(train, program.exits), facts=train.facts | {"exits placed"})
-    train = run_passes(train, [InsertExits(heads=heads, buffers=buffers)])
-    return train
+    passes: list[Pass] = [InsertExits(heads=heads, buffers=buffers)]
+    return run_passes(train, [*passes, Equilibrium()] if equilibrium else passes)
 
 
 __all__ = [
     "AdoptBlocks",
     "Annotate",
+    "Equilibrium",
     "FindBlocks",
     "FindCuts",
     "InsertExits",

@@ -2,7 +2,8 @@
 
 Run as it stands the marked graph computes everything and selects: the reference meaning of early exit. It gives, flat:
 the model's output leaves, the exit index `[B]`, the confidence `[B]`, then the prediction and the confidence of every
-exit and of the model's own end, and the exit scores where the criterion is learned.
+exit and of the model's own end, the exit scores where the criterion is learned, and where exits are combined what each
+head says by itself and, last, the model.
 """
 
 from __future__ import annotations
@@ -99,7 +100,8 @@ class InsertExits(Pass):
             torch.manual_seed(self.seed)
             for e in program.exits:
                 site, _ = sites.site_at(program, cut_of(program, e), e.mask_input)
-                module = build_head(self.head, site, e.cut).to(getattr(torch, site.dtype))
+                kind = e.head_kind if self.head == "auto" else self.head
+                module = build_head(kind, site, e.cut).to(getattr(torch, site.dtype))
                 takes_mask = check_head(module, site, e.cut)
                 score = score_head(site) if e.criterion.learned else None
                 branch = Branch(module, score, takes_mask)
@@ -131,7 +133,9 @@ class _Marker:
         self.outputs: list[fx.Node] = []
         self.confidences: list[fx.Node] = []
         self.scores: list[fx.Node] = []
+        self.separate: list[fx.Node] = []
         self.state: fx.Node | None = None
+        self.memory: fx.Node | None = None  # of the combination of exits
         self.at = -1
         first = next(n for n in self.graph.nodes if n.op != "placeholder")
         with self.graph.inserting_before(first):
@@ -153,6 +157,11 @@ class _Marker:
             node.meta["val"] = like.meta["val"]
         return node
 
+    def _role(self, node: fx.Node, role: str) -> fx.Node:
+        """Says what the lowering takes this node for: "output", "confidence", "threshold", "state", "memory"."""
+        node.meta["eecompile_role"] = role
+        return node
+
     def _item(self, source: fx.Node, i: int, name: str, like: fx.Node | None = None) -> fx.Node:
         return self._new(self.graph.call_function(operator.getitem, (source, i)), name, like)
 
@@ -170,10 +179,32 @@ class _Marker:
             if branch.score is not None:
                 logits = self._item(call, 0, f"{e.name}_logits", self.prediction)
                 self.scores.append(self._item(call, 1, f"{e.name}_score"))
+            self.separate.append(logits)
+            if e.combine == "ensemble":
+                logits = self._ensemble(e.name, logits, index)
             judged = self.scores[-1] if e.criterion.learned else logits
             self._confidence(e.name, judged, e.criterion, index, self._mask(e, judged))
+            if e.combine == "confident":
+                logits = self._surest(e.name, logits, index)
         self.graph.erase_node(anchor)
-        self.outputs.append(logits)
+        self.outputs.append(self._role(logits, "output"))
+
+    def _ensemble(self, name: str, logits: fx.Node, index: int) -> fx.Node:
+        args = (logits, self.memory, self._threshold(name, index))
+        call = self._new(self.graph.call_function(torch.ops.eecompile.ensemble.default, args), f"{name}_combination")
+        self.memory = self._role(self._item(call, 1, f"{name}_memory"), "memory")
+        return self._item(call, 0, f"{name}_combined", self.prediction)
+
+    def _surest(self, name: str, logits: fx.Node, index: int) -> fx.Node:
+        args = (logits, self.confidences[-1], self.memory, self._threshold(name, index))
+        call = self._new(self.graph.call_function(torch.ops.eecompile.keep_best.default, args), f"{name}_combination")
+        self.confidences[-1] = self._role(self._item(call, 1, f"{name}_surest"), "confidence")
+        self.memory = self._role(self._item(call, 2, f"{name}_memory"), "memory")
+        return self._item(call, 0, f"{name}_combined", self.prediction)
+
+    def _threshold(self, name: str, index: int) -> fx.Node:
+        node = self.graph.call_function(aten.select.int, (self.thresholds, 0, index))
+        return self._role(self._new(node, f"{name}_threshold"), "threshold")
 
     def _mask(self, e: Exit, judged: fx.Node) -> fx.Node | None:
         if e.mask_input is None or e.criterion.learned or not masks_positions(self.program, e):
@@ -186,15 +217,13 @@ class _Marker:
         if mask is not None:
             options["mask"] = mask
         if criterion.stateful and index < len(self.program.exits):
-            options["threshold"] = self._new(
-                self.graph.call_function(aten.select.int, (self.thresholds, 0, index)), f"{name}_threshold"
-            )
+            options["threshold"] = self._threshold(name, index)
         target = torch.ops.eecompile.confidence.default
         args = (logits, self.state if criterion.stateful else None, criterion.name, number)
         call = self._new(self.graph.call_function(target, args, options), f"{name}_decision")
-        self.confidences.append(self._item(call, 0, f"{name}_confidence"))
+        self.confidences.append(self._role(self._item(call, 0, f"{name}_confidence"), "confidence"))
         if criterion.stateful:
-            self.state = self._item(call, 1, f"{name}_state")
+            self.state = self._role(self._item(call, 1, f"{name}_state"), "state")
 
     def finish(self) -> None:
         self.at = -1
@@ -211,6 +240,7 @@ class _Marker:
             mask = self.nodes[exits[-1].mask_input] if self._mask(exits[-1], final) and exits[-1].mask_input else None
             self._confidence("model", final, criterion, len(exits), mask)
             self.outputs.append(final)
+            self.separate = [*self.separate, final] if exits[-1].combine != "last" else []
             chosen = self._new(
                 self.graph.call_function(
                     torch.ops.eecompile.select.default, (self.outputs, self.confidences, self.thresholds)
@@ -224,7 +254,7 @@ class _Marker:
                 prediction = self.graph.call_function(aten.movedim.int, (prediction, 0, self.axis))
                 self._new(prediction, "selected_prediction", self.prediction)
             leaves = [prediction if n is self.prediction else self._blank(n, i, index) for i, n in enumerate(self.leaves)]
-        output.args = ((*leaves, index, confidence, *self.outputs, *self.confidences, *self.scores),)
+        output.args = ((*leaves, index, confidence, *self.outputs, *self.confidences, *self.scores, *self.separate),)
 
     def _blank(self, leaf: fx.Node, i: int, index: fx.Node) -> fx.Node:
         """Another output leaf: rows that left before it was computed have no value there."""

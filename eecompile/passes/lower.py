@@ -6,6 +6,7 @@ and the stages before and behind it are one. Inserted operators are lowered to t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -25,13 +26,14 @@ class Segment:
     """The work from one open exit to the next, as one module.
 
     Attributes:
-        module: `module(*live, [state])` gives `(*decision, *leaves, *live)`.
+        module: `module(*live, *states)` gives `(*decision, *leaves, *live)`.
         exit: The exit at its end, None for the model's own end.
         inputs: Live values that it takes, in order.
         outputs: Live values that it hands on, in order.
         leaves: Indices of the output leaves that it computes, in order.
-        takes_state: Whether a state comes in behind the live values.
-        gives_state: Whether the decision hands a state on: `(logits, confidence, state)` instead of two.
+        takes_states: How many states come in behind the live values: the first so many of those handed on.
+        gives_states: How many states the decision hands on: `(logits, confidence, *states)`. That of the criterion
+            comes first, then that of the combination of exits.
     """
 
     module: fx.GraphModule
@@ -39,13 +41,13 @@ class Segment:
     inputs: tuple[Live, ...]
     outputs: tuple[Live, ...]
     leaves: tuple[int, ...]
-    takes_state: bool
-    gives_state: bool
+    takes_states: int
+    gives_states: int
 
     @property
     def decision(self) -> int:
         """How many values of the decision come first."""
-        return 2 + self.gives_state
+        return 2 + self.gives_states
 
 
 @dataclass(frozen=True)
@@ -108,11 +110,11 @@ def _segment(
     part = Extractor(gm)
     for n in incoming:
         part.placeholder(n)
-    stateful = bool(program.exits) and program.exits[0].criterion.stateful
     decides = not at_end or decide_at_end
-    takes_state = stateful and after_open and decides
-    state = part.graph.placeholder("state") if takes_state else None
     needed = layout.needed(later if at_end else (stop, *later))
+    carried = states_of(program)
+    taken = [r for r in carried if after_open and decides and not (at_end and r == "memory")]
+    states: dict[str, fx.Node | None] = {r: part.graph.placeholder(r) for r in taken}
     for n in layout.interval(start, stop):
         if n.op in ("placeholder", "get_attr") or n in part.env or n not in needed:
             continue
@@ -121,7 +123,7 @@ def _segment(
         part.copy(n)
     decision: list[fx.Node] = []
     if decides:
-        decision = _decision(gm, part, -1 if at_end else stop, state, stateful)
+        decision = _decision(gm, part, -1 if at_end else stop, states, carried)
     leaves = layout.produced(start, stop)
     given = [part.resolve(layout.leaves[i]) for i in leaves]
     if at_end:
@@ -136,38 +138,56 @@ def _segment(
         inputs=layout.as_live(incoming),
         outputs=layout.as_live(handed),
         leaves=tuple(leaves),
-        takes_state=takes_state,
-        gives_state=stateful and not at_end,
+        takes_states=len(taken),
+        gives_states=0 if at_end else len(decision) - 2,
     )
 
 
-def _decision(gm: fx.GraphModule, part: Extractor, mark: int, state: fx.Node | None, stateful: bool) -> list[fx.Node]:
-    """Head and decision of one exit inside a part; for the model's own end (mark -1) its confidence only."""
-    wanted: list[fx.Node] = []
-    logits: fx.Node | None = None
+def states_of(program: Program) -> tuple[str, ...]:
+    """What a row carries from one decision to the next, in order: "state" of the criterion, "memory" of the combination."""
+    if not program.exits:
+        return ()
+    e = program.exits[0]
+    return (*(("state",) if e.criterion.stateful else ()), *(("memory",) if e.combine != "last" else ()))
+
+
+# Inserted operators by their definitions; the argument that is a state, and which.
+DEFINED: dict[Any, tuple[Callable[..., Any], int, str]] = {
+    torch.ops.eecompile.confidence.default: (ops.confidence, 1, "state"),
+    torch.ops.eecompile.ensemble.default: (ops.ensemble, 1, "memory"),
+    torch.ops.eecompile.keep_best.default: (ops.keep_best, 2, "memory"),
+}
+
+
+def _decision(
+    gm: fx.GraphModule, part: Extractor, mark: int, states: dict[str, fx.Node | None], carried: tuple[str, ...]
+) -> list[fx.Node]:
+    """Head and decision of one exit inside a part; for the model's own end (mark -1) its confidence only.
+
+    Every exit of a schedule is open: no threshold is needed to freeze the state of a closed one. The last exit gives no
+    memory: nobody reads it.
+    """
+    given: dict[str, fx.Node] = {}
     for n in gm.graph.nodes:
-        if not inserted(n) or n.meta["eecompile"] != mark or n.op == "get_attr":
+        if not inserted(n) or n.meta["eecompile"] != mark or n.op == "get_attr" or _is_threshold(n):
             continue
         if n.target in (torch.ops.eecompile.select.default, torch.ops.eecompile.blank.default):
             break
-        if n.target is torch.ops.eecompile.confidence.default:
-            logits_or_score, _, *rest = n.args  # the state comes in with the rows that carry it
-            copied: list[Any] = [part.resolve(a) if isinstance(a, fx.Node) else a for a in (logits_or_score, *rest)]
-            copied.insert(1, state)
-            options = {k: part.resolve(v) if isinstance(v, fx.Node) else v for k, v in n.kwargs.items()}
-            # every exit of a schedule is open: no threshold is needed to freeze the state of a closed one
-            options.pop("threshold", None)
-            part.env[n] = part.graph.call_function(ops.confidence, tuple(copied), options)
-            continue
-        part.env[n] = part.graph.node_copy(n, part.resolve)
-        if n.name.endswith(("_head", "_logits")) and logits is not n:
-            logits = n
-        if n.name.endswith("_confidence") or n.name == "model_confidence":
-            wanted.append(n)
-        if stateful and n.name.endswith("_state") and mark >= 0:
-            wanted.append(n)
-    confidence = part.env[wanted[0]]
+        if n.target in DEFINED:
+            definition, at, kind = DEFINED[n.target]
+            args = [None if i == at else a for i, a in enumerate(n.args) if not _is_threshold(a)]
+            copied: list[Any] = [part.resolve(a) if isinstance(a, fx.Node) else a for a in args]
+            copied[at] = states.get(kind)
+            options = {k: part.resolve(v) if isinstance(v, fx.Node) else v for k, v in n.kwargs.items() if k != "threshold"}
+            part.env[n] = part.graph.call_function(definition, tuple(copied), options)
+        else:
+            part.env[n] = part.graph.node_copy(n, part.resolve)
+        if "eecompile_role" in n.meta:
+            given[n.meta["eecompile_role"]] = part.env[n]
     if mark < 0:
-        return [confidence]
-    assert logits is not None
-    return [part.env[logits], confidence, *(part.env[n] for n in wanted[1:])]
+        return [given["confidence"]]
+    return [given["output"], given["confidence"], *(given[r] for r in carried if r in given)]
+
+
+def _is_threshold(a: Any) -> bool:
+    return isinstance(a, fx.Node) and a.meta.get("eecompile_role") == "threshold"

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from eecompile.errors import EecompileError, StrategyError, near
-from eecompile.heads import Branch, Site, build_head, score_head
+from eecompile.heads import Branch, HeadSpec, Site, build_head, score_head
 from eecompile.passes import sites
 from eecompile.passes.annotate import ROWS, flops_of
 from eecompile.passes.at_predictions import at_predictions
@@ -20,6 +20,8 @@ from eecompile.program import Cut, Exit, Program, Refusal
 from eecompile.strategies.base import ExitRecipe
 
 DECISION_FLOPS_PER_CLASS = 8  # exp, sums, a maximum and a comparison
+LEAST_STEP = 0.03  # of the model's cost between two exits that are placed "everywhere"
+WORTH = 4.0  # work between them over what the later one's head costs
 DYNAMIC = 64  # a sequence length for counting, where the example gives none
 
 
@@ -48,6 +50,8 @@ class PlaceExits(Pass):
             chosen = considered.spaced(where)
         elif isinstance(where, str) and where == "every-block":
             chosen = considered.every_block()
+        elif isinstance(where, str) and where == "everywhere":
+            chosen = considered.everywhere()
         else:
             wanted = [where] if isinstance(where, str | float) else list(where)
             chosen = considered.named(wanted)
@@ -91,13 +95,14 @@ class Candidates:
                     hint='use head="auto"',
                 )
 
-    def judge(self, cut: Cut) -> Exit | None:
-        """An exit at `cut`, or None with the refusal noted."""
-        if cut.after not in self._judged:
-            self._judged[cut.after] = self._judge(cut)
-        return self._judged[cut.after]
+    def judge(self, cut: Cut, head: HeadSpec | None = None) -> Exit | None:
+        """An exit at `cut`, or None with the refusal noted. `head` stands in for the strategy's own."""
+        key = f"{cut.after} {head or ''}"
+        if key not in self._judged:
+            self._judged[key] = self._judge(cut, self.recipe.head if head is None else head)
+        return self._judged[key]
 
-    def _judge(self, cut: Cut) -> Exit | None:
+    def _judge(self, cut: Cut, spec: HeadSpec) -> Exit | None:
         def refuse(reason: str) -> None:
             self.refusals.append(Refusal(cut.name, "place_exits", reason))
 
@@ -118,11 +123,11 @@ class Candidates:
                 return None
             sides, kind = self._tail.sides, "shared"
             cost = sum(self.program.flops.get(n.name, 0.0) for n in self._tail.module.graph.nodes)
-        elif site.kind == "other" and isinstance(self.recipe.head, str):
+        elif site.kind == "other" and isinstance(spec, str):
             refuse(f"no built-in head for a value {list(site.sizes)}; give a module or a factory as head=")
             return None
         else:
-            head = build_head(self.recipe.head, site, cut.name)
+            head = build_head(spec, site, cut.name)
             kind = getattr(head, "kind", type(head).__name__)
             score = score_head(site) if self.recipe.criterion.learned else None
             cost = head_flops(head, site, self.sizes(cut)) + (head_flops(score, site, self.sizes(cut)) if score else 0.0)
@@ -147,6 +152,7 @@ class Candidates:
             head_inputs=inputs,
             head_kind=kind,
             mask_input=mask,
+            combine=self.recipe.combine,
         )
 
     def sizes(self, cut: Cut) -> list[int]:
@@ -170,6 +176,37 @@ class Candidates:
                 hint="give a number, names or fractions",
             )
         return [e for c in blocks if (e := self.judge(c)) is not None]
+
+    def everywhere(self) -> list[Exit]:
+        """Every place where a fresh answer is worth its head: block boundaries, or all cuts of a model without blocks.
+
+        Kept is an exit with enough work before it, since the exit kept last, and behind it: at least `LEAST_STEP` of the
+        model's cost and `WORTH` times what its own head costs.
+        """
+        kept: list[Exit] = []
+        for c in sorted([c for c in self.program.cuts if c.is_block] or self.program.cuts, key=lambda c: c.depth):
+            before = kept[-1].depth if kept else 0.0
+            e = self.judge(c)
+            if e is not None and self._lacking(e, before) and e.head_kind == "conv" and self.recipe.head == "auto":
+                e = self.judge(c, "linear")  # a plain head, where a convolution costs too much
+            if e is None:
+                continue
+            lacking = self._lacking(e, before)
+            if lacking is None:
+                kept.append(e)
+            else:
+                self.refusals.append(Refusal(c.name, "place_exits", lacking))
+        return kept
+
+    def _lacking(self, e: Exit, before: float) -> str | None:
+        """Why an exit is not worth its head; None where it is."""
+        share = e.head_flops / (self.program.total_flops or 1.0)
+        wanted = max(LEAST_STEP, WORTH * share)
+        since, rest = e.depth - before, 1.0 - e.depth
+        if min(since, rest) >= wanted:
+            return None
+        side, there = ("since the exit before", since) if since < wanted else ("behind it", rest)
+        return f"a head of {share:.1%} of the model wants {wanted:.1%} of work {side}, there is {there:.1%}"
 
     def spaced(self, count: int) -> list[Exit]:
         """`count` exits at 1/(count+1), 2/(count+1), ... of the cost; block boundaries where there are blocks."""

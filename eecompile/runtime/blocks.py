@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from eecompile.capture.adapter import mode
 from eecompile.capture.blocks import Axis, BlocksModel, Tap
 from eecompile.errors import CaptureError, UnsupportedModelError
+from eecompile.kernels.combine import ensemble, keep_best
 from eecompile.kernels.confidence import confidence as confidence_of
 from eecompile.passes.insert_exits import TEMPERATURES, THRESHOLDS, masks_positions
 from eecompile.program import Program
@@ -132,6 +133,7 @@ class _Call:
         self.exits = {e.cut: (i, e) for i, e in enumerate(program.exits) if thresholds[i] <= 1.0}
         self.counts: dict[str, int] = {}
         self.state: Tensor | None = None
+        self.memory: Tensor | None = None
         self.names = [n.name for n in program.marked.graph.nodes if n.op == "placeholder"]
         self.temperatures: Tensor = getattr(program.marked, TEMPERATURES)
         self.allowance, self.times = allowance, times
@@ -233,6 +235,9 @@ class _Call:
         if isinstance(logits, tuple):
             logits, score = logits
             judged = score if e.criterion.learned else logits
+        if e.combine == "ensemble":
+            logits, self.memory = ensemble(logits, self.memory)
+            judged = judged if e.criterion.learned else logits
         found, state = confidence_of(
             judged,
             self.state if e.criterion.stateful else None,
@@ -242,9 +247,13 @@ class _Call:
             reduce=e.criterion.reduce,
             mask=self.positions_mask(),
         )
+        if e.combine == "confident":
+            logits, found, self.memory = keep_best(logits, found, self.memory)
         stay = self.in_.decide(index, logits, found, self.thresholds[index])
         if e.criterion.stateful:
             self.state = state if stay is None else state.index_select(0, stay)
+        if self.memory is not None and stay is not None:
+            self.memory = self.memory.index_select(0, stay)
         if stay is None or stay.numel():
             self.stopped = self.why_stop(index, self.in_.size if self.in_.rows is None else self.in_.rows.numel())
             if self.stopped is not None:

@@ -162,7 +162,7 @@ class _Run:
         rows = self.size
         for i, step in enumerate(self.plan):
             segment = step.segment
-            values = step.call(*live, *(state if segment.takes_state else ()))
+            values = step.call(*live, *state[: segment.takes_states])
             if segment.exit is None:
                 self._finish(segment, values)
                 return

@@ -29,6 +29,7 @@ class Outcome:
         outputs: Prediction of every exit and of the model itself, batch first; None unless everything was computed.
         confidences: [B] each, NaN where an exit cannot tell.
         scores: Exit scores, `[B, 1]` each.
+        separate: Where exits are combined: what each head says by itself and, last, the model.
         final: [B] bool: rows that left by themselves; None for all of them.
         stopped: Why the call was stopped before every row was final: "deadline", "budget" or "interrupt".
         late: Whether the output came after the deadline, or costs more than the budget.
@@ -40,6 +41,7 @@ class Outcome:
     outputs: tuple[Tensor, ...] | None = None
     confidences: tuple[Tensor, ...] | None = None
     scores: tuple[Tensor, ...] | None = None
+    separate: tuple[Tensor, ...] | None = None
     final: Tensor | None = None
     stopped: str | None = None
     late: bool = False

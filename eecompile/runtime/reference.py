@@ -35,14 +35,16 @@ class ReferenceExecutor:
         results = list(self.marked(*flat))
         count, exits = len(self.program.signature.outputs), len(self.program.exits)
         leaves, (index, confidence), rest = results[:count], results[count : count + 2], results[count + 2 :]
-        scores = tuple(rest[2 * exits + 2 :])
+        rest, last = rest[: 2 * exits + 2], rest[2 * exits + 2 :]
+        learned = exits if exits and self.program.exits[0].criterion.learned else 0
         outcome = Outcome(
             leaves=leaves,
             exit_index=index,
             confidence=confidence,
             outputs=tuple(rest[: exits + 1]),
             confidences=tuple(rest[exits + 1 : 2 * exits + 2]),
-            scores=scores or None,
+            scores=tuple(last[:learned]) or None,
+            separate=tuple(last[learned:]) or None,
         )
         if allowance is None or allowance.deepest is None:
             return outcome

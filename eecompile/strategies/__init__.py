@@ -8,12 +8,14 @@ from typing import Any
 
 from eecompile.criteria import criterion
 from eecompile.errors import StrategyError, near
+from eecompile.strategies.ann import Ann
+from eecompile.strategies.anytime import Anytime
 from eecompile.strategies.base import ExitRecipe, ExitStrategy, Recipe, Strategy
 from eecompile.strategies.branchy import Branchy
 from eecompile.strategies.cascade import Cascade
 from eecompile.strategies.mebert import MeBert
 
-STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Branchy, Cascade, MeBert)}
+STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Ann, Anytime, Branchy, Cascade, MeBert)}
 
 
 def strategy(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
@@ -41,4 +43,16 @@ def strategy(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
     return kind(**chosen)
 
 
-__all__ = ["STRATEGIES", "Branchy", "Cascade", "ExitRecipe", "ExitStrategy", "MeBert", "Recipe", "Strategy", "strategy"]
+__all__ = [
+    "STRATEGIES",
+    "Ann",
+    "Anytime",
+    "Branchy",
+    "Cascade",
+    "ExitRecipe",
+    "ExitStrategy",
+    "MeBert",
+    "Recipe",
+    "Strategy",
+    "strategy",
+]

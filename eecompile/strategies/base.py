@@ -15,6 +15,7 @@ from torch import nn
 from eecompile.criteria import Criterion, criterion
 from eecompile.errors import StrategyError
 from eecompile.heads import HeadSpec
+from eecompile.kernels.combine import check_combination
 
 Where = int | str | float | Sequence[str | float]
 
@@ -24,14 +25,15 @@ class ExitRecipe:
     """Exits to insert.
 
     Attributes:
-        where: A number spaced by cost, "every-block", names of blocks, modules or nodes with wildcards, fractions
-            of the model's cost, or "predictions" (those of the earlier models in the graph).
+        where: A number spaced by cost, "every-block", "everywhere" that pays, names of blocks, modules or nodes with
+            wildcards, fractions of the model's cost, or "predictions" (those of the earlier models in the graph).
         head: A head's name, "auto", "shared" (the model's own final layers), "identity" (the value there is class
             scores already), a module, or a factory over a `Site`.
         criterion: How sure an exit is.
         threshold: Confidence from which a sample leaves, before calibration; one or one per exit.
         mask: Name of the input that marks padding, None to find it.
         max_head_share: An exit whose head costs more than this fraction of what it can save is refused.
+        combine: What an exit answers, given the exits before it: "last", "ensemble" or "confident".
     """
 
     where: Where
@@ -40,13 +42,19 @@ class ExitRecipe:
     threshold: float | tuple[float, ...]
     mask: str | None = None
     max_head_share: float = 1.0
+    combine: str = "last"
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Everything that a strategy wants in the graph."""
+    """Everything that a strategy wants in the graph.
+
+    Attributes:
+        equilibrium: Whether gradients are scaled at the exits of the training graph (Li et al. 2019).
+    """
 
     exits: ExitRecipe | None = None
+    equilibrium: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,6 +64,8 @@ class Strategy:
     name: ClassVar[str] = ""
     summary: ClassVar[str] = ""
     paper: ClassVar[str] = ""
+    keep_open: ClassVar[bool] = False
+    """Whether calibration leaves every exit open, because a call may be stopped there."""
 
     def over(self, models: int) -> Strategy:
         """This strategy for so many models in one graph.
@@ -111,8 +121,8 @@ class ExitStrategy(Strategy):
     """What strategies that insert exits share.
 
     Args:
-        exits: A number spaced by cost, "every-block", names with wildcards (`"bert.encoder.layer.3"`, `"layer*.1"`), or
-            fractions of the model's cost (`[0.25, 0.5]`).
+        exits: A number spaced by cost, "every-block", "everywhere" that pays, names with wildcards
+            (`"bert.encoder.layer.3"`, `"layer*.1"`), or fractions of the model's cost (`[0.25, 0.5]`).
         head: "auto", "linear", "conv", "mlp", "pooler", "shared", a module, or a factory over a `Site`.
         criterion: A name or an instance of `eecompile.criteria`.
         threshold: Confidence from which a sample leaves; one, or one per exit. `calibrate` replaces it.
@@ -121,6 +131,8 @@ class ExitStrategy(Strategy):
         weights: Loss weight of each exit: "uniform", "linear" in depth, or a list, the model's own end last.
         distillation: Share of the loss that is distilled from the model's own output, 0 to 1.
         trunk: Train the trunk too unless `fit(trunk=...)` says otherwise.
+        combine: What an exit answers, given the open exits before it: "last" (its own head), "ensemble" (geometric mean
+            of all so far, Zero Time Waste) or "confident" (the surest so far). The model's own end answers for itself.
     """
 
     exits: Where = 3
@@ -132,8 +144,10 @@ class ExitStrategy(Strategy):
     weights: str | Sequence[float] = "uniform"
     distillation: float = 0.0
     trunk: bool = False
+    combine: str = "last"
 
     def __post_init__(self) -> None:
+        check_combination(self.combine)
         object.__setattr__(self, "criterion", criterion(self.criterion))
         for name in ("exits", "threshold", "weights"):
             v = getattr(self, name)
@@ -166,6 +180,7 @@ class ExitStrategy(Strategy):
                 tuple(threshold) if isinstance(threshold, Sequence) else float(threshold),
                 self.mask,
                 self.max_head_share,
+                self.combine,
             )
         )
 

@@ -66,6 +66,7 @@ class Loop:
         random_before, mode = random_state(self.device), self.fast.training
         try:
             with self.interrupt, Bar(self.plan, self.accelerator, length_of(self.loader)) as self.bar:
+                self.plan.objective.load_state({})
                 self._resume(resume)
                 while self.at.stage < len(self.plan.stages):
                     self._stage(self.plan.stages[self.at.stage])
@@ -255,6 +256,7 @@ class Loop:
             "optimizer": encode(optimizer.state_dict(), tensors, "optimizer"),
             "scheduler": encode(self.scheduler and self.scheduler.state_dict(), tensors, "scheduler"),
             "random": encode(random_state(self.device), tensors, "random"),
+            "objective": encode(self.plan.objective.state(), tensors, "objective"),
         }
         self.checkpoints.save(self.at.step, len(self.rows), state, tensors)
 
@@ -281,6 +283,7 @@ class Loop:
         self.best = decode(state["best"], tensors)
         self.at = Position(**state["position"])
         self.rows = [EpochRow(**row) for row in state["rows"]]
+        self.plan.objective.load_state(decode(state["objective"], tensors) if "objective" in state else {})
         self.restored = {key: decode(state[key], tensors) for key in ("optimizer", "scheduler", "random")}
         self.resumed_from, self.saved_at = self.at.step, (self.at.step, len(self.rows))
 

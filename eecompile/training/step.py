@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from eecompile.program import Result
 from eecompile.training.batches import Batch
-from eecompile.training.objectives import Distillation, Exits, Objective, PerExitLoss, Sum, outputs_of
+from eecompile.training.objectives import AdaLoss, Distillation, Exits, Objective, PerExitLoss, Sum, outputs_of
 from eecompile.training.protocol import Compiled
 from eecompile.training.scores import Metric, check_labels, measure, right
 
@@ -64,4 +64,6 @@ def classifies(objective: Objective) -> bool:
         return all(classifies(part) for part in objective.parts)
     if isinstance(objective, Exits):
         return objective.distillation < 1
-    return not isinstance(objective, PerExitLoss) and not (isinstance(objective, Distillation) and objective.alpha == 1)
+    return not isinstance(objective, PerExitLoss) and not (
+        isinstance(objective, AdaLoss | Distillation) and objective.alpha == 1
+    )

@@ -9,17 +9,20 @@ itself) and labels, and gives one differentiable scalar. Outputs are `[B, C]` or
 | exits | what strategies with exits ask for: the next three, put together from options |
 | weighted_cross_entropy | sum of w_k CE(output_k, labels), w normalised to 1 (BranchyNet 2016) |
 | distillation | (1 - alpha) CE + alpha T^2 KL(last / T, output_k / T) (Hinton et al. 2015) |
+| adaloss | cross entropy or distillation, weights inverse to each one's running mean (Hu et al. 2019) |
 | exit_score | BCE of the learned exit score against "this exit is right" (BERxiT, Xin et al. 2021) |
 | sum | any of them added, with weights; also written "a+b" |
 | per_exit_loss | a function `(output, labels) -> scalar` of the user, for tasks that are not classification |
 """
 
+from eecompile.training.objectives.adaloss import AdaLoss
 from eecompile.training.objectives.base import (
     Objective,
     Weights,
     check_weights,
     cross_entropy,
     divergence,
+    heads_of,
     outputs_of,
     weighted,
 )
@@ -27,10 +30,11 @@ from eecompile.training.objectives.exits import Distillation, Exits, ExitScore, 
 from eecompile.training.objectives.general import Loss, PerExitLoss, Sum
 from eecompile.training.objectives.registry import OBJECTIVES, objective, register
 
-register(Exits, WeightedCrossEntropy, Distillation, ExitScore, PerExitLoss, Sum)
+register(AdaLoss, Exits, WeightedCrossEntropy, Distillation, ExitScore, PerExitLoss, Sum)
 
 __all__ = [
     "OBJECTIVES",
+    "AdaLoss",
     "Distillation",
     "ExitScore",
     "Exits",
@@ -43,6 +47,7 @@ __all__ = [
     "check_weights",
     "cross_entropy",
     "divergence",
+    "heads_of",
     "objective",
     "outputs_of",
     "register",

@@ -33,6 +33,14 @@ class Objective(ABC):
         last = outputs_of(result)[-1]
         return cross_entropy(last, check_labels(last, labels, where))
 
+    def state(self) -> dict[str, Any]:
+        """What the objective has learnt while training, for checkpoints: numbers, strings, lists. Most have nothing."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Goes on from `state()`; an empty one starts anew."""
+        return
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; `objective(...)` reads it."""
         return {"name": self.name, **asdict(self)}  # type: ignore[call-overload]
@@ -55,6 +63,11 @@ def outputs_of(result: Result) -> tuple[Tensor, ...]:
     return result.outputs
 
 
+def heads_of(result: Result) -> tuple[Tensor, ...]:
+    """What is trained: every head's own output, also where exits answer together, and the model's."""
+    return result.separate or outputs_of(result)
+
+
 def check_weights(weights: Weights) -> Weights:
     if isinstance(weights, str):
         if weights not in ("uniform", "linear"):
@@ -70,9 +83,8 @@ def check_weights(weights: Weights) -> Weights:
     return values
 
 
-def weighted(weights: Weights, losses: Sequence[Tensor]) -> Tensor:
-    """Mean of 0-dim losses under weights that are normalised to 1."""
-    n = len(losses)
+def relative(weights: Weights, n: int) -> list[float]:
+    """Weights of n losses, summing to 1."""
     if weights == "uniform":
         values: Sequence[float] = [1.0] * n
     elif weights == "linear":
@@ -86,8 +98,13 @@ def weighted(weights: Weights, losses: Sequence[Tensor]) -> Tensor:
             wanted=f"{n}: one per exit ({n - 1}) and one for the model's own output",
         )
     total = sum(values)
-    terms = [loss * (w / total) for loss, w in zip(losses, values, strict=True) if w > 0]
-    return torch.stack(terms).sum()
+    return [w / total for w in values]
+
+
+def weighted(weights: Weights, losses: Sequence[Tensor]) -> Tensor:
+    """Mean of 0-dim losses under weights that are normalised to 1."""
+    values = relative(weights, len(losses))
+    return torch.stack([loss * w for loss, w in zip(losses, values, strict=True) if w > 0]).sum()
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

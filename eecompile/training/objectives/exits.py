@@ -18,6 +18,7 @@ from eecompile.training.objectives.base import (
     check_weights,
     cross_entropy,
     divergence,
+    heads_of,
     outputs_of,
     weighted,
 )
@@ -41,7 +42,7 @@ class WeightedCrossEntropy(Objective):
         object.__setattr__(self, "weights", check_weights(self.weights))
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
-        outputs = outputs_of(result)
+        outputs = heads_of(result)
         labels = check_labels(outputs[-1], labels, where)
         return weighted(self.weights, [cross_entropy(output, labels) for output in outputs])
 
@@ -64,25 +65,40 @@ class Distillation(Objective):
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "weights", check_weights(self.weights))
-        if not 0 <= self.alpha <= 1:
-            raise EecompileError("alpha of the distillation is out of range", got=self.alpha, wanted="0 to 1")
-        if not (self.temperature > 0 and math.isfinite(self.temperature)):
-            raise EecompileError("the distillation temperature must be positive", got=self.temperature)
+        check_distillation(self.alpha, self.temperature)
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
-        outputs = outputs_of(result)
-        unlabelled = self.alpha == 1 and labels is None
-        if not unlabelled:
-            labels = check_labels(outputs[-1], labels, where)
-        real = None if unlabelled else labels != IGNORE
-        teacher = outputs[-1].detach()
-        losses = []
-        for student in outputs[:-1]:
-            soft = divergence(teacher, student, self.temperature, real)
-            hard = 0.0 if self.alpha == 1 else cross_entropy(student, labels)
-            losses.append(self.alpha * soft + (1 - self.alpha) * hard)
-        losses.append(outputs[-1].sum() * 0 if unlabelled else cross_entropy(outputs[-1], labels))
-        return weighted(self.weights, losses)
+        return weighted(self.weights, distilled(result, labels, self.alpha, self.temperature, where))
+
+
+def check_distillation(alpha: float, temperature: float) -> None:
+    if not 0 <= alpha <= 1:
+        raise EecompileError("alpha of the distillation is out of range", got=alpha, wanted="0 to 1")
+    if not (temperature > 0 and math.isfinite(temperature)):
+        raise EecompileError("the distillation temperature must be positive", got=temperature)
+
+
+def distilled(result: Result, labels: Any, alpha: float, temperature: float, where: str) -> list[Tensor]:
+    """Loss of every exit, `(1 - alpha)` from the labels and `alpha` from the model's own output, and of the model itself.
+
+    The teacher is detached. With alpha 1 no labels are needed; with 0 it is plain cross entropy.
+    """
+    outputs = heads_of(result)
+    unlabelled = alpha == 1 and labels is None
+    if not unlabelled:
+        labels = check_labels(outputs[-1], labels, where)
+    real = None if unlabelled else labels != IGNORE
+    teacher = outputs[-1].detach()
+    losses: list[Tensor] = []
+    for student in outputs[:-1]:
+        if alpha == 0:
+            losses.append(cross_entropy(student, labels))
+            continue
+        soft = divergence(teacher, student, temperature, real)
+        hard = 0.0 if alpha == 1 else cross_entropy(student, labels)
+        losses.append(alpha * soft + (1 - alpha) * hard)
+    losses.append(outputs[-1].sum() * 0 if unlabelled else cross_entropy(outputs[-1], labels))
+    return losses
 
 
 @dataclass(frozen=True)

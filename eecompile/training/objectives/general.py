@@ -11,7 +11,7 @@ from torch import Tensor
 
 from eecompile.errors import EecompileError
 from eecompile.program import Result
-from eecompile.training.objectives.base import Objective, Weights, check_weights, outputs_of, weighted
+from eecompile.training.objectives.base import Objective, Weights, check_weights, heads_of, outputs_of, weighted
 from eecompile.training.objectives.registry import objective
 
 Loss = Callable[[Any, Any], Tensor]
@@ -40,7 +40,7 @@ class PerExitLoss(Objective):
             object.__setattr__(self, "function_name", f"{getattr(self.function, '__module__', '?')}.{name}")
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
-        return weighted(self.weights, [self._one(output, labels, where) for output in outputs_of(result)])
+        return weighted(self.weights, [self._one(output, labels, where) for output in heads_of(result)])
 
     def final(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
         return self._one(outputs_of(result)[-1], labels, where)
@@ -101,3 +101,11 @@ class Sum(Objective):
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "parts": [p.to_dict() for p in self.parts], "factors": list(self.factors)}
+
+    def state(self) -> dict[str, Any]:
+        states = [part.state() for part in self.parts]
+        return {"parts": states} if any(states) else {}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        for part, own in zip(self.parts, state.get("parts") or [{} for _ in self.parts], strict=True):
+            part.load_state(own)

@@ -33,7 +33,7 @@ def objective(spec: str | Mapping[str, Any] | Objective | None) -> Objective:
     name: Any = options.pop("name", None)
     if name not in OBJECTIVES:
         raise EecompileError("unknown objective", got=repr(name), wanted=near(str(name), OBJECTIVES))
-    known = [f.name for f in fields(OBJECTIVES[name])]  # type: ignore[arg-type]
+    known = [f.name for f in fields(OBJECTIVES[name]) if f.init]  # type: ignore[arg-type]
     for option in options:
         if option not in known:
             raise EecompileError(f"unknown option of the objective {name!r}", got=option, wanted=near(option, known))

@@ -1,0 +1,139 @@
+"""What an exit answers, given what the exits before it have said.
+
+| combination | answer at an exit |
+|---|---|
+| last | the exit's own logits; no operator at all |
+| ensemble | the mean of the log-probabilities of the open exits so far: their geometric mean as logits |
+| confident | the logits and confidence of the open exit that was the surest so far; ties: the later one |
+
+The geometric ensemble is that of Zero Time Waste (Wolczyk et al. 2021), with one weight for all exits.
+
+The state of a row travels with it from exit to exit, as that of patience does: float `[..., C + 1]`, for an ensemble the
+sum of log-probabilities and, last, how many there are; for the surest exit its logits and, last, its confidence (-1
+before there is any). Arithmetic in float32, or float64 where the logits are.
+
+A closed exit (threshold above 1) changes nothing. The first open exit answers with its own logits, bit for bit. Logits
+with NaN or +inf (or nothing but -inf) are handed on as they are, are never sure, and do not enter the state.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from eecompile.errors import StrategyError, near
+from eecompile.kernels._autograd import differentiable
+
+COMBINATIONS = ("last", "ensemble", "confident")
+
+# --- definition -----------------------------------------------------------------------------------
+
+
+def ensemble(logits: Tensor, state: Tensor | None, threshold: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The geometric ensemble, in plain torch. May return an input as it is; the operator copies.
+
+    Args:
+        logits: `[n, C]` or `[n, S, C]`, any float dtype.
+        state: `[n, (S,) C + 1]`, None at the first exit.
+        threshold: 0-dim; above 1 the exit is closed and does not take part.
+
+    Returns:
+        Logits of the ensemble, shape and dtype of `logits`, and the new state.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    log_p = torch.log_softmax(logits.to(dtype), -1)
+    usable = ~log_p.isnan().any(-1, keepdim=True)
+    if state is None:
+        state = _blank(logits, dtype, 0.0)
+    added = torch.cat((log_p, torch.ones_like(log_p[..., :1])), -1).masked_fill(~usable, 0.0)
+    new = state + added
+    mean = (new[..., :-1] / new[..., -1:].clamp(min=1)).to(logits.dtype)
+    output = torch.where(usable & (state[..., -1:] > 0), mean, logits)
+    return output, new if threshold is None else torch.where(threshold > 1, state, new)
+
+
+def keep_best(
+    logits: Tensor, confidence: Tensor, state: Tensor | None, threshold: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The surest exit so far, in plain torch.
+
+    Args:
+        logits: `[n, C]` or `[n, S, C]`, any float dtype.
+        confidence: `[n]` float32; NaN is never the surest.
+        state: `[n, (S,) C + 1]`, None at the first exit.
+        threshold: 0-dim; above 1 the exit is closed and does not take part.
+
+    Returns:
+        Logits of the surest exit so far, its confidence `[n]` (NaN where there is none), and the new state.
+    """
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    if state is None:
+        state = _blank(logits, dtype, -1.0)
+    best = state[..., -1].flatten(1)[:, 0] if logits.ndim > 2 else state[..., -1]
+    better = confidence >= best
+    rows = (-1, *(1,) * (logits.ndim - 1))
+    own = (better | (best < 0)).view(rows)
+    output = torch.where(own, logits, state[..., :-1].to(logits.dtype))
+    known = best.masked_fill(best < 0, math.nan).to(confidence.dtype)
+    surest = torch.where(better, confidence, known)
+    held = torch.where(better, confidence.to(dtype), best)
+    new = torch.cat((output.to(dtype), held.view(rows).expand(*logits.shape[:-1], 1)), -1)
+    new = torch.where((better | (best >= 0)).view(rows), new, state)  # what cannot be read does not enter
+    return output, surest, new if threshold is None else torch.where(threshold > 1, state, new)
+
+
+def _blank(logits: Tensor, dtype: torch.dtype, last: float) -> Tensor:
+    zeros = torch.zeros_like(logits, dtype=dtype)
+    return torch.cat((zeros, torch.full_like(zeros[..., :1], last)), -1)
+
+
+def check_combination(name: str) -> str:
+    """The name itself.
+
+    Raises:
+        StrategyError: It is unknown; the message lists the valid ones.
+    """
+    if name not in COMBINATIONS:
+        raise StrategyError("unknown combination of exits", got=repr(name), wanted=near(str(name), COMBINATIONS))
+    return name
+
+
+# --- operators ------------------------------------------------------------------------------------
+
+
+@torch.library.custom_op("eecompile::ensemble", mutates_args=())
+def ensemble_op(logits: Tensor, state: Tensor | None, threshold: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`ensemble` as `torch.ops.eecompile.ensemble`."""
+    output, new = ensemble(logits, state, threshold)
+    return output.clone() if output is logits else output, new.clone() if new is state else new
+
+
+@ensemble_op.register_fake
+def _fake_ensemble(logits: Tensor, state: Tensor | None, threshold: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(logits), _empty_state(logits)
+
+
+@torch.library.custom_op("eecompile::keep_best", mutates_args=())
+def keep_best_op(
+    logits: Tensor, confidence: Tensor, state: Tensor | None, threshold: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`keep_best` as `torch.ops.eecompile.keep_best`."""
+    return keep_best(logits, confidence, state, threshold)
+
+
+@keep_best_op.register_fake
+def _fake_keep_best(
+    logits: Tensor, confidence: Tensor, state: Tensor | None, threshold: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(logits), torch.empty_like(confidence), _empty_state(logits)
+
+
+def _empty_state(logits: Tensor) -> Tensor:
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    return logits.new_empty((*logits.shape[:-1], logits.shape[-1] + 1), dtype=dtype)
+
+
+differentiable(ensemble_op, ensemble)
+differentiable(keep_best_op, keep_best)
