@@ -101,7 +101,7 @@ def times_of(program: Program) -> StageTimes:
     """Times of this program's pieces, nothing measured yet."""
     spent = [0.0]
     for stage in program.stages:
-        spent.append(spent[-1] + stage.flops)
+        spent.append(spent[-1] + stage.flops + sum(cost for _, cost in stage.only_for))
 
     def work(piece: Piece) -> float:
         start, stop = piece
