@@ -18,12 +18,12 @@ ROWS = 6  # of the example that a model is compiled with
 
 @dataclass(frozen=True)
 class Animal:
-    """A model of the zoo, compiled, with what it looked like before."""
+    """A model of the zoo, compiled, with what compiling changed in it."""
 
     entry: Entry
     model: nn.Module
     fast: CompiledModule
-    before: Fingerprint
+    changes: list[str]
     random_state: tuple[Tensor, Tensor]
 
 
@@ -50,7 +50,7 @@ def zoo() -> Callable[[str], Animal]:
             state = torch.get_rng_state()
             strategy = strategies.Branchy(exits=entry.exits, criterion="entropy")
             fast = eecompile(model, strategy, example_inputs=args, example_kwargs=kwargs, **entry.options)
-            kept[name] = Animal(entry, model, fast, before, (state, torch.get_rng_state()))
+            kept[name] = Animal(entry, model, fast, before.changes(model), (state, torch.get_rng_state()))
         return kept[name]
 
     return get

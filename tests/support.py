@@ -87,6 +87,25 @@ def random_thresholds(confidences: Sequence[Tensor], rng: random.Random, closed:
     return [CLOSED if rng.random() < closed else separating(c, rng) for c in confidences]
 
 
+def spreading_thresholds(confidences: Sequence[Tensor]) -> list[float]:
+    """Thresholds at which every exit takes about the same number of rows, and the model's own end the rest.
+
+    Args:
+        confidences: `[B]` of every exit, B > number of exits; the rows must differ by `GAP` or more somewhere.
+    """
+    left = torch.arange(len(confidences[0]))
+    found = []
+    for k, c in enumerate(confidences):
+        ranked = c[left].sort().values
+        share = len(left) / (len(confidences) - k + 1)
+        gaps = [i for i in range(1, len(left)) if ranked[i] - ranked[i - 1] >= GAP]
+        assert gaps, f"exit {k} cannot tell {len(left)} rows apart: {ranked.tolist()}"
+        at = min(gaps, key=lambda i: (abs(len(left) - i - share), i))
+        found.append(float((ranked[at] + ranked[at - 1]) / 2))
+        left = left[c[left] < found[-1]]
+    return found
+
+
 def patience_thresholds(exits: int, patience: int, rng: random.Random) -> list[float]:
     """Between the values that a count over `patience` can take."""
     return [rng.choice([CLOSED, *((k + 0.5) / patience for k in range(patience))]) for _ in range(exits)]
@@ -97,47 +116,55 @@ def patience_thresholds(exits: int, patience: int, rng: random.Random) -> list[f
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """Everything about a model that compiling and running may not change."""
+    """Everything about a model that compiling and running may not change: values, objects, attributes, hooks, flags.
+
+    Attributes:
+        values: Copies of parameters and buffers.
+        attributes: Of every module by path: its class, and each attribute as what `_seen` makes of it.
+        alive: The objects themselves, so that none of their addresses is given to another one.
+    """
 
     values: dict[str, Tensor]
-    objects: dict[str, int]
-    modules: dict[str, dict[str, Any]]
+    attributes: dict[str, dict[str, Any]]
+    alive: list[Any]
 
     @staticmethod
     def of(model: nn.Module) -> Fingerprint:
+        alive: list[Any] = []
+        attributes = {
+            path: {"class": type(m), **{name: _seen(value, alive) for name, value in m.__dict__.items()}}
+            for path, m in model.named_modules(remove_duplicate=False)
+        }
+        for path, p in model.named_parameters(remove_duplicate=False):
+            attributes[path] = {"requires_grad": p.requires_grad, "grad": _seen(p.grad, alive)}
         named = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-        return Fingerprint(
-            {n: t.detach().clone() for n, t in named.items()},
-            {n: id(t) for n, t in named.items()},
-            {n: _attributes(m) for n, m in model.named_modules()},
-        )
+        return Fingerprint({n: t.detach().clone() for n, t in named.items()}, attributes, alive)
+
+    def changes(self, model: nn.Module) -> list[str]:
+        """What is another value or another object now, by path; nothing where the model is untouched."""
+        now = Fingerprint.of(model)
+        found = [f"{path} came or went" for path in self.attributes.keys() ^ now.attributes.keys()]
+        for path in self.attributes.keys() & now.attributes.keys():
+            a, b = self.attributes[path], now.attributes[path]
+            found += [f"{path}.{n}: {a.get(n)} -> {b.get(n)}" for n in a.keys() | b.keys() if a.get(n) != b.get(n)]
+        found += [f"{n} has other values" for n, t in self.values.items() if not torch.equal(t, now.values[n])]
+        return sorted(found)
 
     def check(self, model: nn.Module) -> None:
-        now = Fingerprint.of(model)
-        assert now.objects == self.objects, "parameters are other objects"
-        assert _kept(now.modules) == _kept(self.modules)
-        for name, value in self.values.items():
-            assert torch.equal(now.values[name], value), name
+        assert self.changes(model) == []
 
 
-def _kept(modules: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Mode, hooks and gradient flags; a model's own caches may change while it runs."""
-    return {n: {k: v for k, v in a.items() if k in ("training", "gradient flags")} for n, a in modules.items()}
-
-
-def _attributes(m: nn.Module) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for name, value in m.__dict__.items():
-        if isinstance(value, dict) and (name.startswith("_") or name == "config"):  # registries and hooks
-            found[name] = {k: id(v) for k, v in value.items()}
-        elif isinstance(value, bool | int | float | str):
-            found[name] = value
-        elif isinstance(value, tuple | list | dict):  # torch.export puts equal copies of some of these back
-            found[name] = type(value).__name__
-        else:  # a model may replace what it caches while it runs; its kind stays
-            found[name] = type(value).__name__
-    found["gradient flags"] = {n: p.requires_grad for n, p in m.named_parameters(recurse=False)}
-    return found
+def _seen(value: Any, alive: list[Any]) -> Any:
+    """Numbers and strings by value; anything else by identity, containers with what they hold."""
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    alive.append(value)
+    held: Any = None
+    if isinstance(value, dict):
+        held = [(k, _seen(v, alive)) for k, v in value.items()]
+    elif isinstance(value, list | tuple):
+        held = [_seen(v, alive) for v in value]
+    return type(value).__name__, id(value), held
 
 
 def shares_parameters(fast: CompiledModule, model: nn.Module) -> None:

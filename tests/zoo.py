@@ -56,7 +56,23 @@ class Entry:
             with torch.no_grad():
                 for p in model.parameters():  # zero-initialised biases would hide mistakes
                     p.add_(torch.randn_like(p) * 0.05)
+                self._set_batch_statistics(model)
         return model
+
+    def _set_batch_statistics(self, model: nn.Module) -> None:
+        """Batch norms as after training: with a mean of 0 and a variance of 1 a deep net says the same of every row."""
+        norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        if not norms:
+            return
+        momentum = [m.momentum for m in norms]
+        for m in norms:
+            m.train()
+            m.momentum = 1.0
+        args, kwargs = self.inputs(8, seed=9)
+        model(*args, **kwargs)
+        for m, before in zip(norms, momentum, strict=True):
+            m.eval()
+            m.momentum = before
 
     def inputs(self, batch: int, seed: int = 0) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
         """Positional and keyword arguments of a call with `batch` rows."""

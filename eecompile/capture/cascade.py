@@ -20,6 +20,7 @@ from eecompile.capture.adapter import flatten_call, mode, no_attention_fastpath
 from eecompile.capture.axes import BatchAxis, batch_axes, batch_size
 from eecompile.capture.composite import Composite, Inputs, Member, Prepare, compose, tensors
 from eecompile.capture.export import Captured, capture_export
+from eecompile.capture.untouched import untouched
 from eecompile.errors import CaptureError, EecompileError, StrategyError
 from eecompile.prediction import find_prediction
 from eecompile.signature import Leaf, arguments_by_name, path_of
@@ -105,7 +106,7 @@ def _run(
     counter = FlopCounterMode(display=False)
     seconds: list[float] = []
     try:
-        with torch.no_grad(), mode(member, False), no_attention_fastpath():
+        with torch.no_grad(), untouched(member), mode(member, False), no_attention_fastpath():
             if member.prepare is not None:
                 prepared = member.prepare(*found, **by_name)
                 if batch_first:

@@ -19,6 +19,7 @@ from eecompile.capture.adapter import FlatAdapter, FlatCall, flatten_call, mode,
 from eecompile.capture.axes import BatchAxis, batch_axes, batch_size, shapes, token_axes
 from eecompile.capture.quiet import quiet
 from eecompile.capture.source import capture_failed, model_failed
+from eecompile.capture.untouched import untouched
 from eecompile.errors import CaptureError
 from eecompile.signature import Leaf, Signature, path_of
 
@@ -75,7 +76,13 @@ def capture_export(
     failures: list[BaseException] = []
     problems: list[str] = []
     options = [(d, o) for d in ([lengths, {}] if lengths else [{}]) for o in (True, False)]
-    with mode(model, training), _on_adapter(adapter, training), no_attention_fastpath() as fused, quiet():
+    with (
+        untouched(model),
+        mode(model, training),
+        _on_adapter(adapter, training),
+        no_attention_fastpath() as fused,
+        quiet(),
+    ):
         for further, oblivious in options:
             name = "a free batch" + (" and sequence length" if further else "")
             attempts.append(name + ("" if oblivious else ", branches on batch 1 not guarded"))
@@ -121,7 +128,7 @@ def _try_model(model: nn.Module, call: FlatCall, training: bool) -> None:
     """
     args, kwargs = call.arguments(call.tensors)
     try:
-        with torch.no_grad(), mode(model, training):
+        with torch.no_grad(), untouched(model), mode(model, training):
             model(*args, **kwargs)
     except Exception as error:  # the user's code may raise anything
         raise model_failed(model, error, shapes(call)) from error

@@ -94,7 +94,8 @@ def candidates(
     """Groups of repeated modules, best first, and the groups that were passed over."""
     every = instances(nodes)
     total = sum(n.op == "call_function" for n in nodes)
-    parents = {path.rsplit(".", 1)[0] for path, _ in every if "." in path}
+    # Every path above a call, not only the nearest: a `ModuleList` in between is never called itself.
+    parents = {path[: dot.start()] for path, _ in every for dot in re.finditer(r"\.", path)}
     groups: dict[tuple[str, str], list[Instance]] = defaultdict(list)
     for (path, call), one in every.items():
         again = call > 0 or (path, 1) in every
