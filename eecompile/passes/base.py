@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from eecompile.errors import EecompileError, PassError
+from eecompile.errors import PassError
 from eecompile.program import Program, Refusal, Snapshot
 
 
@@ -89,8 +89,6 @@ def run_passes(
             graph.lint()
         except RuntimeError as error:
             raise PassError(f"pass {p.name!r} left an invalid graph", got=str(error)) from error
-        except EecompileError:
-            raise
         snapshot = Snapshot(
             name=p.name,
             level=result.program.level,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -134,6 +135,8 @@ def writers(node: fx.Node) -> list[fx.Node]:
     """The in-place operators that write to a value, or to a view of it."""
     found = []
     for u in node.users:
+        if u.target is operator.getitem:  # one of several views
+            found += writers(u)
         if u.op != "call_function" or not isinstance(u.target, torch._ops.OpOverload):
             continue
         given = dict(zip((a.name for a in u.target._schema.arguments), u.args, strict=False)) | dict(u.kwargs)
@@ -143,6 +146,23 @@ def writers(node: fx.Node) -> list[fx.Node]:
         if any(a is not None for a in aliases):  # what it gives is the same memory
             found += writers(u)
     return found
+
+
+def memory(node: fx.Node) -> fx.Node:
+    """The node whose memory a value is a view of: itself where it is none."""
+    while node.op == "call_function":
+        if node.target is operator.getitem:
+            viewed: Any = node.args[0]
+        elif isinstance(node.target, torch._ops.OpOverload):
+            arguments = node.target._schema.arguments
+            given = dict(zip((a.name for a in arguments), node.args, strict=False)) | dict(node.kwargs)
+            viewed = next((given.get(a.name) for a in arguments if a.alias_info is not None), None)
+        else:
+            return node
+        if not isinstance(viewed, fx.Node):
+            return node
+        node = viewed
+    return node
 
 
 def own_leaves(graph_module: fx.GraphModule, signature: Signature) -> list[fx.Node]:

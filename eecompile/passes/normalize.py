@@ -30,6 +30,7 @@ class Normalize(Pass):
     - `squeeze()` names its axes: it would drop the batch axis when one row is left.
     - Masks that are all true, or causal, whatever the input, become what eager models pass: none, or a flag.
     - Dropout in eval mode and run-time checks that the signature makes anyway go away.
+    - So does work that no output needs, in-place operators on it included.
     """
 
     name: ClassVar[str] = "normalize"
@@ -42,6 +43,7 @@ class Normalize(Pass):
             "views": _concrete_views(graph_module),
             "masks": _fold_masks(graph_module, batch),
             "no-ops": _drop_noops(graph_module),
+            "dead nodes": _drop_dead(graph_module),
         }
         facts.tidy(graph_module)
         done = {k: v for k, v in counts.items() if v}
@@ -81,6 +83,26 @@ def _drop_noops(graph_module: fx.GraphModule) -> int:
         graph_module.graph.erase_node(n)
         count += 1
     return count
+
+
+def _drop_dead(graph_module: fx.GraphModule) -> int:
+    """FX keeps every in-place operator; one that writes to a value that nobody reads again is dead all the same."""
+    effects = [n for n in graph_module.graph.nodes if n.is_impure() and not _writes_own(n)]
+    needed = facts.needed_for([*facts.output_leaves(graph_module), *effects])
+    dead = [n for n in graph_module.graph.nodes if n not in needed and n.op not in ("placeholder", "output")]
+    for n in reversed(dead):
+        graph_module.graph.erase_node(n)
+    return sum(n.op == "call_function" for n in dead)
+
+
+def _writes_own(node: fx.Node) -> bool:
+    """Whether an in-place operator writes to memory of the graph's own, not to an input or a buffer of the model."""
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        return False
+    schema = node.target._schema.arguments
+    given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
+    written = [given.get(a.name) for a in schema if a.alias_info is not None and a.alias_info.is_write]
+    return bool(written) and all(isinstance(w, fx.Node) and facts.memory(w).op == "call_function" for w in written)
 
 
 class _Unknown(Exception):
