@@ -30,13 +30,6 @@ class Anytime(Trainable):
 
     _chosen: Executor
 
-    @property
-    def thresholds(self) -> Tensor:
-        raise NotImplementedError
-
-    def costs(self, open_exits: Sequence[bool]) -> Tensor:
-        raise NotImplementedError
-
     def _result(self, outcome: Outcome) -> Result:
         raise NotImplementedError
 

@@ -7,17 +7,18 @@ from collections.abc import Sequence
 from eecompile.program import Program
 
 
-def costs_of(program: Program, open_exits: Sequence[bool]) -> list[float]:
+def costs_of(program: Program, open_exits: Sequence[bool], scored: Sequence[bool] = ()) -> list[float]:
     """Fraction of the full model's FLOPs of a row that leaves at each exit and, last, at the model's own end.
 
     Work runs if the model's own output or an open exit needs it, heads of open exits included. The figure for a closed
-    exit is what a row would cost that left there.
+    exit is what a row would cost that left there. Every gate counts as open; `scored` says which need a score.
     """
     total = program.total_flops or 1.0
     spent, found = 0.0, []
     closed: list[tuple[tuple[int, ...], float]] = []  # work that no open exit needs
     for k, stage in enumerate(program.stages):
         spent += stage.flops
+        spent += sum(g.unit_flops for g, s in zip(program.gates, scored, strict=True) if s and g.stage == k)
         for exits, cost in stage.only_for:
             if any(open_exits[e] for e in exits):
                 spent += cost

@@ -12,13 +12,8 @@ from torch import Tensor, fx, nn
 from eecompile import explain as explaining
 from eecompile.anytime import Anytime
 from eecompile.artifact.write import write
-from eecompile.costs import costs_of
-from eecompile.criteria import MaxProbability
 from eecompile.errors import EecompileError, MissingDependencyError, StrategyError, near
-from eecompile.heads import Branch
-from eecompile.kernels.confidence import confidence as confidence_of
-from eecompile.passes.insert_exits import HEADS, TEMPERATURES, THRESHOLDS
-from eecompile.program import Gate, History, Program, Result
+from eecompile.program import History, Program, Result
 from eecompile.runtime.blocks import BlocksExecutor
 from eecompile.runtime.compact import CompactExecutor
 from eecompile.runtime.devices import move_constants, other_device
@@ -26,7 +21,6 @@ from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Executor, Outcome
 from eecompile.runtime.reference import ReferenceExecutor
 from eecompile.strategies.base import Strategy
-from eecompile.thresholds import ExitRecord, threshold_values
 
 EXECUTORS = ("auto", "reference", "compact")
 LATER = ("device", "simulate")
@@ -135,13 +129,15 @@ class CompiledModule(Anytime):
             raise elsewhere from error
 
     def _result(self, outcome: Outcome) -> Result:
-        thresholds = self.thresholds.tolist()
-        costs = self.costs(tuple(t <= 1.0 for t in thresholds)).to(outcome.exit_index.device)
+        training = outcome.outputs is not None and self.training
+        gates = self._told(outcome, "") if self.program.gates else None
         result = Result(
             output=self.program.signature.restore(outcome.leaves),
             exit_index=outcome.exit_index,
             confidence=outcome.confidence if outcome.confidence is not None else torch.zeros(()),
-            cost=costs[outcome.exit_index],
+            cost=self.spent(outcome.exit_index, gates),
+            gates=gates if gates is None or training else gates >= 0.5,
+            gate_scores=self._told(outcome, ".score") if self.program.gates and outcome.outputs is not None else None,
             final=torch.ones_like(outcome.exit_index, dtype=torch.bool) if outcome.final is None else outcome.final,
             stopped=outcome.stopped,
             late=outcome.late,
@@ -152,6 +148,10 @@ class CompiledModule(Anytime):
             result.separate = outcome.separate
             result.scores = None if outcome.scores is None else tuple(s.flatten() for s in outcome.scores)
         return result
+
+    def _told(self, outcome: Outcome, suffix: str) -> Tensor:
+        """[B, G] of what every gate reports."""
+        return torch.stack([outcome.reports[g.name + suffix] for g in self.program.gates], 1)
 
     def prediction_of(self, output: Any) -> Tensor:
         """The class scores within an output of the model's type."""
@@ -205,6 +205,11 @@ class CompiledModule(Anytime):
         found: Executor = executors[key]
         return found
 
+    def _changed(self) -> None:
+        for executor in self.__dict__["_executors"].values():
+            if isinstance(executor, CompactExecutor | BlocksExecutor):
+                executor.thresholds_changed()
+
     def _reference(self) -> ReferenceExecutor:
         return ReferenceExecutor(self.program)
 
@@ -213,121 +218,6 @@ class CompiledModule(Anytime):
         if name not in valid:
             raise StrategyError(f"unknown {what}", got=repr(name), wanted=near(str(name), valid))
         return name
-
-    # ------------------------------------------------------------------ exits and thresholds
-
-    @property
-    def thresholds(self) -> Tensor:
-        """[E] float32; the buffer that decisions read."""
-        found: Tensor = getattr(self.graph_module, THRESHOLDS)
-        return found
-
-    @property
-    def temperatures(self) -> Tensor:
-        """[E + 1] float32, the model's own end last."""
-        found: Tensor = getattr(self.graph_module, TEMPERATURES)
-        return found
-
-    @property
-    def heads(self) -> nn.Module:
-        """The inserted heads, by exit name."""
-        found: nn.Module = getattr(self.graph_module, HEADS)
-        return found
-
-    @property
-    def exits(self) -> tuple[ExitRecord, ...]:
-        total = self.program.total_flops or 1.0
-        thresholds, temperatures = self.thresholds.tolist(), self.temperatures.tolist()
-        return tuple(
-            ExitRecord(
-                name=e.name,
-                node=e.node,
-                cut=e.cut,
-                depth=e.depth,
-                threshold=thresholds[i],
-                temperature=temperatures[i],
-                head=self.branch(e.name).head,
-                head_kind=e.head_kind,
-                head_cost=e.head_flops / total,
-                criterion=e.criterion,
-            )
-            for i, e in enumerate(self.program.exits)
-        )
-
-    def branch(self, exit_name: str) -> Branch:
-        found = getattr(self.heads, exit_name)
-        assert isinstance(found, Branch)
-        return found
-
-    @property
-    def gates(self) -> tuple[Gate, ...]:
-        return self.program.gates
-
-    def set_thresholds(self, thresholds: Any) -> None:
-        """Sets when samples leave: one number for all exits, one for each in order, or by exit name.
-
-        No recompilation: only the set of open exits picks another plan.
-
-        Raises:
-            StrategyError: A wrong count, an unknown name, a negative number or NaN.
-        """
-        names = [e.name for e in self.program.exits]
-        values = threshold_values(names, self.thresholds.tolist(), thresholds)
-        with torch.no_grad():
-            self.thresholds.copy_(torch.tensor(values, dtype=torch.float32))
-        self._changed()
-
-    def set_temperatures(self, temperatures: Sequence[float]) -> None:
-        """Sets the softmax temperature of every exit and, last, of the model's own output.
-
-        Raises:
-            StrategyError: A wrong count, or a temperature that is not a positive number.
-        """
-        values = [float(t) for t in temperatures]
-        wanted = len(self.program.exits) + 1
-        if len(values) != wanted or not all(0 < t < float("inf") for t in values):
-            raise StrategyError("temperatures are positive numbers", got=values, wanted=f"{wanted} of them")
-        with torch.no_grad():
-            self.temperatures.copy_(torch.tensor(values, dtype=torch.float32))
-
-    def _changed(self) -> None:
-        for executor in self.__dict__["_executors"].values():
-            if isinstance(executor, CompactExecutor | BlocksExecutor):
-                executor.thresholds_changed()
-
-    def costs(self, open_exits: Sequence[bool]) -> Tensor:
-        """[E + 1] float32: fraction of the full model's FLOPs of a row that leaves at each exit, open heads included."""
-        key = tuple(bool(o) for o in open_exits)
-        cache = self.__dict__["_costs"]
-        if key not in cache:
-            cache[key] = torch.tensor(costs_of(self.program, key), dtype=torch.float32)
-        cost: Tensor = cache[key]
-        return cost
-
-    def confidences_of(
-        self, outputs: Sequence[Tensor], temperatures: Tensor, scores: Sequence[Tensor] | None = None
-    ) -> tuple[Tensor, ...]:
-        """Confidences `[n]` of stored predictions with other temperatures, all exits open; NaN where none is known.
-
-        Where the surest exit answers, `outputs` are what the heads say by themselves.
-        """
-        found: list[Tensor] = []
-        state, surest = None, self.program.exits[0].combine == "confident"
-        criterion = self.program.exits[0].criterion
-        for k, logits in enumerate(outputs):
-            last = k == len(outputs) - 1
-            kind = MaxProbability(reduce=criterion.reduce) if last and criterion.learned else criterion
-            judged = scores[k].unsqueeze(-1) if scores is not None and kind.learned else logits
-            value, state = confidence_of(
-                judged,
-                state if kind.stateful else None,
-                kind.name,
-                temperatures[k],
-                patience=kind.patience,
-                reduce=kind.reduce,
-            )
-            found.append(value.fmax(found[-1]) if surest and found and not last else value)
-        return tuple(found)
 
     # ------------------------------------------------------------------ graphs and reports
 

@@ -12,6 +12,7 @@ from eecompile.kernels.blank import blank
 from eecompile.kernels.combine import ensemble, keep_best
 from eecompile.kernels.confidence import confidence
 from eecompile.kernels.decide import decide
+from eecompile.kernels.gate import gate
 from eecompile.kernels.gather import gather, scatter
 from eecompile.kernels.halt import halt
 from eecompile.kernels.head_confidence import head_confidence
@@ -24,6 +25,7 @@ __all__ = [
     "confidence",
     "decide",
     "ensemble",
+    "gate",
     "gather",
     "halt",
     "head_confidence",

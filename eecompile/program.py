@@ -17,6 +17,7 @@ from torch import fx
 from eecompile.criteria import Criterion
 from eecompile.errors import PassError, near
 from eecompile.signature import Signature
+from eecompile.strategies.base import GateRecipe
 
 Level = Literal["captured", "marked", "staged", "schedule"]
 
@@ -130,14 +131,95 @@ class Exit:
 
 
 @dataclass(frozen=True)
+class Region:
+    """A part of the graph that could be left out for a row: one value in, one of the same kind out.
+
+    Attributes:
+        name: The block, or `block:attention`, `block:mlp`, `block:part_k` for a residual part of it.
+        kind: "block", "attention", "mlp" or "part".
+        block: The block that it is or lies in.
+        x: Name of the node whose value goes past it.
+        y: Name of the node that it hands on.
+        batch_axis: Axis of the rows in both.
+        flops: Cost of one row.
+        depth: Fraction of the model's cost before it.
+        residual: Whether `x` reaches `y` through additions: what is left out is then a correction, not the value.
+        anchors: Where to find `x` and `y` in another capture; None for an input of the model.
+    """
+
+    name: str
+    kind: str
+    block: str
+    x: str
+    y: str
+    batch_axis: int
+    flops: float
+    depth: float
+    residual: bool
+    anchors: tuple[Anchor | None, Anchor | None]
+
+
+@dataclass(frozen=True)
+class Carry:
+    """One value of a conditional region: `y` where the gate is open, else `x`, chosen by the `skip` at `node`."""
+
+    y: str
+    x: str
+    node: str
+    batch_axis: int
+
+
+@dataclass(frozen=True)
 class Gate:
-    """A region that a row may skip (SkipNet and relatives)."""
+    """A region that runs on the rows whose gate is open (SkipNet and relatives).
+
+    Attributes:
+        name: `gate_0`, `gate_1`, ...
+        node: Name of the node that hands on the region's value or what went past it.
+        region: Name of the region.
+        kind: Of the region.
+        depth: Fraction of the full model's cost before it.
+        unit: Submodule that computes the score; empty where another gate's unit gives it too.
+        score: Name of the node with the score `[B]` in [0, 1].
+        decision: Name of the node with the decision `[B]`, 1 for open.
+        flops: What a shut gate saves for one row.
+        unit_flops: Cost of the score for one row.
+        carries: What the region hands on.
+        anchors: Of the region.
+        needs: Name of a gate that has to be open too, empty for none.
+        stage: How many exits lie before it; set by `stage`.
+    """
 
     name: str
     node: str
     region: str
+    kind: str
     depth: float
-    gate: str
+    unit: str
+    score: str
+    decision: str
+    flops: float
+    unit_flops: float
+    carries: tuple[Carry, ...]
+    anchors: tuple[Anchor | None, Anchor | None]
+    needs: str = ""
+    stage: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """A value per row that a run tells besides its outputs: a gate's decision, steps taken.
+
+    Attributes:
+        node: Name of the node; its value has the batch on axis 0.
+        training_only: Told by the marked graph only, for objectives.
+        stage: How many exits lie before it; rows that left earlier have zeros. Set by `stage`.
+    """
+
+    name: str
+    node: str
+    training_only: bool = False
+    stage: int = 0
 
 
 @dataclass(frozen=True)
@@ -241,6 +323,8 @@ class Program:
             captured graph gives the predictions of the others behind the full model's output leaves.
         full_flops: Cost of the full model for one row, where the graph holds other models too.
         facts: What has been established so far; passes declare what they need and give.
+        gate_recipe: What the gates were inserted by, None without gates.
+        reports: What a run tells for each row besides its outputs.
         refusals: Places that were passed over, with the reason.
     """
 
@@ -257,8 +341,11 @@ class Program:
     full_flops: float | None = None
     blocks: tuple[Block, ...] = ()
     cuts: tuple[Cut, ...] = ()
+    regions: tuple[Region, ...] = ()
     exits: tuple[Exit, ...] = ()
     gates: tuple[Gate, ...] = ()
+    gate_recipe: GateRecipe | None = None
+    reports: tuple[Report, ...] = ()
     halts: tuple[Halt, ...] = ()
     routes: tuple[Route, ...] = ()
     stages: tuple[Stage, ...] = ()
@@ -288,7 +375,9 @@ class Result:
         confidences: In train mode: [B] float32 of every exit and, last, of the model itself.
         separate: In train mode, where exits are combined: what each head says by itself and, last, the model.
         scores: In train mode, for learned criteria: the exit score's logit `[B]` of every exit.
-        gates: Open or shut per gate and row, where the strategy has gates.
+        gates: [B, G], where there are gates: bool, whether the gate let the row in (False too where the row had left
+            before); in train mode 1 and 0, differentiable by the straight-through estimate.
+        gate_scores: [B, G] in [0, 1], in train mode and of `fast.observe`.
         steps: Steps taken per row, where the strategy halts.
         final: [B] bool; rows that left by themselves. The others were stopped at `exit_index` by a deadline, a budget or
             an interrupt, or are still on their way in a stream.
@@ -305,6 +394,7 @@ class Result:
     scores: tuple[torch.Tensor, ...] | None = None
     separate: tuple[torch.Tensor, ...] | None = None
     gates: torch.Tensor | None = None
+    gate_scores: torch.Tensor | None = None
     steps: torch.Tensor | None = None
     final: torch.Tensor | None = None
     stopped: str | None = None

@@ -42,8 +42,36 @@ class ExitRecord:
         return self.threshold <= 1.0
 
 
-def threshold_values(names: Sequence[str], now: Sequence[float], given: Any) -> list[float]:
-    """One threshold per exit from one number, a list in order, a tensor, or a dict by exit name.
+@dataclass(frozen=True)
+class GateRecord:
+    """One gate as users see it.
+
+    Attributes:
+        name: `gate_0`, `gate_1`, ...
+        node: Name of the graph node that hands on the region's value or what went past it.
+        region: What it may skip: a block, or a part of one.
+        kind: "block", "attention", "mlp" or "part".
+        depth: Fraction of the full model's cost spent before it.
+        threshold: Score from which it is open; 0 is always open, above 1 always shut.
+        head: The unit that gives the score; one for all gates where it is a policy.
+        saves: What it saves when shut, as a fraction of the full model's cost.
+        head_cost: Cost of the score, as a fraction of the full model's.
+    """
+
+    name: str
+    node: str
+    region: str
+    kind: str
+    depth: float
+    threshold: float
+    head: nn.Module
+    head_kind: str
+    saves: float
+    head_cost: float
+
+
+def threshold_values(names: Sequence[str], now: Sequence[float], given: Any, what: str = "exit") -> list[float]:
+    """One threshold per exit (or gate) from one number, a list in order, a tensor, or a dict by name.
 
     Raises:
         StrategyError: A wrong count, an unknown name, a negative number or NaN.
@@ -55,7 +83,7 @@ def threshold_values(names: Sequence[str], now: Sequence[float], given: Any) -> 
         values = list(now)
         for name, value in given.items():
             if name not in names:
-                raise StrategyError("no exit has this name", got=name, wanted=near(str(name), names))
+                raise StrategyError(f"no {what} has this name", got=name, wanted=near(str(name), names))
             values[names.index(name)] = value
     elif isinstance(given, list | tuple):
         values = list(given)

@@ -10,8 +10,10 @@ from torch import Tensor, fx, nn
 
 from eecompile import benchmark as benchmarks
 from eecompile.calibration.calibrate import calibrate
+from eecompile.decisions import Decisions
 from eecompile.errors import EecompileError
 from eecompile.passes import facts
+from eecompile.passes.training_decisions import with_decisions
 from eecompile.passes.training_graph import frozen_trunk
 from eecompile.program import Program, Result
 from eecompile.strategies.base import Strategy
@@ -20,23 +22,18 @@ from eecompile.training.fit import fit, objective_of
 from eecompile.training.protocol import Compiled
 
 
-class Trainable(nn.Module):
+class Trainable(Decisions):
     """What training needs of a compiled module; `CompiledModule` fills in the rest."""
 
-    program: Program
     strategy: Strategy
-    graph_module: fx.GraphModule
     train_trunk: bool
+    gate_mode: str = "hard"  # how gates decide in train mode; see `passes/training_decisions.py`
     _training_program: Callable[[Any], Program] | None
 
     @property
     def compiled(self) -> Compiled:
         """This module, as training and calibration see it."""
         return cast(Compiled, self)
-
-    @property
-    def heads(self) -> nn.Module:
-        raise NotImplementedError
 
     def fit(self, loader: Iterable[Any], **options: Any) -> Any:
         """Trains what was inserted; see `eecompile.training.fit.fit`. The trunk stays frozen unless asked."""
@@ -64,9 +61,10 @@ class Trainable(nn.Module):
         return loss
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the inserted heads that the model does not have itself."""
+        """Parameters of the inserted heads and gates that the model does not have itself."""
         own = {id(p) for p in self.trunk_parameters()}
-        return (p for p in self.heads.parameters() if id(p) not in own)
+        found = {id(p): p for p in (*self.heads.parameters(), *self.gate_units.parameters())}
+        return (p for i, p in found.items() if i not in own)
 
     def trunk_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the user's model."""
@@ -107,7 +105,16 @@ class Trainable(nn.Module):
         return found
 
     def _training_graph(self) -> fx.GraphModule:
-        """The marked graph for training: trunk frozen in eval mode, or the train-mode capture."""
+        """The marked graph for training: trunk frozen in eval mode, or the train-mode capture; gates as `gate_mode` says."""
+        graphs = self.__dict__["_training_graphs"]
+        key = (self.train_trunk, self.gate_mode)
+        if key not in graphs:
+            graphs[key] = with_decisions(self._hard_training_graph(), self.gate_mode)
+        found: fx.GraphModule = graphs[key]
+        found.train(self.training)
+        return found
+
+    def _hard_training_graph(self) -> fx.GraphModule:
         graphs = self.__dict__["_training_graphs"]
         if self.train_trunk not in graphs:
             if not self.train_trunk:
@@ -125,9 +132,8 @@ class Trainable(nn.Module):
                 program = self.__dict__["_training_program"](self)
                 assert program.marked is not None
                 graphs[True] = program.marked
-        found: fx.GraphModule = graphs[self.train_trunk]
-        found.train(self.training)
-        return found
+        hard: fx.GraphModule = graphs[self.train_trunk]
+        return hard
 
     def train_mode_capture(self) -> None:
         """Captures the model in train mode now, so that the trunk can be trained after `load` too."""

@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 import eecompile.ops
 from eecompile.artifact import files
+from eecompile.artifact.read_gates import insert_saved_gates
 from eecompile.capture.export import flat_graph
 from eecompile.capture.exported import program_graph
 from eecompile.criteria import criterion
@@ -65,9 +66,11 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     models = tuple(data.get("models", ()))
     program = Program(graph_module, graph_module, signature, prediction=data["prediction"], models=models)
     program = run_passes(program, [*prepared(models), Annotate(), FindBlocks(), FindCuts()])
+    tensors = _tensors(paths["heads"])
+    if data.get("gates") is not None:
+        program = insert_saved_gates(program, data["gates"], tensors)
     exits = tuple(_exit(e) for e in data["exits"])
     program = program.replace(exits=relocate(program, exits))
-    tensors = _tensors(paths["heads"])
     buffers = {THRESHOLDS: tensors.pop("thresholds"), TEMPERATURES: tensors.pop("temperatures")}
     heads = _heads(program, data["heads"], paths, tensors)
     program = run_passes(

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 
 from eecompile.artifact import files
 from eecompile.errors import ArtifactError
+from eecompile.gates import describe as describe_unit
 from eecompile.heads import Branch, describe
 from eecompile.program import Exit
 
@@ -47,6 +48,9 @@ def write(fast: Any, path: str | Path) -> None:
         for name, t in fast.heads.state_dict().items()
         if heads[name.split(".")[0]]["kind"] != "shared" or ".score." in name
     }
+    tensors |= {f"gates.{name}": t.detach().cpu().contiguous() for name, t in fast.gate_units.state_dict().items()}
+    if program.gates:
+        tensors["gate_thresholds"] = fast.gate_thresholds.detach().cpu().clone()
     tensors["thresholds"] = fast.thresholds.detach().cpu().clone()
     tensors["temperatures"] = fast.temperatures.detach().cpu().clone()
     weights = {name: t.clone() for name, t in tensors.items()}  # shared storage has no place in a safetensors file
@@ -71,6 +75,7 @@ def write(fast: Any, path: str | Path) -> None:
         "models": list(program.models),
         "exits": [_exit(e) for e in program.exits],
         "heads": heads,
+        "gates": _gates(fast),
         "stages": [s.flops for s in program.stages],
         "notes": list(fast.notes),
         "files": entries,
@@ -80,6 +85,15 @@ def write(fast: Any, path: str | Path) -> None:
 
 def _exit(e: Exit) -> dict[str, Any]:
     return {**asdict(e), "criterion": e.criterion.to_dict(), "head_inputs": list(e.head_inputs)}
+
+
+def _gates(fast: Any) -> dict[str, Any] | None:
+    """The gates, their units and what they were inserted by, as JSON data; None without gates."""
+    program = fast.program
+    if program.gate_recipe is None:
+        return None
+    units = {name: describe_unit(unit) for name, unit in fast.gate_units.named_children()}
+    return {"recipe": asdict(program.gate_recipe), "records": [asdict(g) for g in program.gates], "units": units}
 
 
 def _head(branch: Branch, e: Exit) -> dict[str, Any]:

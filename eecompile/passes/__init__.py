@@ -12,10 +12,13 @@ from eecompile.passes.base import Pass, PassResult, check_order, run_passes
 from eecompile.passes.equilibrium import Equilibrium
 from eecompile.passes.find_blocks import FindBlocks
 from eecompile.passes.find_cuts import FindCuts
+from eecompile.passes.find_regions import FindRegions
 from eecompile.passes.insert_exits import TEMPERATURES, THRESHOLDS, InsertExits, relocate
+from eecompile.passes.insert_gates import GATE_THRESHOLDS, InsertGates, relocate_gates
 from eecompile.passes.lower import Lower
 from eecompile.passes.normalize import Normalize
 from eecompile.passes.place_exits import PlaceExits
+from eecompile.passes.place_gates import GATES, PlaceGates
 from eecompile.passes.share import Share
 from eecompile.passes.stage import StagePass
 from eecompile.passes.verify import Verify
@@ -39,11 +42,17 @@ def prepared(models: tuple[str, ...]) -> list[Pass]:
 def insertion(recipe: Recipe, captured: Captured, seed: int) -> list[Pass]:
     """What puts a recipe into the graph and lowers it. Each primitive has passes of its own; absent ones add none."""
     passes: list[Pass] = []
-    if recipe.exits is not None:
+    if recipe.gates is not None:
         passes += [
-            PlaceExits(recipe.exits, captured.flat_example),
-            InsertExits(recipe.exits.head, recipe.exits.threshold, seed=seed),
+            FindRegions(),
+            PlaceGates(recipe.gates, captured.flat_example),
+            InsertGates(recipe.gates, seed=seed),
         ]
+    passes.append(PlaceExits(recipe.exits, captured.flat_example))
+    if recipe.exits is not None:
+        passes.append(InsertExits(recipe.exits.head, recipe.exits.threshold, seed=seed))
+    else:  # no exit, but the marked graph still selects and tells what it did
+        passes.append(InsertExits())
     if captured.front_end == "blocks":
         return [*passes, StageBlocks(), Verify(captured.flat_example)]
     return [*passes, StagePass(), Lower(), Verify(captured.flat_example)]
@@ -52,7 +61,7 @@ def insertion(recipe: Recipe, captured: Captured, seed: int) -> list[Pass]:
 def prepare_training_graph(
     program: Program, graph_module: fx.GraphModule, signature: Signature, equilibrium: bool = False
 ) -> Program:
-    """The exits of `program` in the train-mode capture of the same model; heads, buffers and parameters shared.
+    """What was put into `program` in the train-mode capture of the same model; all that was inserted is shared.
 
     Args:
         equilibrium: Whether gradients are scaled at the exits (Li et al. 2019).
@@ -60,6 +69,10 @@ def prepare_training_graph(
     assert program.marked is not None
     train = Program(graph_module, graph_module, signature, prediction=program.prediction, models=program.models)
     train = run_passes(train, [Normalize(), Annotate(), FindBlocks(), FindCuts()])
+    if program.gate_recipe is not None:
+        units = dict(program.marked.get_submodule(GATES).named_children())
+        insert = InsertGates(program.gate_recipe, units=units, thresholds=getattr(program.marked, GATE_THRESHOLDS))
+        train = run_passes(relocate_gates(train, program.gates), [insert])
     heads = {e.name: facts.attribute(program.marked, e.head) for e in program.exits}
     buffers = {name: getattr(program.marked, name) for name in (THRESHOLDS, TEMPERATURES)}
     train = train.replace(exits=relocate(train, program.exits), facts=train.facts | {"exits placed"})
@@ -73,12 +86,15 @@ __all__ = [
     "Equilibrium",
     "FindBlocks",
     "FindCuts",
+    "FindRegions",
     "InsertExits",
+    "InsertGates",
     "Lower",
     "Normalize",
     "Pass",
     "PassResult",
     "PlaceExits",
+    "PlaceGates",
     "Share",
     "StageBlocks",
     "StagePass",

@@ -6,11 +6,12 @@ symbolic size is read again from one of the part's own inputs.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from eecompile.errors import PassError
 from eecompile.passes import facts
@@ -26,6 +27,7 @@ class Extractor:
         self.graph = fx.Graph()
         self.env: dict[fx.Node, fx.Node] = {}
         self.inputs: list[fx.Node] = []
+        self.modules: dict[str, nn.Module] = {}  # submodules that `source` does not have
 
     def placeholder(self, node: fx.Node) -> fx.Node:
         """Makes `node`'s value an input of the part."""
@@ -40,6 +42,21 @@ class Extractor:
         if node not in self.env:
             self.env[node] = self.graph.node_copy(node, self.resolve)
         return self.env[node]
+
+    def copy_unless_outer(self, node: fx.Node) -> None:
+        """Copies a computation; a size of something outside is read again by whoever needs it."""
+        if node.op in ("placeholder", "output", "get_attr") or node in self.env:
+            return
+        if facts.is_symbolic_number(node) and any(a not in self.env and a.op != "get_attr" for a in node.all_input_nodes):
+            return
+        self.copy(node)
+
+    def item(self, call: fx.Node, k: int, node: fx.Node) -> fx.Node:
+        """Value k of a submodule's tuple, named and described as `node` of the source."""
+        new = self.graph.call_function(operator.getitem, (call, k))
+        new._rename(node.name)
+        new.meta = {key: v for key, v in node.meta.items() if key in ("val", "stack")}
+        return new
 
     def resolve(self, node: fx.Node) -> fx.Node:
         """The value of `node` inside the part.
@@ -77,7 +94,11 @@ class Extractor:
     def finish(self, outputs: Sequence[Any], name: str) -> fx.GraphModule:
         """Closes the graph with a flat tuple of outputs."""
         self.graph.output(tuple(outputs))
-        module = fx.GraphModule(self.source, self.graph, class_name=name)
+        root: Any = self.source
+        if self.modules:
+            targets = {str(n.target) for n in self.graph.nodes if n.op in ("get_attr", "call_module")}
+            root = {t: facts.attribute(self.source, t) for t in sorted(targets - set(self.modules))} | self.modules
+        module = fx.GraphModule(root, self.graph, class_name=name)
         facts.tidy(module)
         return module
 
@@ -94,9 +115,5 @@ def extract(
     for n in inputs:
         part.placeholder(n)
     for n in nodes:
-        if n.op in ("placeholder", "output", "get_attr") or n in part.env:
-            continue
-        if facts.is_symbolic_number(n) and any(a not in part.env and a.op != "get_attr" for a in n.all_input_nodes):
-            continue  # a size of something outside: read again by whoever needs it
-        part.copy(n)
+        part.copy_unless_outer(n)
     return part.finish([part.resolve(n) for n in outputs], name)

@@ -2,8 +2,8 @@
 
 Run as it stands the marked graph computes everything and selects: the reference meaning of early exit. It gives, flat:
 the model's output leaves, the exit index `[B]`, the confidence `[B]`, then the prediction and the confidence of every
-exit and of the model's own end, the exit scores where the criterion is learned, and where exits are combined what each
-head says by itself and, last, the model.
+exit and of the model's own end, the exit scores where the criterion is learned, where exits are combined what each head
+says by itself and, last, the model, and the program's reports.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from eecompile.errors import PassError, StrategyError
 from eecompile.heads import Branch, HeadSpec, build_head, check_head, score_head
 from eecompile.passes import facts, sites
 from eecompile.passes.base import Pass, PassResult
+from eecompile.passes.functional import make_functional
 from eecompile.program import Anchor, Exit, Program, Refusal
 
 HEADS = "eecompile_heads"
@@ -234,13 +235,13 @@ class _Marker:
             if self.axis:
                 final = self.graph.call_function(aten.movedim.int, (final, self.axis, 0))
                 self._new(final, "prediction_rows")
-            criterion = exits[-1].criterion
+            criterion = exits[-1].criterion if exits else MaxProbability()
             if criterion.learned:  # there is no score behind the last layer
                 criterion = MaxProbability(reduce=criterion.reduce)
-            mask = self.nodes[exits[-1].mask_input] if self._mask(exits[-1], final) and exits[-1].mask_input else None
+            mask = self._mask(exits[-1], final) if exits else None
             self._confidence("model", final, criterion, len(exits), mask)
             self.outputs.append(final)
-            self.separate = [*self.separate, final] if exits[-1].combine != "last" else []
+            self.separate = [*self.separate, final] if exits and exits[-1].combine != "last" else []
             chosen = self._new(
                 self.graph.call_function(
                     torch.ops.eecompile.select.default, (self.outputs, self.confidences, self.thresholds)
@@ -254,7 +255,10 @@ class _Marker:
                 prediction = self.graph.call_function(aten.movedim.int, (prediction, 0, self.axis))
                 self._new(prediction, "selected_prediction", self.prediction)
             leaves = [prediction if n is self.prediction else self._blank(n, i, index) for i, n in enumerate(self.leaves)]
-        output.args = ((*leaves, index, confidence, *self.outputs, *self.confidences, *self.scores, *self.separate),)
+        reports = [self.nodes[r.node] for r in self.program.reports]
+        output.args = (
+            (*leaves, index, confidence, *self.outputs, *self.confidences, *self.scores, *self.separate, *reports),
+        )
 
     def _blank(self, leaf: fx.Node, i: int, index: fx.Node) -> fx.Node:
         """Another output leaf: rows that left before it was computed have no value there."""
@@ -290,26 +294,7 @@ def _functional_behind(gm: fx.GraphModule, program: Program) -> None:
     position = {n: i for i, n in enumerate(gm.graph.nodes)}
     for e in program.exits:
         for name in e.head_inputs:
-            read = names[name]
-            for user in list(read.users):
-                if position[user] <= position[names[e.after]] or user.op != "call_function":
-                    continue
-                plain = functional(user.target)
-                if plain is not None and user.args and user.args[0] is read:
-                    user.target = plain
-                    read.replace_all_uses_with(
-                        user,
-                        delete_user_cb=lambda u, at=position[user]: position.get(u, -1) > at,  # type: ignore[misc]
-                    )
-
-
-def functional(target: Any) -> Any:
-    """The functional form of an in-place aten operator, None if it is none or has none."""
-    if not isinstance(target, torch._ops.OpOverload) or not target._schema.name.endswith("_"):
-        return None
-    packet, overload = target._schema.name.removeprefix("aten::")[:-1], target._overloadname
-    found = getattr(torch.ops.aten, packet, None)
-    return getattr(found, overload, None) if found is not None and overload in found.overloads() else None
+            make_functional(names[name], position, position[names[e.after]])
 
 
 def relocate(program: Program, exits: tuple[Exit, ...]) -> tuple[Exit, ...]:
@@ -322,6 +307,7 @@ def relocate(program: Program, exits: tuple[Exit, ...]) -> tuple[Exit, ...]:
     names = facts.by_name(program.graph_module)
     found: dict[Anchor, fx.Node] = {a: n for n, a in facts.anchors(nodes).items()}
     moved = []
+    swap = {c.y: names[c.node] for g in program.gates for c in g.carries}
     for e in exits:
         node = found.get(e.anchor)
         cut = next((c for c in program.cuts if c.name == e.cut), None)
@@ -329,6 +315,7 @@ def relocate(program: Program, exits: tuple[Exit, ...]) -> tuple[Exit, ...]:
             node = names[cut.value]
         if node is None:
             raise PassError("an exit's place is not in the training capture", where=e.cut, got=str(e.anchor))
+        node = swap.get(node.name, node)
         after = node if cut is None or cut.value != node.name else names[cut.after]
         inputs = (node.name, *e.head_inputs[1:])
         missing = [n for n in inputs if n not in names]

@@ -14,9 +14,9 @@ import torch
 from torch import fx
 
 import eecompile.ops as ops
-from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.extract import Extractor
+from eecompile.passes.gated import DYNAMIC
 from eecompile.passes.stage import Layout, inserted
 from eecompile.program import Live, Program
 
@@ -26,11 +26,12 @@ class Segment:
     """The work from one open exit to the next, as one module.
 
     Attributes:
-        module: `module(*live, *states)` gives `(*decision, *leaves, *live)`.
+        module: `module(*live, *states)` gives `(*decision, *leaves, *reports, *live)`.
         exit: The exit at its end, None for the model's own end.
         inputs: Live values that it takes, in order.
         outputs: Live values that it hands on, in order.
         leaves: Indices of the output leaves that it computes, in order.
+        reports: Indices of `program.reports` that it gives, in order.
         takes_states: How many states come in behind the live values: the first so many of those handed on.
         gives_states: How many states the decision hands on: `(logits, confidence, *states)`. That of the criterion
             comes first, then that of the combination of exits.
@@ -41,6 +42,7 @@ class Segment:
     inputs: tuple[Live, ...]
     outputs: tuple[Live, ...]
     leaves: tuple[int, ...]
+    reports: tuple[int, ...]
     takes_states: int
     gives_states: int
 
@@ -73,13 +75,21 @@ class Lower(Pass):
         return PassResult(program.replace(level="schedule"), False, summary=summary)
 
 
-def schedule(program: Program, open_exits: tuple[int, ...], decide_at_end: bool = False) -> Schedule:
+def schedule(
+    program: Program,
+    open_exits: tuple[int, ...],
+    decide_at_end: bool = False,
+    gates: tuple[str, ...] | None = None,
+) -> Schedule:
     """The segments between the open exits.
 
     Args:
         open_exits: Indices of the exits that are open, in order.
-        decide_at_end: Whether the last segment also gives the confidence of the model's own output.
+        decide_at_end: Whether the last segment also gives the confidence of the model's own output, and every segment
+            its reports.
+        gates: Per gate "open", "shut" or "dynamic"; None takes all as dynamic.
     """
+    how = (DYNAMIC,) * len(program.gates) if gates is None else gates
     layout = Layout(program)
     stops = (*open_exits, len(program.exits))
     segments = []
@@ -87,7 +97,7 @@ def schedule(program: Program, open_exits: tuple[int, ...], decide_at_end: bool 
     incoming = layout.inputs()
     for i, stop in enumerate(stops):
         later = tuple(open_exits[i + 1 :])
-        segment = _segment(program, layout, start, stop, incoming, later, i > 0, decide_at_end)
+        segment = _segment(program, layout, start, stop, incoming, later, i > 0, decide_at_end, how)
         segments.append(segment)
         incoming = [layout.names[v.node] for v in segment.outputs]
         start = stop
@@ -103,6 +113,7 @@ def _segment(
     later: tuple[int, ...],
     after_open: bool,
     decide_at_end: bool,
+    how: tuple[str, ...],
 ) -> Segment:
     at_end = stop == len(program.exits)
     gm = layout.gm
@@ -115,22 +126,22 @@ def _segment(
     carried = states_of(program)
     taken = [r for r in carried if after_open and decides and not (at_end and r == "memory")]
     states: dict[str, fx.Node | None] = {r: part.graph.placeholder(r) for r in taken}
-    for n in layout.interval(start, stop):
-        if n.op in ("placeholder", "get_attr") or n in part.env or n not in needed:
-            continue
-        if facts.is_symbolic_number(n) and any(a not in part.env and a.op != "get_attr" for a in n.all_input_nodes):
-            continue
-        part.copy(n)
+    layout.copy_interval(part, start, stop, how, needed)
     decision: list[fx.Node] = []
     if decides:
         decision = _decision(gm, part, -1 if at_end else stop, states, carried)
     leaves = layout.produced(start, stop)
     given = [part.resolve(layout.leaves[i]) for i in leaves]
+    reports = _reported(program, layout, start, stop, how, needed) if decide_at_end else ()
+    given += [part.resolve(layout.names[program.reports[i].node]) for i in reports]
     if at_end:
         given.append(part.resolve(layout.prediction()))
         handed: list[fx.Node] = []
     else:
         handed = layout.live(stop, later)
+    for n in part.graph.nodes:
+        if n.target is torch.ops.eecompile.gate.default:
+            n.target = ops.gate
     module = part.finish([*decision, *given, *(part.resolve(n) for n in handed)], f"Segment{start + 1}to{stop}")
     return Segment(
         module=module,
@@ -138,8 +149,22 @@ def _segment(
         inputs=layout.as_live(incoming),
         outputs=layout.as_live(handed),
         leaves=tuple(leaves),
+        reports=reports,
         takes_states=len(taken),
         gives_states=0 if at_end else len(decision) - 2,
+    )
+
+
+def _reported(
+    program: Program, layout: Layout, start: int, stop: int, how: tuple[str, ...], needed: set[fx.Node]
+) -> tuple[int, ...]:
+    """The reports between two exits; gates that are open or shut whatever the input have nothing to tell."""
+    inside = needed.intersection(layout.interval(start, stop))
+    known = {g.name for g, h in zip(program.gates, how, strict=True) if h != DYNAMIC}
+    return tuple(
+        i
+        for i, r in enumerate(program.reports)
+        if not r.training_only and r.name not in known and layout.names[r.node] in inside
     )
 
 

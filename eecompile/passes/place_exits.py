@@ -30,7 +30,7 @@ class PlaceExits(Pass):
     """Fills `program.exits` from the recipe; the graph stays as it is.
 
     Args:
-        recipe: What the strategy wants.
+        recipe: What the strategy wants; None for no exits.
         example: Flat inputs, for the sizes of dynamic axes.
     """
 
@@ -38,10 +38,12 @@ class PlaceExits(Pass):
     requires: ClassVar[frozenset[str]] = frozenset({"costs", "cuts"})
     ensures: ClassVar[frozenset[str]] = frozenset({"exits placed"})
 
-    recipe: ExitRecipe
+    recipe: ExitRecipe | None
     example: tuple[torch.Tensor, ...] | None = None
 
     def run(self, program: Program) -> PassResult:
+        if self.recipe is None:
+            return PassResult(program.replace(exits=()), False, summary="no exits asked for")
         considered = Candidates(program, self.recipe, self.example)
         where = self.recipe.where
         if where == "predictions":

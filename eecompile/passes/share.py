@@ -14,7 +14,7 @@ from torch import fx
 
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
-from eecompile.passes.insert_exits import functional
+from eecompile.passes.functional import functional
 from eecompile.program import Program
 
 aten = torch.ops.aten

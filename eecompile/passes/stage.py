@@ -6,8 +6,8 @@ It computes what the marked graph computes, in the same order; each stage is a s
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,8 @@ from torch import fx
 from eecompile.errors import PassError
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
-from eecompile.passes.extract import extract
+from eecompile.passes.extract import Extractor
+from eecompile.passes.gated import GatedRegions
 from eecompile.program import Live, Program, Stage
 
 
@@ -35,6 +36,10 @@ class StagePass(Pass):
 
     def run(self, program: Program) -> PassResult:
         layout = Layout(program)
+        program = program.replace(
+            gates=tuple(replace(g, stage=layout.stage_of(g.decision)) for g in program.gates),
+            reports=tuple(replace(r, stage=layout.stage_of(r.node)) for r in program.reports),
+        )
         stages = layout.stages()
         staged = _staged_graph(program, layout, stages)
         done = program.replace(graph_module=staged, level="staged", marked=program.graph_module, stages=stages)
@@ -54,6 +59,7 @@ class Layout:
         self.position = {n: i for i, n in enumerate(self.trunk)}
         self.batch = facts.Batch(self.gm, program.signature)
         self.learned = facts.trunk_nodes(self.gm, self.batch)
+        self.regions = GatedRegions(program, self.gm, self.batch)
         shape = program.signature.outputs[program.prediction or 0].shape
         self.positions = len(shape) == 3
         self.bounds = [self.position[self.names[e.after]] for e in program.exits]
@@ -78,6 +84,11 @@ class Layout:
         outputs = self.names["selection"].args[0]
         return outputs[-1]  # type: ignore[index,return-value]
 
+    def stage_of(self, name: str) -> int:
+        """How many exits lie before a node of the trunk."""
+        position = self.position[self.names[name]]
+        return sum(b < position for b in self.bounds)
+
     def interval(self, start: int, stop: int) -> list[fx.Node]:
         """Trunk nodes behind exit `start` (-1: from the input) up to exit `stop` (len(exits): to the end)."""
         low = 0 if start < 0 else self.bounds[start] + 1
@@ -88,6 +99,35 @@ class Layout:
         """Trunk nodes that the model's own output or one of these exits needs."""
         heads = [self.names[n] for k in exits for n in self.program.exits[k].head_inputs]
         return facts.needed_for([*self.leaves, self.prediction(), *heads])
+
+    def copy_interval(
+        self, part: Extractor, start: int, stop: int, how: Sequence[str] | None = None, needed: set[fx.Node] | None = None
+    ) -> None:
+        """Copies the work between two exits into `part`.
+
+        Args:
+            how: Per gate "open", "shut" or "dynamic"; None shows gated regions as submodules that compute every row.
+            needed: Leave out what is not among these; None copies everything.
+        """
+        regions = self.regions
+        for n in self.interval(start, stop):
+            if n in part.env or n in regions.inside or (needed is not None and n not in needed):
+                continue
+            if n in regions.ends:
+                i, carry = regions.ends[n]
+                if carry > 0:
+                    continue
+                if how is None:
+                    regions.show_in(part, i)
+                else:
+                    regions.copy_into(part, i, how[i])
+                continue
+            part.copy_unless_outer(n)
+
+    def needed_at(self, node: fx.Node) -> int:
+        """Position at which a node reads its inputs: all of a gated region is computed at the region's end."""
+        i = self.regions.inside.get(node)
+        return self.position.get(node, -1) if i is None else self.position[self.names[self.program.gates[i].node]]
 
     def live(self, exit_index: int, later: tuple[int, ...] | None = None) -> list[fx.Node]:
         """Tensors that cross the boundary at an exit; `later` are the exits that are open behind it (None: all)."""
@@ -100,9 +140,9 @@ class Layout:
         needed = self.needed(wanted)  # work of a closed exit does not run: what only it reads need not survive
         out = []
         for n in self.trunk[: p + 1]:
-            if n.op == "get_attr" or not facts.is_tensor(n):
+            if n.op == "get_attr" or not facts.is_tensor(n) or n in self.regions.inside:
                 continue
-            used = any(self.position.get(u, -1) > p and u in needed for u in n.users) or n in heads
+            used = any(self.needed_at(u) > p and u in needed for u in n.users) or n in heads
             if used:
                 out.append(n)
         return out
@@ -112,6 +152,11 @@ class Layout:
         inside = set(self.interval(start, stop))
         prediction = self.prediction()
         return [i for i, n in enumerate(self.leaves) if n in inside and n is not prediction]
+
+    def reported(self, start: int, stop: int) -> list[fx.Node]:
+        """Nodes of the reports that are computed between two exits."""
+        inside = set(self.interval(start, stop))
+        return [n for r in self.program.reports if (n := self.names[r.node]) in inside]
 
     def as_live(self, nodes: list[fx.Node]) -> tuple[Live, ...]:
         return tuple(self.batch.live(n, n in self.learned) for n in nodes)
@@ -176,10 +221,14 @@ def _staged_graph(program: Program, layout: Layout, stages: tuple[Stage, ...]) -
         handed = [layout.names[v.node] for v in stage.outputs] if stage.exit is not None else []
         if stage.exit is not None:  # a head may read what nobody needs afterwards
             handed += [layout.names[n] for n in program.exits[stage.exit].head_inputs]
-        given = list(dict.fromkeys([*handed, *leaves]))
+        given = list(dict.fromkeys([*handed, *leaves, *layout.reported(k - 1, k)]))
         passed = [n for n in given if n in taken]
         given = [n for n in given if n not in taken]
-        module = extract(gm, layout.interval(k - 1, k), taken, given, f"Stage{k}")
+        part = Extractor(gm)
+        for n in taken:
+            part.placeholder(n)
+        layout.copy_interval(part, k - 1, k)
+        module = part.finish([part.resolve(n) for n in given], f"Stage{k}")
         parts[stage.name] = module
         call = graph.call_module(stage.name, tuple(values[n.name] for n in taken))
         call._rename(f"{stage.name}_out")

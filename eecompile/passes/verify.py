@@ -10,12 +10,13 @@ import torch
 from eecompile.errors import PassError
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.insert_exits import THRESHOLDS
+from eecompile.passes.insert_gates import GATE_THRESHOLDS
 from eecompile.program import Program
 
 
 @dataclass(frozen=True)
 class Verify(Pass):
-    """With all exits closed, marked and staged graph give the captured graph's output bit for bit.
+    """With all exits closed and all gates open, marked and staged graph give the captured graph's output bit for bit.
 
     Args:
         example: Flat inputs; None checks nothing but the graphs' own rules.
@@ -31,26 +32,29 @@ class Verify(Pass):
         if self.example is None or program.marked is None:
             return PassResult(program, False, summary="no example: numbers not compared")
         marked, staged = program.marked, program.graph_module
-        thresholds = getattr(marked, THRESHOLDS)
-        before = thresholds.clone()
+        thresholds, gates = getattr(marked, THRESHOLDS), getattr(marked, GATE_THRESHOLDS, torch.empty(0))
+        before, gates_before = thresholds.clone(), gates.clone()
         flags = {m: m.training for m in marked.modules()}
         marked.eval()
         staged.eval()
         count = len(program.signature.outputs)
         try:
             thresholds.fill_(2.0)
+            gates.fill_(0.0)
             with torch.no_grad():
                 want = program.source(*self.example)[:count]
                 graphs = {"marked": marked} | ({} if staged is marked else {"staged": staged})
                 for name, gm in graphs.items():
-                    _equal(want, gm(*self.example)[:count], f"{name} graph, all exits closed")
+                    _equal(want, gm(*self.example)[:count], f"{name} graph, all exits closed and gates open")
                 thresholds.copy_(before)
+                gates.copy_(gates_before)
                 _equal(marked(*self.example), staged(*self.example), "staged graph")
         finally:
             thresholds.copy_(before)
+            gates.copy_(gates_before)
             for m, flag in flags.items():
                 m.training = flag
-        return PassResult(program, False, summary="closed exits give the captured graph's output bit for bit")
+        return PassResult(program, False, summary="closed exits and open gates give the captured graph's output bit for bit")
 
 
 def _equal(want: tuple[torch.Tensor, ...], got: tuple[torch.Tensor, ...], where: str) -> None:

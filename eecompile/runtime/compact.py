@@ -15,7 +15,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eecompile.passes.gated import DYNAMIC, OPEN, pattern
 from eecompile.passes.insert_exits import THRESHOLDS
+from eecompile.passes.insert_gates import GATE_THRESHOLDS
 from eecompile.passes.lower import Segment, schedule
 from eecompile.program import Program
 from eecompile.runtime.anytime import run_within, stream_of
@@ -50,7 +52,7 @@ class CompactExecutor:
 
     def __init__(self, program: Program, backend: str = "eager") -> None:
         self.program, self.backend = program, backend
-        self._plans: dict[tuple[tuple[int, ...], bool], tuple[Step, ...]] = {}
+        self._plans: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], tuple[Step, ...]] = {}
         self._lock = threading.Lock()
         self._running: set[_Run] = set()
         self.times = times_of(program)
@@ -59,8 +61,11 @@ class CompactExecutor:
     def thresholds_changed(self) -> None:
         """Reads the thresholds again; plans for sets of open exits that were seen before are kept."""
         values = [float(t) for t in getattr(self.program.marked, THRESHOLDS).tolist()]
+        gates: tuple[str, ...] = ()
+        if self.program.gates:
+            gates = pattern(self.program.gates, getattr(self.program.marked, GATE_THRESHOLDS).tolist())
         # One assignment, so that a running call sees old or new thresholds, not a mixture.
-        self._current = (values, tuple(i for i, t in enumerate(values) if t <= 1.0))
+        self._current = (values, tuple(i for i, t in enumerate(values) if t <= 1.0), gates)
 
     def reset(self) -> None:
         with self._lock:
@@ -68,14 +73,14 @@ class CompactExecutor:
         self.times.forget()
         self.thresholds_changed()
 
-    def plan(self, open_exits: tuple[int, ...], decide_at_end: bool) -> tuple[Step, ...]:
-        """The segments for a set of open exits, built at first use."""
-        key = (open_exits, decide_at_end)
+    def plan(self, open_exits: tuple[int, ...], decide_at_end: bool, gates: tuple[str, ...] = ()) -> tuple[Step, ...]:
+        """The segments for a set of open exits and a pattern of gates, built at first use."""
+        key = (open_exits, decide_at_end, gates)
         found = self._plans.get(key)
         if found is None:
             with self._lock:
                 if key not in self._plans:
-                    segments = schedule(self.program, open_exits, decide_at_end).segments
+                    segments = schedule(self.program, open_exits, decide_at_end, gates).segments
                     self._plans[key] = tuple(self._step(s) for s in segments)
                 found = self._plans[key]
         return found
@@ -118,8 +123,9 @@ class CompactExecutor:
         return len(running)
 
     def _begin(self, flat: Sequence[Tensor], want_confidence: bool) -> _Run:
-        thresholds, open_exits = self._current
-        return _Run(self.program, flat, want_confidence, self.plan(open_exits, want_confidence), thresholds)
+        thresholds, open_exits, gates = self._current
+        plan = self.plan(open_exits, want_confidence, gates)
+        return _Run(self.program, flat, want_confidence, plan, thresholds, gates)
 
 
 class _Run:
@@ -132,9 +138,10 @@ class _Run:
         want_confidence: bool,
         plan: Sequence[Step],
         thresholds: Sequence[float],
+        gates: tuple[str, ...] = (),
     ) -> None:
         self.program, self.flat, self.want_confidence = program, flat, want_confidence
-        self.plan, self.thresholds = plan, thresholds
+        self.plan, self.thresholds, self.gates = plan, thresholds, gates
         self.outputs = program.signature.outputs
         index, axis = program.signature.batch_input
         first = flat[index]
@@ -145,6 +152,7 @@ class _Run:
         self.stopped: str | None = None
         # exit, logits and confidence of the last decision, and who of those rows stayed (None: all)
         self.last: tuple[int, Tensor, Tensor, Tensor | None] | None = None
+        self.reports: dict[str, Tensor] = {}
 
     @property
     def stops(self) -> list[int]:
@@ -168,6 +176,9 @@ class _Run:
                 return
             at = segment.decision + len(segment.leaves)
             self._keep_leaves(segment, values[segment.decision : at])
+            if segment.reports:
+                self._keep_reports(segment, values[at:])
+                at += len(segment.reports)
             live, state = values[at:], values[2 : segment.decision]
             stay = self.in_.decide(segment.exit, values[0], values[1], self.thresholds[segment.exit])
             if stay is not None:
@@ -186,7 +197,7 @@ class _Run:
     def so_far(self) -> Outcome:
         survivors = self.in_.copy()
         self._take_last(survivors)
-        return assemble(self.program, self.flat, survivors, self.leaves, self.want_confidence)
+        return self._told(assemble(self.program, self.flat, survivors, self.leaves, self.want_confidence))
 
     def _take_last(self, survivors: Survivors) -> None:
         """Rows that are still in have the output of the exit that they have just passed."""
@@ -199,7 +210,7 @@ class _Run:
     def outcome(self) -> Outcome:
         outcome = assemble(self.program, self.flat, self.in_, self.leaves, self.want_confidence)
         outcome.stopped = self.stopped
-        return outcome
+        return self._told(outcome)
 
     def wait(self) -> None:
         if self.in_.device.type == "cuda":
@@ -207,7 +218,9 @@ class _Run:
 
     def _finish(self, segment: Segment, values: tuple[Tensor, ...]) -> None:
         at = 1 if self.want_confidence else 0
-        self._keep_leaves(segment, values[at:-1])
+        end = at + len(segment.leaves)
+        self._keep_leaves(segment, values[at:end])
+        self._keep_reports(segment, values[end:])
         axis = self.outputs[self.program.prediction or 0].batch_axis
         prediction = values[-1].movedim(axis, 0) if axis else values[-1]
         self.in_.finish(prediction, values[0] if self.want_confidence else None)
@@ -221,3 +234,24 @@ class _Run:
             else:
                 full = nothing(leaf, self.program.signature, self.flat, value.device)
                 self.leaves[i] = full.index_copy_(leaf.batch_axis, rows, value)
+
+    def _keep_reports(self, segment: Segment, values: Sequence[Tensor]) -> None:
+        rows = self.in_.rows
+        for i, value in zip(segment.reports, values, strict=False):
+            if rows is not None:
+                value = value.new_zeros((self.in_.size, *value.shape[1:])).index_copy_(0, rows, value)
+            self.reports[self.program.reports[i].name] = value
+
+    def _told(self, outcome: Outcome) -> Outcome:
+        if self.want_confidence and self.program.reports:
+            outcome.reports = self.reports | self._known(outcome.exit_index)
+        return outcome
+
+    def _known(self, exit_index: Tensor) -> dict[str, Tensor]:
+        """Decisions of gates that are open or shut whatever the input, and zeros for what nobody reached."""
+        known = {
+            g.name: (exit_index >= g.stage).float() * (how == OPEN)
+            for g, how in zip(self.program.gates, self.gates, strict=True)
+            if how != DYNAMIC or g.name not in self.reports
+        }
+        return known

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import sympy
@@ -33,6 +33,7 @@ class Outcome:
         final: [B] bool: rows that left by themselves; None for all of them.
         stopped: Why the call was stopped before every row was final: "deadline", "budget" or "interrupt".
         late: Whether the output came after the deadline, or costs more than the budget.
+        reports: `program.reports` by name, batch first; those for training from the marked graph only.
     """
 
     leaves: list[Tensor]
@@ -45,6 +46,7 @@ class Outcome:
     final: Tensor | None = None
     stopped: str | None = None
     late: bool = False
+    reports: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Executor(Protocol):

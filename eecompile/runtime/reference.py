@@ -35,8 +35,13 @@ class ReferenceExecutor:
         results = list(self.marked(*flat))
         count, exits = len(self.program.signature.outputs), len(self.program.exits)
         leaves, (index, confidence), rest = results[:count], results[count : count + 2], results[count + 2 :]
+        told = self.program.reports
+        rest, values = (rest[: -len(told)], rest[-len(told) :]) if told else (rest, [])
         rest, last = rest[: 2 * exits + 2], rest[2 * exits + 2 :]
         learned = exits if exits and self.program.exits[0].criterion.learned else 0
+        reports = {
+            r.name: v if self.marked.training else reached(v, index, r.stage) for r, v in zip(told, values, strict=True)
+        }
         outcome = Outcome(
             leaves=leaves,
             exit_index=index,
@@ -45,6 +50,7 @@ class ReferenceExecutor:
             confidences=tuple(rest[exits + 1 : 2 * exits + 2]),
             scores=tuple(last[:learned]) or None,
             separate=tuple(last[learned:]) or None,
+            reports=reports,
         )
         if allowance is None or allowance.deepest is None:
             return outcome
@@ -84,7 +90,8 @@ class ReferenceExecutor:
                 leaves[i] = blank(leaves[i], index, available, batch_axis)
         leaves[at] = prediction.movedim(0, axis)
         final = ~beyond if bool(beyond.any()) else None
-        return Outcome(leaves, index, confidence, final=final)
+        reports = {r.name: reached(outcome.reports[r.name], index, r.stage) for r in self.program.reports}
+        return Outcome(leaves, index, confidence, reports=reports, final=final)
 
     def measure(self, flat: Sequence[Tensor]) -> None:
         raise StrategyError(
@@ -97,6 +104,13 @@ class ReferenceExecutor:
 
     def reset(self) -> None:
         """Nothing is derived."""
+
+
+def reached(value: Tensor, exit_index: Tensor, stage: int) -> Tensor:
+    """A report `[B, ...]` with zeros for the rows that had left before it was made."""
+    if stage == 0:
+        return value
+    return value.masked_fill((exit_index < stage).view(-1, *(1,) * (value.ndim - 1)), 0)
 
 
 def every_exit(outcome: Outcome) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:

@@ -14,6 +14,7 @@ from torch import Tensor, fx
 
 from eecompile.errors import MissingDependencyError
 from eecompile.passes import facts
+from eecompile.passes.gated import Gated
 
 aten = torch.ops.aten
 # The same dispatcher entries by their Python bindings; positional signatures agree.
@@ -78,6 +79,9 @@ class EagerSegment:
     """Calls a segment's generated code without module hooks and attribute look-ups."""
 
     def __init__(self, module: fx.GraphModule) -> None:
+        for gated in module.modules():
+            if isinstance(gated, Gated):
+                gated.call = EagerSegment(gated.body)
         lifted_module, self.attributes = lifted(module)
         self.module = lifted_module
         self.forward = lifted_module.forward
@@ -91,5 +95,9 @@ def compiled(module: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
     """A segment through `torch.compile` with a dynamic batch: one graph for every number of survivors above one."""
     if not hasattr(torch, "compile"):
         raise MissingDependencyError("this torch has no torch.compile", hint='use backend="eager"')
-    call: Callable[..., tuple[Tensor, ...]] = torch.compile(module, dynamic=True, fullgraph=True)
+    gates = [m for m in module.modules() if isinstance(m, Gated)]
+    for gated in gates:  # how many rows are open is known on the host only: the graph breaks around a region
+        gated.call = torch.compile(gated.body, dynamic=True, fullgraph=True)
+        gated.forward = torch.compiler.disable(gated.forward)  # type: ignore[method-assign, no-untyped-call]
+    call: Callable[..., tuple[Tensor, ...]] = torch.compile(module, dynamic=True, fullgraph=not gates)
     return call

@@ -10,12 +10,13 @@ from eecompile.criteria import criterion
 from eecompile.errors import StrategyError, near
 from eecompile.strategies.ann import Ann
 from eecompile.strategies.anytime import Anytime
-from eecompile.strategies.base import ExitRecipe, ExitStrategy, Recipe, Strategy
+from eecompile.strategies.base import ExitRecipe, ExitStrategy, GateRecipe, Recipe, Strategy
 from eecompile.strategies.branchy import Branchy
 from eecompile.strategies.cascade import Cascade
 from eecompile.strategies.mebert import MeBert
+from eecompile.strategies.skipnet import SkipNet
 
-STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Ann, Anytime, Branchy, Cascade, MeBert)}
+STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Ann, Anytime, Branchy, Cascade, MeBert, SkipNet)}
 
 
 def strategy(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
@@ -51,8 +52,10 @@ __all__ = [
     "Cascade",
     "ExitRecipe",
     "ExitStrategy",
+    "GateRecipe",
     "MeBert",
     "Recipe",
+    "SkipNet",
     "Strategy",
     "strategy",
 ]

@@ -46,6 +46,34 @@ class ExitRecipe:
 
 
 @dataclass(frozen=True)
+class GateRecipe:
+    """Gates to insert.
+
+    Attributes:
+        where: "every-block", "halves" (attention and MLP parts where a block has them, else the block), "attention",
+            "mlp", or names of regions or blocks with wildcards.
+        unit: What scores a row: "auto", "conv", "linear", "recurrent", "policy" or "depth" (`eecompile.gates`).
+        threshold: Score from which a gate is open; one, or one per gate.
+        open_bias: Logit of the score that untrained units start near.
+        always_on: Names with wildcards of regions that stay without a gate.
+        min_open: At least this many gates let a row in.
+        monotone: A gate that is shut for a row shuts all later ones.
+        mask: Name of the input that marks padding, None to find it.
+        max_unit_share: A gate whose score costs more than this fraction of its region is refused.
+    """
+
+    where: Any = "every-block"
+    unit: str = "auto"
+    threshold: float | tuple[float, ...] = 0.5
+    open_bias: float = 2.0
+    always_on: tuple[str, ...] = ()
+    min_open: int = 0
+    monotone: bool = False
+    mask: str | None = None
+    max_unit_share: float = 0.5
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that a strategy wants in the graph.
 
@@ -54,6 +82,7 @@ class Recipe:
     """
 
     exits: ExitRecipe | None = None
+    gates: GateRecipe | None = None
     equilibrium: bool = False
 
 
@@ -200,4 +229,4 @@ class ExitStrategy(Strategy):
         return self.trunk
 
 
-__all__ = ["ExitRecipe", "ExitStrategy", "Recipe", "Strategy", "Where"]
+__all__ = ["ExitRecipe", "ExitStrategy", "GateRecipe", "Recipe", "Strategy", "Where"]

@@ -1,0 +1,205 @@
+"""The decisions of a compiled module as users see and set them: exits, gates, thresholds, temperatures, costs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+
+from eecompile.costs import costs_of
+from eecompile.criteria import MaxProbability
+from eecompile.errors import StrategyError
+from eecompile.gates import GateUnit
+from eecompile.heads import Branch
+from eecompile.kernels.confidence import confidence as confidence_of
+from eecompile.passes.insert_exits import HEADS, TEMPERATURES, THRESHOLDS
+from eecompile.passes.insert_gates import GATE_THRESHOLDS
+from eecompile.passes.place_gates import GATES
+from eecompile.program import Program
+from eecompile.thresholds import ExitRecord, GateRecord, threshold_values
+
+
+class Decisions(nn.Module):
+    """What `CompiledModule` tells of its exits and gates."""
+
+    program: Program
+    graph_module: fx.GraphModule
+
+    @property
+    def thresholds(self) -> Tensor:
+        """[E] float32; the buffer that decisions read."""
+        found: Tensor = getattr(self.graph_module, THRESHOLDS)
+        return found
+
+    @property
+    def temperatures(self) -> Tensor:
+        """[E + 1] float32, the model's own end last."""
+        found: Tensor = getattr(self.graph_module, TEMPERATURES)
+        return found
+
+    @property
+    def heads(self) -> nn.Module:
+        """The inserted heads, by exit name."""
+        found: nn.Module = getattr(self.graph_module, HEADS, nn.Module())
+        return found
+
+    @property
+    def exits(self) -> tuple[ExitRecord, ...]:
+        total = self.program.total_flops or 1.0
+        thresholds, temperatures = self.thresholds.tolist(), self.temperatures.tolist()
+        return tuple(
+            ExitRecord(
+                name=e.name,
+                node=e.node,
+                cut=e.cut,
+                depth=e.depth,
+                threshold=thresholds[i],
+                temperature=temperatures[i],
+                head=self.branch(e.name).head,
+                head_kind=e.head_kind,
+                head_cost=e.head_flops / total,
+                criterion=e.criterion,
+            )
+            for i, e in enumerate(self.program.exits)
+        )
+
+    def branch(self, exit_name: str) -> Branch:
+        found = getattr(self.heads, exit_name)
+        assert isinstance(found, Branch)
+        return found
+
+    @property
+    def gate_thresholds(self) -> Tensor:
+        """[G] float32; the buffer that gates read."""
+        found: Tensor = getattr(self.graph_module, GATE_THRESHOLDS, torch.empty(0, device=self.thresholds.device))
+        return found
+
+    @property
+    def gate_units(self) -> nn.Module:
+        """The inserted gate units, by name; one for all gates is called `policy`."""
+        return self.graph_module.get_submodule(GATES) if self.program.gates else nn.Module()
+
+    @property
+    def gates(self) -> tuple[GateRecord, ...]:
+        total = self.program.total_flops or 1.0
+        thresholds = self.gate_thresholds.tolist()
+        units = []
+        for g in self.program.gates:
+            unit = self.graph_module.get_submodule(g.unit)
+            assert isinstance(unit, GateUnit)
+            units.append(unit)
+        return tuple(
+            GateRecord(
+                name=g.name,
+                node=g.node,
+                region=g.region,
+                kind=g.kind,
+                depth=g.depth,
+                threshold=thresholds[i],
+                head=units[i],
+                head_kind=units[i].kind,
+                saves=g.flops / total,
+                head_cost=g.unit_flops / total,
+            )
+            for i, g in enumerate(self.program.gates)
+        )
+
+    def set_gate_thresholds(self, thresholds: Any) -> None:
+        """Sets from which score gates open: one number, one for each in order, or by gate name.
+
+        0 keeps a gate open whatever its score, above 1 keeps it shut; both cost no score. No recompilation.
+
+        Raises:
+            StrategyError: A wrong count, an unknown name, a negative number or NaN.
+        """
+        names = [g.name for g in self.program.gates]
+        values = threshold_values(names, self.gate_thresholds.tolist(), thresholds, "gate")
+        with torch.no_grad():
+            self.gate_thresholds.copy_(torch.tensor(values, dtype=torch.float32))
+        self._changed()
+
+    def set_thresholds(self, thresholds: Any) -> None:
+        """Sets when samples leave: one number for all exits, one for each in order, or by exit or gate name.
+
+        No recompilation: only the set of open exits picks another plan.
+
+        Raises:
+            StrategyError: A wrong count, an unknown name, a negative number or NaN.
+        """
+        names = [e.name for e in self.program.exits]
+        gates = {g.name for g in self.program.gates}
+        if isinstance(thresholds, Mapping) and gates & set(thresholds):
+            self.set_gate_thresholds({k: v for k, v in thresholds.items() if k in gates})
+            thresholds = {k: v for k, v in thresholds.items() if k not in gates}
+        values = threshold_values(names, self.thresholds.tolist(), thresholds)
+        with torch.no_grad():
+            self.thresholds.copy_(torch.tensor(values, dtype=torch.float32))
+        self._changed()
+
+    def set_temperatures(self, temperatures: Sequence[float]) -> None:
+        """Sets the softmax temperature of every exit and, last, of the model's own output.
+
+        Raises:
+            StrategyError: A wrong count, or a temperature that is not a positive number.
+        """
+        values = [float(t) for t in temperatures]
+        wanted = len(self.program.exits) + 1
+        if len(values) != wanted or not all(0 < t < float("inf") for t in values):
+            raise StrategyError("temperatures are positive numbers", got=values, wanted=f"{wanted} of them")
+        with torch.no_grad():
+            self.temperatures.copy_(torch.tensor(values, dtype=torch.float32))
+
+    def _changed(self) -> None:
+        """Tells the executors that thresholds are others now."""
+        raise NotImplementedError
+
+    def costs(self, open_exits: Sequence[bool]) -> Tensor:
+        """[E + 1] float32: fraction of the full model's FLOPs of a row that leaves at each exit, open heads and the scores
+        of gates included; every gate counts as open."""
+        scored = tuple(0 < t <= 1 for t in self.gate_thresholds.tolist())
+        key = (tuple(bool(o) for o in open_exits), scored)
+        cache = self.__dict__["_costs"]
+        if key not in cache:
+            cache[key] = torch.tensor(costs_of(self.program, *key), dtype=torch.float32)
+        cost: Tensor = cache[key]
+        return cost
+
+    def confidences_of(
+        self, outputs: Sequence[Tensor], temperatures: Tensor, scores: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Confidences `[n]` of stored predictions with other temperatures, all exits open; NaN where none is known."""
+        found, state = [], None
+        criterion = self.program.exits[0].criterion if self.program.exits else MaxProbability()
+        for k, logits in enumerate(outputs):
+            last = k == len(outputs) - 1
+            kind = MaxProbability(reduce=criterion.reduce) if last and criterion.learned else criterion
+            judged = scores[k].unsqueeze(-1) if scores is not None and kind.learned else logits
+            value, state = confidence_of(
+                judged,
+                state if kind.stateful else None,
+                kind.name,
+                temperatures[k],
+                patience=kind.patience,
+                reduce=kind.reduce,
+            )
+            found.append(value)
+        return tuple(found)
+
+    def spent(self, exit_index: Tensor, gates: Tensor | None) -> Tensor:
+        """[B] float32: fraction of the full model's FLOPs spent on each row, skipped regions left out.
+
+        Args:
+            exit_index: [B] int64.
+            gates: [B, G] 1 for open, differentiable or not; None without gates.
+        """
+        open_exits = [t <= 1.0 for t in self.thresholds.tolist()]
+        cost = self.costs(open_exits).to(exit_index.device)[exit_index]
+        if gates is None or not self.program.gates:
+            return cost
+        total = self.program.total_flops or 1.0
+        saves = torch.tensor([g.flops / total for g in self.program.gates], device=cost.device)
+        stages = torch.tensor([g.stage for g in self.program.gates], device=cost.device)
+        reached = exit_index.unsqueeze(1) >= stages
+        return cost - ((1 - gates.float()) * reached * saves).sum(1)

@@ -1,0 +1,215 @@
+"""What decides whether a row goes into a region: gate units, chosen by the shape of the value there.
+
+A unit is called with the value `x` that comes in and, where it is a masked sequence, its mask `[B, S]`; it gives a score
+`[B]` in [0, 1], the probability that the region is worth running. Units start out open: the bias of the last layer is
+`open_bias`, so that training begins with the model as it was (SkipNet, Wang et al. 2018).
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from eecompile.errors import StrategyError, near
+from eecompile.heads import Site, mean_over_positions
+
+OPEN_BIAS = 2.0
+HIDDEN = 10  # of the recurrent gate, as in the paper
+
+
+class GateUnit(nn.Module):
+    """Base of the units that belong to one gate.
+
+    Args:
+        site: Where the unit reads; `site.classes` is not used.
+        open_bias: Bias of the score's logit.
+    """
+
+    kind: ClassVar[str] = ""
+    fits: ClassVar[tuple[str, ...]] = ("map", "sequence", "vector")
+    recurrent: ClassVar[bool] = False  # takes and gives a state besides the score
+    common: ClassVar[bool] = False  # one unit gives the scores of all gates, [B, G]
+
+    def __init__(self, site: Site, open_bias: float = OPEN_BIAS) -> None:
+        super().__init__()
+        self.site, self.open_bias = site, open_bias
+
+    def pooled(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """`[B, width]`: the mean over positions."""
+        if self.site.kind == "map":
+            return x.mean((2, 3))
+        if self.site.kind == "sequence":
+            return mean_over_positions(x.transpose(0, 1) if self.site.batch_axis else x, mask)
+        return x
+
+    def options(self) -> dict[str, Any]:
+        """Further arguments, as JSON data."""
+        return {"open_bias": self.open_bias}
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *state: Tensor) -> Any:
+        raise NotImplementedError
+
+
+def opening(layer: nn.Linear, bias: float) -> nn.Linear:
+    """A last layer whose score starts near sigmoid(bias) for every input."""
+    with torch.no_grad():
+        layer.weight.mul_(0.1)
+        layer.bias.fill_(bias)
+    return layer
+
+
+class LinearGate(GateUnit):
+    """Mean over positions, one linear layer, sigmoid."""
+
+    kind = "linear"
+
+    def __init__(self, site: Site, open_bias: float = OPEN_BIAS) -> None:
+        super().__init__(site, open_bias)
+        self.norm: nn.Module = nn.LayerNorm(site.width) if site.kind == "sequence" else nn.Identity()
+        self.score = opening(nn.Linear(site.width, 1), open_bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *state: Tensor) -> Tensor:
+        return torch.sigmoid(self.score(self.norm(self.pooled(x, mask)))).squeeze(-1)
+
+
+class ConvGate(GateUnit):
+    """The feed-forward gate of SkipNet (FFGate-II): pool, a strided 3x3 convolution, pool, linear, sigmoid."""
+
+    kind = "conv"
+    fits = ("map",)
+
+    def __init__(self, site: Site, open_bias: float = OPEN_BIAS) -> None:
+        super().__init__(site, open_bias)
+        self.shrink = nn.MaxPool2d(2, ceil_mode=True)
+        self.conv = nn.Conv2d(site.width, HIDDEN, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(HIDDEN)
+        self.score = opening(nn.Linear(HIDDEN, 1), open_bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *state: Tensor) -> Tensor:
+        h = torch.relu(self.norm(self.conv(self.shrink(x))))
+        return torch.sigmoid(self.score(h.mean((2, 3)))).squeeze(-1)
+
+
+class RecurrentGate(GateUnit):
+    """The recurrent gate of SkipNet (RNNGate): a projection of its own, an LSTM cell shared by all gates.
+
+    Args:
+        shared: The cell and the last layer, `RecurrentCore`; the same object for every gate.
+    """
+
+    kind = "recurrent"
+    recurrent = True
+
+    def __init__(self, site: Site, open_bias: float = OPEN_BIAS, shared: RecurrentCore | None = None) -> None:
+        super().__init__(site, open_bias)
+        self.project = nn.Linear(site.width, HIDDEN)
+        self.shared = shared if shared is not None else RecurrentCore(open_bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *state: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        v = torch.relu(self.project(self.pooled(x, mask)))
+        h, c = self.shared.cell(v, state if state else None)
+        return torch.sigmoid(self.shared.score(h)).squeeze(-1), h, c
+
+
+class RecurrentCore(nn.Module):
+    """What the recurrent gates of one model share."""
+
+    def __init__(self, open_bias: float = OPEN_BIAS) -> None:
+        super().__init__()
+        self.cell = nn.LSTMCell(HIDDEN, HIDDEN)
+        self.score = opening(nn.Linear(HIDDEN, 1), open_bias)
+
+
+class PolicyGate(GateUnit):
+    """One policy for all gates, from one early value: pool, a hidden layer, one sigmoid per gate (BlockDrop, Wu et al.
+    2018; AdaViT, Meng et al. 2022). Scores `[B, G]`."""
+
+    kind = "policy"
+    common = True
+
+    def __init__(self, site: Site, open_bias: float = OPEN_BIAS, gates: int = 1, hidden: int | None = None) -> None:
+        super().__init__(site, open_bias)
+        self.gates, self.hidden_size = gates, hidden or max(16, min(site.width, 128))
+        self.norm: nn.Module = nn.LayerNorm(site.width) if site.kind == "sequence" else nn.Identity()
+        self.hidden = nn.Linear(self._features(), self.hidden_size)
+        self.score = opening(nn.Linear(self.hidden_size, gates), open_bias)
+
+    def _features(self) -> int:
+        return self.site.width * 4 if self.site.kind == "map" else self.site.width
+
+    def features(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        """Pooled value; of a map its mean over each quarter, because one mean says little of an early map."""
+        if self.site.kind == "map":
+            return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
+        return self.pooled(x, mask)
+
+    def logits(self, x: Tensor, mask: Tensor | None) -> Tensor:
+        found: Tensor = self.score(torch.relu(self.hidden(self.norm(self.features(x, mask)))))
+        return found
+
+    def options(self) -> dict[str, Any]:
+        return {"open_bias": self.open_bias, "gates": self.gates, "hidden": self.hidden_size}
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *state: Tensor) -> Tensor:
+        return torch.sigmoid(self.logits(x, mask))
+
+
+class DepthGate(PolicyGate):
+    """Depth chosen up front (Elbayad et al. 2020): a multinomial over 0..G, how many gated regions to run.
+
+    Score of gate i is P(depth > i), so scores fall with i, and at threshold 0.5 a row runs to the median depth. A
+    hidden layer and a softmax; it starts near full depth.
+    """
+
+    kind = "depth"
+
+    def __init__(self, site: Site, open_bias: float = OPEN_BIAS, gates: int = 1, hidden: int | None = None) -> None:
+        super().__init__(site, open_bias, gates, hidden)
+        self.score = opening(nn.Linear(self.hidden_size, gates + 1), 0.0)
+        with torch.no_grad():
+            self.score.bias[-1] = open_bias
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *state: Tensor) -> Tensor:
+        probability = torch.softmax(self.logits(x, mask).float(), -1)
+        return (1 - probability.cumsum(-1)[:, :-1]).clamp(0, 1).to(x.dtype)
+
+
+UNITS: dict[str, type[GateUnit]] = {u.kind: u for u in (LinearGate, ConvGate, RecurrentGate, PolicyGate, DepthGate)}
+
+
+def unit_class(kind: str, site: Site, where: str) -> type[GateUnit]:
+    """The unit with this name, "auto" for the best that fits.
+
+    Raises:
+        StrategyError: Unknown, or it does not take a value of this shape.
+    """
+    if kind == "auto":
+        kind = "conv" if site.kind == "map" else "linear"
+    if kind not in UNITS:
+        raise StrategyError("unknown gate unit", where=where, got=repr(kind), wanted=near(kind, [*UNITS, "auto"]))
+    if site.kind not in UNITS[kind].fits:
+        raise StrategyError(
+            f"gate unit {kind!r} does not fit the value at this place",
+            where=where,
+            got=f"{site.kind} {list(site.sizes)}",
+            wanted=" or ".join(UNITS[kind].fits),
+        )
+    return UNITS[kind]
+
+
+def describe(unit: GateUnit) -> dict[str, Any]:
+    """The unit as JSON data."""
+    return {"kind": unit.kind, "site": asdict(unit.site), **unit.options()}
+
+
+def rebuild(data: dict[str, Any], shared: RecurrentCore | None = None) -> GateUnit:
+    """The inverse of `describe`; weights are loaded afterwards. Recurrent units share `shared`."""
+    options = dict(data)
+    kind, fields = options.pop("kind"), dict(options.pop("site"))
+    site = Site(**{**fields, "sizes": tuple(fields["sizes"])})
+    if UNITS[kind].recurrent:
+        options["shared"] = shared
+    return UNITS[kind](site, **options)

@@ -1,0 +1,186 @@
+"""Chooses the regions that get a gate, and refuses gates that cost more than they can save."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import fx, nn
+
+from eecompile.errors import StrategyError, near
+from eecompile.gates import GateUnit, PolicyGate, RecurrentCore, unit_class
+from eecompile.heads import Site
+from eecompile.passes import facts, sites
+from eecompile.passes.annotate import ROWS, flops_of
+from eecompile.passes.base import Pass, PassResult
+from eecompile.program import Carry, Gate, Program, Refusal, Region
+from eecompile.strategies.base import GateRecipe
+
+GATES = "eecompile_gates"
+DYNAMIC = 64  # a sequence length for counting, where the example gives none
+
+
+@dataclass(frozen=True)
+class PlaceGates(Pass):
+    """Fills `program.gates` from the recipe; the graph stays as it is.
+
+    Args:
+        recipe: What the strategy wants.
+        example: Flat inputs, for the sizes of dynamic axes.
+    """
+
+    name: ClassVar[str] = "place_gates"
+    requires: ClassVar[frozenset[str]] = frozenset({"costs", "regions"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"gates placed"})
+
+    recipe: GateRecipe
+    example: tuple[torch.Tensor, ...] | None = None
+
+    def run(self, program: Program) -> PassResult:
+        refusals: list[Refusal] = []
+        chosen = self._without_overlap(self._chosen(program, refusals), refusals)
+        gates: list[Gate] = []
+        for region in chosen:
+            gate = self._judge(program, region, len(chosen), len(gates), refusals)
+            if gate is not None:
+                gates.append(gate)
+        if not gates:
+            reasons = [f"{r.node}: {r.reason}" for r in (*program.refusals, *refusals) if r.rule in RULES]
+            raise StrategyError(
+                "no region for a gate",
+                got="; ".join(reasons[:12]) or "no block of the model hands on what it was given",
+                wanted="a block whose input and output have the same shape",
+                hint="eecompile inspect MODEL shows the blocks; exits need no such block",
+            )
+        done = tuple(Gate(**{**g.__dict__, "name": f"gate_{i}", "unit": self._unit(i)}) for i, g in enumerate(gates))
+        summary = f"{len(done)} gates over {sum(g.flops for g in done) / (program.total_flops or 1):.0%} of the cost"
+        return PassResult(program.replace(gates=done), False, tuple(refusals), summary)
+
+    def _unit(self, i: int) -> str:
+        common = self.recipe.unit in ("policy", "depth")
+        return f"{GATES}.policy" if common else f"{GATES}.gate_{i}"
+
+    def _chosen(self, program: Program, refusals: list[Refusal]) -> list[Region]:
+        where, regions = self.recipe.where, program.regions
+        names = [where] if isinstance(where, str) else list(where)
+        found: dict[str, Region] = {}
+        for name in names:
+            matched = named(regions, name)
+            if not matched and name not in KEYWORDS:
+                reasons = [r.reason for r in program.refusals if r.node == name]
+                raise StrategyError(
+                    "no region has this name",
+                    got=name,
+                    wanted=near(name, [r.name for r in regions]) if regions else "this model has no region to skip",
+                    hint=f"it was refused: {reasons[0]}" if reasons else "eecompile inspect MODEL shows the regions",
+                )
+            for r in matched:
+                if not r.residual and name in KEYWORDS:
+                    reason = "its input does not reach its output by additions: skipping it would replace the value"
+                    refusals.append(Refusal(r.name, self.name, reason))
+                else:
+                    found[r.name] = r
+        for pattern in self.recipe.always_on:
+            kept = [n for n, r in found.items() if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(r.block, pattern)]
+            if not kept:
+                raise StrategyError("always_on= names no gated region", got=pattern, wanted=near(pattern, list(found)))
+            for n in kept:
+                refusals.append(Refusal(n, self.name, f"always on: {pattern}"))
+                del found[n]
+        order = {r.name: i for i, r in enumerate(regions)}
+        return sorted(found.values(), key=lambda r: order[r.name])
+
+    def _without_overlap(self, chosen: list[Region], refusals: list[Refusal]) -> list[Region]:
+        whole = {r.block for r in chosen if r.kind == "block"}
+        kept = []
+        for r in chosen:
+            if r.kind != "block" and r.block in whole:
+                refusals.append(Refusal(r.name, self.name, f"{r.block} has a gate as a whole"))
+            else:
+                kept.append(r)
+        return kept
+
+    def _judge(self, program: Program, region: Region, count: int, index: int, refusals: list[Refusal]) -> Gate | None:
+        site, _ = site_of(program, region, self.recipe.mask)
+        kind = unit_class(self.recipe.unit, site, region.name)
+        cost = 0.0
+        if not kind.common or index == 0:
+            unit = make_unit(kind, site, self.recipe.open_bias, count, None)
+            cost = unit_flops(unit, site, sizes_of(program, region, self.example))
+        if not kind.common and cost > region.flops * self.recipe.max_unit_share:
+            reason = f"its score costs {cost / max(region.flops, 1):.0%} of what it could save"
+            refusals.append(Refusal(region.name, self.name, reason))
+            return None
+        return Gate(
+            name="",
+            node="",
+            region=region.name,
+            kind=region.kind,
+            depth=region.depth,
+            unit="",
+            score="",
+            decision="",
+            flops=region.flops,
+            unit_flops=cost,
+            carries=(Carry(region.y, region.x, "", region.batch_axis),),
+            anchors=region.anchors,
+        )
+
+
+RULES = ("find_regions", "place_gates")
+KEYWORDS = ("every-block", "halves", "attention", "mlp")
+
+
+def named(regions: Sequence[Region], name: str) -> list[Region]:
+    """The regions that a name, a pattern or a keyword means."""
+    if name == "every-block":
+        return [r for r in regions if r.kind == "block"]
+    if name == "halves":
+        split = {r.block for r in regions if r.kind != "block"}
+        return [r for r in regions if (r.kind != "block") == (r.block in split)]
+    if name in ("attention", "mlp"):
+        return [r for r in regions if r.kind == name]
+    return [r for r in regions if fnmatch.fnmatchcase(r.name, name)]
+
+
+def site_of(program: Program, region: Region, mask: str | None) -> tuple[Site, str | None]:
+    """What a unit finds at the region's input, and the name of the input that marks padding there, if any."""
+    gm = program.graph_module
+    node = facts.by_name(gm)[region.x]
+    batch = facts.Batch(gm, program.signature)
+    sizes = batch.sizes(node)
+    found = sites.find_mask(program, sizes, region.batch_axis, mask)
+    dtype = str(facts.value(node).dtype).removeprefix("torch.")
+    return Site(sizes, region.batch_axis, 1, False, dtype, found is not None), found
+
+
+def sizes_of(program: Program, region: Region, example: tuple[torch.Tensor, ...] | None) -> list[int]:
+    """Sizes of the region's input with ROWS rows and the example's length."""
+    lengths: dict[str, int] = {}
+    if example is not None:
+        for t, leaf in zip(example, program.signature.inputs, strict=True):
+            lengths |= {n: int(t.shape[i]) for i, n in enumerate(leaf.shape) if isinstance(n, str)}
+    batch = facts.Batch(program.graph_module, program.signature)
+    node: fx.Node = facts.by_name(program.graph_module)[region.x]
+    return [
+        ROWS if i == region.batch_axis else s if isinstance(s, int) else lengths.get(s, DYNAMIC)
+        for i, s in enumerate(batch.sizes(node))
+    ]
+
+
+def make_unit(kind: type[GateUnit], site: Site, open_bias: float, count: int, shared: RecurrentCore | None) -> GateUnit:
+    """A new unit; recurrent ones share `shared`, common ones score `count` gates."""
+    options: dict[str, object] = {"shared": shared} if kind.recurrent else {}
+    if issubclass(kind, PolicyGate):
+        options["gates"] = count
+    return kind(site, open_bias, **options)
+
+
+def unit_flops(unit: nn.Module, site: Site, sizes: list[int]) -> float:
+    """FLOPs of a unit for one row, on meta tensors."""
+    x = torch.empty(sizes, dtype=getattr(torch, site.dtype), device="meta")
+    on_meta = unit.to("meta").eval()
+    return flops_of(lambda: on_meta(x)) / ROWS

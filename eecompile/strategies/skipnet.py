@@ -1,0 +1,77 @@
+"""SkipNet: gates on residual blocks, trained to skip what a row does not need (Wang et al. 2018)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from eecompile.errors import StrategyError
+from eecompile.strategies.base import GateRecipe, Recipe, Strategy
+
+
+@dataclass(frozen=True)
+class SkipNet(Strategy):
+    """Gates on residual blocks, or on their attention and MLP halves.
+
+    Args:
+        gates: "every-block", "halves", "attention", "mlp", or names of blocks or parts with wildcards.
+        unit: "auto" (conv on maps, linear elsewhere), "conv", "linear", or "recurrent" (one LSTM shared by all gates).
+        threshold: Score from which a gate is open; one, or one per gate. `calibrate` replaces it.
+        open_bias: Logit of the score that untrained gates start near: above 0 they begin open.
+        always_on: Names with wildcards of blocks that are never skipped.
+        min_open: At least this many gates let a row in.
+        target_cost: Fraction of the model's cost that training steers the mean towards.
+        trunk: Train the trunk too unless `fit(trunk=...)` says otherwise.
+    """
+
+    name: ClassVar[str] = "skipnet"
+    summary: ClassVar[str] = "gates that skip residual blocks"
+    paper: ClassVar[str] = "SkipNet, Wang et al. 2018, arXiv:1711.09485"
+
+    gates: str | Sequence[str] = "every-block"
+    unit: str = "auto"
+    threshold: float | Sequence[float] = 0.5
+    open_bias: float = 2.0
+    always_on: Sequence[str] = ()
+    min_open: int = 0
+    mask: str | None = None
+    target_cost: float = 0.6
+    trunk: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("gates", "threshold", "always_on"):
+            v = getattr(self, name)
+            if isinstance(v, Sequence) and not isinstance(v, str):
+                object.__setattr__(self, name, tuple(v))
+        if isinstance(self.always_on, str):
+            object.__setattr__(self, "always_on", (self.always_on,))
+        for t in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
+            if not (isinstance(t, int | float) and t >= 0):
+                raise StrategyError("a threshold is 0 or more", got=self.threshold, wanted="0 is always open, above 1 shut")
+        if not 0 < self.target_cost <= 1:
+            raise StrategyError("target_cost= is a fraction of the model's cost", got=self.target_cost, wanted="0 to 1")
+        if self.min_open < 0:
+            raise StrategyError("min_open= counts gates", got=self.min_open, wanted="0 or more")
+
+    def recipe(self) -> Recipe:
+        threshold = tuple(self.threshold) if isinstance(self.threshold, Sequence) else float(self.threshold)
+        return Recipe(
+            gates=GateRecipe(
+                where=self.gates,
+                unit=self.unit,
+                threshold=threshold,
+                open_bias=self.open_bias,
+                always_on=tuple(self.always_on),
+                min_open=self.min_open,
+                mask=self.mask,
+            )
+        )
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        return {"name": "exits"}
+
+    @property
+    def joint(self) -> bool:
+        return self.trunk
