@@ -169,8 +169,12 @@ class Decisions(nn.Module):
     def confidences_of(
         self, outputs: Sequence[Tensor], temperatures: Tensor, scores: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, ...]:
-        """Confidences `[n]` of stored predictions with other temperatures, all exits open; NaN where none is known."""
-        found, state = [], None
+        """Confidences `[n]` of stored predictions with other temperatures, all exits open; NaN where none is known.
+
+        Where the surest exit answers, `outputs` are what the heads say by themselves.
+        """
+        found: list[Tensor] = []
+        state, surest = None, bool(self.program.exits) and self.program.exits[0].combine == "confident"
         criterion = self.program.exits[0].criterion if self.program.exits else MaxProbability()
         for k, logits in enumerate(outputs):
             last = k == len(outputs) - 1
@@ -184,7 +188,7 @@ class Decisions(nn.Module):
                 patience=kind.patience,
                 reduce=kind.reduce,
             )
-            found.append(value)
+            found.append(value.fmax(found[-1]) if surest and found and not last else value)
         return tuple(found)
 
     def spent(self, exit_index: Tensor, gates: Tensor | None) -> Tensor:
