@@ -61,6 +61,7 @@ class Decisions(nn.Module):
                 head_kind=e.head_kind,
                 head_cost=e.head_flops / total,
                 criterion=e.criterion,
+                combine=e.combine,
             )
             for i, e in enumerate(self.program.exits)
         )

@@ -24,6 +24,7 @@ class ExitRecord:
         threshold: Confidence from which a sample leaves; above 1 the exit is closed.
         head: The head's module.
         head_cost: Cost of head and decision, as a fraction of the full model's.
+        combine: What it answers, given the open exits before it: "last", "ensemble" or "confident".
     """
 
     name: str
@@ -36,6 +37,7 @@ class ExitRecord:
     head_kind: str
     head_cost: float
     criterion: Criterion
+    combine: str = "last"
 
     @property
     def is_open(self) -> bool:

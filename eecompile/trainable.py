@@ -9,6 +9,7 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 
 from eecompile import benchmark as benchmarks
+from eecompile.calibration.budget import budget_curve, calibrate_budget
 from eecompile.calibration.calibrate import calibrate
 from eecompile.decisions import Decisions
 from eecompile.errors import EecompileError
@@ -41,9 +42,25 @@ class Trainable(Decisions):
         options.setdefault("two_stage", getattr(self.strategy, "two_stage", False))
         return fit(self.compiled, loader, **options)
 
-    def calibrate(self, loader: Iterable[Any], **options: Any) -> Any:
-        """Sets temperatures and thresholds with a guarantee; see `eecompile.calibration.calibrate.calibrate`."""
-        return calibrate(self.compiled, loader, **options)
+    def calibrate(self, loader: Iterable[Any], *, budget: float | None = None, **options: Any) -> Any:
+        """Sets temperatures and thresholds with a guarantee; see `eecompile.calibration.calibrate.calibrate`.
+
+        With `budget=`, a mean fraction of the full model's cost, the most accurate thresholds that keep it instead; see
+        `eecompile.calibration.budget.calibrate_budget`.
+        """
+        if budget is None:
+            return calibrate(self.compiled, loader, **options)
+        for name in ("max_drop", "delta"):
+            if name in options:
+                raise EecompileError(
+                    f"{name}= and budget= are two ways to calibrate", got="both", wanted="one of them",
+                    hint="a budget fixes the cost and gives the best accuracy; max_drop fixes the accuracy",
+                )  # fmt: skip
+        return calibrate_budget(self.compiled, loader, budget, **options)
+
+    def budget_curve(self, loader: Iterable[Any], test_loader: Iterable[Any] | None = None, **options: Any) -> Any:
+        """Budget against accuracy; see `eecompile.calibration.budget.budget_curve`."""
+        return budget_curve(self.compiled, loader, test_loader, **options)
 
     def evaluate(self, loader: Iterable[Any], **options: Any) -> Any:
         """Accuracy against compute; see `eecompile.training.evaluate.evaluate`."""

@@ -33,23 +33,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eecompile.calibration.collect import Collected, collect, second_pass
+from eecompile.calibration.collect import Collected, collect, combination_of, second_pass
 from eecompile.calibration.evidence import CLOSED, Evidence, pattern, remembered, sane
+from eecompile.calibration.options import (
+    FIRST_START,
+    LATER_STARTS,
+    LEAST_SEARCH_ROWS,
+    MOST_SEARCH_ROWS,
+    check_options,
+    split_sizes,
+    stays_open,
+)
 from eecompile.calibration.report import CalibratedExit, CalibrationReport, sentence
 from eecompile.calibration.risk import fallback, p_values, rows_needed
 from eecompile.calibration.search import Search, candidates
 from eecompile.calibration.stateful import agreement_confidences, all_or_none
 from eecompile.calibration.temperature import fit_temperature, negative_log_likelihood
-from eecompile.errors import CalibrationError, near
+from eecompile.errors import CalibrationError
 from eecompile.training.batches import device_of, require_repeatable
 from eecompile.training.protocol import Compiled
 from eecompile.training.scores import Metric
 
-TARGETS = ("accuracy", "agreement")
-FIRST_START = 0.85
-LATER_STARTS = (0.25, 0.5, 0.75)
-MOST_SEARCH_ROWS = 10_000
-LEAST_SEARCH_ROWS = 30
 RAMP = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 LONGEST_PATH = 2000
 
@@ -63,6 +67,7 @@ def calibrate(
     target: str = "accuracy",
     temperature: bool = True,
     metric: Metric | None = None,
+    keep_open: bool | None = None,
     seed: int = 0,
 ) -> CalibrationReport:
     """Chooses temperatures and thresholds and sets them on `fast`.
@@ -80,6 +85,8 @@ def calibrate(
         temperature: Whether temperatures are fitted. Exits with a patience or a learned criterion keep 1.
         metric: `(prediction, labels) -> [B]` in [0, 1], higher is better, for a task that is not
             classification.
+        keep_open: Whether every exit stays open (threshold at most 1), so that a call may be stopped there. None: what
+            the strategy asks for, and always where exits answer together, since closing one would change the others.
         seed: Of the split.
 
     Returns:
@@ -93,40 +100,13 @@ def calibrate(
     check_options(fast, max_drop, delta, target, metric)
     before = fast.thresholds.tolist(), fast.temperatures.tolist()
     try:
-        return Calibration(fast, loader, max_drop, delta, target, temperature, metric, seed).run()
+        return Calibration(
+            fast, loader, max_drop, delta, target, temperature, metric, seed, stays_open(fast, keep_open)
+        ).run()
     except BaseException:
         fast.set_thresholds(before[0])
         fast.set_temperatures(before[1])
         raise
-
-
-def check_options(fast: Compiled, max_drop: float, delta: float | None, target: str, metric: Metric | None) -> None:
-    if not fast.exits:
-        raise CalibrationError("there are no exits to calibrate", hint="compile with a strategy that inserts exits")
-    if not (0 <= max_drop < 1):
-        raise CalibrationError("max_drop is out of range", got=max_drop, wanted="0 <= max_drop < 1, 0.01 for 1%")
-    if delta is not None and not (0 < delta < 1):
-        raise CalibrationError("delta is out of range", got=delta, wanted="0 < delta < 1, or None for no guarantee")
-    if target not in TARGETS:
-        raise CalibrationError("unknown target", got=repr(target), wanted=near(str(target), TARGETS))
-    if metric is not None and target == "agreement":
-        raise CalibrationError(
-            "agreement is for classification", got="metric= and target='agreement'", hint="leave out target"
-        )
-
-
-def split_sizes(n: int, max_drop: float, delta: float | None) -> tuple[int, int]:
-    """Rows to search on and rows to test on.
-
-    A third and two thirds; the test takes more where it would otherwise be too small to show anything.
-    """
-    if delta is None:
-        return n, 0
-    search = min(max(1, n // 3), MOST_SEARCH_ROWS)
-    least = rows_needed(max_drop, FIRST_START * delta)
-    if least is not None and n - search < least and n - least >= LEAST_SEARCH_ROWS:
-        search = n - least
-    return search, n - search
 
 
 class Calibration:
@@ -142,7 +122,9 @@ class Calibration:
         temperature: bool,
         metric: Metric | None,
         seed: int,
+        keep_open: bool = False,
     ) -> None:
+        self.keep_open = keep_open
         self.fast, self.loader, self.metric, self.seed = fast, loader, metric, seed
         self.max_drop, self.delta, self.target, self.temperature = float(max_drop), delta, target, temperature
         self.device = device_of(fast)
@@ -152,14 +134,25 @@ class Calibration:
         self.old = fast.temperatures.tolist()
 
     def run(self) -> CalibrationReport:
-        e = len(self.fast.exits)
-        self.fast.set_thresholds([0.0] * e)  # all open: a closed exit would not count for patience
+        data = self.collected(self.temperature)
+        search_rows, _ = split_sizes(data.rows, self.max_drop, self.delta)
+        order = data.keys.argsort(stable=True)
+        first, second = order[:search_rows], order[search_rows:]
+        data, evidence = self.judged(data, float(data.keys[first[-1]]))
+        if self.delta is None:
+            return self._empirical(data, evidence)
+        path = self._path(evidence.part(first))
+        return self._tested(data, evidence, path, first, second)
+
+    def collected(self, temperatures: bool) -> Collected:
+        """One pass over the data with every exit open: a closed one would not count for patience."""
+        self.fast.set_thresholds([0.0] * len(self.fast.exits))
         data = collect(
             self.fast,
             self.loader,
             target=self.target,
             metric=self.metric,
-            temperatures=self.temperature,
+            temperatures=temperatures,
             seed=self.seed,
             device=self.device,
         )
@@ -169,15 +162,17 @@ class Calibration:
                 got=f"{data.rows} rows with a label",
                 wanted=f"at least {self._needed() or 2}",
             )
-        search_rows, _ = split_sizes(data.rows, self.max_drop, self.delta)
-        order = data.keys.argsort(stable=True)
-        first, second = order[:search_rows], order[search_rows:]
-        confidences = self._temperatures(data, float(data.keys[first[-1]]))
-        evidence = self._evidence(data, confidences)
-        if self.delta is None:
-            return self._empirical(data, evidence)
-        path = self._path(evidence.part(first))
-        return self._tested(data, evidence, path, first, second)
+        return data
+
+    def judged(self, data: Collected, largest_key: float) -> tuple[Collected, Evidence]:
+        """Temperatures from the rows with keys up to `largest_key`, then what thresholds are chosen from."""
+        confidences = self._temperatures(data, largest_key)
+        if combination_of(self.fast) == "confident" and data.kept is not None:
+            # with other temperatures another exit may be the surest: the answers themselves have changed
+            require_repeatable(self.loader, "the surest exit answers, at new temperatures", "the calibration loader")
+            data = self.collected(False)
+            confidences = data.confidences
+        return data, self._evidence(data, confidences)
 
     # --- temperatures -------------------------------------------------------------------------------------
 
@@ -218,15 +213,15 @@ class Calibration:
     def _evidence(self, data: Collected, confidences: Tensor) -> Evidence:
         full = data.score[:, -1:]
         loss = (full - data.score).clamp(min=0)
-        recompute = None
+        recompute, stay = None, self.keep_open
         criteria = [record.criterion for record in self.fast.exits]
         if any(criterion.stateful for criterion in criteria):
             if data.predictions is None:
                 self.notes.append("outputs with positions and patience: exits are opened all or none")
                 table = sane(confidences[:, :-1])
-                return Evidence(table, loss, self.costs, all_or_none(table))
+                return Evidence(table, loss, self.costs, all_or_none(table), stay)
             recompute = agreement_confidences(data.predictions[:, :-1], confidences[:, :-1], criteria)
-        return Evidence(sane(confidences[:, :-1]), loss, self.costs, recompute)
+        return Evidence(sane(confidences[:, :-1]), loss, self.costs, recompute, stay)
 
     def _path(self, evidence: Evidence) -> list[Tensor]:
         """Threshold vectors by growing loss on the rows of the search, after a ramp of very safe ones."""
@@ -235,7 +230,7 @@ class Calibration:
         path = [vector for total, _, vector in found if total <= most * evidence.rows and any(pattern(vector))]
         if path and evidence.recompute is None:
             search = Search(evidence)
-            closed = torch.full((evidence.exits,), CLOSED)
+            closed = search.closed
             path = [search.between(closed, path[0], share) for share in RAMP] + path
         unique: dict[tuple[float, ...], Tensor] = {}
         for vector in path:
@@ -281,7 +276,9 @@ class Calibration:
 
     def _empirical(self, data: Collected, evidence: Evidence) -> CalibrationReport:
         """The cheapest vector whose drop on all rows, gains counted, is at most `max_drop`."""
-        signed = Evidence(evidence.confidences, data.score[:, -1:] - data.score, self.costs, evidence.recompute)
+        signed = Evidence(
+            evidence.confidences, data.score[:, -1:] - data.score, self.costs, evidence.recompute, evidence.keep_open
+        )
         budget = self.max_drop * data.rows
         rows = torch.arange(data.rows)
         some = signed

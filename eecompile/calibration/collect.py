@@ -108,6 +108,8 @@ def collect(
     }
     kept = Logits() if temperatures and metric is None else None
     skipped = 0
+    # where the surest exit answers, temperatures belong to what each head says by itself
+    surest = combination_of(fast) == "confident"
     for batch in batches(loader, device):
         result = fast.observe(*batch.args, **batch.kwargs)
         if not result.outputs or not result.confidences:
@@ -135,7 +137,8 @@ def collect(
             else:
                 score = torch.stack([agreement(output, outputs[-1], labels) for output in outputs], 1).cpu()
             if kept is not None and labels is not None:
-                kept.add(keys[valid], tuple(o.cpu()[valid] for o in outputs), labels.cpu()[valid])
+                judged = result.separate if surest and result.separate else outputs
+                kept.add(keys[valid], tuple(o.cpu()[valid] for o in judged), labels.cpu()[valid])
             if outputs[-1].ndim == 2:
                 parts["predictions"].append(torch.stack([o.argmax(1) for o in outputs], 1).cpu()[valid])
         parts["keys"].append(keys[valid])
@@ -167,6 +170,11 @@ def collect(
         kept=kept,
         skipped=skipped,
     )
+
+
+def combination_of(fast: Compiled) -> str:
+    """How the exits answer: "last", "ensemble" or "confident"."""
+    return str(getattr(fast.exits[0], "combine", "last")) if fast.exits else "last"
 
 
 def second_pass(fast: Compiled, loader: Iterable[Any], collected: Collected, device: torch.device) -> Tensor:

@@ -32,12 +32,14 @@ class Evidence:
         costs: Open pattern to float64 `[E + 1]`.
         recompute: For criteria with state: open pattern to confidences `[n, E]`. None where they do not
             depend on it.
+        keep_open: Whether every exit stays open, so that a threshold is at most 1: rows with a confidence of 1 leave.
     """
 
     confidences: Tensor
     loss: Tensor
     costs: Costs
     recompute: Confidences | None = None
+    keep_open: bool = False
     _known: dict[tuple[bool, ...], Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -47,6 +49,11 @@ class Evidence:
     @property
     def exits(self) -> int:
         return self.loss.shape[1] - 1
+
+    @property
+    def never(self) -> float:
+        """The threshold of an exit that as few rows as possible leave at."""
+        return 1.0 if self.keep_open else CLOSED
 
     def of(self, is_open: tuple[bool, ...]) -> Tensor:
         """Confidences when these exits are open."""
@@ -72,7 +79,7 @@ class Evidence:
         """The evidence of some rows."""
         recompute = self.recompute
         some = None if recompute is None else lambda is_open: recompute(is_open)[rows]
-        return Evidence(self.confidences[rows], self.loss[rows], self.costs, some)
+        return Evidence(self.confidences[rows], self.loss[rows], self.costs, some, self.keep_open)
 
 
 def pattern(thresholds: Tensor) -> tuple[bool, ...]:

@@ -54,7 +54,10 @@ class Search:
         self.ends = ends.T.contiguous()
         self.loss = evidence.loss.T.contiguous()
         self.columns = evidence.confidences.T.contiguous()
-        self.closed = torch.full((self.e,), CLOSED)
+        self.never = evidence.never
+        self.closed = torch.full((self.e,), self.never)
+        # with exits that stay open, rows with a confidence of 1 leave whatever the threshold
+        self.forced = (self.values >= 1).sum(1).tolist() if evidence.keep_open else [0] * self.e
         self.measured: dict[tuple[float, ...], tuple[float, float]] = {}
 
     def threshold(self, k: int, position: int) -> float:
@@ -69,7 +72,7 @@ class Search:
     def at_rank(self, k: int, rank: int) -> float:
         """The threshold of exit k that `rank` rows reach (more with ties); closed for 0."""
         if rank <= 0 or self.values[k, rank - 1] < 0:
-            return CLOSED
+            return self.never
         position = rank - 1
         while not self.ends[k, position]:
             position += 1
@@ -95,7 +98,7 @@ class Search:
             is_open = list(pattern(new))
             is_open[k] = True
             with_k = self.evidence.costs(tuple(is_open))
-            is_open[k] = False
+            is_open[k] = self.evidence.keep_open
             without = self.evidence.costs(tuple(is_open))
             reach = ~before[k]
             cost_on, here = with_k[takes], reach.double()
@@ -112,15 +115,19 @@ class Search:
                 value = gain.add_(more, alpha=price)[self.order[k]].cumsum(0)
                 usable, feasible = self.ends[k], True
             value = value.masked_fill_(~usable, math.inf)
+            if self.forced[k]:
+                value[: self.forced[k] - 1] = math.inf
             best = int(value.argmin())
             least = float(value[best]) + opening
-            if least < -1e-9 or (not feasible and math.isfinite(least)):
+            if self.forced[k] and not math.isfinite(least):
+                best, least = self.forced[k] - 1, -math.inf
+            if self.forced[k] or least < -1e-9 or (not feasible and math.isfinite(least)):
                 new[k] = self.threshold(k, best)
                 out = self.columns[k] >= new[k]
                 takes = torch.where(out, k, takes)
                 pays = torch.where(out, self.loss[k], pays)
             else:
-                new[k] = CLOSED
+                new[k] = self.never
         return new
 
     def _early(self, leaves: Tensor) -> Tensor:
@@ -251,7 +258,7 @@ def stateful_candidates(evidence: Evidence) -> list[Tensor]:
     """Every pattern with every value that the confidence takes as the common threshold (multiples of
     1/patience)."""
     found = []
-    for is_open in patterns(evidence.exits):
+    for is_open in [(True,) * evidence.exits] if evidence.keep_open else patterns(evidence.exits):
         values = torch.unique(evidence.of(is_open)[:, list(is_open)])
         steps = values[values > 0]
         if len(steps) > 32:

@@ -76,6 +76,7 @@ app.command(
     epilog=examples(
         "eecompile calibrate fast --data digits:val --max-drop 0.01 --delta 0.05",
         "eecompile calibrate fast --data net.py:val --target agreement --no-guarantee",
+        "eecompile calibrate fast --data digits:val --budget 0.5",
     )
 )(guarded(train.calibrate))
 app.command(
@@ -86,7 +87,10 @@ app.command(
 )(guarded(measure.evaluate))
 app.command(
     epilog=examples(
-        "eecompile run fast --data digits:test --rows 5", "eecompile run fast --input x=float32[2,1,8,8] --threshold 0.5"
+        "eecompile run fast --data digits:test --rows 5",
+        "eecompile run fast --input x=float32[2,1,8,8] --threshold 0.5",
+        "eecompile run fast --data digits:test --threshold 1.0 --stream",
+        "eecompile run fast --data digits:test --threshold 1.0 --deadline-ms 2",
     )
 )(guarded(measure.run))
 app.command(

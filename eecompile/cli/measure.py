@@ -19,6 +19,9 @@ def evaluate(
     curve: Annotated[
         int | None, typer.Option(help="Also this many points of the trade-off of one threshold for all exits.")
     ] = None,
+    budgets: Annotated[
+        bool, typer.Option("--budgets", help="Also the accuracy if no row may cost more than each open exit does.")
+    ] = False,
     threshold: o.Threshold = None,
     batch_size: BatchSize = None,
     as_json: o.Json = False,
@@ -30,7 +33,7 @@ def evaluate(
         from eecompile.cli import models
 
         fast = models.saved(directory, threshold)
-        report = fast.evaluate(datas.loader(data, batch_size), curve=False if curve is None else curve)
+        report = fast.evaluate(datas.loader(data, batch_size), curve=False if curve is None else curve, budgets=budgets)
         out.show(report)
         out.result(report.to_dict())
 
@@ -42,14 +45,20 @@ def run(
     data: o.DataForInput = None,
     rows: Annotated[int, typer.Option(help="Rows to take from --data.")] = 8,
     threshold: o.Threshold = None,
+    deadline_ms: Annotated[
+        float | None, typer.Option(help="Milliseconds for the call; stages are timed on this input first.")
+    ] = None,
+    budget: Annotated[float | None, typer.Option(help="Most that a row may cost, as a fraction of the full cost.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="The output after each exit, as it gets better.")] = False,
     executor: o.Executor = "auto",
     seed: o.Seed = 0,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Run some inputs and say where each row left and why."""
+    """Run some inputs and say where each row left and why; or what it had by a deadline, for a budget, at each exit."""
     with reporting(as_json) as out:
         from eecompile.cli import inputs, models
+        from eecompile.cli.steps import steps
         from eecompile.inspect import where
 
         if rows < 1:
@@ -57,6 +66,11 @@ def run(
         fast = models.saved(directory, threshold)
         fast.executor = executor
         args, kwargs = _call(inputs.example(example, input, data, rows, seed), fast)
+        if stream or deadline_ms is not None or budget is not None:
+            found = steps(fast, args, kwargs, deadline_ms, budget, stream)
+            out.show(found)
+            out.result({"executor": fast.executor, **found.to_dict()})
+            return
         result = fast.run(*args, **kwargs)
         departures = where(fast, *args, **kwargs)
         out.show(departures, *(f"row {r.row}: {r.why}" for r in departures.rows[:3]))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -77,8 +77,16 @@ def fit(
 def calibrate(
     directory: o.Saved,
     data: o.Data,
-    max_drop: Annotated[float, typer.Option(help="Largest drop: 0.01 is one percent point of accuracy.")] = 0.01,
-    delta: Annotated[float, typer.Option(help="Largest probability that the drop is larger after all.")] = 0.05,
+    max_drop: Annotated[
+        float | None, typer.Option(help="Largest drop: 0.01 is one percent point of accuracy.", show_default="0.01")
+    ] = None,
+    delta: Annotated[
+        float | None, typer.Option(help="Largest probability that the drop is larger after all.", show_default="0.05")
+    ] = None,
+    budget: Annotated[
+        float | None,
+        typer.Option(help="Instead of a drop: the most accurate thresholds at this mean fraction of the full cost."),
+    ] = None,
     guarantee: Annotated[
         bool, typer.Option(help="Without one: the cheapest thresholds whose drop on this data is small enough.")
     ] = True,
@@ -96,20 +104,30 @@ def calibrate(
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """Choose thresholds that lose at most --max-drop, and save them with the program.
+    """Choose thresholds that lose at most --max-drop, or the best for a --budget, and save them with the program.
 
     Use data that training has not seen. Where no thresholds qualify, all exits are closed and it says so.
     """
     with reporting(as_json) as out:
         from eecompile.cli import data as datas
         from eecompile.cli import models
+        from eecompile.errors import EecompileError
 
+        if budget is not None and (max_drop is not None or delta is not None or not guarantee):
+            raise EecompileError(
+                "a budget fixes the cost, a drop the accuracy",
+                got="--budget with --max-drop, --delta or --no-guarantee",
+                wanted="one of the two",
+            )
         place = models.free_place(output or directory)
         fast = models.saved(directory)
+        how: dict[str, Any] = {"budget": budget}
+        if budget is None:
+            bound = 0.05 if delta is None else delta
+            how = {"max_drop": 0.01 if max_drop is None else max_drop, "delta": bound if guarantee else None}
         report = fast.calibrate(
             datas.loader(data, batch_size),
-            max_drop=max_drop,
-            delta=delta if guarantee else None,
+            **how,
             target=target,
             temperature=temperature,
             seed=seed,

@@ -1,4 +1,4 @@
-"""The trade-off curve: accuracy and cost when one threshold is used at every open exit."""
+"""Trade-off curves: one threshold at every open exit, or one budget that no row may exceed."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import EecompileError
+from eecompile.runtime.limits import deepest
 from eecompile.training.protocol import Compiled
 
 
@@ -66,4 +67,31 @@ def sweep(
             accuracy = float(scores.gather(1, index[:, None])[valid, 0].mean())
         early = float((index < len(fast.exits)).double().mean())
         found.append({"threshold": threshold, "accuracy": accuracy, "cost": float(cost.mean()), "early": early})
+    return found
+
+
+def degradation(
+    fast: Compiled, index: Tensor, scores: Tensor | None, valid: Tensor, budgets: bool | Sequence[float]
+) -> list[dict[str, Any]]:
+    """One dict per budget: budget, accuracy (None without labels), mean cost, share of the rows that it stopped.
+
+    A budget below the first open exit gives that exit's answers: nothing less can be had.
+
+    Args:
+        index: int64 `[n]`, the exit that each row takes by itself.
+        scores: float64 `[n, E + 1]`.
+    """
+    is_open = [t <= 1 for t in fast.thresholds.tolist()]
+    costs = fast.costs(tuple(is_open)).double().cpu()
+    exits = [k for k, o in enumerate(is_open) if o]
+    wanted = [float(costs[k]) for k in (*exits, len(is_open))] if isinstance(budgets, bool) else list(budgets)
+    found = []
+    for budget in wanted:
+        last, _ = deepest(budget, costs.tolist(), exits)
+        at = index if last is None else index.clamp(max=last)
+        accuracy = None
+        if scores is not None and bool(valid.any()):
+            accuracy = float(scores.gather(1, at[:, None])[valid, 0].mean())
+        stopped = float((index > at).double().mean())
+        found.append({"budget": budget, "accuracy": accuracy, "cost": float(costs[at].mean()), "stopped": stopped})
     return found

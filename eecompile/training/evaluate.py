@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eecompile.errors import EecompileError
 from eecompile.training.batches import batches, device_of, empty_loader
-from eecompile.training.curve import sweep
+from eecompile.training.curve import degradation, sweep
 from eecompile.training.protocol import Compiled
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 from eecompile.training.scores import Metric, agreement, check_labels, measure, right
@@ -59,6 +59,7 @@ class EvaluationReport(Report):
         mean_cost: Mean fraction of the full model's FLOPs spent on a row.
         rows: Every exit and, last, the model's own end.
         curve: Points (threshold, accuracy, cost, share leaving early), where they were asked for.
+        degradation: Points (budget, accuracy, cost, share stopped), where they were asked for.
     """
 
     title: ClassVar[str] = "Evaluation"
@@ -73,6 +74,7 @@ class EvaluationReport(Report):
     mean_cost: float
     rows: list[ExitRow]
     curve: list[dict[str, Any]] | None = field(default=None)
+    degradation: list[dict[str, Any]] | None = field(default=None)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -117,6 +119,12 @@ class EvaluationReport(Report):
             ]
             heads = ["one threshold for all exits", self.score, "cost", "leaving early"]
             parts.append(table("Trade-off", heads, points))
+        if self.degradation is not None:
+            points = [
+                [percent(p["budget"], 1), shown(p["accuracy"]), percent(p["cost"], 1), percent(p["stopped"], 1)]
+                for p in self.degradation
+            ]
+            parts.append(table("Degradation", ["no row costs more than", self.score, "mean cost", "stopped"], points))
         return stacked(*parts)
 
 
@@ -126,6 +134,7 @@ def evaluate(
     *,
     metric: Metric | None = None,
     curve: bool | int | Sequence[float] = False,
+    budgets: bool | Sequence[float] = False,
 ) -> EvaluationReport:
     """One pass over `loader` with everything computed and the present thresholds applied.
 
@@ -137,6 +146,8 @@ def evaluate(
         curve: Also the trade-off for one threshold used at every open exit: True for 21 thresholds, a number
             of them, or the thresholds themselves. Not for a criterion with state (patience): there the
             confidence depends on which exits are open.
+        budgets: Also how accuracy degrades when no row may cost more than a budget, as `fast(x, budget=...)` has it:
+            True for the cost of every open exit, or the budgets themselves.
 
     Returns:
         EvaluationReport. For `[B, S, C]` a row's accuracy is the share of its positions that are right.
@@ -154,7 +165,7 @@ def evaluate(
         seen.add(result, batch.labels, batch.where)
     if not seen.index:
         raise empty_loader()
-    return seen.report(fast, curve)
+    return seen.report(fast, curve, budgets)
 
 
 class Seen:
@@ -201,7 +212,9 @@ class Seen:
         self.cost.append(result.cost.double().cpu())
         self.confidences.append(torch.stack([c.float() for c in result.confidences], 1).cpu())
 
-    def report(self, fast: Compiled, curve: bool | int | Sequence[float]) -> EvaluationReport:
+    def report(
+        self, fast: Compiled, curve: bool | int | Sequence[float], budgets: bool | Sequence[float] = False
+    ) -> EvaluationReport:
         index, cost, valid = torch.cat(self.index), torch.cat(self.cost), torch.cat(self.valid)
         confidences = torch.cat(self.confidences)
         n, ends = len(index), len(fast.exits) + 1
@@ -243,6 +256,7 @@ class Seen:
             mean_cost=float(cost.mean()),
             rows=rows,
             curve=points,
+            degradation=None if budgets is False else degradation(fast, index, scores, valid, budgets),
         )
 
 

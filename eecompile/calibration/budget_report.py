@@ -1,0 +1,92 @@
+"""What a budget led to: thresholds, mean cost and accuracy; for one budget, or a curve over several."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from rich.console import RenderableType
+
+from eecompile.calibration.report import CalibratedExit
+from eecompile.training.report import Report, json_safe, number, percent, stacked, table
+
+
+@dataclass
+class BudgetReport(Report):
+    """Thresholds for a budget.
+
+    Attributes:
+        budget: Largest mean fraction of the full model's FLOPs.
+        method: "search" or "quota".
+        mean_cost: On the calibration rows; at most the budget.
+        accuracy: Mean score of the early answers there; `full_accuracy` that of the full model.
+        least_cost: The smallest mean cost that any thresholds could have.
+        ratio: Of the quota: share leaving at an exit over the share at the one before. None for the search.
+    """
+
+    title: ClassVar[str] = "Budget"
+
+    budget: float
+    method: str
+    target: str
+    rows: int
+    skipped_rows: int
+    mean_cost: float
+    accuracy: float
+    full_accuracy: float
+    least_cost: float
+    ratio: float | None
+    exits: list[CalibratedExit] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "title": self.title,
+            **{key: json_safe(value) for key, value in vars(self).items() if key != "exits"},
+            "exits": [json_safe({**vars(row), "open": row.is_open}) for row in self.exits],
+        }
+
+    def __rich__(self) -> RenderableType:
+        rows = [
+            [
+                row.name,
+                "-" if row.threshold is None else number(row.threshold, 6) if row.is_open else "closed",
+                percent(row.share, 1),
+                percent(row.cost, 1),
+            ]
+            for row in self.exits
+        ]
+        text = (
+            f"mean cost {percent(self.mean_cost, 1)} within {percent(self.budget, 1)} of the full model's FLOPs on "
+            f"{self.rows} rows, {self.target} {percent(self.accuracy)} against {percent(self.full_accuracy)}"
+        )
+        return stacked(table(self.title, ["exit", "threshold", "leaving", "cost"], rows), text, *self.notes)
+
+
+@dataclass
+class BudgetCurve(Report):
+    """Budget against score: thresholds from the calibration rows, judged on others.
+
+    Attributes:
+        points: By budget: `budget`, `ratio`, `thresholds`, and mean `cost` and `accuracy` on the calibration rows
+            (`calibration`) and on the others (`test`, None where there are none).
+    """
+
+    title: ClassVar[str] = "Budget against accuracy"
+
+    method: str
+    target: str
+    full_accuracy: dict[str, float]
+    points: list[dict[str, Any]]
+
+    def to_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = json_safe(vars(self))
+        return {"title": self.title, **found}
+
+    def __rich__(self) -> RenderableType:
+        def cells(p: dict[str, Any], part: str) -> list[str]:
+            return ["-", "-"] if p[part] is None else [percent(p[part]["cost"], 1), percent(p[part]["accuracy"])]
+
+        rows = [[percent(p["budget"], 1), *cells(p, "calibration"), *cells(p, "test")] for p in self.points]
+        heads = ["budget", "cost", f"{self.target}, calibration", "cost", f"{self.target}, test"]
+        return stacked(table(f"{self.title} ({self.method})", heads, rows))

@@ -1,0 +1,62 @@
+"""What `calibrate` may be asked for, and how it splits its rows."""
+
+from __future__ import annotations
+
+from eecompile.calibration.collect import combination_of
+from eecompile.calibration.risk import rows_needed
+from eecompile.errors import CalibrationError, near
+from eecompile.training.protocol import Compiled
+from eecompile.training.scores import Metric
+
+TARGETS = ("accuracy", "agreement")
+FIRST_START = 0.85
+LATER_STARTS = (0.25, 0.5, 0.75)
+MOST_SEARCH_ROWS = 10_000
+LEAST_SEARCH_ROWS = 30
+
+
+def check_options(fast: Compiled, max_drop: float, delta: float | None, target: str, metric: Metric | None) -> None:
+    if not fast.exits:
+        raise CalibrationError("there are no exits to calibrate", hint="compile with a strategy that inserts exits")
+    if not (0 <= max_drop < 1):
+        raise CalibrationError("max_drop is out of range", got=max_drop, wanted="0 <= max_drop < 1, 0.01 for 1%")
+    if delta is not None and not (0 < delta < 1):
+        raise CalibrationError("delta is out of range", got=delta, wanted="0 < delta < 1, or None for no guarantee")
+    if target not in TARGETS:
+        raise CalibrationError("unknown target", got=repr(target), wanted=near(str(target), TARGETS))
+    if metric is not None and target == "agreement":
+        raise CalibrationError(
+            "agreement is for classification", got="metric= and target='agreement'", hint="leave out target"
+        )
+
+
+def stays_open(fast: Compiled, keep_open: bool | None) -> bool:
+    """Whether calibration leaves every exit open.
+
+    Raises:
+        CalibrationError: Exits answer together, and `keep_open` is False.
+    """
+    together = combination_of(fast) != "last"
+    if keep_open is None:
+        return together or bool(getattr(getattr(fast, "strategy", None), "keep_open", False))
+    if together and not keep_open:
+        raise CalibrationError(
+            "exits that answer together stay open: closing one would change what the others say",
+            got=f"combine={combination_of(fast)!r}, keep_open=False",
+            hint="leave out keep_open",
+        )
+    return keep_open
+
+
+def split_sizes(n: int, max_drop: float, delta: float | None) -> tuple[int, int]:
+    """Rows to search on and rows to test on.
+
+    A third and two thirds; the test takes more where it would otherwise be too small to show anything.
+    """
+    if delta is None:
+        return n, 0
+    search = min(max(1, n // 3), MOST_SEARCH_ROWS)
+    least = rows_needed(max_drop, FIRST_START * delta)
+    if least is not None and n - search < least and n - least >= LEAST_SEARCH_ROWS:
+        search = n - least
+    return search, n - search
