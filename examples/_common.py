@@ -39,6 +39,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from eecompile.benchmark import as_call, interleaved, summary
 from examples._observed import Observed, observe
@@ -70,11 +71,12 @@ def digest(settings: Mapping[str, Any]) -> str:
 
 
 def fitted(
-    fast: Any, loader: Iterable[Any], name: str, options: Options, trunk: Trunk, *, bf16: bool = False, **fit: Any
+    fast: Any, loader: DataLoader[Any], name: str, options: Options, trunk: Trunk, /, *, bf16: bool = False, **fit: Any
 ) -> dict[str, Any]:
     """``fast.fit(loader, **fit)``, kept: weights are set on ``fast`` either way; gives the record of the training.
 
-    Found again by name, strategy, trunk and options. Training that was stopped goes on from its last checkpoint.
+    Found again by name, strategy, trunk, options and size of the data. Training that was stopped goes on from its
+    last checkpoint.
 
     Args:
         trunk: Of ``fast``; its weights change where ``fit`` or the strategy trains the trunk.
@@ -82,7 +84,10 @@ def fitted(
         fit: Options of `eecompile.training.fit.fit`. ``seed`` is that of ``options`` unless given.
     """
     fit.setdefault("seed", options.seed)
-    settings = {"name": name, "strategy": fast.strategy.to_dict(), "trunk": asdict(trunk.recipe), "bf16": bf16, **fit}
+    defaults = type(fast.strategy)().to_dict()
+    chosen = {key: value for key, value in fast.strategy.to_dict().items() if key == "name" or value != defaults[key]}
+    settings = {"name": name, "strategy": chosen, "trunk": asdict(trunk.recipe), "bf16": bf16, **fit}
+    settings["data"] = [rows_in(loader), loader.batch_size, loader.collate_fn.__qualname__]
     settings["exits"] = [[record.cut, record.head_kind] for record in fast.exits]
     path = runs_root() / f"{name}-{digest(settings)}.safetensors"
     fast.__dict__["kept_as"] = path  # observations are kept beside it

@@ -90,7 +90,7 @@ def main(name: str, doc: str | None, example: Callable[[Options, Record], None],
     if options.json:
         print(path.read_text(), end="")
     else:
-        Console().print(record)
+        Console(width=None if sys.stdout.isatty() else 130).print(record)
         console.print(f"written: {path}")
     sys.exit(0)
 
@@ -156,7 +156,7 @@ class Record:
         made = Table(title=f"{self.name}: test part, {self.options.threads} threads", title_justify="left")
         columns = ["what", "thresholds", "trunk", "full", "early", "cost", "leaving at each exit"]
         for column in (*columns, *(f"x at {s}" for s in sizes)):
-            made.add_column(column, justify="right" if column not in columns[:2] else "left")
+            made.add_column(column, justify="right" if column not in columns[:2] else "left", no_wrap=column == "what")
         for row in self.rows:
             shares = " ".join(f"{100 * share:.0f}" for share in row.get("share", {}).values())
             figures = [percent(row.get(key)) for key in ("original_accuracy", "full_accuracy", "accuracy", "cost")]
