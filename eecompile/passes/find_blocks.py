@@ -14,6 +14,7 @@ from typing import ClassVar
 
 from torch import fx
 
+from eecompile.errors import StrategyError, near
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.program import Block, Program, Refusal
@@ -42,6 +43,9 @@ class FindBlocks(Pass):
 
     Args:
         pattern: Take this group, a path with `*` for its numbers (for example `layer*.*`), instead of the best one.
+
+    Raises:
+        StrategyError: No group has the name given as `pattern`.
     """
 
     name: ClassVar[str] = "find_blocks"
@@ -60,9 +64,9 @@ class FindBlocks(Pass):
             members.sort(key=lambda m: program.models.index(m.path))
             blocks = tuple(_block(m, nodes, trunk, last, program) for m in members)
             return PassResult(program.replace(blocks=blocks), False, (), f"{len(blocks)} models")
-        groups, refusals = candidates(nodes, trunk, last)
+        groups, refusals = candidates(nodes, trunk, last, self.pattern)
         if self.pattern is not None:
-            groups = [g for g in groups if g[0] == self.pattern]
+            groups = chosen(groups, self.pattern, refusals)
         if not groups:
             return PassResult(program.replace(blocks=()), False, tuple(refusals), "no repeated block")
         pattern, members = groups[0]
@@ -73,6 +77,26 @@ class FindBlocks(Pass):
             tuple(refusals),
             f"{len(blocks)} blocks {pattern} ({members[0].kind})",
         )
+
+
+def chosen(
+    groups: list[tuple[str, list[Instance]]], pattern: str, refusals: list[Refusal]
+) -> list[tuple[str, list[Instance]]]:
+    """The groups of that name.
+
+    Raises:
+        StrategyError: There is none; the message lists the groups, or says why that one was passed over.
+    """
+    found = [g for g in groups if g[0] == pattern]
+    if not found:
+        reasons = [r.reason for r in refusals if r.node == pattern]
+        raise StrategyError(
+            "no repeated module has this path",
+            got=pattern,
+            wanted=near(pattern, [g[0] for g in groups]) if groups else "the model has none",
+            hint=f"that one was passed over: {reasons[0]}" if reasons else None,
+        )
+    return found
 
 
 def instances(nodes: list[fx.Node]) -> dict[tuple[str, int], Instance]:
@@ -89,9 +113,9 @@ def instances(nodes: list[fx.Node]) -> dict[tuple[str, int], Instance]:
 
 
 def candidates(
-    nodes: list[fx.Node], trunk: set[fx.Node], last: dict[fx.Node, int]
+    nodes: list[fx.Node], trunk: set[fx.Node], last: dict[fx.Node, int], wanted: str | None = None
 ) -> tuple[list[tuple[str, list[Instance]]], list[Refusal]]:
-    """Groups of repeated modules, best first, and the groups that were passed over."""
+    """Groups of repeated modules, best first, and the groups that were passed over. `wanted` may cover little."""
     every = instances(nodes)
     total = sum(n.op == "call_function" for n in nodes)
     # Every path above a call, not only the nearest: a `ModuleList` in between is never called itself.
@@ -114,7 +138,7 @@ def candidates(
         if any(a.last >= b.first for a, b in zip(members, members[1:], strict=False)):
             refusals.append(Refusal(pattern, "find_blocks", "its members overlap in the graph"))
             continue
-        if coverage < MIN_COVERAGE and not cell:
+        if coverage < MIN_COVERAGE and not cell and pattern != wanted:
             refusals.append(Refusal(pattern, "find_blocks", f"covers {coverage:.0%} of the graph"))
             continue
         width = Counter(live[m.last] for m in members).most_common(1)[0][0]
