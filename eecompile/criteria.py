@@ -6,7 +6,7 @@ positions). A sample leaves where `confidence >= threshold`; NaN is never sure.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from eecompile.errors import StrategyError, near
@@ -112,7 +112,7 @@ def criterion(spec: str | Criterion | dict[str, Any]) -> Criterion:
     """A criterion from its name, its `to_dict()` or itself.
 
     Raises:
-        StrategyError: The name is unknown; the message lists the valid ones.
+        StrategyError: The name or an option is unknown; the message lists the valid ones.
     """
     if isinstance(spec, Criterion):
         return spec
@@ -120,4 +120,9 @@ def criterion(spec: str | Criterion | dict[str, Any]) -> Criterion:
     name = options.pop("name", None)
     if not isinstance(name, str) or name not in CRITERIA:
         raise StrategyError("unknown criterion", got=repr(name), wanted=near(str(name), CRITERIA))
-    return CRITERIA[name](**options)
+    chosen = CRITERIA[name]
+    valid = [f.name for f in fields(chosen)]
+    for option in options:
+        if option not in valid:
+            raise StrategyError(f"criterion {name!r} has no such option", got=repr(option), wanted=near(str(option), valid))
+    return chosen(**options)

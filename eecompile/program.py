@@ -250,8 +250,7 @@ class Stage:
         outputs: Live values that it hands on, in order.
         exit: Index of the exit at its end, None for the model's own end.
         flops: Cost of one row, head excluded.
-        only_for: Cost of work that the model's own output does not need, by the exits that do: `((0,), 1e6)` runs only
-            while exit 0 is open.
+        only_for: Cost of work that only some exits need, by those exits: `((0,), 1e6)` runs while exit 0 is open.
     """
 
     name: str

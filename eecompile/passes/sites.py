@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import fx
 
 from eecompile.errors import PassError
@@ -89,16 +90,23 @@ def shared_tail(program: Program) -> Tail | Refusal:
     reads: list[fx.Node] = []
     stack = [prediction]
     position = {n: i for i, n in enumerate(nodes)}
-    while stack:
+    sizes_read: list[fx.Node] = []
+    while stack or sizes_read:
+        if not stack:  # sizes last: most are those of what the tail reads anyway
+            stack += _unread(sizes_read.pop(), reads)
+            continue
         n = stack.pop()
         if n in needed or n.op == "get_attr":
             continue
-        if position[n] <= after and not facts.is_symbolic_number(n):
+        if facts.is_symbolic_number(n):
+            needed.add(n)
+            sizes_read.append(n)
+        elif position[n] <= after:
             if n not in reads:
                 reads.append(n)
-            continue
-        needed.add(n)
-        stack += n.all_input_nodes
+        else:
+            needed.add(n)
+            stack += n.all_input_nodes
     value = names[last.value]
     if value not in reads:
         return Refusal(last.name, "shared head", f"the tail reads {[n.name for n in reads]}, not {value.name}")
@@ -111,6 +119,14 @@ def shared_tail(program: Program) -> Tail | Refusal:
     module = extract(gm, ordered, [value, *others], [prediction], "SharedHead")
     sizes = next(v.shape for v in last.live if v.node == last.value)
     return Tail(module, tuple(n.name for n in others), sizes)
+
+
+def _unread(size: fx.Node, reads: list[fx.Node]) -> list[fx.Node]:
+    """What a size must be read from; nothing where the values that are there tell it."""
+    number = facts.value(size)
+    known = {symbol for n in reads for e in facts.shape(n) if e.is_Symbol for symbol in e.free_symbols}
+    told = isinstance(number, torch.SymInt) and facts.expression(number).free_symbols <= known
+    return [] if told else size.all_input_nodes
 
 
 def tail_fits(tail: Tail, cut: Cut) -> str | None:

@@ -69,6 +69,11 @@ class Source:
         """The program after the pass of that name."""
         return run_passes(self.program(), self.passes(where, **options)[: ORDER.index(last) + 1])
 
+    def named(self, rows: int, seed: int = 3) -> dict[str, Tensor]:
+        """`inputs` by the names of the model's arguments."""
+        paths = [leaf.path for leaf in self.captured.signature.inputs]
+        return dict(zip(paths, self.inputs(rows, seed), strict=True))
+
     def inputs(self, rows: int, seed: int = 3) -> list[Tensor]:
         """Other flat inputs of the same kind: rows of the example, mixed."""
         g = torch.Generator().manual_seed(seed)

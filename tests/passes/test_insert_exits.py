@@ -132,10 +132,12 @@ def test_patience_counts_over_the_open_exits_only(resnet: Source) -> None:
 
 def test_padding_does_not_count_towards_the_confidence_of_positions(tagger: Source) -> None:
     program = marked(tagger)
-    ids, mask = tagger.inputs(6)
-    found = run(program, [ids, mask])
+    call = tagger.named(6)
+    ids, mask = call["input_ids"], call["attention_mask"]
+    assert (mask == 0).any()
+    found = run(program, list(call.values()))
     other = torch.where(mask.bool(), ids, (ids + 7) % 90 + 1)  # other tokens under the padding
-    changed = run(program, [other, mask])
+    changed = run(program, list({**call, "input_ids": other}.values()))
     for a, b in zip(found["confidences"], changed["confidences"], strict=True):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
     worst = [per_position(o, mask) for o in found["outputs"]]
@@ -161,8 +163,8 @@ def test_heads_are_new_and_the_trunk_is_shared(any_source: Source) -> None:
 
 
 def test_the_seed_makes_the_heads_and_leaves_the_generator(resnet: Source) -> None:
-    before = torch.get_rng_state()
     base = resnet.upto("place_exits")
+    before = torch.get_rng_state()
     a, b, c = (run_passes(base, [InsertExits(seed=s)]) for s in (1, 1, 2))
     assert torch.equal(torch.get_rng_state(), before)
     weights = [p.marked.eecompile_heads.exit_0.head.classifier.weight for p in (a, b, c)]  # type: ignore[union-attr]
@@ -242,7 +244,7 @@ class InPlace(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Tanh(), nn.Linear(8, 8)) for _ in range(3))
         self.out = nn.Linear(8, 3)
 
     def forward(self, x: Tensor) -> Tensor:

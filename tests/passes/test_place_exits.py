@@ -114,7 +114,7 @@ def test_an_unknown_name_lists_near_ones(resnet: Source) -> None:
 
 def test_an_exit_that_costs_more_than_it_saves_is_refused(resnet: Source) -> None:
     def wide(site: Any) -> nn.Module:
-        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(site.width, 30_000), nn.Linear(30_000, 10))
+        return nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(site.width, 300_000), nn.Linear(300_000, 10))
 
     program = placed(resnet, 1, head="linear")
     total = program.total_flops
@@ -124,7 +124,7 @@ def test_an_exit_that_costs_more_than_it_saves_is_refused(resnet: Source) -> Non
     for name in LAYERS:  # each candidate with its own figures
         cut = next(c for c in program.cuts if c.name == name)
         width = next(v.shape[1] for v in cut.live if v.node == cut.value)
-        cost = (2 * 30_000 * (width + 10) + 80) / total
+        cost = (2 * 300_000 * (width + 10) + 80) / total
         assert f"{name}: head and decision cost {cost:.1%} of the model, leaving here saves {1 - cut.depth:.1%}" in got
     with pytest.raises(StrategyError, match="no exit fits where it was asked for") as error:
         placed(resnet, "layer3.0", head=wide)
@@ -201,13 +201,13 @@ def test_the_models_own_tail_as_the_head(masked: Source) -> None:
     own = {id(p) for p in program.source.parameters()}
     assert {id(p) for p in program.marked.parameters()} == own  # nothing new to train
     model_tail = program.source
-    flat = masked.inputs(3)
+    flat, mask = masked.inputs(3), masked.named(3)["attention_mask"]
     with torch.no_grad():
         outputs = program.marked(*flat)[3:5]
         names = {e.cut: e for e in program.exits}
         for out, e in zip(outputs, names.values(), strict=True):
             h = value_at(model_tail, e.node, flat)
-            real = flat[1].unsqueeze(-1).to(h.dtype)
+            real = mask.unsqueeze(-1).to(h.dtype)
             norm = nn.functional.layer_norm(h, (16,), *params(model_tail, "norm"))
             want = nn.functional.linear((norm * real).sum(1) / real.sum(1), *params(model_tail, "out"))
             torch.testing.assert_close(out, want, rtol=1e-5, atol=1e-6)
@@ -273,4 +273,4 @@ def test_the_mask_of_an_exit(masked: Source) -> None:
     assert {e.mask_input for e in placed(masked, 2).exits} == {"attention_mask"}
     with pytest.raises(PassError, match="no input has the name given as mask=") as error:
         placed(masked, 2, mask="padding")
-    assert error.value.wanted == "input_ids, attention_mask"
+    assert set(str(error.value.wanted).split(", ")) == {"input_ids", "attention_mask"}

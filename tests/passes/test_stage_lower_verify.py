@@ -91,13 +91,13 @@ def by_hand(program: Program, found: Schedule, flat: list[Tensor]) -> list[Any]:
     with torch.no_grad():
         for s in found.segments:
             assert len(live) == len(s.inputs)
-            values = s.module(*live, *(state if s.takes_state else ()))
+            values = s.module(*live, *state[: s.takes_states])
             if s.exit is None:
                 seen.append(values)
                 break
             seen.append(values[: s.decision])
             state = values[2 : s.decision]
-            live = list(values[s.decision + len(s.leaves) :])
+            live = list(values[s.decision + len(s.leaves) + len(s.reports) :])
             assert len(live) == len(s.outputs)
     return seen
 
@@ -175,8 +175,8 @@ def test_segments_run_on_any_number_of_rows(any_source: Source) -> None:
 def test_the_state_of_patience_is_handed_on(resnet: Source) -> None:
     program = resnet.upto("verify", "every-block", criterion=Patience(), head="linear", threshold=1.0)
     found = segments_of(program, 0, 2, 3, decide=True)
-    assert [s.takes_state for s in found.segments] == [False, True, True, True]
-    assert [s.gives_state for s in found.segments] == [True, True, True, False]
+    assert [s.takes_states for s in found.segments] == [0, 1, 1, 1]
+    assert [s.gives_states for s in found.segments] == [1, 1, 1, 0]
     thresholds = torch.full((len(program.exits),), 2.0)
     thresholds[[0, 2, 3]] = 1.0
     getattr(program.marked, THRESHOLDS).copy_(thresholds)
@@ -208,7 +208,7 @@ def test_verify_compares_and_puts_everything_back(resnet: Source) -> None:
     before = code(program.graph_module), code(program.marked)
     flags = {n: m.training for n, m in program.marked.named_modules()}
     done = run_passes(program, [Verify(resnet.example)])
-    assert done.history["verify"].summary == "closed exits give the captured graph's output bit for bit"
+    assert "give the captured graph's output bit for bit" in done.history["verify"].summary
     assert getattr(program.marked, THRESHOLDS).tolist() == [0.25, 0.75]
     assert {n: m.training for n, m in program.marked.named_modules()} == flags
     assert (code(done.graph_module), code(done.marked)) == before  # type: ignore[arg-type]
