@@ -16,9 +16,12 @@ from eecompile.heads import Branch
 from eecompile.kernels.confidence import confidence as confidence_of
 from eecompile.passes.insert_exits import HEADS, TEMPERATURES, THRESHOLDS
 from eecompile.passes.insert_gates import GATE_THRESHOLDS
+from eecompile.passes.insert_halting import HALT_SCALE, closed_scale
 from eecompile.passes.place_gates import GATES
-from eecompile.program import Program
+from eecompile.program import Halt, Program
 from eecompile.thresholds import ExitRecord, GateRecord, threshold_values
+
+NEVER = 2.0  # a halting threshold that nothing reaches
 
 
 class Decisions(nn.Module):
@@ -80,7 +83,8 @@ class Decisions(nn.Module):
     @property
     def gate_units(self) -> nn.Module:
         """The inserted gate units, by name; one for all gates is called `policy`."""
-        return self.graph_module.get_submodule(GATES) if self.program.gates else nn.Module()
+        units = self.program.gates or self.program.halts
+        return self.graph_module.get_submodule(GATES) if units else nn.Module()
 
     @property
     def gates(self) -> tuple[GateRecord, ...]:
@@ -106,6 +110,30 @@ class Decisions(nn.Module):
             )
             for i, g in enumerate(self.program.gates)
         )
+
+    @property
+    def halting_threshold(self) -> float:
+        """How far the halting scores of a row must add up: 1 as trained, less stops sooner, above 1 never stops."""
+        if not self.program.halts:
+            raise StrategyError("this program does not halt", hint="compile with a strategy that halts, such as act")
+        scale = float(getattr(self.graph_module, HALT_SCALE))
+        return NEVER if scale == closed_scale(self.program) else 1.0 / scale
+
+    def set_halting_threshold(self, threshold: float) -> None:
+        """Sets how far scores must add up: above 0; above 1 the model runs as it was.
+
+        Raises:
+            StrategyError: Not a positive number, or the program does not halt.
+        """
+        if not self.program.halts:
+            raise StrategyError("this program does not halt", hint="compile with a strategy that halts, such as act")
+        if not threshold > 0:
+            wanted = "above 0 to 1, above 1 never halts"
+            raise StrategyError("a halting threshold is a positive number", got=repr(threshold), wanted=wanted)
+        with torch.no_grad():
+            scale: Tensor = getattr(self.graph_module, HALT_SCALE)
+            scale.fill_(closed_scale(self.program) if threshold > 1 else 1.0 / threshold)
+        self._changed()
 
     def set_gate_thresholds(self, thresholds: Any) -> None:
         """Sets from which score gates open: one number, one for each in order, or by gate name.
@@ -192,15 +220,18 @@ class Decisions(nn.Module):
             found.append(value.fmax(found[-1]) if surest and found and not last else value)
         return tuple(found)
 
-    def spent(self, exit_index: Tensor, gates: Tensor | None) -> Tensor:
+    def spent(self, exit_index: Tensor, gates: Tensor | None, ledgers: Sequence[Tensor] = ()) -> Tensor:
         """[B] float32: fraction of the full model's FLOPs spent on each row, skipped regions left out.
 
         Args:
             exit_index: [B] int64.
             gates: [B, G] 1 for open, differentiable or not; None without gates.
+            ledgers: Of every chain that halts, [B, 3] or [B, S, 3].
         """
         open_exits = [t <= 1.0 for t in self.thresholds.tolist()]
         cost = self.costs(open_exits).to(exit_index.device)[exit_index]
+        for h, ledger in zip(self.program.halts, ledgers, strict=True):
+            cost = cost + self._halting_cost(h, exit_index, ledger)
         if gates is None or not self.program.gates:
             return cost
         total = self.program.total_flops or 1.0
@@ -208,3 +239,20 @@ class Decisions(nn.Module):
         stages = torch.tensor([g.stage for g in self.program.gates], device=cost.device)
         reached = exit_index.unsqueeze(1) >= stages
         return cost - ((1 - gates.float()) * reached * saves).sum(1)
+
+    def _halting_cost(self, halt: Halt, exit_index: Tensor, ledger: Tensor) -> Tensor:
+        """[B] what a chain changes of the cost: steps that were not taken, or taken again, and scores."""
+        taken = ledger.detach()[..., 1]
+        taken = taken.amax(1) if taken.ndim == 2 else taken
+        total = self.program.total_flops or 1.0
+        closed = self.halting_threshold == NEVER
+        cost = torch.zeros_like(taken)
+        for k, step in enumerate(halt.steps):
+            ran = (taken > k).float()
+            if halt.repeated:
+                cost = cost + (ran * step.flops if k else 0.0)
+            else:
+                cost = cost - (1 - ran) * step.flops
+            cost = cost if closed else cost + ran * step.unit_flops
+        reached: Tensor = cost * (exit_index >= halt.stage) / total
+        return reached

@@ -75,6 +75,23 @@ class LinearGate(GateUnit):
         return torch.sigmoid(self.score(self.norm(self.pooled(x, mask)))).squeeze(-1)
 
 
+class TokenGate(GateUnit):
+    """One score for every position of a sequence, `[B, S]`: norm, one linear layer, sigmoid."""
+
+    kind = "token"
+    fits = ("sequence",)
+
+    def __init__(self, site: Site, open_bias: float = OPEN_BIAS) -> None:
+        super().__init__(site, open_bias)
+        self.norm = nn.LayerNorm(site.width)
+        self.score = opening(nn.Linear(site.width, 1), open_bias)
+
+    def forward(self, x: Tensor, mask: Tensor | None = None, *state: Tensor) -> Tensor:
+        found = torch.sigmoid(self.score(self.norm(x))).squeeze(-1)
+        # Padding is done at once: it must not keep its row running.
+        return found if mask is None else torch.where(mask.bool(), found, 1.0)
+
+
 class ConvGate(GateUnit):
     """The feed-forward gate of SkipNet (FFGate-II): pool, a strided 3x3 convolution, pool, linear, sigmoid."""
 
@@ -177,7 +194,8 @@ class DepthGate(PolicyGate):
         return (1 - probability.cumsum(-1)[:, :-1]).clamp(0, 1).to(x.dtype)
 
 
-UNITS: dict[str, type[GateUnit]] = {u.kind: u for u in (LinearGate, ConvGate, RecurrentGate, PolicyGate, DepthGate)}
+KINDS = (LinearGate, TokenGate, ConvGate, RecurrentGate, PolicyGate, DepthGate)
+UNITS: dict[str, type[GateUnit]] = {u.kind: u for u in KINDS}
 
 
 def unit_class(kind: str, site: Site, where: str) -> type[GateUnit]:

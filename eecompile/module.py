@@ -131,17 +131,21 @@ class CompiledModule(Anytime):
     def _result(self, outcome: Outcome) -> Result:
         training = outcome.outputs is not None and self.training
         gates = self._told(outcome, "") if self.program.gates else None
+        ledgers = [outcome.reports[h.name] for h in self.program.halts]
         result = Result(
             output=self.program.signature.restore(outcome.leaves),
             exit_index=outcome.exit_index,
             confidence=outcome.confidence if outcome.confidence is not None else torch.zeros(()),
-            cost=self.spent(outcome.exit_index, gates),
+            cost=self.spent(outcome.exit_index, gates, ledgers),
             gates=gates if gates is None or training else gates >= 0.5,
             gate_scores=self._told(outcome, ".score") if self.program.gates and outcome.outputs is not None else None,
             final=torch.ones_like(outcome.exit_index, dtype=torch.bool) if outcome.final is None else outcome.final,
             stopped=outcome.stopped,
             late=outcome.late,
         )
+        if ledgers:
+            result.steps = torch.stack([ledger.detach()[..., 1] for ledger in ledgers]).sum(0).long()
+            result.ponder = torch.stack([ledger[..., 2] for ledger in ledgers]).sum(0)
         if outcome.outputs is not None and outcome.confidences is not None:
             result.outputs = outcome.outputs
             result.confidences = tuple(torch.nan_to_num(c, nan=0.0) for c in outcome.confidences)

@@ -17,7 +17,7 @@ from torch import fx
 from eecompile.criteria import Criterion
 from eecompile.errors import PassError, near
 from eecompile.signature import Signature
-from eecompile.strategies.base import GateRecipe
+from eecompile.strategies.base import GateRecipe, HaltRecipe
 
 Level = Literal["captured", "marked", "staged", "schedule"]
 
@@ -212,24 +212,70 @@ class Report:
 
     Attributes:
         node: Name of the node; its value has the batch on axis 0.
+        beside: Name of a node of the same computation: where that is not needed, nothing is told.
         training_only: Told by the marked graph only, for objectives.
         stage: How many exits lie before it; rows that left earlier have zeros. Set by `stage`.
     """
 
     name: str
     node: str
+    beside: str
     training_only: bool = False
     stage: int = 0
 
 
 @dataclass(frozen=True)
-class Halt:
-    """A place where adaptive computation time may stop for a row."""
+class HaltStep:
+    """One step of adaptive computation: a block, its halting unit, and the update of what has been given out.
+
+    Attributes:
+        name: `halt_0_step_1`, ...; the first step always runs.
+        region: Name of the block.
+        decision: Name of the node `[B]` that says which rows still run; empty for the first step.
+        unit: Submodule of the halting score.
+        flops: Cost of the block for one row.
+        unit_flops: Cost of the score for one row.
+        carries: What a row that has halted keeps instead; none for the first step.
+        anchors: Of the block's `x` and `y`.
+    """
 
     name: str
-    node: str
-    depth: float
+    region: str
+    decision: str
     unit: str
+    flops: float
+    unit_flops: float
+    carries: tuple[Carry, ...]
+    anchors: tuple[Anchor | None, Anchor | None]
+
+
+@dataclass(frozen=True)
+class Halt:
+    """A chain of steps that a row may stop after (Graves 2016).
+
+    Attributes:
+        name: `halt_0`, ...
+        steps: In order.
+        x: Name of the node that goes into the first step.
+        ys: Name of the node that each step computes.
+        output: Name of the node with the weighted state, which the model reads behind the chain.
+        ledger: Name of the node with accumulated score, steps and ponder cost, `[B, 3]` or `[B, S, 3]`.
+        repeated: Whether the steps are one block again and again, so that the model as it was takes the first alone.
+        per_token: Whether every position halts by itself.
+        depth: Fraction of the full model's cost before it.
+        stage: How many exits lie before it; set by `stage`.
+    """
+
+    name: str
+    steps: tuple[HaltStep, ...]
+    x: str
+    ys: tuple[str, ...]
+    output: str
+    ledger: str
+    repeated: bool
+    per_token: bool
+    depth: float
+    stage: int = 0
 
 
 @dataclass(frozen=True)
@@ -346,6 +392,7 @@ class Program:
     gate_recipe: GateRecipe | None = None
     reports: tuple[Report, ...] = ()
     halts: tuple[Halt, ...] = ()
+    halt_recipe: HaltRecipe | None = None
     routes: tuple[Route, ...] = ()
     stages: tuple[Stage, ...] = ()
     facts: frozenset[str] = frozenset()
@@ -377,7 +424,8 @@ class Result:
         gates: [B, G], where there are gates: bool, whether the gate let the row in (False too where the row had left
             before); in train mode 1 and 0, differentiable by the straight-through estimate.
         gate_scores: [B, G] in [0, 1], in train mode and of `fast.observe`.
-        steps: Steps taken per row, where the strategy halts.
+        steps: [B] or [B, S] int64: steps taken, where the strategy halts; summed over several chains.
+        ponder: [B] or [B, S] float32: ponder cost N + R, differentiable in train mode.
         final: [B] bool; rows that left by themselves. The others were stopped at `exit_index` by a deadline, a budget or
             an interrupt, or are still on their way in a stream.
         stopped: Why the call was stopped before every row was final: "deadline", "budget" or "interrupt".
@@ -395,6 +443,7 @@ class Result:
     gates: torch.Tensor | None = None
     gate_scores: torch.Tensor | None = None
     steps: torch.Tensor | None = None
+    ponder: torch.Tensor | None = None
     final: torch.Tensor | None = None
     stopped: str | None = None
     late: bool = False

@@ -1,4 +1,4 @@
-"""The gates of a saved program, put back where they were."""
+"""The gates and halting steps of a saved program, put back where they were."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from torch import Tensor
 
 from eecompile.errors import ArtifactError
 from eecompile.gates import GateUnit, RecurrentCore, rebuild
-from eecompile.passes import InsertGates, run_passes
+from eecompile.passes import InsertGates, InsertHalting, run_passes
 from eecompile.passes.insert_gates import relocate_gates
-from eecompile.program import Anchor, Carry, Gate, Program
-from eecompile.strategies.base import GateRecipe
+from eecompile.passes.insert_halting import relocate_halting
+from eecompile.program import Anchor, Carry, Gate, Halt, HaltStep, Program
+from eecompile.strategies.base import GateRecipe, HaltRecipe
 
 
 def insert_saved_gates(program: Program, data: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
-    """Inserts the gates that a manifest describes; takes their weights out of `tensors`.
+    """Inserts the gates or halting steps that a manifest describes; takes their weights out of `tensors`.
 
     Raises:
         ArtifactError: The weights do not fit the units.
     """
-    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data["recipe"].items()}
-    recipe = GateRecipe(**options)
-    shared = RecurrentCore(recipe.open_bias) if recipe.unit == "recurrent" else None
+    saved = data["halting" if "halting" in data else "recipe"]
+    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
+    shared = RecurrentCore(options["open_bias"]) if options.get("unit") == "recurrent" else None
     units: dict[str, GateUnit] = {name: rebuild(d, shared) for name, d in data["units"].items()}
     for name, unit in units.items():
         prefix = f"gates.{name}."
@@ -33,8 +34,12 @@ def insert_saved_gates(program: Program, data: dict[str, Any], tensors: dict[str
         dtype = next((t.dtype for t in own.values() if t.is_floating_point()), None)
         unit.to(dtype=dtype)
         unit.load_state_dict(own)
+    if "halting" in data:
+        halts = tuple(_halt(h) for h in data["records"])
+        halting = InsertHalting(HaltRecipe(**options), units=units, scale=tensors.pop("halt_scale"))
+        return run_passes(relocate_halting(program, halts), [halting])
     gates = tuple(_gate(g) for g in data["records"])
-    insert = InsertGates(recipe, units=units, thresholds=tensors.pop("gate_thresholds"))
+    insert = InsertGates(GateRecipe(**options), units=units, thresholds=tensors.pop("gate_thresholds"))
     return run_passes(relocate_gates(program, gates), [insert])
 
 
@@ -43,3 +48,17 @@ def _gate(data: dict[str, Any]) -> Gate:
     fields["carries"] = tuple(Carry(**c) for c in fields["carries"])
     fields["anchors"] = tuple(None if a is None else Anchor(**a) for a in fields["anchors"])
     return Gate(**fields)
+
+
+def _halt(data: dict[str, Any]) -> Halt:
+    fields = dict(data)
+    fields["steps"] = tuple(_step(s) for s in fields["steps"])
+    fields["ys"] = tuple(fields["ys"])
+    return Halt(**fields)
+
+
+def _step(data: dict[str, Any]) -> HaltStep:
+    fields = dict(data)
+    fields["carries"] = ()  # written anew
+    fields["anchors"] = tuple(None if a is None else Anchor(**a) for a in fields["anchors"])
+    return HaltStep(**fields)

@@ -17,6 +17,7 @@ from eecompile.artifact import files
 from eecompile.errors import ArtifactError
 from eecompile.gates import describe as describe_unit
 from eecompile.heads import Branch, describe
+from eecompile.passes.insert_halting import HALT_SCALE
 from eecompile.program import Exit
 
 
@@ -51,6 +52,8 @@ def write(fast: Any, path: str | Path) -> None:
     tensors |= {f"gates.{name}": t.detach().cpu().contiguous() for name, t in fast.gate_units.state_dict().items()}
     if program.gates:
         tensors["gate_thresholds"] = fast.gate_thresholds.detach().cpu().clone()
+    if program.halts:
+        tensors["halt_scale"] = getattr(fast.graph_module, HALT_SCALE).detach().cpu().clone()
     tensors["thresholds"] = fast.thresholds.detach().cpu().clone()
     tensors["temperatures"] = fast.temperatures.detach().cpu().clone()
     weights = {name: t.clone() for name, t in tensors.items()}  # shared storage has no place in a safetensors file
@@ -88,11 +91,13 @@ def _exit(e: Exit) -> dict[str, Any]:
 
 
 def _gates(fast: Any) -> dict[str, Any] | None:
-    """The gates, their units and what they were inserted by, as JSON data; None without gates."""
+    """The gates or halting steps, their units and what they were inserted by, as JSON data; None without gates."""
     program = fast.program
+    units = {name: describe_unit(unit) for name, unit in fast.gate_units.named_children()}
+    if program.halt_recipe is not None:
+        return {"halting": asdict(program.halt_recipe), "records": [asdict(h) for h in program.halts], "units": units}
     if program.gate_recipe is None:
         return None
-    units = {name: describe_unit(unit) for name, unit in fast.gate_units.named_children()}
     return {"recipe": asdict(program.gate_recipe), "records": [asdict(g) for g in program.gates], "units": units}
 
 

@@ -15,10 +15,12 @@ from eecompile.passes.find_cuts import FindCuts
 from eecompile.passes.find_regions import FindRegions
 from eecompile.passes.insert_exits import TEMPERATURES, THRESHOLDS, InsertExits, relocate
 from eecompile.passes.insert_gates import GATE_THRESHOLDS, InsertGates, relocate_gates
+from eecompile.passes.insert_halting import HALT_SCALE, InsertHalting, relocate_halting
 from eecompile.passes.lower import Lower
 from eecompile.passes.normalize import Normalize
 from eecompile.passes.place_exits import PlaceExits
 from eecompile.passes.place_gates import GATES, PlaceGates
+from eecompile.passes.place_halting import PlaceHalting
 from eecompile.passes.share import Share
 from eecompile.passes.stage import StagePass
 from eecompile.passes.verify import Verify
@@ -48,6 +50,12 @@ def insertion(recipe: Recipe, captured: Captured, seed: int) -> list[Pass]:
             PlaceGates(recipe.gates, captured.flat_example),
             InsertGates(recipe.gates, seed=seed),
         ]
+    if recipe.halting is not None:
+        passes += [
+            *([] if recipe.gates is not None else [FindRegions()]),
+            PlaceHalting(recipe.halting, captured.flat_example),
+            InsertHalting(recipe.halting, seed=seed),
+        ]
     passes.append(PlaceExits(recipe.exits, captured.flat_example))
     if recipe.exits is not None:
         passes.append(InsertExits(recipe.exits.head, recipe.exits.threshold, seed=seed))
@@ -73,6 +81,10 @@ def prepare_training_graph(
         units = dict(program.marked.get_submodule(GATES).named_children())
         insert = InsertGates(program.gate_recipe, units=units, thresholds=getattr(program.marked, GATE_THRESHOLDS))
         train = run_passes(relocate_gates(train, program.gates), [insert])
+    if program.halt_recipe is not None:
+        units = dict(program.marked.get_submodule(GATES).named_children())
+        halting = InsertHalting(program.halt_recipe, units=units, scale=getattr(program.marked, HALT_SCALE))
+        train = run_passes(relocate_halting(train, program.halts), [halting])
     heads = {e.name: facts.attribute(program.marked, e.head) for e in program.exits}
     buffers = {name: getattr(program.marked, name) for name in (THRESHOLDS, TEMPERATURES)}
     train = train.replace(exits=relocate(train, program.exits), facts=train.facts | {"exits placed"})
@@ -89,12 +101,14 @@ __all__ = [
     "FindRegions",
     "InsertExits",
     "InsertGates",
+    "InsertHalting",
     "Lower",
     "Normalize",
     "Pass",
     "PassResult",
     "PlaceExits",
     "PlaceGates",
+    "PlaceHalting",
     "Share",
     "StageBlocks",
     "StagePass",

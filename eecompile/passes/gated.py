@@ -11,14 +11,25 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx, nn
 
+import eecompile.ops as ops
 from eecompile.errors import PassError
 from eecompile.kernels.skip import is_open
 from eecompile.passes import facts
 from eecompile.passes.extract import Extractor, extract
 from eecompile.passes.find_regions import exclusive
-from eecompile.program import Gate, Program
+from eecompile.program import Gate, Halt, HaltStep, Program
 
 OPEN, SHUT, DYNAMIC = "open", "shut", "dynamic"
+
+
+# Operators that run as their definitions once a program is lowered: the definitions are quicker to call.
+DEFINITIONS = {torch.ops.eecompile.gate.default: ops.gate, torch.ops.eecompile.halt.default: ops.halt}
+
+
+def defined(graph: fx.Graph) -> None:
+    """Puts the definitions in place of the operators of gates and halting."""
+    for n in graph.nodes:
+        n.target = DEFINITIONS.get(n.target, n.target)
 
 
 class Gated(nn.Module):
@@ -49,17 +60,22 @@ class Gated(nn.Module):
         return tuple(x.index_copy(axis, rows, y) for x, y, axis in zip(past, values, self.out_axes, strict=True))
 
 
+def conditionals(program: Program) -> tuple[Gate | HaltStep, ...]:
+    """Everything that runs on some rows only: gated regions, then all steps of chains that halt but the first."""
+    return (*program.gates, *(s for h in program.halts for s in h.steps if s.carries))
+
+
 class GatedRegions:
     """The gated regions of a marked graph: which nodes are inside which."""
 
     def __init__(self, program: Program, gm: fx.GraphModule, batch: facts.Batch) -> None:
-        self.gates, self.gm, self.batch = program.gates, gm, batch
+        self.gates, self.halts, self.gm, self.batch = conditionals(program), program.halts, gm, batch
         nodes = list(gm.graph.nodes)
         position = {n: i for i, n in enumerate(nodes)}
         names = facts.by_name(gm)
         self.names = names
         self.inside: dict[fx.Node, int] = {}
-        self.ends: dict[fx.Node, tuple[int, int]] = {}
+        self.ends: dict[fx.Node, int] = {}
         self.nodes: list[list[fx.Node]] = []
         for i, g in enumerate(self.gates):
             ys = [names[c.y] for c in g.carries]
@@ -67,7 +83,20 @@ class GatedRegions:
             found = exclusive(nodes, position, ys, stops)
             self.nodes.append(found)
             self.inside |= dict.fromkeys(found, i)
-            self.ends |= {names[c.node]: (i, k) for k, c in enumerate(g.carries)}
+            self.ends |= {names[c.node]: i for c in g.carries}
+
+    def plain(self, how: Sequence[str]) -> dict[fx.Node, fx.Node]:
+        """Outputs of chains whose halting is closed, and the value that the model as it was has there."""
+        steps = dict(zip((g.name for g in self.gates), how, strict=True))
+        return {
+            self.names[h.output]: self.names[h.ys[0 if h.repeated else -1]]
+            for h in self.halts
+            if steps[h.steps[-1].name] != DYNAMIC
+        }
+
+    def end(self, i: int) -> fx.Node:
+        """The first node that hands on something of region i: all of the region is computed there."""
+        return self.names[self.gates[i].carries[0].node]
 
     def body(self, i: int, part: Extractor, name: str) -> tuple[fx.GraphModule, list[fx.Node]]:
         """Region i as a module, without what `part` has already, and the nodes that it takes."""
@@ -98,6 +127,8 @@ class GatedRegions:
                 part.env[node] = part.env[self.names[c.y]]
             return
         body, inputs = self.body(i, part, f"Region{i}")
+        defined(body.graph)
+        body.recompile()
         axes = [self._axis(n, gate) for n in inputs]
         target = f"{gate.name}_region"
         part.modules[target] = Gated(body, axes, [c.batch_axis for c in gate.carries])
@@ -119,13 +150,22 @@ class GatedRegions:
             part.env[y] = part.item(call, k, y)
             part.copy(self.names[c.node])
 
-    def _axis(self, n: fx.Node, gate: Gate) -> int | None:
+    def _axis(self, n: fx.Node, gate: Gate | HaltStep) -> int | None:
         axis = self.batch.axis(n)
         if isinstance(axis, str):
             raise PassError(
                 "a gated region reads a value that cannot be gathered", where=gate.region, got=f"{n.name} {axis}"
             )
         return axis
+
+
+def halting_pattern(halts: Sequence[Halt], closed: bool) -> tuple[str, ...]:
+    """Per step but the first of each chain; `closed` for the model as it was."""
+    found: list[str] = []
+    for h in halts:
+        how = DYNAMIC if not closed or h.per_token else SHUT if h.repeated else OPEN
+        found += [how] * sum(bool(s.carries) for s in h.steps)
+    return tuple(found)
 
 
 def pattern(gates: Sequence[Gate], thresholds: Sequence[float]) -> tuple[str, ...]:

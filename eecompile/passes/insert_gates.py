@@ -66,8 +66,8 @@ class InsertGates(Pass):
         gates = tuple(writer.add(i, g) for i, g in enumerate(program.gates))
         facts.tidy(gm)
         cuts, refusals = moved_cuts(program, gates, writer.insides)
-        reports = tuple(Report(g.name, g.decision) for g in gates)
-        reports += tuple(Report(f"{g.name}.score", g.score, training_only=True) for g in gates)
+        reports = tuple(Report(g.name, g.decision, g.node) for g in gates)
+        reports += tuple(Report(f"{g.name}.score", g.score, g.node, training_only=True) for g in gates)
         done = program.replace(
             graph_module=gm, gates=gates, cuts=cuts, reports=(*program.reports, *reports), gate_recipe=self.recipe
         )

@@ -14,9 +14,10 @@ import torch
 from torch import fx
 
 import eecompile.ops as ops
+from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.extract import Extractor
-from eecompile.passes.gated import DYNAMIC
+from eecompile.passes.gated import DYNAMIC, conditionals, defined
 from eecompile.passes.stage import Layout, inserted
 from eecompile.program import Live, Program
 
@@ -87,9 +88,9 @@ def schedule(
         open_exits: Indices of the exits that are open, in order.
         decide_at_end: Whether the last segment also gives the confidence of the model's own output, and every segment
             its reports.
-        gates: Per gate "open", "shut" or "dynamic"; None takes all as dynamic.
+        gates: Per gated region and halting step "open", "shut" or "dynamic"; None takes all as dynamic.
     """
-    how = (DYNAMIC,) * len(program.gates) if gates is None else gates
+    how = (DYNAMIC,) * len(conditionals(program)) if gates is None else gates
     layout = Layout(program)
     stops = (*open_exits, len(program.exits))
     segments = []
@@ -123,6 +124,9 @@ def _segment(
         part.placeholder(n)
     decides = not at_end or decide_at_end
     needed = layout.needed(later if at_end else (stop, *later))
+    if decide_at_end:
+        told = [layout.names[r.node] for r in program.reports if layout.names[r.beside] in needed and not r.training_only]
+        needed |= facts.needed_for(told)
     carried = states_of(program)
     taken = [r for r in carried if after_open and decides and not (at_end and r == "memory")]
     states: dict[str, fx.Node | None] = {r: part.graph.placeholder(r) for r in taken}
@@ -139,9 +143,7 @@ def _segment(
         handed: list[fx.Node] = []
     else:
         handed = layout.live(stop, later)
-    for n in part.graph.nodes:
-        if n.target is torch.ops.eecompile.gate.default:
-            n.target = ops.gate
+    defined(part.graph)
     module = part.finish([*decision, *given, *(part.resolve(n) for n in handed)], f"Segment{start + 1}to{stop}")
     return Segment(
         module=module,
@@ -160,7 +162,9 @@ def _reported(
 ) -> tuple[int, ...]:
     """The reports between two exits; gates that are open or shut whatever the input have nothing to tell."""
     inside = needed.intersection(layout.interval(start, stop))
-    known = {g.name for g, h in zip(program.gates, how, strict=True) if h != DYNAMIC}
+    known = {g.name for g, h in zip(program.gates, how, strict=False) if h != DYNAMIC}
+    steps = dict(zip((s.name for s in conditionals(program)), how, strict=True))
+    known |= {h.name for h in program.halts if steps[h.steps[-1].name] != DYNAMIC}
     return tuple(
         i
         for i, r in enumerate(program.reports)

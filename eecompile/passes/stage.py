@@ -38,6 +38,7 @@ class StagePass(Pass):
         layout = Layout(program)
         program = program.replace(
             gates=tuple(replace(g, stage=layout.stage_of(g.decision)) for g in program.gates),
+            halts=tuple(replace(h, stage=layout.stage_of(h.output)) for h in program.halts),
             reports=tuple(replace(r, stage=layout.stage_of(r.node)) for r in program.reports),
         )
         stages = layout.stages()
@@ -110,13 +111,15 @@ class Layout:
             needed: Leave out what is not among these; None copies everything.
         """
         regions = self.regions
+        plain = {} if how is None else regions.plain(how)
         for n in self.interval(start, stop):
             if n in part.env or n in regions.inside or (needed is not None and n not in needed):
                 continue
+            if n in plain:
+                part.env[n] = part.resolve(plain[n])
+                continue
             if n in regions.ends:
-                i, carry = regions.ends[n]
-                if carry > 0:
-                    continue
+                i = regions.ends[n]
                 if how is None:
                     regions.show_in(part, i)
                 else:
@@ -127,7 +130,7 @@ class Layout:
     def needed_at(self, node: fx.Node) -> int:
         """Position at which a node reads its inputs: all of a gated region is computed at the region's end."""
         i = self.regions.inside.get(node)
-        return self.position.get(node, -1) if i is None else self.position[self.names[self.program.gates[i].node]]
+        return self.position.get(node, -1) if i is None else self.position[self.regions.end(i)]
 
     def live(self, exit_index: int, later: tuple[int, ...] | None = None) -> list[fx.Node]:
         """Tensors that cross the boundary at an exit; `later` are the exits that are open behind it (None: all)."""

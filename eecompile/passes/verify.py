@@ -11,6 +11,7 @@ from eecompile.errors import PassError
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.insert_exits import THRESHOLDS
 from eecompile.passes.insert_gates import GATE_THRESHOLDS
+from eecompile.passes.insert_halting import HALT_SCALE, closed_scale
 from eecompile.program import Program
 
 
@@ -33,6 +34,8 @@ class Verify(Pass):
             return PassResult(program, False, summary="no example: numbers not compared")
         marked, staged = program.marked, program.graph_module
         thresholds, gates = getattr(marked, THRESHOLDS), getattr(marked, GATE_THRESHOLDS, torch.empty(0))
+        scale = getattr(marked, HALT_SCALE, torch.empty(0))
+        scale_before = scale.clone()
         before, gates_before = thresholds.clone(), gates.clone()
         flags = {m: m.training for m in marked.modules()}
         marked.eval()
@@ -41,6 +44,7 @@ class Verify(Pass):
         try:
             thresholds.fill_(2.0)
             gates.fill_(0.0)
+            scale.fill_(closed_scale(program))
             with torch.no_grad():
                 want = program.source(*self.example)[:count]
                 graphs = {"marked": marked} | ({} if staged is marked else {"staged": staged})
@@ -48,10 +52,12 @@ class Verify(Pass):
                     _equal(want, gm(*self.example)[:count], f"{name} graph, all exits closed and gates open")
                 thresholds.copy_(before)
                 gates.copy_(gates_before)
+                scale.copy_(scale_before)
                 _equal(marked(*self.example), staged(*self.example), "staged graph")
         finally:
             thresholds.copy_(before)
             gates.copy_(gates_before)
+            scale.copy_(scale_before)
             for m, flag in flags.items():
                 m.training = flag
         return PassResult(program, False, summary="closed exits and open gates give the captured graph's output bit for bit")

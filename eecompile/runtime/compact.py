@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eecompile.passes.gated import DYNAMIC, OPEN, pattern
+from eecompile.passes.gated import DYNAMIC, OPEN, halting_pattern, pattern
 from eecompile.passes.insert_exits import THRESHOLDS
 from eecompile.passes.insert_gates import GATE_THRESHOLDS
+from eecompile.passes.insert_halting import HALT_SCALE, closed_scale
 from eecompile.passes.lower import Segment, schedule
-from eecompile.program import Program
+from eecompile.program import Halt, Program
 from eecompile.runtime.anytime import run_within, stream_of
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome, assemble, nothing, times_of
@@ -64,6 +65,9 @@ class CompactExecutor:
         gates: tuple[str, ...] = ()
         if self.program.gates:
             gates = pattern(self.program.gates, getattr(self.program.marked, GATE_THRESHOLDS).tolist())
+        if self.program.halts:
+            scale = float(getattr(self.program.marked, HALT_SCALE))
+            gates += halting_pattern(self.program.halts, scale == closed_scale(self.program))
         # One assignment, so that a running call sees old or new thresholds, not a mixture.
         self._current = (values, tuple(i for i, t in enumerate(values) if t <= 1.0), gates)
 
@@ -251,7 +255,17 @@ class _Run:
         """Decisions of gates that are open or shut whatever the input, and zeros for what nobody reached."""
         known = {
             g.name: (exit_index >= g.stage).float() * (how == OPEN)
-            for g, how in zip(self.program.gates, self.gates, strict=True)
+            for g, how in zip(self.program.gates, self.gates, strict=False)
             if how != DYNAMIC or g.name not in self.reports
         }
+        for h in self.program.halts:
+            if h.name not in self.reports:
+                known[h.name] = closed_ledger(h, exit_index)
         return known
+
+
+def closed_ledger(halt: Halt, exit_index: Tensor) -> Tensor:
+    """[B, 3] what the ledger of a closed chain says: all steps, or the first of a block that would be repeated."""
+    steps = 1.0 if halt.repeated else float(len(halt.steps))
+    row = torch.tensor([1.0, steps, steps + 1.0], device=exit_index.device)
+    return (exit_index >= halt.stage).float().unsqueeze(1) * row

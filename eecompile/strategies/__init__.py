@@ -8,15 +8,16 @@ from typing import Any
 
 from eecompile.criteria import criterion
 from eecompile.errors import StrategyError, near
+from eecompile.strategies.act import Act
 from eecompile.strategies.ann import Ann
 from eecompile.strategies.anytime import Anytime
-from eecompile.strategies.base import ExitRecipe, ExitStrategy, GateRecipe, Recipe, Strategy
+from eecompile.strategies.base import ExitRecipe, ExitStrategy, GateRecipe, HaltRecipe, Recipe, Strategy
 from eecompile.strategies.branchy import Branchy
 from eecompile.strategies.cascade import Cascade
 from eecompile.strategies.mebert import MeBert
 from eecompile.strategies.skipnet import SkipNet
 
-STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Ann, Anytime, Branchy, Cascade, MeBert, SkipNet)}
+STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Act, Ann, Anytime, Branchy, Cascade, MeBert, SkipNet)}
 
 
 def strategy(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
@@ -46,6 +47,7 @@ def strategy(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
 
 __all__ = [
     "STRATEGIES",
+    "Act",
     "Ann",
     "Anytime",
     "Branchy",
@@ -53,6 +55,7 @@ __all__ = [
     "ExitRecipe",
     "ExitStrategy",
     "GateRecipe",
+    "HaltRecipe",
     "MeBert",
     "Recipe",
     "SkipNet",

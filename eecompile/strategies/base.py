@@ -74,6 +74,27 @@ class GateRecipe:
 
 
 @dataclass(frozen=True)
+class HaltRecipe:
+    """Halting units to insert (adaptive computation time).
+
+    Attributes:
+        where: "every-block", or names of blocks with wildcards. Blocks of one shape in a row form a chain.
+        repeat: 0 to halt over the depth of a chain; else each block is repeated up to so many times for each row.
+        unit: "linear" (one score for a row) or "token" (one for every position of a sequence).
+        epsilon: A row halts once its scores add up to `1 - epsilon`.
+        bias: Logit that untrained scores start near; None: scores add up to one near the last step.
+        mask: Name of the input that marks padding, None to find it.
+    """
+
+    where: Any = "every-block"
+    repeat: int = 0
+    unit: str = "linear"
+    epsilon: float = 0.01
+    bias: float | None = None
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
 class Recipe:
     """Everything that a strategy wants in the graph.
 
@@ -83,6 +104,7 @@ class Recipe:
 
     exits: ExitRecipe | None = None
     gates: GateRecipe | None = None
+    halting: HaltRecipe | None = None
     equilibrium: bool = False
 
 
@@ -229,4 +251,4 @@ class ExitStrategy(Strategy):
         return self.trunk
 
 
-__all__ = ["ExitRecipe", "ExitStrategy", "GateRecipe", "Recipe", "Strategy", "Where"]
+__all__ = ["ExitRecipe", "ExitStrategy", "GateRecipe", "HaltRecipe", "Recipe", "Strategy", "Where"]

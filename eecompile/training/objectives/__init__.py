@@ -11,6 +11,7 @@ itself) and labels, and gives one differentiable scalar. Outputs are `[B, C]` or
 | distillation | (1 - alpha) CE + alpha T^2 KL(last / T, output_k / T) (Hinton et al. 2015) |
 | adaloss | cross entropy or distillation, weights inverse to each one's running mean (Hu et al. 2019) |
 | exit_score | BCE of the learned exit score against "this exit is right" (BERxiT, Xin et al. 2021) |
+| ponder | mean ponder cost of adaptive computation time (Graves 2016) |
 | sum | any of them added, with weights; also written "a+b" |
 | per_exit_loss | a function `(output, labels) -> scalar` of the user, for tasks that are not classification |
 """
@@ -28,9 +29,10 @@ from eecompile.training.objectives.base import (
 )
 from eecompile.training.objectives.exits import Distillation, Exits, ExitScore, WeightedCrossEntropy
 from eecompile.training.objectives.general import Loss, PerExitLoss, Sum
+from eecompile.training.objectives.ponder import Ponder
 from eecompile.training.objectives.registry import OBJECTIVES, objective, register
 
-register(AdaLoss, Exits, WeightedCrossEntropy, Distillation, ExitScore, PerExitLoss, Sum)
+register(AdaLoss, Exits, WeightedCrossEntropy, Distillation, ExitScore, PerExitLoss, Ponder, Sum)
 
 __all__ = [
     "OBJECTIVES",
@@ -41,6 +43,7 @@ __all__ = [
     "Loss",
     "Objective",
     "PerExitLoss",
+    "Ponder",
     "Sum",
     "WeightedCrossEntropy",
     "Weights",

@@ -1,0 +1,160 @@
+"""Adaptive computation time on real models: compact agrees with the reference, a row that halted computes nothing more."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from eecompile import StrategyError, eecompile, load, strategies
+from eecompile.kernels.halt import halt
+from tests.support import both, close, equal_bits, watch
+from tests.zoo import ZOO
+
+NEVER = 2.0
+KINDS = {
+    "over depth": ("bert", {}),
+    "each position": ("bert", {"per_token": True}),
+    "one block again": ("bert", {"max_steps": 3, "blocks": "bert.encoder.layer.1"}),
+    "per stage of a ResNet": ("hf_resnet", {}),
+    "with labels for every position": ("gpt2_lm", {"per_token": True}),
+}
+
+
+def compiled(name: str, options: dict[str, object], spread: bool = True):
+    """Units with weights large enough for rows to differ."""
+    entry = ZOO[name]
+    args, kwargs = entry.inputs(4)
+    strategy = strategies.Act(halting_bias=-0.5, **options)
+    fast = eecompile(entry.model(), strategy, example_inputs=args, example_kwargs=kwargs, **entry.options)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in fast.gate_units.parameters():
+            if spread and p.ndim == 2:
+                p.copy_(torch.randn(p.shape, generator=generator))
+    return entry, fast
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_compact_agrees_with_the_reference(kind):
+    entry, fast = compiled(*KINDS[kind])
+    seen: set[int] = set()
+    for threshold in (1.0, 0.4):
+        fast.set_halting_threshold(threshold)
+        for batch in (1, 5):
+            args, kwargs = entry.inputs(batch, seed=2)
+            compact, reference = both(fast, *args, **kwargs)
+            assert torch.equal(compact.steps, reference.steps)
+            torch.testing.assert_close(compact.cost, reference.cost)
+            torch.testing.assert_close(compact.ponder, reference.ponder)
+            close(compact.output, reference.output)
+            with torch.no_grad():
+                close(fast(*args, **kwargs), reference.output)
+            seen |= set(compact.steps.flatten().tolist())
+    assert len(seen) > 1, "every row took the same number of steps"
+
+
+@pytest.mark.parametrize("kind", ["over depth", "one block again", "per stage of a ResNet"])
+def test_a_threshold_above_one_is_the_model_as_it_was(kind):
+    entry, fast = compiled(*KINDS[kind])
+    fast.set_halting_threshold(NEVER)
+    assert fast.halting_threshold == NEVER
+    args, kwargs = entry.inputs(3, seed=5)
+    with torch.no_grad():
+        want = list(fast.source_graph(*fast.program.signature.flatten(args, kwargs)))
+    compact, reference = both(fast, *args, **kwargs)
+    for r in (compact, reference):
+        equal_bits(fast.program.signature.flatten_output(r.output), want)
+        assert r.cost.tolist() == [1.0] * 3
+    assert torch.equal(compact.steps, reference.steps)
+
+
+def test_the_output_is_the_weighted_mean_of_the_states():
+    """By hand, from the states of the captured blocks and the scores of the units, in float64."""
+    entry, fast = compiled("bert", {})
+    args, kwargs = entry.inputs(3, seed=6)
+    chain = fast.program.halts[0]
+    graph = fast.graph_module
+    wanted = [*chain.ys, *(s.name + "_unit" for s in chain.steps), chain.output]
+    values = values_of(graph, fast.program.signature.flatten(args, kwargs), wanted)
+    weighted = ledger = None
+    for k, y in enumerate(chain.ys):
+        score = values[chain.steps[k].name + "_unit"].double()
+        weighted, ledger, _ = halt(score, values[y].double(), weighted, ledger, 0.01, k == len(chain.ys) - 1)
+    torch.testing.assert_close(values[chain.output].double(), weighted, atol=1e-5, rtol=1e-5)
+    assert torch.equal(ledger[:, 1].long(), fast.run(*args, **kwargs).steps)
+
+
+def values_of(graph, flat, names):
+    found = {}
+
+    class Keep(torch.fx.Interpreter):
+        def run_node(self, n):
+            value = super().run_node(n)
+            if n.name in names:
+                found[n.name] = value
+            return value
+
+    with torch.no_grad():
+        Keep(graph).run(*flat)
+    return found
+
+
+def test_rows_that_halted_are_not_computed():
+    entry, fast = compiled("bert", {})
+    args, kwargs = entry.inputs(6, seed=3)
+    fast.set_halting_threshold(0.35)
+    steps = fast.run(*args, **kwargs).steps
+    assert len(set(steps.tolist())) > 1
+    rows = [shape[0] for shape in watch(lambda: fast(*args, **kwargs)).shapes["gelu"]]
+    assert rows == [n for k in range(4) if (n := int((steps > k).sum()))]
+
+
+def test_saved_and_loaded_it_halts_at_the_same_steps(tmp_path):
+    entry, fast = compiled("bert", {"max_steps": 3, "blocks": "bert.encoder.layer.1"})
+    args, kwargs = entry.inputs(4, seed=1)
+    fast.set_halting_threshold(0.6)
+    want = fast.run(*args, **kwargs)
+    fast.save(tmp_path / "program")
+    back = load(tmp_path / "program")
+    got = back.run(*args, **kwargs)
+    equal_bits(got.output, want.output)
+    assert torch.equal(got.steps, want.steps)
+    assert back.halting_threshold == pytest.approx(0.6)
+
+
+@pytest.mark.parametrize("trunk", [False, True])
+def test_a_price_on_steps_makes_them_fewer(trunk):
+    entry, fast = compiled("bert", {"ponder_price": 1.0}, spread=False)
+    args, kwargs = entry.inputs(8, seed=4)
+    labels = torch.arange(8) % 2
+    before = float(fast.run(*args, **kwargs).ponder.mean())
+    loader = [(kwargs, labels)] * 20
+    fast.fit(loader, epochs=1, trunk=trunk, lr=0.02, progress=False)
+    assert float(fast.run(*args, **kwargs).ponder.mean()) < before - 0.5
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "says"),
+    [
+        ("bert", {"blocks": "layer.9"}, "no block has this name"),
+        ("hf_resnet", {"per_token": True}, "does not fit the value"),
+        ("lenet", {}, "no chain of blocks"),
+        ("nn_encoder_sf", {}, "no chain of blocks"),
+    ],
+)
+def test_mistakes_are_named(name, options, says):
+    with pytest.raises(StrategyError, match=says):
+        compiled(name, options)
+
+
+@pytest.mark.parametrize("options", [{"max_steps": 1}, {"epsilon": 0.0}, {"ponder_price": -1.0}])
+def test_options_out_of_range(options):
+    with pytest.raises(StrategyError):
+        strategies.Act(**options)
+
+
+def test_thresholds_out_of_range():
+    _, fast = compiled("bert", {})
+    for wrong in (0.0, -1.0, float("nan")):
+        with pytest.raises(StrategyError):
+            fast.set_halting_threshold(wrong)
