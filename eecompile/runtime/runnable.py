@@ -1,7 +1,8 @@
 """Makes a segment quick to call: attributes looked up once, operators called through torch's fast argument parser.
 
 An FX module looks every parameter up by its dotted path at every call, and an `OpOverload` parses its schema in the
-dispatcher's slow path. On a LeNet at batch 1 that is a tenth of the time. Numbers do not change: the same operators run.
+dispatcher's slow path. On a LeNet at batch 1 that is a tenth of the time. Without gradients, operators write over operands
+that nobody needs again (`runtime/reuse.py`). Numbers do not change: the same kernels run.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from eecompile.errors import MissingDependencyError
 from eecompile.passes import facts
 from eecompile.passes.gated import Gated
+from eecompile.runtime.reuse import reusable
 
 aten = torch.ops.aten
 # The same dispatcher entries by their Python bindings; positional signatures agree.
@@ -25,7 +27,9 @@ QUICK: dict[Any, Callable[..., Any]] = {
     aten.relu.default: torch.relu,
     aten.relu_.default: torch.relu_,
     aten.tanh.default: torch.tanh,
+    aten.tanh_.default: torch.tanh_,
     aten.sigmoid.default: torch.sigmoid,
+    aten.sigmoid_.default: torch.sigmoid_,
     aten.max_pool2d.default: torch.max_pool2d,
     aten.avg_pool2d.default: torch._C._nn.avg_pool2d,
     aten.adaptive_avg_pool2d.default: torch._C._nn.adaptive_avg_pool2d,
@@ -33,7 +37,11 @@ QUICK: dict[Any, Callable[..., Any]] = {
     aten.layer_norm.default: torch.layer_norm,
     aten.embedding.default: torch.embedding,
     aten.add.Tensor: torch.add,
+    aten.add_.Tensor: Tensor.add_,
     aten.mul.Tensor: torch.mul,
+    aten.mul_.Tensor: Tensor.mul_,
+    aten.sub_.Tensor: Tensor.sub_,
+    aten.div_.Tensor: Tensor.div_,
     aten.matmul.default: torch.matmul,
     aten.transpose.int: torch.transpose,
     aten.permute.default: torch.permute,
@@ -44,12 +52,26 @@ QUICK: dict[Any, Callable[..., Any]] = {
     aten.sym_size.int: Tensor.size,
     aten.scaled_dot_product_attention.default: torch._C._nn.scaled_dot_product_attention,
     aten.gelu.default: torch._C._nn.gelu,
+    aten.gelu_.default: torch._C._nn.gelu_,  # type: ignore[attr-defined]
     aten.dropout.default: torch.dropout,
 }
+# Those whose keywords the Python binding knows too.
+KEYWORDS = (
+    aten.add.Tensor,
+    aten.add_.Tensor,
+    aten.sub_.Tensor,
+    aten.scaled_dot_product_attention.default,
+    aten.gelu.default,
+    aten.gelu_.default,
+)
 
 
-def lifted(module: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Any, ...]]:
-    """The module with its attributes as leading inputs, and their values now."""
+def lifted(module: fx.GraphModule, reuse: bool = False) -> tuple[fx.GraphModule, tuple[Any, ...]]:
+    """The module with its attributes as leading inputs, and their values now.
+
+    Args:
+        reuse: Whether operators may write over operands that nobody needs again; only right without gradients.
+    """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     values: dict[str, tuple[fx.Node, Any]] = {}
@@ -58,21 +80,20 @@ def lifted(module: fx.GraphModule) -> tuple[fx.GraphModule, tuple[Any, ...]]:
             value = facts.attribute(module, str(n.target))
             if isinstance(value, Tensor):
                 values[str(n.target)] = (graph.placeholder(f"attr_{len(values)}"), value)
+    in_place = reusable(module) if reuse else {}
     for n in module.graph.nodes:
         if n.op == "get_attr" and str(n.target) in values:
             env[n] = values[str(n.target)][0]
             continue
         new = env[n] = graph.node_copy(n, lambda a: env[a])
-        quick = QUICK.get(n.target) if n.op == "call_function" else None
-        if quick is not None and _plain(n):
+        if n in in_place:
+            new.target, args = in_place[n]
+            new.args = fx.node.map_arg(args, lambda a: env[a])
+        quick = QUICK.get(new.target) if n.op == "call_function" else None
+        if quick is not None and (not n.kwargs or new.target in KEYWORDS):
             new.target = quick
     result = fx.GraphModule(module, graph, class_name=module.__class__.__name__)
     return result, tuple(v for _, v in values.values())
-
-
-def _plain(n: fx.Node) -> bool:
-    """Whether the call means the same through the Python binding: no keywords that only the overload knows."""
-    return not n.kwargs or n.target in (aten.add.Tensor, aten.scaled_dot_product_attention.default, aten.gelu.default)
 
 
 class EagerSegment:
@@ -82,13 +103,21 @@ class EagerSegment:
         for gated in module.modules():
             if isinstance(gated, Gated):
                 gated.call = EagerSegment(gated.body)
-        lifted_module, self.attributes = lifted(module)
-        self.module = lifted_module
-        self.forward = lifted_module.forward
+        self.source = module
+        self.module, self.attributes = lifted(module, reuse=True)
+        self.forward = self.module.forward
+        self._differentiable: Callable[..., tuple[Tensor, ...]] | None = None
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        result: tuple[Tensor, ...] = self.forward(*self.attributes, *inputs)
+        forward = self.differentiable() if torch.is_grad_enabled() else self.forward
+        result: tuple[Tensor, ...] = forward(*self.attributes, *inputs)
         return result
+
+    def differentiable(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The code that leaves every operand as it was, built when gradients are first asked for."""
+        if self._differentiable is None:
+            self._differentiable = lifted(self.source)[0].forward
+        return self._differentiable
 
 
 def compiled(module: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:

@@ -1,0 +1,132 @@
+"""Operators that write over dying operands: which ones, and that nothing else is touched."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from eecompile import CompiledModule, eecompile, strategies
+from eecompile.runtime.reuse import reusable
+from eecompile.runtime.runnable import EagerSegment
+from tests.support import CLOSED, equal_bits, watch
+
+aten = torch.ops.aten
+
+
+class Block(nn.Module):
+    """Every way in which an operand may die or must not."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.scale = nn.Parameter(torch.rand(channels, 1, 1) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm(self.conv(x)))  # in place: the norm's result dies
+        z = torch.tanh(y)  # not: y lives on
+        y = x + z * y  # both in place, the sum on its second operand: x is the block's input and lives
+        flat = y.flatten(2)
+        return F.relu(flat).view(y.shape) * self.scale  # not: a view, and a product that is laid out by another operator
+
+
+class Net(nn.Module):
+    """[B, 3, 8, 8] to [B, 4], with the input itself and a broadcast among the operands."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3, padding=1)
+        self.blocks = nn.Sequential(*(Block(8) for _ in range(3)))
+        self.end = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.sigmoid(x)  # not: the user's own tensor
+        means = self.stem(x).mean((2, 3), keepdim=True)
+        y = means + self.stem(x)  # in place on the second operand: the first one is smaller
+        out: Tensor = self.end(self.blocks(y).mean((2, 3)))
+        return out
+
+
+@pytest.fixture(scope="module")
+def compiled() -> tuple[nn.Module, CompiledModule, Tensor]:
+    torch.manual_seed(0)
+    model = Net().eval()
+    x = torch.randn(5, 3, 8, 8)
+    return model, eecompile(model, strategies.Branchy(exits=2), example_inputs=(x,)), x
+
+
+def in_place(fast: CompiledModule) -> list[str]:
+    segment = fast._chosen.plan((), False)[0].segment  # type: ignore[attr-defined]
+    return [op.overloadpacket.__name__ for op, _ in reusable(segment.module).values()]
+
+
+def test_just_the_operands_that_die_are_written_over(compiled):
+    _, fast, _ = compiled
+    assert in_place(fast) == ["add_", *["relu_", "mul_", "add_"] * 3]
+
+
+def test_numbers_and_inputs_stay(compiled):
+    model, fast, x = compiled
+    before = x.clone()
+    parameters = {n: p.clone() for n, p in model.named_parameters()}
+    with torch.no_grad():
+        want = model(x)
+        for thresholds in (CLOSED, 1.0, 0.3, 0.0):
+            fast.set_thresholds(thresholds)
+            with_reuse = fast(x)
+            with torch.enable_grad():
+                without = fast(x)
+            equal_bits(with_reuse, without.detach())
+            if thresholds >= 1.0:
+                equal_bits(with_reuse, want)
+    assert torch.equal(x, before)
+    assert all(torch.equal(p, parameters[n]) for n, p in model.named_parameters())
+
+
+def test_gradients_switch_it_off(compiled):
+    """`tanh` keeps its result for the backward pass; writing over it would be an error there."""
+    model, fast, x = compiled
+    fast.set_thresholds(CLOSED)
+    leaf = x.clone().requires_grad_()
+    fast(leaf).sum().backward()
+    mine = leaf.grad
+    leaf.grad = None
+    model(leaf).sum().backward()
+    assert mine is not None and torch.equal(mine, leaf.grad)
+    ran = watch(lambda: fast(x)).ops
+    assert (ran["relu_"], ran["mul_"], ran["add_"]) == (3, 3, 4)
+
+
+class Before(nn.Module):
+    """A block that applies its activation first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = x + self.conv(F.relu(x))
+        return y
+
+
+def test_a_value_that_crosses_an_exit_is_kept():
+    """Head and next segment read it; the activation that comes next would be in place if the exit were closed."""
+    torch.manual_seed(1)
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 3), *(Before() for _ in range(3)))
+    model = nn.Sequential(trunk, nn.ReLU(), nn.Flatten(), nn.Linear(144, 3)).eval()
+    x = torch.randn(4, 3, 8, 8)
+    chosen = strategies.Branchy(exits=["0.1", "0.3"], head="linear")
+    fast = eecompile(model, chosen, example_inputs=(x,))
+    found = {}
+    with torch.no_grad():
+        for thresholds in (CLOSED, 1.0):
+            fast.set_thresholds(thresholds)
+            equal_bits(fast(x), model(x))
+            plan = fast._chosen.plan(() if thresholds > 1 else (0, 1), False)  # type: ignore[attr-defined]
+            assert all(isinstance(step.call, EagerSegment) for step in plan)
+            modules = [step.segment.module for step in plan]
+            found[thresholds] = [[n.name for n in reusable(m)] for m in modules]
+    assert found[CLOSED] == [["add", "add_1", "add_2", "relu_3"]]
+    assert found[1.0] == [["add"], ["add_1", "add_2"], []]
