@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -14,12 +12,17 @@ from torch import Tensor
 
 from eecompile.capture.adapter import mode
 from eecompile.errors import EecompileError
+from eecompile.measuring import interleaved, rounds_of, summary
 from eecompile.training.report import Report, json_safe, table
 
 
 @dataclass
 class BenchmarkReport(Report):
-    """Times in seconds per call: median and spread (half the interquartile range) over the rounds."""
+    """Times in seconds per call: median and spread (half the interquartile range) over the rounds.
+
+    Attributes:
+        others: Median share of the machine that other processes took meanwhile; None where it cannot be told.
+    """
 
     title: ClassVar[str] = "benchmark"
 
@@ -29,6 +32,7 @@ class BenchmarkReport(Report):
     rows: list[dict[str, Any]]
     exit_share: dict[str, float] = field(default_factory=dict)
     mean_cost: float = 1.0
+    others: float | None = None
 
     def to_dict(self) -> dict[str, Any]:
         safe: dict[str, Any] = json_safe(
@@ -39,6 +43,7 @@ class BenchmarkReport(Report):
                 "rows": self.rows,
                 "exit_share": self.exit_share,
                 "mean_cost": self.mean_cost,
+                "others": self.others,
             }
         )
         return safe
@@ -49,9 +54,10 @@ class BenchmarkReport(Report):
         return float(times[name] / times[against])
 
     def __rich__(self) -> RenderableType:
+        busy = "" if (self.others or 0.0) < 0.05 else f"; other processes took {self.others:.0%} of the machine"
         made = table(
             f"batch {self.batch}, {self.threads} threads, median of {self.rounds} interleaved rounds; "
-            f"mean cost {self.mean_cost:.1%} of the model's FLOPs",
+            f"mean cost {self.mean_cost:.1%} of the model's FLOPs{busy}",
             ["what", "ms a call", "spread", "against the original"],
             [
                 [r["name"], f"{1e3 * r['median_s']:.3f}", f"{1e3 * r['spread_s']:.3f}", f"{r['ratio']:.3f}x the time"]
@@ -59,43 +65,6 @@ class BenchmarkReport(Report):
             ],
         )
         return made
-
-
-def interleaved(
-    calls: Mapping[str, Callable[[], Any]], rounds: int = 9, min_seconds: float = 0.02, warm_up: int = 2
-) -> dict[str, list[float]]:
-    """Seconds per call of each, measured in turn so that a change of the machine hits all alike.
-
-    Args:
-        rounds: At least 7 for a median worth reporting.
-        min_seconds: Quick calls are repeated until a round of them lasts this long.
-    """
-    repeats = {}
-    for name, call in calls.items():
-        for _ in range(warm_up):
-            call()
-        start = time.perf_counter()
-        call()
-        once = time.perf_counter() - start
-        repeats[name] = max(1, int(min_seconds / max(once, 1e-7)))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    for i in range(rounds):
-        for name in names if i % 2 == 0 else reversed(names):
-            call, n = calls[name], repeats[name]
-            start = time.perf_counter()
-            for _ in range(n):
-                call()
-            times[name].append((time.perf_counter() - start) / n)
-    return times
-
-
-def summary(times: Sequence[float]) -> tuple[float, float]:
-    """Median and half the interquartile range."""
-    if len(times) < 4:
-        return statistics.median(times), 0.0
-    quarters = statistics.quantiles(times, n=4)
-    return statistics.median(times), (quarters[2] - quarters[0]) / 2
 
 
 def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -147,10 +116,13 @@ def benchmark(
     calls.update(against or {})
     with torch.no_grad(), mode(fast, False), mode(model if model is not None else fast, False):
         result = fast.run(*args, **kwargs)
-        times = interleaved(calls, rounds)
-    base = summary(times["original"])[0]
+        device = result.exit_index.device
+        wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
+        measured = rounds_of(calls, rounds, wait=wait)
+    base = measured.median("original")
+    known = [share for share in measured.others if share is not None]
     rows = []
-    for name, seconds in times.items():
+    for name, seconds in measured.times.items():
         median, spread = summary(seconds)
         rows.append({"name": name, "median_s": median, "spread_s": spread, "ratio": median / base})
     share = {e.name: float((result.exit_index == i).float().mean()) for i, e in enumerate(fast.exits)}
@@ -162,4 +134,8 @@ def benchmark(
         rows=rows,
         exit_share=share,
         mean_cost=float(result.cost.mean()),
+        others=summary(known)[0] if known else None,
     )
+
+
+__all__ = ["BenchmarkReport", "as_call", "benchmark", "interleaved", "summary"]

@@ -1,0 +1,148 @@
+"""Measuring calls against one another: in turns, in one run, and noticing when somebody else used the machine."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+REDO = 3  # a round that was disturbed is measured again, up to this many times the rounds asked for
+
+
+class Bystanders:
+    """Share of the machine's processor time that went to other processes between `start` and `share` (Linux only)."""
+
+    def __init__(self) -> None:
+        self.start()
+
+    def start(self) -> None:
+        self._before = (_busy(), _own(), time.perf_counter())
+
+    def share(self) -> float | None:
+        """In [0, 1], all processors together; None where it cannot be told."""
+        busy, own, then = self._before
+        now = _busy()
+        if busy is None or now is None:
+            return None
+        seconds = max(time.perf_counter() - then, 1e-9) * (os.cpu_count() or 1)
+        return min(1.0, max(0.0, (now - busy - (_own() - own)) / seconds))
+
+
+def _own() -> float:
+    t = os.times()
+    return t.user + t.system
+
+
+def _busy() -> float | None:
+    """Seconds that all processors together were not idle since the machine started; a hypervisor's share included."""
+    try:
+        with open("/proc/stat") as stat:
+            ticks = [int(field) for field in stat.readline().split()[1:9]]
+    except OSError:
+        return None
+    return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+
+@dataclass
+class Rounds:
+    """What was measured.
+
+    Attributes:
+        times: Seconds per call, one for each round, by name.
+        others: Share of the machine that other processes took, one for each round; None where it cannot be told.
+        redone: Rounds that were thrown away because of others.
+    """
+
+    times: dict[str, list[float]]
+    others: list[float | None] = field(default_factory=list)
+    redone: int = 0
+
+    def median(self, name: str) -> float:
+        return statistics.median(self.times[name])
+
+    def ratio(self, name: str, against: str) -> tuple[float, float]:
+        """Median and spread of one's time over the other's, round by round, so that slow drift cancels."""
+        return summary([a / b for a, b in zip(self.times[name], self.times[against], strict=True)])
+
+
+def rounds_of(
+    calls: Mapping[str, Callable[[], Any]],
+    rounds: int = 9,
+    *,
+    min_seconds: float = 0.02,
+    warm_up: int = 2,
+    wait: Callable[[], Any] | None = None,
+    quiet_below: float | None = None,
+    seconds: float | None = None,
+) -> Rounds:
+    """Seconds per call of each, measured in turn so that a change of the machine hits all alike.
+
+    Args:
+        rounds: At least 7 for a median worth reporting.
+        min_seconds: Quick calls are repeated until a round of them lasts this long.
+        wait: Called before the clock is read, for devices that run behind (`torch.cuda.synchronize`).
+        quiet_below: Rounds in which other processes took more than this share of the machine are measured again, up to
+            `REDO` times as many as asked for; then they count after all.
+        seconds: No further round is measured again once this much time has gone.
+    """
+    pause = wait if wait is not None else _nothing
+    repeats = {}
+    for name, call in calls.items():
+        for _ in range(warm_up):
+            call()
+        pause()
+        start = time.perf_counter()
+        call()
+        pause()
+        once = time.perf_counter() - start
+        repeats[name] = max(1, int(min_seconds / max(once, 1e-7)))
+    kept = Rounds({name: [] for name in calls})
+    names = list(calls)
+    spare = REDO * rounds if quiet_below is not None else 0
+    began = time.perf_counter()
+    bystanders = Bystanders()
+    i = 0
+    while len(kept.others) < rounds:
+        i += 1
+        row = {}
+        bystanders.start()
+        for name in names if i % 2 else reversed(names):
+            call, n = calls[name], repeats[name]
+            pause()
+            start = time.perf_counter()
+            for _ in range(n):
+                call()
+            pause()
+            row[name] = (time.perf_counter() - start) / n
+        share = bystanders.share()
+        in_time = seconds is None or time.perf_counter() - began < seconds
+        if spare > 0 and in_time and quiet_below is not None and share is not None and share > quiet_below:
+            spare -= 1
+            kept.redone += 1
+            continue
+        kept.others.append(share)
+        for name, value in row.items():
+            kept.times[name].append(value)
+    return kept
+
+
+def interleaved(
+    calls: Mapping[str, Callable[[], Any]], rounds: int = 9, min_seconds: float = 0.02, warm_up: int = 2
+) -> dict[str, list[float]]:
+    """`rounds_of` for those who want the times only."""
+    return rounds_of(calls, rounds, min_seconds=min_seconds, warm_up=warm_up).times
+
+
+def summary(times: Sequence[float]) -> tuple[float, float]:
+    """Median and half the interquartile range."""
+    if len(times) < 4:
+        return statistics.median(times), 0.0
+    quarters = statistics.quantiles(times, n=4)
+    return statistics.median(times), (quarters[2] - quarters[0]) / 2
+
+
+def _nothing() -> None:
+    return None
