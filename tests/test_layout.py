@@ -16,7 +16,7 @@ MOST_LINES = 400
 LAYERS = [
     {"errors"},
     {"kernels", "ops"},
-    {"signature", "criteria", "heads", "gates", "strategies", "program", "prediction", "thresholds"},
+    {"signature", "criteria", "heads", "gates", "strategies", "records", "program", "prediction", "thresholds"},
     {"capture"},
     {"passes"},
     {"runtime", "costs"},

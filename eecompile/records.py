@@ -1,0 +1,296 @@
+"""The frozen records of the IR: what was found in a graph and what was put into it.
+
+Nodes are named, not referenced: names survive a copy of the graph, node objects do not.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from eecompile.criteria import Criterion
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """A place that a pass looked at and left alone."""
+
+    node: str
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """Finds the same value in another capture of the same model: the n-th call of `target` inside module `path`."""
+
+    path: str
+    call: int
+    target: str
+    ordinal: int
+
+
+@dataclass(frozen=True)
+class Block:
+    """One repeated unit of the model, as an interval of the graph in execution order.
+
+    Attributes:
+        name: Module path, `path@k` for the k-th further call of a shared module.
+        kind: Class name of the module.
+        first: Name of its first node.
+        last: Name of its last node.
+        output: Name of the tensor that it hands on.
+        flops: Floating-point operations of one row.
+    """
+
+    name: str
+    kind: str
+    first: str
+    last: str
+    output: str
+    flops: float = 0.0
+
+
+@dataclass(frozen=True)
+class Live:
+    """A value that crosses a cut. `batch_axis` is None for tensors without a batch."""
+
+    node: str
+    batch_axis: int | None
+    shape: tuple[int | str, ...]
+    dtype: str
+    trunk: bool = True
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A position in the graph where the work can stop.
+
+    Attributes:
+        name: Block or node that it lies behind, as shown to users and matched by `exits=`.
+        after: Name of the last node before the cut.
+        value: Name of the tensor that a head reads there.
+        live: Everything that later nodes need, raw inputs included.
+        depth: Fraction of the model's cost before the cut.
+        is_block: Whether it is a block boundary.
+        dominates: Whether every path from the input to the prediction goes through `value`.
+    """
+
+    name: str
+    after: str
+    value: str
+    live: tuple[Live, ...]
+    depth: float
+    is_block: bool
+    dominates: bool
+    anchor: Anchor
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A classifier branch: where it is, what it runs, how sure it must be.
+
+    Attributes:
+        name: `exit_0`, `exit_1`, ...
+        node: Name of the node whose value the head reads.
+        after: Name of the last node of the trunk before the exit.
+        cut: Name of the cut (block path or node) as users know it.
+        depth: Fraction of the full model's cost spent before the exit's head.
+        head: Name of the head's submodule in the graph.
+        criterion: How its confidence is computed.
+        head_flops: Cost of head and decision for one row.
+        anchor: Where to find `node` in the training capture.
+        head_inputs: Names of the nodes that the head is called with.
+        combine: What it answers, given the exits before it: "last", "ensemble" or "confident".
+    """
+
+    name: str
+    node: str
+    after: str
+    cut: str
+    depth: float
+    head: str
+    criterion: Criterion
+    head_flops: float
+    anchor: Anchor
+    head_inputs: tuple[str, ...] = ()
+    head_kind: str = ""
+    mask_input: str | None = None
+    combine: str = "last"
+
+
+@dataclass(frozen=True)
+class Region:
+    """A part of the graph that could be left out for a row: one value in, one of the same kind out.
+
+    Attributes:
+        name: The block, or `block:attention`, `block:mlp`, `block:part_k` for a residual part of it.
+        kind: "block", "attention", "mlp" or "part".
+        block: The block that it is or lies in.
+        x: Name of the node whose value goes past it.
+        y: Name of the node that it hands on.
+        batch_axis: Axis of the rows in both.
+        flops: Cost of one row.
+        depth: Fraction of the model's cost before it.
+        residual: Whether `x` reaches `y` through additions: what is left out is then a correction, not the value.
+        anchors: Where to find `x` and `y` in another capture; None for an input of the model.
+    """
+
+    name: str
+    kind: str
+    block: str
+    x: str
+    y: str
+    batch_axis: int
+    flops: float
+    depth: float
+    residual: bool
+    anchors: tuple[Anchor | None, Anchor | None]
+
+
+@dataclass(frozen=True)
+class Carry:
+    """One value of a conditional region: `y` where the gate is open, else `x`, chosen by the `skip` at `node`."""
+
+    y: str
+    x: str
+    node: str
+    batch_axis: int
+
+
+@dataclass(frozen=True)
+class Gate:
+    """A region that runs on the rows whose gate is open (SkipNet and relatives).
+
+    Attributes:
+        name: `gate_0`, `gate_1`, ...
+        node: Name of the node that hands on the region's value or what went past it.
+        region: Name of the region.
+        kind: Of the region.
+        depth: Fraction of the full model's cost before it.
+        unit: Submodule that computes the score; empty where another gate's unit gives it too.
+        score: Name of the node with the score `[B]` in [0, 1].
+        decision: Name of the node with the decision `[B]`, 1 for open.
+        flops: What a shut gate saves for one row.
+        unit_flops: Cost of the score for one row.
+        carries: What the region hands on.
+        anchors: Of the region.
+        needs: Name of a gate that has to be open too, empty for none.
+        stage: How many exits lie before it; set by `stage`.
+    """
+
+    name: str
+    node: str
+    region: str
+    kind: str
+    depth: float
+    unit: str
+    score: str
+    decision: str
+    flops: float
+    unit_flops: float
+    carries: tuple[Carry, ...]
+    anchors: tuple[Anchor | None, Anchor | None]
+    needs: str = ""
+    stage: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """A value per row that a run tells besides its outputs: a gate's decision, steps taken.
+
+    Attributes:
+        node: Name of the node; its value has the batch on axis 0.
+        beside: Name of a node of the same computation: where that is not needed, nothing is told.
+        training_only: Told by the marked graph only, for objectives.
+        stage: How many exits lie before it; rows that left earlier have zeros. Set by `stage`.
+    """
+
+    name: str
+    node: str
+    beside: str
+    training_only: bool = False
+    stage: int = 0
+
+
+@dataclass(frozen=True)
+class HaltStep:
+    """One step of adaptive computation: a block, its halting unit, and the update of what has been given out.
+
+    Attributes:
+        name: `halt_0_step_1`, ...; the first step always runs.
+        region: Name of the block.
+        decision: Name of the node `[B]` that says which rows still run; empty for the first step.
+        unit: Submodule of the halting score.
+        flops: Cost of the block for one row.
+        unit_flops: Cost of the score for one row.
+        carries: What a row that has halted keeps instead; none for the first step.
+        anchors: Of the block's `x` and `y`.
+    """
+
+    name: str
+    region: str
+    decision: str
+    unit: str
+    flops: float
+    unit_flops: float
+    carries: tuple[Carry, ...]
+    anchors: tuple[Anchor | None, Anchor | None]
+
+
+@dataclass(frozen=True)
+class Halt:
+    """A chain of steps that a row may stop after (Graves 2016).
+
+    Attributes:
+        name: `halt_0`, ...
+        steps: In order.
+        x: Name of the node that goes into the first step.
+        ys: Name of the node that each step computes.
+        output: Name of the node with the weighted state, which the model reads behind the chain.
+        ledger: Name of the node with accumulated score, steps and ponder cost, `[B, 3]` or `[B, S, 3]`.
+        repeated: Whether the steps are one block again and again, so that the model as it was takes the first alone.
+        per_token: Whether every position halts by itself.
+        depth: Fraction of the full model's cost before it.
+        stage: How many exits lie before it; set by `stage`.
+    """
+
+    name: str
+    steps: tuple[HaltStep, ...]
+    x: str
+    ys: tuple[str, ...]
+    output: str
+    ledger: str
+    repeated: bool
+    per_token: bool
+    depth: float
+    stage: int = 0
+
+
+@dataclass(frozen=True)
+class Route:
+    """A place where each row is sent into one of several branches."""
+
+    name: str
+    node: str
+    branches: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stage:
+    """The work between two exits.
+
+    Attributes:
+        inputs: Live values that it reads, in order.
+        outputs: Live values that it hands on, in order.
+        exit: Index of the exit at its end, None for the model's own end.
+        flops: Cost of one row, head excluded.
+        only_for: Cost of work that only some exits need, by those exits: `((0,), 1e6)` runs while exit 0 is open.
+    """
+
+    name: str
+    inputs: tuple[Live, ...]
+    outputs: tuple[Live, ...]
+    exit: int | None
+    flops: float
+    nodes: int
+    only_for: tuple[tuple[tuple[int, ...], float], ...] = ()
