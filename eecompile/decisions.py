@@ -228,7 +228,29 @@ class Decisions(nn.Module):
             gates: [B, G] 1 for open, differentiable or not; None without gates.
             ledgers: Of every chain that halts, [B, 3] or [B, S, 3].
         """
-        open_exits = [t <= 1.0 for t in self.thresholds.tolist()]
+        return self._spent(exit_index, gates, ledgers, [t <= 1.0 for t in self.thresholds.tolist()])
+
+    def end_cost(self, gates: Tensor, ledgers: Sequence[Tensor] = ()) -> Tensor:
+        """[B] float32: as `spent` with every exit closed, `gates` [B, G] as they decided."""
+        ends = len(self.program.exits)
+        return self._spent(torch.full(gates.shape[:1], ends, device=gates.device), gates, ledgers, [False] * ends)
+
+    def gates_free(self, gates: Tensor) -> Tensor:
+        """[B, G] bool: where the gate's own score decided; see `Result.gates_free`. `gates` [B, G], 1 for open."""
+        recipe, count = self.program.gate_recipe, len(self.program.gates)
+        assert recipe is not None
+        threshold, opened = self.gate_thresholds, gates.detach() >= 0.5
+        free = ((threshold > 0) & (threshold <= 1)).expand(opened.shape)
+        if recipe.min_open:
+            least = recipe.min_open - torch.arange(count - 1, -1, -1, device=gates.device)
+            before = opened.long().cumsum(1) - opened.long()
+            free = free & (before >= least)
+        if recipe.monotone:
+            first = torch.ones_like(opened[:, :1])
+            free = free & torch.cat((first, opened[:, :-1]), 1)
+        return free
+
+    def _spent(self, exit_index: Tensor, gates: Tensor | None, ledgers: Sequence[Tensor], open_exits: list[bool]) -> Tensor:
         cost = self.costs(open_exits).to(exit_index.device)[exit_index]
         for h, ledger in zip(self.program.halts, ledgers, strict=True):
             cost = cost + self._halting_cost(h, exit_index, ledger)

@@ -146,6 +146,8 @@ class CompiledModule(Anytime):
         if ledgers:
             result.steps = torch.stack([ledger.detach()[..., 1] for ledger in ledgers]).sum(0).long()
             result.ponder = torch.stack([ledger[..., 2] for ledger in ledgers]).sum(0)
+        if gates is not None and outcome.outputs is not None:
+            result.end_cost, result.gates_free = self.end_cost(gates, ledgers), self.gates_free(gates)
         if outcome.outputs is not None and outcome.confidences is not None:
             result.outputs = outcome.outputs
             result.confidences = tuple(torch.nan_to_num(c, nan=0.0) for c in outcome.confidences)

@@ -175,6 +175,10 @@ class Result:
         gates: [B, G], where there are gates: bool, whether the gate let the row in (False too where the row had left
             before); in train mode 1 and 0, differentiable by the straight-through estimate.
         gate_scores: [B, G] in [0, 1], in train mode and of `fast.observe`.
+        gates_free: [B, G] bool, with `gate_scores`: whether the gate's own score decided. Not where a threshold keeps it
+            open or shut, `min_open` forces it open, or an earlier shut gate shuts it.
+        end_cost: [B] float32, with `gate_scores`: the cost of each row with its gates as they decided and all exits closed,
+            differentiable in train mode.
         steps: [B] or [B, S] int64: steps taken, where the strategy halts; summed over several chains.
         ponder: [B] or [B, S] float32: ponder cost N + R, differentiable in train mode.
         final: [B] bool; rows that left by themselves. The others were stopped at `exit_index` by a deadline, a budget or
@@ -193,6 +197,8 @@ class Result:
     separate: tuple[torch.Tensor, ...] | None = None
     gates: torch.Tensor | None = None
     gate_scores: torch.Tensor | None = None
+    gates_free: torch.Tensor | None = None
+    end_cost: torch.Tensor | None = None
     steps: torch.Tensor | None = None
     ponder: torch.Tensor | None = None
     final: torch.Tensor | None = None

@@ -20,6 +20,8 @@ from eecompile.program import Program, Result
 from eecompile.strategies.base import Strategy
 from eecompile.training.evaluate import evaluate
 from eecompile.training.fit import fit, objective_of
+from eecompile.training.objectives import Sum
+from eecompile.training.objectives import objective as resolve
 from eecompile.training.protocol import Compiled
 
 
@@ -71,10 +73,20 @@ class Trainable(Decisions):
         return benchmarks.benchmark(self, example, **options)
 
     def loss(self, result: Result, labels: Any) -> Tensor:
-        """The strategy's objective on a result of `run` in train mode. One objective for all calls: some keep means."""
-        if "_objective" not in self.__dict__:
-            self.__dict__["_objective"] = objective_of(self)
-        loss: Tensor = self.__dict__["_objective"](result, labels)
+        """The strategy's objective on a result of `run` in train mode; with gates their price for `gate_mode` included.
+
+        One objective for all calls: some keep means, and the price of a FLOP moves on.
+        """
+        kept = self.__dict__.setdefault("_objectives", {})
+        if self.gate_mode not in kept:
+            stages = (stage.objective for stage in self.strategy.stages if stage.gate_mode == self.gate_mode)
+            price = next((spec for spec in stages if spec is not None), None)
+            task = objective_of(self)
+            chosen = task if price is None else Sum((task, resolve(price)))
+            for other in kept.values():
+                chosen.take(other.passed_on())
+            kept[self.gate_mode] = chosen
+        loss: Tensor = kept[self.gate_mode](result, labels)
         return loss
 
     def head_parameters(self) -> Iterator[nn.Parameter]:

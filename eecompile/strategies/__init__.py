@@ -11,7 +11,7 @@ from eecompile.errors import StrategyError, near
 from eecompile.strategies.act import Act
 from eecompile.strategies.ann import Ann
 from eecompile.strategies.anytime import Anytime
-from eecompile.strategies.base import ExitRecipe, ExitStrategy, GateRecipe, HaltRecipe, Recipe, Strategy
+from eecompile.strategies.base import ExitRecipe, ExitStrategy, GateRecipe, HaltRecipe, Recipe, Strategy, TrainingStage
 from eecompile.strategies.branchy import Branchy
 from eecompile.strategies.cascade import Cascade
 from eecompile.strategies.mebert import MeBert
@@ -60,5 +60,6 @@ __all__ = [
     "Recipe",
     "SkipNet",
     "Strategy",
+    "TrainingStage",
     "strategy",
 ]

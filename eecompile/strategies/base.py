@@ -6,7 +6,7 @@ trained; the passes do the rest.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -109,6 +109,23 @@ class Recipe:
 
 
 @dataclass(frozen=True)
+class TrainingStage:
+    """One stage of training, as a strategy asks for it.
+
+    Attributes:
+        name: As reports show it.
+        share: Share of the epochs of `fit`, relative to the other stages.
+        gate_mode: How gates decide meanwhile: "soft", "hard", "sample" or "gumbel".
+        objective: Added to the task's objective, as JSON data; None for the task alone.
+    """
+
+    name: str
+    share: float
+    gate_mode: str = "hard"
+    objective: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
 class Strategy:
     """Base of all strategies: frozen options with units in their names."""
 
@@ -142,6 +159,11 @@ class Strategy:
     def objective(self) -> dict[str, Any]:
         """The training objective as JSON data."""
         raise NotImplementedError
+
+    @property
+    def stages(self) -> tuple[TrainingStage, ...]:
+        """The stages of training, one after the other; none where `fit` has nothing but the objective to go by."""
+        return ()
 
     @property
     def joint(self) -> bool:
@@ -251,4 +273,4 @@ class ExitStrategy(Strategy):
         return self.trunk
 
 
-__all__ = ["ExitRecipe", "ExitStrategy", "GateRecipe", "HaltRecipe", "Recipe", "Strategy", "Where"]
+__all__ = ["ExitRecipe", "ExitStrategy", "GateRecipe", "HaltRecipe", "Recipe", "Strategy", "TrainingStage", "Where"]

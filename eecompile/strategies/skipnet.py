@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from eecompile.errors import StrategyError
-from eecompile.strategies.base import GateRecipe, Recipe, Strategy
+from eecompile.errors import StrategyError, near
+from eecompile.strategies.base import GateRecipe, Recipe, Strategy, TrainingStage
+
+ESTIMATORS = {"straight_through": "hard", "gumbel": "gumbel"}
+REWARDS = ("log_likelihood", "correctness")
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,11 @@ class SkipNet(Strategy):
         min_open: At least this many gates let a row in.
         target_cost: Fraction of the model's cost that training steers the mean towards.
         trunk: Train the trunk too unless `fit(trunk=...)` says otherwise.
+        shares: Shares of the epochs that gates are trained softly, then with hard decisions, then by REINFORCE; 0 leaves a
+            stage out. Epochs are whole, so with few of them the smaller shares go without.
+        estimator: Gradient of hard decisions: "straight_through" or "gumbel".
+        reward: Of REINFORCE: "log_likelihood" or "correctness".
+        entropy: Bonus on the entropy of sampled decisions.
     """
 
     name: ClassVar[str] = "skipnet"
@@ -38,9 +46,13 @@ class SkipNet(Strategy):
     mask: str | None = None
     target_cost: float = 0.6
     trunk: bool = True
+    shares: Sequence[float] = (0.3, 0.4, 0.3)
+    estimator: str = "straight_through"
+    reward: str = "log_likelihood"
+    entropy: float = 0.01
 
     def __post_init__(self) -> None:
-        for name in ("gates", "threshold", "always_on"):
+        for name in ("gates", "threshold", "always_on", "shares"):
             v = getattr(self, name)
             if isinstance(v, Sequence) and not isinstance(v, str):
                 object.__setattr__(self, name, tuple(v))
@@ -53,6 +65,19 @@ class SkipNet(Strategy):
             raise StrategyError("target_cost= is a fraction of the model's cost", got=self.target_cost, wanted="0 to 1")
         if self.min_open < 0:
             raise StrategyError("min_open= counts gates", got=self.min_open, wanted="0 or more")
+        numbers = self.shares if isinstance(self.shares, tuple) else ()
+        if len(numbers) != 3 or not all(isinstance(s, int | float) and s >= 0 for s in numbers) or sum(numbers) <= 0:
+            raise StrategyError(
+                "shares= are those of the soft, the hard and the REINFORCE stage",
+                got=self.shares,
+                wanted="three numbers of 0 or more, not all 0",
+            )
+        if self.estimator not in ESTIMATORS:
+            raise StrategyError("unknown estimator", got=repr(self.estimator), wanted=near(self.estimator, ESTIMATORS))
+        if self.reward not in REWARDS:
+            raise StrategyError("unknown reward", got=repr(self.reward), wanted=near(self.reward, REWARDS))
+        if not self.entropy >= 0:
+            raise StrategyError("entropy= is the weight of a bonus", got=self.entropy, wanted="0 or more")
 
     def recipe(self) -> Recipe:
         threshold = tuple(self.threshold) if isinstance(self.threshold, Sequence) else float(self.threshold)
@@ -71,6 +96,17 @@ class SkipNet(Strategy):
     @property
     def objective(self) -> dict[str, Any]:
         return {"name": "exits"}
+
+    @property
+    def stages(self) -> tuple[TrainingStage, ...]:
+        price = {"name": "gate_cost", "target": self.target_cost}
+        policy = {"name": "reinforce", "target": self.target_cost, "reward": self.reward, "entropy": self.entropy}
+        found = (
+            TrainingStage("soft gates", self.shares[0], "soft", price),
+            TrainingStage("hard gates", self.shares[1], ESTIMATORS[self.estimator], price),
+            TrainingStage("reinforce", self.shares[2], "sample", policy),
+        )
+        return tuple(stage for stage in found if stage.share > 0)
 
     @property
     def joint(self) -> bool:

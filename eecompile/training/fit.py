@@ -19,10 +19,11 @@ from eecompile.training.checkpoint import Checkpoints
 from eecompile.training.loop import Loop
 from eecompile.training.objectives import Exits, Loss, Objective, PerExitLoss
 from eecompile.training.objectives import objective as resolve
-from eecompile.training.plan import Event, Plan, StagePlan
+from eecompile.training.plan import Event, Plan
 from eecompile.training.protocol import Compiled
 from eecompile.training.report import FitReport
 from eecompile.training.scores import Metric
+from eecompile.training.stages import stages_of
 
 
 def fit(
@@ -56,7 +57,7 @@ def fit(
     Args:
         fast: The compiled module. Its mode, and what `prepare_training` restores, are as before afterwards.
         loader: Yields `(inputs, labels)` or Hugging Face batches, again and again.
-        epochs: Passes over `loader`; with `two_stage`, of each stage.
+        epochs: Passes over `loader`; with `two_stage`, of each stage. Strategies with gates share them among their stages.
         trunk: Whether the user's model itself is trained too. False leaves every parameter of it untouched;
             None, the default, is what the strategy asks for (`fast.strategy.joint`), mostly False.
         two_stage: First the model with its own output, then the heads on the frozen model (DeeBERT, Xin et
@@ -68,7 +69,8 @@ def fit(
             AdamW by default.
         scheduler: None, "cosine" (to 0 over each stage), or a function that makes a scheduler from the
             optimizer; it is stepped after every optimizer step.
-        objective: Name, dict or instance (`training/objectives`); by default that of `fast.strategy`.
+        objective: Name, dict or instance (`training/objectives`); by default that of `fast.strategy`. The price of gates
+            comes on top, unless it is in there ("exits+gate_cost"); then only the stages that it can train are run.
         loss: `(output, labels) -> scalar` for a task that is not classification; instead of `objective`.
         metric: `(prediction, labels) -> [B]`, higher is better; shown instead of accuracy.
         val_loader: Measured after every epoch.
@@ -130,12 +132,13 @@ def fit(
         two_stage = trunk is not False and bool(getattr(strategy, "two_stage", False))
     if trunk is None:
         trunk = bool(getattr(strategy, "joint", False))
-    stages = stages_of(epochs, trunk, two_stage)
+    chosen = PerExitLoss(loss) if loss is not None else objective_of(fast, objective)
+    asked = tuple(getattr(strategy, "stages", ()))
+    stages = stages_of(epochs, trunk, two_stage, asked, chosen)
     if sum(stage.epochs for stage in stages) > 1:
         require_repeatable(loader, f"{epochs} epochs were asked for", "the training loader")
         if val_loader is not None:
             require_repeatable(val_loader, "it is measured after every epoch", "val_loader")
-    chosen = PerExitLoss(loss) if loss is not None else objective_of(fast, objective)
     plan = Plan(
         stages=stages,
         objective=chosen,
@@ -163,14 +166,6 @@ def objective_of(fast: Any, spec: str | Mapping[str, Any] | Objective | None = N
     if spec is None:
         return Exits(learned=any(record.criterion.learned for record in fast.exits))
     return resolve(spec)
-
-
-def stages_of(epochs: int, trunk: bool, two_stage: bool) -> tuple[StagePlan, ...]:
-    if two_stage:
-        return (StagePlan("trunk", epochs, True, False), StagePlan("heads", epochs, False, True))
-    if trunk:
-        return (StagePlan("joint", epochs, True, True),)
-    return (StagePlan("heads", epochs, False, True),)
 
 
 def whole(name: str, value: Any, least: int) -> None:

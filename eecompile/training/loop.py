@@ -26,10 +26,11 @@ from eecompile.training.optim import freeze, make_optimizer, make_scheduler, par
 from eecompile.training.plan import Event, Plan, Position, StagePlan
 from eecompile.training.progress import Bar
 from eecompile.training.protocol import Compiled
-from eecompile.training.report import EpochRow, FitReport
+from eecompile.training.report import EpochRow, FitReport, GateRow
 from eecompile.training.settings import settings, trained_tensors
+from eecompile.training.stages import gate_names, gates_deciding
 from eecompile.training.state import decode, encode, random_state, reseed, restore_random_state
-from eecompile.training.step import Step, scored
+from eecompile.training.step import Step, gated, scored
 from eecompile.training.workers import make_accelerator, shard
 
 _END = object()
@@ -53,6 +54,7 @@ class Loop:
         self.loader = shard(self.accelerator, loader)
         self.at = Position()
         self.rows: list[EpochRow] = []
+        self.objective = plan.objective_in(plan.stages[0])
         self.best: dict[str, Tensor] = {}
         self.restored: dict[str, Any] | None = None
         self.interrupt = Interrupt()
@@ -66,11 +68,15 @@ class Loop:
         random_before, mode = random_state(self.device), self.fast.training
         try:
             with self.interrupt, Bar(self.plan, self.accelerator, length_of(self.loader)) as self.bar:
-                self.plan.objective.load_state({})
+                for stage in self.plan.stages:
+                    self.plan.objective_in(stage).load_state({})
                 self._resume(resume)
                 while self.at.stage < len(self.plan.stages):
-                    self._stage(self.plan.stages[self.at.stage])
+                    stage = self.plan.stages[self.at.stage]
+                    self._stage(stage)
                     self.at.next_stage()
+                    for following in self.plan.stages[self.at.stage : self.at.stage + 1]:
+                        self.plan.objective_in(following).take(self.plan.objective_in(stage).passed_on())
                 if self.interrupt.requested:
                     self._interrupted()
         finally:
@@ -81,6 +87,7 @@ class Loop:
         return FitReport(
             rows=self.rows,
             exits=[record.name for record in self.fast.exits],
+            gates=gate_names(self.fast),
             score="accuracy" if self.plan.metric is None else "metric",
             objective=self.plan.objective.to_dict(),
             steps=self.at.step,
@@ -95,6 +102,9 @@ class Loop:
 
     def _stage(self, stage: StagePlan) -> None:
         with ExitStack() as stack:
+            self.objective = self.plan.objective_in(stage)
+            if stage.gate_mode is not None:
+                stack.enter_context(gates_deciding(self.fast, stage.gate_mode))
             stack.enter_context(self.fast.prepare_training(stage.trunk) or nullcontext())
             self.fast.train()
             heads = list(self.fast.head_parameters())
@@ -102,7 +112,7 @@ class Loop:
                 stack.callback(freeze(heads))
             raw = make_optimizer(self.plan, parameter_groups(self.fast, self.plan, stage))
             self.parameters = [p for group in raw.param_groups for p in group["params"]]
-            step = Step(self.fast, self.plan.objective, self.plan.metric, final_only=not stage.heads)
+            step = Step(self.fast, self.objective, self.plan.metric, final_only=not stage.heads)
             self.module, self.optimizer = self.accelerator.prepare(step, raw)
             self.scheduler = make_scheduler(self.plan, raw, stage, self.loader)
             if self.restored is not None:
@@ -144,9 +154,10 @@ class Loop:
             scores=self.at.scores(),
             lr=float(raw.param_groups[0]["lr"]),
             seconds=0.0,
+            gates=GateRow.of(self.at.gates()),
         )
         if self.val_loader is not None:
-            row.val_loss, row.val_scores = self._validate(self.val_loader, stage)
+            row.val_loss, row.val_scores, row.val_gates = self._validate(self.val_loader, stage)
         row.seconds = time.perf_counter() - started
         self.rows.append(row)
         self.at.next_epoch()
@@ -157,7 +168,7 @@ class Loop:
             self._interrupted()
 
     def _step(self, batch: Batch) -> float:
-        loss, scores, rows = self.module(batch)
+        loss, scores, rows, gates = self.module(batch)
         value = float(loss.detach())
         alone = self.accelerator.num_processes == 1  # otherwise every rank finds out from the common gradient
         if alone and not math.isfinite(value):
@@ -174,7 +185,7 @@ class Loop:
         if self.scheduler is not None:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.at.add(value, scores, rows)
+        self.at.add(value, scores, rows, gates)
         return value
 
     def _next(self, items: Any) -> Any:
@@ -196,26 +207,23 @@ class Loop:
             restore_random_state(self.restored["random"], self.device)
             self.restored = None
 
-    def _validate(self, loader: Iterable[Any], stage: StagePlan) -> tuple[float, list[float] | None]:
-        total, rows, sums, counted = 0.0, 0, None, 0.0
+    def _validate(self, loader: Iterable[Any], stage: StagePlan) -> tuple[float, list[float] | None, GateRow | None]:
+        seen = Position()
         for batch in batches(loader, self.device):
             where = f"batch {batch.index} of val_loader"
             result = self.fast.observe(*batch.args, **batch.kwargs)
             with torch.no_grad():
-                measure = self.plan.objective if stage.heads else self.plan.objective.final
+                measure = self.objective if stage.heads else self.objective.final
                 loss = float(measure(result, batch.labels, where=where))
-                scores, n = scored(result, batch.labels, self.plan.metric, self.plan.objective, where)
-            size = int(result.exit_index.shape[0])
-            total, rows = total + loss * size, rows + size
-            if scores is not None:
-                sums = scores if sums is None else [a + b for a, b in zip(sums, scores, strict=True)]
-                counted += n
+                scores, n = scored(result, batch.labels, self.plan.metric, self.objective, where)
+            rows = torch.tensor([result.exit_index.shape[0], n], dtype=torch.float64)
+            seen.add(loss, torch.tensor(scores or [], dtype=torch.float64), rows, gated(self.fast, result))
             if self.interrupt.requested:
                 self._interrupted()
         self.fast.train()
-        if rows == 0:
+        if seen.loss_rows == 0:
             raise empty_loader("val_loader")
-        return total / rows, None if sums is None else [s / max(counted, 1.0) for s in sums]
+        return seen.loss_sum / seen.loss_rows, seen.scores(), GateRow.of(seen.gates())
 
     def _watch(self, row: EpochRow) -> None:
         """Early stopping on the validation loss; NaN is never better."""
@@ -256,7 +264,7 @@ class Loop:
             "optimizer": encode(optimizer.state_dict(), tensors, "optimizer"),
             "scheduler": encode(self.scheduler and self.scheduler.state_dict(), tensors, "scheduler"),
             "random": encode(random_state(self.device), tensors, "random"),
-            "objective": encode(self.plan.objective.state(), tensors, "objective"),
+            "objective": encode(self.objective.state(), tensors, "objective"),
         }
         self.checkpoints.save(self.at.step, len(self.rows), state, tensors)
 
@@ -282,8 +290,9 @@ class Loop:
         self._load(decode(state["trained"], tensors))
         self.best = decode(state["best"], tensors)
         self.at = Position(**state["position"])
-        self.rows = [EpochRow(**row) for row in state["rows"]]
-        self.plan.objective.load_state(decode(state["objective"], tensors) if "objective" in state else {})
+        self.rows = [EpochRow.read(row) for row in state["rows"]]
+        self.objective = self.plan.objective_in(self.plan.stages[self.at.stage])
+        self.objective.load_state(decode(state["objective"], tensors) if "objective" in state else {})
         self.restored = {key: decode(state[key], tensors) for key in ("optimizer", "scheduler", "random")}
         self.resumed_from, self.saved_at = self.at.step, (self.at.step, len(self.rows))
 

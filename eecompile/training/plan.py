@@ -17,12 +17,19 @@ from eecompile.training.scores import Metric
 
 @dataclass(frozen=True)
 class StagePlan:
-    """One stage: what is trained, for how many epochs."""
+    """One stage: what is trained, for how many epochs, by which objective.
+
+    Attributes:
+        objective: None for the objective of the plan.
+        gate_mode: How gates decide meanwhile; None leaves that as it is.
+    """
 
     name: str
     epochs: int
     trunk: bool
     heads: bool
+    objective: Objective | None = None
+    gate_mode: str | None = None
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class Event:
 
     Attributes:
         kind: "step" after every optimizer step, "epoch" after every epoch.
-        stage: "heads", "joint" or "trunk".
+        stage: "heads", "joint" or "trunk", or the name that the strategy gives.
         epoch: From 1, over all stages.
         batch: Batches done in this epoch; 0 for "epoch".
         step: Optimizer steps done.
@@ -67,6 +74,9 @@ class Plan:
     progress: bool
     callbacks: tuple[Callable[[Event], None], ...]
 
+    def objective_in(self, stage: StagePlan) -> Objective:
+        return self.objective if stage.objective is None else stage.objective
+
 
 @dataclass
 class Position:
@@ -81,6 +91,8 @@ class Position:
         loss_rows: Rows that it is a sum over.
         score_sums: Sum of the score of every exit and, last, the model; None where there is none.
         score_rows: Rows that have a label.
+        gate_sums: Where there are gates: sum over the rows of the cost, of every gate's decision while training, and of its
+            decision by threshold.
     """
 
     stage: int = 0
@@ -91,14 +103,16 @@ class Position:
     loss_rows: int = 0
     score_sums: list[float] | None = None
     score_rows: float = 0.0
+    gate_sums: list[float] | None = None
     best_loss: float | None = None
     best_epoch: int | None = None
     bad_epochs: int = 0
     stage_done: bool = False
     stopped_early: bool = False
 
-    def add(self, loss: float, scores: Tensor, rows: Tensor) -> None:
-        """`scores` `[E + 1]` summed over the rows, or empty; `rows` `[2]`: rows, and rows with a label."""
+    def add(self, loss: float, scores: Tensor, rows: Tensor, gates: Tensor) -> None:
+        """`scores` `[E + 1]` and `gates` `[1 + 2 G]` summed over the rows, or empty; `rows` `[2]`: rows, and rows with a
+        label."""
         total, labelled = (float(n) for n in rows.tolist())
         self.loss_sum += loss * total
         self.loss_rows += int(total)
@@ -106,11 +120,17 @@ class Position:
             sums = self.score_sums or [0.0] * scores.numel()
             self.score_sums = [a + b for a, b in zip(sums, scores.tolist(), strict=True)]
             self.score_rows += labelled
+        if gates.numel():
+            self.gate_sums = [a + b for a, b in zip(self.gate_sums or [0.0] * gates.numel(), gates.tolist(), strict=True)]
 
     def scores(self) -> list[float] | None:
         if self.score_sums is None or self.score_rows == 0:
             return None
         return [s / self.score_rows for s in self.score_sums]
+
+    def gates(self) -> list[float] | None:
+        """Means of `gate_sums`."""
+        return None if self.gate_sums is None or not self.loss_rows else [s / self.loss_rows for s in self.gate_sums]
 
     def next_epoch(self) -> None:
         self.epoch += 1
@@ -125,13 +145,16 @@ class Position:
 
     def _clear(self) -> None:
         self.loss_sum, self.loss_rows, self.score_sums, self.score_rows = 0.0, 0, None, 0.0
+        self.gate_sums = None
 
     def packed(self) -> Tensor:
         """The sums as one float64 tensor, to be added over processes."""
+        scores, gates = self.score_sums or [], self.gate_sums or []
         head = [self.loss_sum, float(self.loss_rows), self.score_rows]
-        return torch.tensor(head + (self.score_sums or []), dtype=torch.float64)
+        return torch.tensor(head + scores + gates, dtype=torch.float64)
 
     def unpack(self, total: Tensor) -> None:
         loss_sum, loss_rows, score_rows, *sums = total.tolist()
         self.loss_sum, self.loss_rows, self.score_rows = loss_sum, int(loss_rows), score_rows
-        self.score_sums = sums or None
+        split = len(self.score_sums or [])
+        self.score_sums, self.gate_sums = sums[:split] or None, sums[split:] or None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from io import StringIO
 from typing import Any, ClassVar
 
@@ -65,11 +65,54 @@ def stacked(*parts: RenderableType) -> RenderableType:
 
 
 @dataclass
+class GateRow:
+    """What the gates did over an epoch.
+
+    Attributes:
+        cost: Mean fraction of the full model's FLOPs with all exits closed.
+        open: Share of the rows that each gate let in, as gates decided in this run.
+        decided: Share of the rows whose score reaches the gate's threshold.
+    """
+
+    cost: float
+    open: list[float]
+    decided: list[float]
+
+    @classmethod
+    def of(cls, means: list[float] | None) -> GateRow | None:
+        """From means `[1 + 2 G]` in this order; None where there are none."""
+        if not means:
+            return None
+        count = (len(means) - 1) // 2
+        return cls(means[0], means[1 : 1 + count], means[1 + count :])
+
+    @property
+    def stuck(self) -> dict[int, str]:
+        """Gates that open for every row or for none, but for one in a hundred: they do not depend on the input."""
+        return {i: "open" if s > 0.5 else "shut" for i, s in enumerate(self.decided) if not STUCK <= s <= 1 - STUCK}
+
+    @property
+    def collapse(self) -> str | None:
+        """How the gates have collapsed; None where one of them at least still depends on the input."""
+        ways = list(self.stuck.values())
+        if len(ways) < len(self.decided):
+            return None
+        count = ways.count("open")
+        if count in (0, len(ways)):
+            return f"all gates are {ways[0]} whatever the input is"
+        return f"no gate depends on the input: {count} always open, {len(ways) - count} always shut"
+
+
+STUCK = 0.01
+WIDE = 6  # a column for each of so many gates
+
+
+@dataclass
 class EpochRow:
     """One epoch of training.
 
     Attributes:
-        stage: "heads", "joint" or "trunk".
+        stage: "heads", "joint" or "trunk", or the name that the strategy gives.
         epoch: From 1, over all stages.
         steps: Optimiser steps since the start.
         loss: Mean training loss of the objective.
@@ -78,6 +121,8 @@ class EpochRow:
         seconds: Wall time of the epoch, validation included.
         val_loss: The objective on the validation loader, None without one.
         val_scores: As `scores`, on the validation loader.
+        gates: What the gates did while training, None without gates.
+        val_gates: On the validation loader, where they decide by their thresholds.
     """
 
     stage: str
@@ -89,6 +134,17 @@ class EpochRow:
     seconds: float
     val_loss: float | None = None
     val_scores: list[float] | None = None
+    gates: GateRow | None = None
+    val_gates: GateRow | None = None
+
+    @classmethod
+    def read(cls, data: dict[str, Any]) -> EpochRow:
+        """Inverse of `asdict`."""
+        row = cls(**data)
+        for name in ("gates", "val_gates"):
+            if data.get(name) is not None:
+                setattr(row, name, GateRow(**data[name]))
+        return row
 
 
 @dataclass
@@ -98,6 +154,7 @@ class FitReport(Report):
     Attributes:
         rows: One per epoch, those before a resume included.
         exits: Names of the exits, in the order of `scores`.
+        gates: Names of the gates.
         score: What `scores` hold: "accuracy" or "metric".
         objective: The objective, as a dict.
         steps: Optimiser steps in all.
@@ -112,6 +169,7 @@ class FitReport(Report):
 
     rows: list[EpochRow] = field(default_factory=list)
     exits: list[str] = field(default_factory=list)
+    gates: list[str] = field(default_factory=list)
     score: str = "accuracy"
     objective: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
@@ -121,17 +179,46 @@ class FitReport(Report):
     checkpoint: str | None = None
     seconds: float = 0.0
 
+    @property
+    def curve(self) -> list[dict[str, Any]]:
+        """The trade-off as training went: epoch, stage, cost and score of the model with its gates, validation data where
+        there is some. Empty without gates."""
+        found = []
+        for row in self.rows:
+            validated = row.val_gates is not None
+            gates, scores = (row.val_gates, row.val_scores) if validated else (row.gates, row.scores)
+            if gates is not None:
+                score = scores[-1] if scores else None
+                found.append({"epoch": row.epoch, "stage": row.stage, "cost": gates.cost, "score": score})
+        return found
+
+    @property
+    def collapse(self) -> str | None:
+        """How the gates had collapsed by the end; None where they had not."""
+        last = (self.rows[-1].val_gates or self.rows[-1].gates) if self.rows else None
+        return None if last is None else last.collapse
+
+    @property
+    def stuck(self) -> dict[str, str]:
+        """Gates that no longer depended on the input by the end: "open" or "shut", by name."""
+        last = (self.rows[-1].val_gates or self.rows[-1].gates) if self.rows else None
+        return {} if last is None else {self.gates[i]: way for i, way in last.stuck.items()}
+
     def to_dict(self) -> dict[str, Any]:
         return {
             "title": self.title,
-            "rows": [json_safe(vars(row)) for row in self.rows],
+            "rows": [json_safe(asdict(row)) for row in self.rows],
             **{key: json_safe(value) for key, value in vars(self).items() if key != "rows"},
+            "curve": json_safe(self.curve),
+            "collapse": self.collapse,
+            "stuck": self.stuck,
         }
 
     def __rich__(self) -> RenderableType:
         names = [*self.exits, "model"]
         validated = any(row.val_loss is not None for row in self.rows)
-        columns = ["stage", "epoch", "steps", "loss", *(["val loss"] if validated else []), *names, "lr", "s"]
+        gated = [] if not self.gates else ["cost", *(self.gates if len(self.gates) <= WIDE else ["open gates"])]
+        columns = ["stage", "epoch", "steps", "loss", *(["val loss"] if validated else []), *names, *gated, "lr", "s"]
         rows = []
         for row in self.rows:
             scores = row.val_scores if row.val_scores is not None else row.scores
@@ -144,6 +231,7 @@ class FitReport(Report):
                     number(row.loss),
                     *([number(row.val_loss)] if validated else []),
                     *(shown or ["-"] * len(names)),
+                    *_gates_shown(row, len(self.gates)),
                     number(row.lr, 3),
                     f"{row.seconds:.1f}",
                 ]
@@ -155,4 +243,24 @@ class FitReport(Report):
             notes.append(f"parameters of epoch {self.best_epoch}" + (", stopped early" if self.stopped_early else ""))
         if self.checkpoint is not None:
             notes.append(f"checkpoint: {self.checkpoint}")
-        return stacked(table(self.title, columns, rows), "; ".join(notes))
+        if self.gates:
+            notes.append("cost: mean fraction of the full model's FLOPs; of each gate the share of rows that it lets in")
+        lines = ["; ".join(notes)]
+        if self.collapse is not None:
+            lines.append(f"Warning: the gates collapsed: {self.collapse}. {ADVICE}")
+        elif self.stuck:
+            ways = ", ".join(f"{name} always {way}" for name, way in self.stuck.items())
+            lines.append(f"Gates that do not depend on the input: {ways}")
+        return stacked(table(self.title, columns, rows), *lines)
+
+
+ADVICE = "Raise target_cost= or open_bias=, train longer, or lower lr=."
+
+
+def _gates_shown(row: EpochRow, count: int) -> list[str]:
+    gates = row.val_gates or row.gates
+    if not count or gates is None:
+        return ["-"] * (0 if not count else 2 if count > WIDE else count + 1)
+    if count > WIDE:
+        return [percent(gates.cost, 1), percent(sum(gates.open) / count, 0)]
+    return [percent(gates.cost, 1), *(percent(s, 0) for s in gates.open)]

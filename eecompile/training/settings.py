@@ -8,7 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from eecompile.training.batches import length_of
-from eecompile.training.plan import Plan
+from eecompile.training.plan import Plan, StagePlan
 from eecompile.training.protocol import Compiled
 
 
@@ -20,7 +20,7 @@ def trained_tensors(fast: Compiled, plan: Plan) -> dict[str, Tensor]:
         wanted |= {id(p) for p in fast.head_parameters()}
     if any(stage.trunk for stage in plan.stages):
         wanted |= {id(p) for p in fast.trunk_parameters()}
-    fixed = {id(fast.thresholds), id(fast.temperatures)}
+    fixed = {id(fast.thresholds), id(fast.temperatures), id(getattr(fast, "gate_thresholds", None))}
     found: dict[str, Tensor] = {name: p for name, p in fast.named_parameters() if id(p) in wanted}
     return found | {name: b for name, b in fast.named_buffers() if id(b) not in fixed}
 
@@ -34,7 +34,7 @@ def settings(fast: Compiled, plan: Plan, loader: Any, accelerator: Any, trained:
         value = getattr(plan, name)
         named[name] = value if value is None or isinstance(value, str) else called(value)
     fixed_length = plan.scheduler is not None or len(plan.stages) > 1
-    named["stages"] = [[s.name, s.epochs] if fixed_length else [s.name] for s in plan.stages]
+    named["stages"] = [[s.name, *([s.epochs] if fixed_length else []), *_asked(s)] for s in plan.stages]
     named |= {
         "objective": plan.objective.to_dict(),
         "batches_per_epoch": length_of(loader),
@@ -44,6 +44,11 @@ def settings(fast: Compiled, plan: Plan, loader: Any, accelerator: Any, trained:
         "tensors": {name: list(tensor.shape) for name, tensor in trained.items()},
     }
     return cast("dict[str, Any]", json.loads(json.dumps(named)))
+
+
+def _asked(stage: StagePlan) -> list[Any]:
+    """What the strategy asked of this stage."""
+    return [v for v in (stage.gate_mode, stage.objective and stage.objective.to_dict()) if v]
 
 
 def called(function: Any) -> str:

@@ -27,9 +27,9 @@ class Step(nn.Module):
         self.fast = cast(Any, fast)
         self.objective, self.metric, self.final_only = objective, metric, final_only
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss (0-dim), summed scores `[E + 1]` float64 (empty without labels), and `[rows, rows with a
-        label]`."""
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Loss (0-dim), summed scores `[E + 1]` float64 (empty without labels), `[rows, rows with a label]`, and what
+        `gated` tells."""
         result: Result = self.fast.run(*batch.args, **batch.kwargs)
         measured = self.objective.final if self.final_only else self.objective
         loss = measured(result, batch.labels, where=batch.where)
@@ -37,7 +37,19 @@ class Step(nn.Module):
             sums, labelled = scored(result, batch.labels, self.metric, self.objective, batch.where)
         rows = outputs_of(result)[-1].shape[0]
         counts = torch.tensor([rows, labelled], dtype=torch.float64)
-        return loss, torch.tensor(sums or [], dtype=torch.float64), counts
+        return loss, torch.tensor(sums or [], dtype=torch.float64), counts, gated(self.fast, result)
+
+
+def gated(fast: Any, result: Result) -> Tensor:
+    """`[1 + 2 G]` float64, empty without gates: sums over the rows of the cost with all exits closed, of every gate's
+    decision in this run, and of its score against its threshold."""
+    if result.gates is None or result.gate_scores is None or result.end_cost is None:
+        return torch.empty(0, dtype=torch.float64)
+    told = result.end_cost.detach().double().sum().reshape(1)
+    ran = result.gates.detach().double().sum(0)
+    threshold = fast.gate_thresholds
+    decided = (~(result.gate_scores.detach().float() < threshold) & (threshold <= 1)).double().sum(0)
+    return torch.cat((told, ran, decided)).cpu()
 
 
 def scored(

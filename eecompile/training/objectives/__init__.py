@@ -12,6 +12,8 @@ itself) and labels, and gives one differentiable scalar. Outputs are `[B, C]` or
 | adaloss | cross entropy or distillation, weights inverse to each one's running mean (Hu et al. 2019) |
 | exit_score | BCE of the learned exit score against "this exit is right" (BERxiT, Xin et al. 2021) |
 | ponder | mean ponder cost of adaptive computation time (Graves 2016) |
+| gate_cost | price x mean cost of gated rows, the price steered towards a target cost |
+| reinforce | policy gradient of sampled gates: task reward - price x cost, baseline, entropy (SkipNet 2018) |
 | sum | any of them added, with weights; also written "a+b" |
 | per_exit_loss | a function `(output, labels) -> scalar` of the user, for tasks that are not classification |
 """
@@ -28,11 +30,13 @@ from eecompile.training.objectives.base import (
     weighted,
 )
 from eecompile.training.objectives.exits import Distillation, Exits, ExitScore, WeightedCrossEntropy
+from eecompile.training.objectives.gates import GateCost, Priced, Reinforce
 from eecompile.training.objectives.general import Loss, PerExitLoss, Sum
 from eecompile.training.objectives.ponder import Ponder
+from eecompile.training.objectives.price import Price, Steering
 from eecompile.training.objectives.registry import OBJECTIVES, objective, register
 
-register(AdaLoss, Exits, WeightedCrossEntropy, Distillation, ExitScore, PerExitLoss, Ponder, Sum)
+register(AdaLoss, Exits, WeightedCrossEntropy, Distillation, ExitScore, GateCost, Reinforce, PerExitLoss, Ponder, Sum)
 
 __all__ = [
     "OBJECTIVES",
@@ -40,10 +44,15 @@ __all__ = [
     "Distillation",
     "ExitScore",
     "Exits",
+    "GateCost",
     "Loss",
     "Objective",
     "PerExitLoss",
     "Ponder",
+    "Price",
+    "Priced",
+    "Reinforce",
+    "Steering",
     "Sum",
     "WeightedCrossEntropy",
     "Weights",

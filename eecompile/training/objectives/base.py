@@ -41,6 +41,14 @@ class Objective(ABC):
         """Goes on from `state()`; an empty one starts anew."""
         return
 
+    def passed_on(self) -> dict[str, Any]:
+        """What the objective of the next stage of training goes on from."""
+        return {}
+
+    def take(self, passed: dict[str, Any]) -> None:
+        """Goes on from what the last stage's objective `passed_on`."""
+        return
+
     def to_dict(self) -> dict[str, Any]:
         """JSON-safe; `objective(...)` reads it."""
         return {"name": self.name, **asdict(self)}  # type: ignore[call-overload]

@@ -109,3 +109,10 @@ class Sum(Objective):
     def load_state(self, state: dict[str, Any]) -> None:
         for part, own in zip(self.parts, state.get("parts") or [{} for _ in self.parts], strict=True):
             part.load_state(own)
+
+    def passed_on(self) -> dict[str, Any]:
+        return {name: value for part in self.parts for name, value in part.passed_on().items()}
+
+    def take(self, passed: dict[str, Any]) -> None:
+        for part in self.parts:
+            part.take(passed)

@@ -1,0 +1,101 @@
+"""Which stages `fit` goes through: what is trained in each, for how many epochs, how gates decide, by which objective."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from eecompile.errors import EecompileError
+from eecompile.strategies.base import TrainingStage
+from eecompile.training.objectives import Objective, PerExitLoss, Priced, Reinforce, Sum
+from eecompile.training.objectives import objective as resolve
+from eecompile.training.plan import StagePlan
+
+
+def stages_of(
+    epochs: int, trunk: bool, two_stage: bool, asked: Sequence[TrainingStage] = (), task: Objective | None = None
+) -> tuple[StagePlan, ...]:
+    """The stages that a strategy asks for, or one, or two.
+
+    Args:
+        epochs: Of each of two stages; those of a strategy share them.
+        trunk: Whether the trunk is trained.
+        asked: Stages of the strategy.
+        task: The objective that theirs are added to. One that prices gates itself is taken as it is: with "reinforce" in it
+            for stages that sample, else for the others.
+
+    Raises:
+        EecompileError: REINFORCE on a loss that is no classification; no stage that the objective can train.
+    """
+    if asked:
+        priced = [part for part in parts_of(task) if isinstance(part, Priced)]
+        if priced:
+            samples = any(isinstance(part, Reinforce) for part in priced)
+            asked = [stage for stage in asked if (stage.gate_mode == "sample") == samples]
+            if not asked:
+                raise EecompileError(
+                    "no stage of the strategy can be trained by this objective",
+                    got=str(task.to_dict() if task is not None else None),
+                    wanted="reinforce where gates are sampled, gate_cost where their decisions have a gradient",
+                )
+            task = None
+        for stage in asked:
+            if stage.objective is not None and stage.objective["name"] == "reinforce" and isinstance(task, PerExitLoss):
+                raise EecompileError(
+                    "REINFORCE rewards the likelihood of class labels",
+                    where=f"stage {stage.name!r}",
+                    got=f"loss={task.function_name}",
+                    hint="leave that stage out: SkipNet(shares=(0.5, 0.5, 0))",
+                )
+        counts = shared(epochs, [stage.share for stage in asked])
+        return tuple(
+            StagePlan(stage.name, n, trunk, True, _with(task, stage), stage.gate_mode)
+            for stage, n in zip(asked, counts, strict=True)
+            if n
+        )
+    if two_stage:
+        return (StagePlan("trunk", epochs, True, False), StagePlan("heads", epochs, False, True))
+    if trunk:
+        return (StagePlan("joint", epochs, True, True),)
+    return (StagePlan("heads", epochs, False, True),)
+
+
+def parts_of(task: Objective | None) -> list[Objective]:
+    """The objective, or the parts of a sum."""
+    if isinstance(task, Sum):
+        return [p for part in task.parts for p in parts_of(part)]
+    return [] if task is None else [task]
+
+
+def _with(task: Objective | None, stage: TrainingStage) -> Objective | None:
+    if task is None or stage.objective is None:
+        return None
+    return Sum((task, resolve(stage.objective)))
+
+
+def shared(epochs: int, shares: Sequence[float]) -> list[int]:
+    """Whole epochs for each share, by largest remainders; of equal ones the earlier comes first."""
+    total = sum(shares)
+    exact = [epochs * share / total for share in shares]
+    counts = [int(e + 1e-9) for e in exact]
+    order = sorted(range(len(shares)), key=lambda i: (round(counts[i] - exact[i], 9), i))
+    for i in order[: epochs - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+@contextlib.contextmanager
+def gates_deciding(fast: Any, mode: str) -> Iterator[None]:
+    """`fast.gate_mode` is `mode` inside, and as before afterwards."""
+    before = fast.gate_mode
+    fast.gate_mode = mode
+    try:
+        yield
+    finally:
+        fast.gate_mode = before
+
+
+def gate_names(fast: Any) -> list[str]:
+    """Names of the gates; none where the module has none."""
+    return [record.name for record in getattr(fast, "gates", ())]

@@ -1,0 +1,170 @@
+"""Training of gates on handwritten digits: stages, the target cost, collapse, resuming bit for bit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch.utils.data import DataLoader, TensorDataset
+
+from eecompile import EecompileError, StrategyError, eecompile, strategies
+from eecompile.cli.digits_net import DigitsNet, train
+from eecompile.strategies import TrainingStage, strategy
+from eecompile.training.report import GateRow
+from eecompile.training.stages import shared
+
+DIGITS = load_digits()
+X = torch.tensor(DIGITS.images, dtype=torch.float32).unsqueeze(1) / 16
+Y = torch.tensor(DIGITS.target)
+
+
+@pytest.fixture(scope="module")
+def trained():
+    torch.manual_seed(0)
+    model = DigitsNet(8)
+    train(model, X[:900], Y[:900], epochs=5)
+    return {k: v.clone() for k, v in model.state_dict().items()}
+
+
+def compiled(state, **options):
+    model = DigitsNet(8)
+    model.load_state_dict(state)
+    return eecompile(model.eval(), strategies.SkipNet(**options), example_inputs=(X[:4],))
+
+
+def loader(rows=900, batch=30):
+    return DataLoader(TensorDataset(X[:rows], Y[:rows]), batch_size=batch, shuffle=True)
+
+
+def test_training_reaches_the_target_cost_in_its_three_stages(trained):
+    fast = compiled(trained, target_cost=0.6)
+    report = fast.fit(loader(600, 15), epochs=9, lr=1e-2, progress=False)
+    assert [row.stage for row in report.rows] == ["soft gates"] * 3 + ["hard gates"] * 3 + ["reinforce"] * 3
+    assert abs(report.rows[-1].gates.cost - 0.6) < 0.1, str(report)
+    assert report.collapse is None, str(report)
+    assert fast.gate_mode == "hard"
+    found = fast.evaluate(DataLoader(TensorDataset(X[900:], Y[900:]), batch_size=300))
+    assert found.mean_cost < 0.75
+    assert found.accuracy > 0.7
+    data = report.to_dict()
+    assert [point["epoch"] for point in data["curve"]] == list(range(1, 10))
+    assert set(data["rows"][0]["gates"]) == {"cost", "open", "decided"}
+    assert "open gates" in str(report)
+
+
+def test_no_price_leaves_all_gates_open_and_says_so(trained):
+    fast = compiled(trained, target_cost=1.0)
+    before = [p.clone() for p in fast.trunk_parameters()]
+    report = fast.fit(loader(300), epochs=1, lr=1e-5, trunk=False, progress=False, val_loader=loader(60))
+    assert all(torch.equal(p, q) for p, q in zip(before, fast.trunk_parameters(), strict=True))
+    assert report.collapse == "all gates are open whatever the input is"
+    assert "Warning: the gates collapsed: all gates are open" in str(report)
+    assert report.to_dict()["stuck"] == {g.name: "open" for g in fast.gates}
+
+
+def test_collapse_is_told_from_gates_that_depend_on_the_input():
+    assert GateRow(0.4, [0.0, 0.0], [0.0, 0.005]).collapse == "all gates are shut whatever the input is"
+    assert GateRow(0.4, [1.0, 0.0], [1.0, 0.0]).collapse == "no gate depends on the input: 1 always open, 1 always shut"
+    half = GateRow(0.4, [1.0, 0.5], [1.0, 0.5])
+    assert half.collapse is None
+    assert half.stuck == {0: "open"}
+
+
+class Killed(BaseException):
+    pass
+
+
+def test_a_killed_run_resumes_bit_for_bit_in_every_stage(trained, tmp_path):
+    fast = compiled(trained, target_cost=0.5, shares=(1, 1, 1))
+    start = {name: tensor.clone() for name, tensor in fast.state_dict().items()}
+
+    def run(directory, kill=None):
+        fast.load_state_dict(start)
+
+        def callback(event):
+            if event.kind == "step" and event.step == kill:
+                raise Killed
+
+        options = {"epochs": 3, "trunk": True, "lr": 1e-2, "checkpoint_every": 1, "progress": False}
+        report = fast.fit(loader(60), checkpoint_dir=tmp_path / directory, callbacks=[callback], **options)
+        return {name: tensor.clone() for name, tensor in fast.state_dict().items()}, [
+            (row.loss, row.gates) for row in report.rows
+        ]
+
+    state, rows = run("whole")
+    for kill in (1, 2, 5):  # within the first stage, at its end, in the last
+        with pytest.raises(Killed):
+            run(f"killed-{kill}", kill)
+        again, rows_again = run(f"killed-{kill}")
+        assert rows_again == rows
+        assert all(torch.equal(state[name], again[name]) for name in state), kill
+
+
+def test_a_loop_of_ones_own_pays_for_open_gates(trained):
+    fast = compiled(trained, target_cost=0.3)
+    fast.train()
+    fast.gate_mode = "soft"
+    for _ in range(2):
+        result = fast.run(X[:8])
+        loss = fast.loss(result, Y[:8])
+    plain = torch.nn.functional.cross_entropy(result.outputs[-1], Y[:8])
+    assert float(loss - plain) == pytest.approx(float(price_of(fast) * result.end_cost.mean()), rel=1e-4)
+    held = fast._objectives["soft"].passed_on()
+    fast.gate_mode = "sample"
+    fast.loss(fast.run(X[:8]), Y[:8]).backward()
+    assert fast._objectives["sample"].parts[1].controller.cost != held["price"]["cost"]  # went on from there
+    assert all(p.grad is not None for p in fast.gate_units.parameters())
+
+
+def price_of(fast):
+    """The price that the second call paid: that of the first batch."""
+    controller = type(fast._objectives["soft"].parts[1].controller)(fast._objectives["soft"].parts[1].controller.steering)
+    controller.follow(first_cost(fast))
+    return controller.now
+
+
+def first_cost(fast):
+    return float(fast.run(X[:8]).end_cost.mean().detach())
+
+
+def test_free_decisions(trained):
+    fast = compiled(trained, min_open=2)
+    count = len(fast.gates)
+    fast.set_gate_thresholds({"gate_0": 0.0, "gate_1": 2.0})
+    shut = torch.zeros(1, count)
+    shut[0, 0] = 1  # always open; with that and one more of the last two, min_open is kept
+    shut[0, count - 1] = 1
+    free = fast.gates_free(shut)[0].tolist()
+    assert free == [False, False, *[True] * (count - 3), False]
+
+
+def test_epochs_are_shared_by_largest_remainders():
+    assert shared(1, [0.3, 0.4, 0.3]) == [0, 1, 0]
+    assert shared(2, [0.3, 0.4, 0.3]) == [1, 1, 0]
+    assert shared(3, [0.3, 0.4, 0.3]) == [1, 1, 1]
+    assert shared(10, [0.3, 0.4, 0.3]) == [3, 4, 3]
+
+
+def test_objectives_of_ones_own_and_mistakes(trained):
+    fast = compiled(trained)
+    run = {"epochs": 3, "trunk": False, "progress": False}
+    report = fast.fit(loader(60), objective="exits+gate_cost", **run)
+    assert {row.stage for row in report.rows} == {"soft gates", "hard gates"}
+    report = fast.fit(loader(60), objective="exits+reinforce", **run)
+    assert {row.stage for row in report.rows} == {"reinforce"}
+    mean_loss = torch.nn.functional.cross_entropy
+    with pytest.raises(EecompileError, match="REINFORCE rewards the likelihood"):
+        fast.fit(loader(60), loss=mean_loss, **run)
+    poisoned = [(X[:4], Y[:4]), (X[4:8] * float("nan"), Y[4:8])]
+    with pytest.raises(EecompileError, match="not finite") as caught:
+        fast.fit(poisoned, objective="exits+reinforce", epochs=1, trunk=False, progress=False)
+    assert "batch 1" in str(caught.value)
+
+
+def test_options():
+    given = strategies.SkipNet(estimator="gumbel", shares=(0, 1, 0), target_cost=0.4)
+    assert given.stages == (TrainingStage("hard gates", 1, "gumbel", {"name": "gate_cost", "target": 0.4}),)
+    assert strategy(given.to_dict()) == given
+    for wrong in ({"shares": (0, 0, 0)}, {"shares": (1, 1)}, {"estimator": "st"}, {"reward": "speed"}, {"entropy": -1}):
+        with pytest.raises(StrategyError):
+            strategies.SkipNet(**wrong)
