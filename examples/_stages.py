@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples import datasets, models
-from examples._common import Inputs, Recipe, Trunk, _images, minilm_trunk, parse, trunk
+from examples._common import Inputs, Recipe, Trunk, image_data, minilm_trunk, parse, trunk
 from examples._registry import DatasetError, cache_root, fetch
 
 
@@ -61,10 +61,10 @@ def mobilenetv2(seed: int = 0) -> models.MobileNetV2:
 
 def image_stages(*, quick: bool = False, seed: int = 0) -> list[tuple[str, nn.Module | None, Trunk]]:
     """(name, preparation, trunk) of each, the cheapest first; the trunk's model is behind its preparation."""
-    data = _images("cifar10", quick)
-    small = Recipe("tinyconv-cifar10", 4, 128, 4e-3, augmented=True, seed=seed, rows=20_000)
-    middle = Recipe("resnet8-cifar10", 4, 128, 0.3, "sgd", 5e-4, True, True, seed=seed, rows=20_000)
-    large = Recipe("mobilenetv2-cifar10", 1, 48, 1e-3, augmented=True, channels_last=True, seed=seed, rows=8_000)
+    data = image_data("cifar10", quick)
+    small = Recipe("tinyconv-cifar10", 6, 128, 4e-3, augmented=True, seed=seed)
+    middle = Recipe("resnet8-cifar10", 6, 128, 0.3, "sgd", 5e-4, True, True, seed=seed)
+    large = Recipe("mobilenetv2-cifar10", 1, 48, 1e-3, augmented=True, channels_last=True, seed=seed, rows=24_000)
     if quick:
         small = Recipe("tinyconv-cifar10-quick", 2, 64, 4e-3, seed=seed, standin=True)
         middle = Recipe("resnet8-cascade-quick", 3, 32, 0.2, "sgd", 5e-4, seed=seed, standin=True)

@@ -56,6 +56,7 @@ app.command(
         "eecompile rewrite net.py:Net -o fast --input x=float32[4,3,32,32] --exits 3",
         "eecompile rewrite ./bert-dir -o fast --strategy mebert --criterion patience",
         'eecompile rewrite net.py:make -o fast --data net.py:train --exits "layer*.1" --option threshold=0.8',
+        "eecompile rewrite net.py:small net.py:large -o fast --strategy cascade --prepare net.py:shrink --prepare -",
     )
 )(guarded(build.rewrite))
 app.command(

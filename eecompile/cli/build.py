@@ -13,13 +13,14 @@ from eecompile.cli.out import reporting
 
 
 def rewrite(
-    model: o.Model,
+    model: o.Models,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to save the program.")],
     strategy: o.Strategy = "branchy",
     exits: o.Exits = None,
     head: o.Head = None,
     criterion: o.Criterion = None,
     option: o.StrategyOptions = None,
+    prepare: o.Prepare = None,
     prediction: o.Prediction = None,
     executor: o.Executor = "auto",
     backend: o.Backend = "eager",
@@ -35,7 +36,8 @@ def rewrite(
 ) -> None:
     """Capture a model, insert exits, and save the result as a directory.
 
-    The model is not trained or changed; `fit` and `calibrate` come next.
+    The model is not trained or changed; `fit` and `calibrate` come next. Several models make a cascade: their own
+    predictions are the exits, and only rows that are not sure yet reach the next.
     """
     with reporting(as_json) as out:
         from eecompile.cli import inputs, models
@@ -43,7 +45,7 @@ def rewrite(
         models.free_place(output)
         request = models.Request(
             strategy, exits or [], head, criterion, option or [], prediction, executor, backend, "export", blocks,
-            batch_axis, measure, seed, inputs.example(example, input, data, seed=seed),
+            batch_axis, measure, seed, inputs.example(example, input, data, seed=seed), prepare or [],
         )  # fmt: skip
         fast = models.compiled(model, request, out.say)
         out.say("save")
@@ -69,7 +71,7 @@ def _places(fast: Any) -> Any:
 
 
 def inspect(
-    model: o.Model,
+    model: o.Models,
     format: Annotated[
         str,
         typer.Option("--format", "-f", help=f"{', '.join(names.FORMATS)}.", autocompletion=names.completing(names.FORMATS)),
@@ -87,6 +89,7 @@ def inspect(
     head: o.Head = None,
     criterion: o.Criterion = None,
     option: o.StrategyOptions = None,
+    prepare: o.Prepare = None,
     prediction: o.Prediction = None,
     capture: o.Capture = "export",
     blocks: o.Blocks = None,
@@ -113,7 +116,7 @@ def inspect(
             raise EecompileError("unknown format", got=repr(format), wanted=near(format, show.FORMATS))
         request = models.Request(
             strategy, exits or [], head, criterion, option or [], prediction, "auto", "eager", capture, blocks,
-            batch_axis, measure, seed, inputs.example(example, input, data, seed=seed),
+            batch_axis, measure, seed, inputs.example(example, input, data, seed=seed), prepare or [],
         )  # fmt: skip
         fast = models.compiled(model, request, out.say)
         if as_json:

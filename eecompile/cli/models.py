@@ -53,6 +53,7 @@ class Request:
     measure: bool = False
     seed: int = 0
     call: inputs.Call | None = None
+    prepare: list[str] = field(default_factory=list)
 
 
 def find(spec: str) -> Found:
@@ -88,26 +89,27 @@ def find(spec: str) -> Found:
     return Found(found)
 
 
-def compiled(spec: str, request: Request, progress: Callable[[str], None] | None = None) -> CompiledModule:
-    """The model that the text names, rewritten; a saved program as it is.
+def compiled(specs: list[str], request: Request, progress: Callable[[str], None] | None = None) -> CompiledModule:
+    """The model that the text names, rewritten; a saved program as it is; several models as a cascade.
 
     Raises:
-        EecompileError: It cannot be found, captured or rewritten.
+        EecompileError: They cannot be found, captured or rewritten.
     """
-    found = find(spec)
-    if isinstance(found.model, CompiledModule):
-        return found.model
-    args, kwargs = request.call or found.call or ((), {})
-    if isinstance(found.model, nn.Module) and not args and not kwargs:
+    each = [find(spec) for spec in specs]
+    last = each[-1]
+    if len(each) == 1 and isinstance(last.model, CompiledModule):
+        return last.model
+    args, kwargs = request.call or last.call or ((), {})
+    if isinstance(last.model, nn.Module) and not args and not kwargs:
         raise EecompileError(
             "an example input is needed to capture this model",
-            where=spec,
-            wanted=f"arguments {', '.join(parameters(found.model))}",
+            where=specs[-1],
+            wanted=f"arguments {', '.join(parameters(last.model))}",
             hint="pass --input name=float32[4,3,32,32], --example file.py:attr, or --data",
         )
     prediction = request.prediction
     return eecompile.eecompile(
-        found.model,
+        last.model if len(each) == 1 else [e.model for e in each],
         strategy(request),
         example_inputs=args or None,
         example_kwargs=kwargs or None,
@@ -146,6 +148,8 @@ def strategy(request: Request) -> Any:
     if request.head is not None:
         named = sources.is_attribute(request.head)
         described["head"] = sources.attribute(request.head, "a head") if named else request.head
+    if request.prepare:
+        described["prepare"] = [None if p == "-" else sources.attribute(p, "a preparation") for p in request.prepare]
     if request.criterion is not None:
         described["criterion"] = request.criterion
     return eecompile.strategies.strategy(described)

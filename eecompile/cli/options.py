@@ -21,6 +21,21 @@ Model = Annotated[
         "Hugging Face directory, a .pt2 file, or a saved directory.",
     ),
 ]
+Models = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="MODEL...",
+        help="package.module:attr or file.py:attr (a module, or a function or class that gives one), a local "
+        "Hugging Face directory, a .pt2 file, or a saved directory. Several, the cheapest first, are a cascade.",
+    ),
+]
+Prepare = Annotated[
+    list[str] | None,
+    typer.Option(
+        help='Of a cascade, once for each model: file.py:attr, what makes its arguments from the inputs, or "-" for none.',
+        rich_help_panel=HOW_BUILT,
+    ),
+]
 Saved = Annotated[Path, typer.Argument(metavar="DIR", help="A directory written by `eecompile rewrite`.")]
 
 Strategy = Annotated[

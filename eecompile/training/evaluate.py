@@ -12,7 +12,7 @@ from torch import Tensor
 
 from eecompile.errors import EecompileError
 from eecompile.training.batches import batches, device_of, empty_loader
-from eecompile.training.curve import degradation, sweep
+from eecompile.training.curve import degradation, first_exit, sweep
 from eecompile.training.protocol import Compiled
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 from eecompile.training.scores import Metric, agreement, check_labels, measure, right
@@ -31,6 +31,9 @@ class ExitRow:
         accuracy_if_all: Mean score if every row left there.
         agreement_if_all: Share of rows on which this exit agrees with the full model; None for a metric.
         mean_confidence: Over all rows; None where it is not finite.
+        cost_without: Mean cost of all rows if this exit were closed and the others stayed as they are; None for a closed
+            exit, for the model's own end, and for criteria whose confidence depends on which exits are open.
+        accuracy_without: Mean score of all rows then.
     """
 
     name: str
@@ -42,6 +45,8 @@ class ExitRow:
     accuracy_if_all: float | None
     agreement_if_all: float | None
     mean_confidence: float | None
+    cost_without: float | None = None
+    accuracy_without: float | None = None
 
 
 @dataclass
@@ -75,6 +80,11 @@ class EvaluationReport(Report):
     rows: list[ExitRow]
     curve: list[dict[str, Any]] | None = field(default=None)
     degradation: list[dict[str, Any]] | None = field(default=None)
+
+    @property
+    def unearned(self) -> list[ExitRow]:
+        """Exits without which rows would cost no more, on average, than with them."""
+        return [row for row in self.rows if row.cost_without is not None and row.cost_without <= self.mean_cost]
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -112,6 +122,11 @@ class EvaluationReport(Report):
             f"mean cost {percent(self.mean_cost, 1)} of its FLOPs"
         )
         parts: list[RenderableType] = [table(self.title, columns, rows), text]
+        parts += [
+            f"{row.name} does not earn its place: without it the mean cost is {percent(row.cost_without, 1)}, "
+            f"{self.score} {shown(row.accuracy_without)}"
+            for row in self.unearned
+        ]
         if self.curve is not None:
             points = [
                 [number(p["threshold"]), shown(p["accuracy"]), percent(p["cost"], 1), percent(p["early"], 1)]
@@ -224,9 +239,17 @@ class Seen:
         is_open = [t <= 1 for t in thresholds]
         costs = fast.costs(tuple(is_open)).tolist()
         names = [record.name for record in fast.exits] + ["model"]
+        stateful = any(record.criterion.stateful for record in fast.exits)
         rows = []
         for k in range(ends):
             leaving = index == k
+            cost_without = accuracy_without = None
+            if k < ends - 1 and is_open[k] and not stateful:
+                others = torch.tensor([2.0 if j == k else t for j, t in enumerate(thresholds)])
+                elsewhere = first_exit(confidences[:, :-1], others)
+                known = fast.costs(tuple(o and j != k for j, o in enumerate(is_open))).double()
+                cost_without = float(known.cpu()[elsewhere].mean())
+                accuracy_without = pick(scores, elsewhere, valid)
             rows.append(
                 ExitRow(
                     name=names[k],
@@ -238,6 +261,8 @@ class Seen:
                     accuracy_if_all=mean(scores, k, valid),
                     agreement_if_all=mean(same, k, valid),
                     mean_confidence=mean(confidences.double(), k, confidences[:, k].isfinite()),
+                    cost_without=cost_without,
+                    accuracy_without=accuracy_without,
                 )
             )
         early = pick(scores, index, valid)

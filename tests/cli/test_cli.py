@@ -109,3 +109,22 @@ def test_bad_input_is_said_in_words_and_exits_with_2(model: str, saved: Path, ar
     done = call(*filled, code=2)
     assert said in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_several_models_are_rewritten_as_a_cascade(tmp_path: Path) -> None:
+    (tmp_path / "nets.py").write_text(
+        "import torch\n"
+        "from torch import nn\n"
+        "torch.manual_seed(0)\n"
+        "halve = nn.AvgPool2d(2)\n"
+        "small = nn.Sequential(nn.Flatten(), nn.Linear(16, 10)).eval()\n"
+        "large = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)).eval()\n"
+    )
+    nets, out = tmp_path / "nets.py", str(tmp_path / "program")
+    models, given = (f"{nets}:small", f"{nets}:large"), ("--input", "float32[4,1,8,8]", "--strategy", "cascade")
+    prepared = ("--prepare", f"{nets}:halve", "--prepare", "-")
+    found = json.loads(call("rewrite", *models, *given, *prepared, "-o", out, "--json").stdout)
+    assert [(e["head"], e["cost"] < 0.1) for e in found["exits"]] == [("identity", True)]
+    assert json.loads(call("run", out, "--data", "digits:test", "--rows", "3", "--json").stdout)
+    done = call("rewrite", *models, *given, "-o", str(tmp_path / "other"), code=2)
+    assert "does not run on the example" in done.stderr  # the small one reads 4 x 4
