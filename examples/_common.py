@@ -123,6 +123,12 @@ def fitted(
     return report
 
 
+def as_trained(fast: Any, name: str, *trunks: Trunk) -> None:
+    """For a program that needs no `fitted`: what `observed` keeps is found by the strategy and the trunks."""
+    settings = {"strategy": fast.strategy.to_dict(), "trunks": [asdict(trunk.recipe) for trunk in trunks]}
+    fast.__dict__["kept_as"] = runs_root() / f"{name}-{digest(settings)}.safetensors"
+
+
 def _kept(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     """Sets the tensors kept at ``path`` and gives the record beside them; None where nothing is kept."""
     if not path.exists():
@@ -283,6 +289,7 @@ def rows_of(loader: Iterable[Any], batches: int) -> Inputs:
 
 __all__ = [
     "PROMISES", "DatasetError", "Inputs", "Observed", "Options", "Recipe", "Record", "Trunk", "Variant", "accuracy",
+    "as_trained",
     "console", "fit_trunk", "fitted", "image_data", "judged", "lenet_trunk", "main", "minilm_trunk", "observed", "parse",
     "resnet_trunk", "rows_in", "rows_of", "runs_root", "take", "timed", "trunk", "write_result",
 ]  # fmt: skip

@@ -101,3 +101,16 @@ def test_help_has_examples(environment: dict[str, str]) -> None:
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert "python -m examples.mebert_imdb --until train" in done.stdout
     assert "stage by stage" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("name", "models"),
+    [("images", ["tinyconv", "resnet8", "mobilenetv2"]), ("text", ["bagofwords", "minilm3", "minilm6"])],
+)
+def test_cascades(environment: dict[str, str], tmp_path: Path, name: str, models: list[str]) -> None:
+    found = json.loads(run(f"cascade_{name}", environment, tmp_path, "--json").stdout)
+    assert list(found["models"]) == models
+    for row in found["rows"]:
+        check_row(row, {"1", "32", "256"})
+        assert [(e["after"], e["head"]) for e in row["exits"]] == [(m, "identity") for m in models[:-1]]
+        assert row["original_accuracy"] == row["full_accuracy"]  # nothing was trained

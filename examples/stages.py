@@ -1,13 +1,13 @@
 """The models of the cascades, trained one by one as usual: each is better and dearer than the one before it.
 
 Images: a tiny CNN that reads CIFAR-10 at 16 x 16, ResNet-8, and MobileNetV2 with its ImageNet weights, which reads it at
-96 x 96. Reviews: a bag of words, MiniLM cut to 3 layers, MiniLM with all 6. ``python -m examples._stages`` trains them.
+96 x 96. Reviews: a bag of words, MiniLM cut to 3 layers, MiniLM with all 6.
 """
 
 from __future__ import annotations
 
 import io
-import sys
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from examples import datasets, models
-from examples._common import Inputs, Recipe, Trunk, image_data, minilm_trunk, parse, trunk
-from examples._registry import DatasetError, cache_root, fetch
+from examples._registry import cache_root, fetch
+from examples.trunks import ROWS_OF_REVIEWS, Inputs, Recipe, Trunk, image_data, minilm_trunk, trunk
 
 
 class Resize(nn.Module):
@@ -59,40 +59,55 @@ def mobilenetv2(seed: int = 0) -> models.MobileNetV2:
     return model
 
 
-def image_stages(*, quick: bool = False, seed: int = 0) -> list[tuple[str, nn.Module | None, Trunk]]:
-    """(name, preparation, trunk) of each, the cheapest first; the trunk's model is behind its preparation."""
+@dataclass(frozen=True)
+class Stage:
+    """One model of a cascade: its name, what prepares its input, the model alone, and how it was trained."""
+
+    name: str
+    prepare: nn.Module | None
+    model: nn.Module
+    trunk: Trunk
+
+
+def _stage(name: str, prepare: nn.Module | None, got: Trunk) -> Stage:
+    return Stage(name, prepare, got.model.model if isinstance(got.model, Prepared) else got.model, got)
+
+
+def image_stages(*, quick: bool = False, seed: int = 0) -> list[Stage]:
+    """Three models for CIFAR-10, the cheapest first."""
     data = image_data("cifar10", quick)
     small = Recipe("tinyconv-cifar10", 6, 128, 4e-3, augmented=True, seed=seed)
     middle = Recipe("resnet8-cifar10", 6, 128, 0.3, "sgd", 5e-4, True, True, seed=seed)
     large = Recipe("mobilenetv2-cifar10", 1, 48, 1e-3, augmented=True, channels_last=True, seed=seed, rows=24_000)
     if quick:
-        small = Recipe("tinyconv-cifar10-quick", 2, 64, 4e-3, seed=seed, standin=True)
+        small = Recipe("tinyconv-cifar10-quick", 6, 32, 4e-3, seed=seed, standin=True)
         middle = Recipe("resnet8-cascade-quick", 3, 32, 0.2, "sgd", 5e-4, seed=seed, standin=True)
-        large = Recipe("mobilenet-cascade-quick", 4, 32, 4e-3, seed=seed, standin=True)
-    shrink, grow = Resize(16), Resize(48 if quick else 96)
-    tiny = models.MobileNetV2.SETTINGS[:4]
+        large = Recipe("mobilenet-cascade-quick", 3, 32, 4e-3, seed=seed, standin=True)
+    shrink, grow = Resize(16), Resize(40 if quick else 96)
+    short = models.MobileNetV2.SETTINGS[:3]
     return [
-        ("tinyconv", shrink, trunk(small, lambda: Prepared(shrink, models.TinyConv(width=8 if quick else 24)), data)),
-        ("resnet8", None, trunk(middle, lambda: models.ResNet(1, width=8 if quick else 16), data)),
-        (
+        _stage("tinyconv", shrink, trunk(small, lambda: Prepared(shrink, models.TinyConv(width=8 if quick else 24)), data)),
+        _stage("resnet8", None, trunk(middle, lambda: models.ResNet(1, width=8 if quick else 16), data)),
+        _stage(
             "mobilenetv2",
             grow,
-            trunk(large, lambda: Prepared(grow, models.MobileNetV2(10, tiny) if quick else mobilenetv2(seed)), data),
+            trunk(large, lambda: Prepared(grow, models.MobileNetV2(10, short) if quick else mobilenetv2(seed)), data),
         ),
     ]
 
 
-def text_stages(*, quick: bool = False, seed: int = 0) -> list[tuple[str, Trunk]]:
-    """(name, trunk) of each, the cheapest first."""
+def text_stages(*, quick: bool = False, seed: int = 0) -> list[Stage]:
+    """Three models for reviews, the cheapest first. The bag of words, which costs nothing, learns from all of them."""
     folder = datasets.minilm(standin=quick)
+    judged = 256 if quick else ROWS_OF_REVIEWS
 
     def data(part: str, limit: int | None) -> tuple[Inputs, Tensor]:
-        columns = dict(datasets.tokens(part, limit or (256 if quick else 2_000), standin=quick))
+        columns = dict(datasets.tokens(part, limit or judged, standin=quick))
         labels = columns.pop("labels")
         return columns, labels
 
     def every(part: str, limit: int | None) -> tuple[Inputs, Tensor]:
-        columns = dict(datasets.tokens(part, limit or (None if part == "train" else 2_000), standin=quick))
+        columns = dict(datasets.tokens(part, None if part == "train" else judged, standin=quick))
         labels = columns.pop("labels")
         return columns, labels
 
@@ -101,28 +116,14 @@ def text_stages(*, quick: bool = False, seed: int = 0) -> list[tuple[str, Trunk]
     if quick:
         bag = Recipe("bagofwords-imdb-quick", 6, 32, 1e-2, seed=seed, standin=True)
         half = Recipe("minilm3-imdb-quick", 4, 32, 5e-3, seed=seed, rows=256, standin=True)
-    words = 30_522
-    if quick:
+
+    def words() -> nn.Module:
         from transformers import AutoConfig
 
-        words = AutoConfig.from_pretrained(folder).vocab_size
+        return models.BagOfWords(AutoConfig.from_pretrained(folder).vocab_size)
+
     return [
-        ("bagofwords", trunk(bag, lambda: models.BagOfWords(words), every)),
-        ("minilm3", trunk(half, lambda: models.minilm_classifier(folder, seed=seed, layers=3), data)),
-        ("minilm6", minilm_trunk(quick=quick, seed=seed)),
+        _stage("bagofwords", None, trunk(bag, words, every)),
+        _stage("minilm3", None, trunk(half, lambda: models.minilm_classifier(folder, seed=seed, layers=3), data)),
+        _stage("minilm6", None, minilm_trunk(quick=quick, seed=seed)),
     ]
-
-
-def main() -> None:
-    """Train every stage that is not kept yet and print what it reaches."""
-    options = parse(__doc__)
-    found = [(name, got) for name, _, got in image_stages(quick=options.quick, seed=options.seed)]
-    for name, got in [*found, *text_stages(quick=options.quick, seed=options.seed)]:
-        print(f"{name}: test {got.accuracy:.4f}, validation {got.val_accuracy:.4f}, trained in {got.seconds:.0f} s")
-
-
-if __name__ == "__main__":
-    try:
-        main()
-    except DatasetError as problem:
-        sys.exit(f"error: {problem}")

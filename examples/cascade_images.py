@@ -1,0 +1,45 @@
+"""A cascade of three convolutional networks on CIFAR-10: a tiny one at 16 x 16, ResNet-8, and MobileNetV2 at 96 x 96.
+
+Each is trained as usual, MobileNetV2 from its ImageNet weights. `eecompile` captures them into one graph, input
+preparation and all; only images that one network is not sure of reach the next. Nothing is trained afterwards:
+thresholds are chosen on the validation part, once with a guarantee, once as the cheapest that lose at most 1% there.
+"""
+
+from __future__ import annotations
+
+from eecompile import eecompile
+from eecompile.strategies import Cascade
+from examples import datasets
+from examples._common import Options, Record, as_trained, judged, main, observed, rows_in, rows_of, timed
+from examples.stages import image_stages
+
+ROWS = {"val": 5_000, "test": 5_000}
+
+
+def example(options: Options, record: Record) -> None:
+    """From training to timing."""
+    stages = image_stages(quick=options.quick, seed=options.seed)
+    record.done("train")
+    parts = {
+        part: datasets.loader(f"cifar10:{part}", limit=rows, standin=options.quick, batch_size=64)
+        for part, rows in ROWS.items()
+    }
+    models = {stage.name: stage.model for stage in stages}
+    x = next(iter(parts["val"]))[0][:8]
+    fast = eecompile(models, Cascade(prepare=[stage.prepare for stage in stages]), example_inputs=(x,))
+    record.note(
+        rows_of_data={part: rows_in(loader) for part, loader in parts.items()},
+        flops=fast.program.total_flops,
+        models={stage.name: stage.trunk.to_dict() for stage in stages},
+    )
+    as_trained(fast, "cascade-images", *(stage.trunk for stage in stages))
+    seen = observed(fast, parts)
+    alone = seen["test"].of(fast).evaluate().full_accuracy
+    variants = judged(fast, seen, record, f"CIFAR-10, {', '.join(models)}", alone)
+    record.done("judge")
+    sizes = {1: 32, 32: 96, 256: 256}
+    timed(record, fast.original, rows_of(parts["test"], 4), variants, tuple(sizes), sizes, rounds=7)
+
+
+if __name__ == "__main__":
+    main("cascade_images", __doc__, example)
