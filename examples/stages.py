@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from examples import datasets, models
 from examples._registry import cache_root, fetch
-from examples.trunks import ROWS_OF_REVIEWS, Inputs, Recipe, Trunk, image_data, minilm_trunk, trunk
+from examples.trunks import Inputs, Recipe, Trunk, image_data, minilm_trunk, trunk
 
 
 class Resize(nn.Module):
@@ -82,7 +82,7 @@ def image_stages(*, quick: bool = False, seed: int = 0) -> list[Stage]:
     if quick:
         small = Recipe("tinyconv-cifar10-quick", 6, 32, 4e-3, seed=seed, standin=True)
         middle = Recipe("resnet8-cascade-quick", 3, 32, 0.2, "sgd", 5e-4, seed=seed, standin=True)
-        large = Recipe("mobilenet-cascade-quick", 3, 32, 4e-3, seed=seed, standin=True)
+        large = Recipe("mobilenet-cascade-quick", 2, 32, 6e-3, seed=seed, standin=True)
     shrink, grow = Resize(16), Resize(40 if quick else 96)
     short = models.MobileNetV2.SETTINGS[:3]
     return [
@@ -99,7 +99,7 @@ def image_stages(*, quick: bool = False, seed: int = 0) -> list[Stage]:
 def text_stages(*, quick: bool = False, seed: int = 0) -> list[Stage]:
     """Three models for reviews, the cheapest first. The bag of words, which costs nothing, learns from all of them."""
     folder = datasets.minilm(standin=quick)
-    judged = 256 if quick else ROWS_OF_REVIEWS
+    judged = 256 if quick else 1_000
 
     def data(part: str, limit: int | None) -> tuple[Inputs, Tensor]:
         columns = dict(datasets.tokens(part, limit or judged, standin=quick))
@@ -115,7 +115,7 @@ def text_stages(*, quick: bool = False, seed: int = 0) -> list[Stage]:
     half = Recipe("minilm3-imdb", 2, 32, 1e-4, bf16=True, seed=seed, rows=4_000)
     if quick:
         bag = Recipe("bagofwords-imdb-quick", 6, 32, 1e-2, seed=seed, standin=True)
-        half = Recipe("minilm3-imdb-quick", 4, 32, 5e-3, seed=seed, rows=256, standin=True)
+        half = Recipe("minilm3-imdb-quick", 3, 32, 5e-3, seed=seed, rows=256, standin=True)
 
     def words() -> nn.Module:
         from transformers import AutoConfig

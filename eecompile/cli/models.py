@@ -108,8 +108,9 @@ def compiled(specs: list[str], request: Request, progress: Callable[[str], None]
             hint="pass --input name=float32[4,3,32,32], --example file.py:attr, or --data",
         )
     prediction = request.prediction
+    model: Any = last.model if len(each) == 1 else [e.model for e in each]
     return eecompile.eecompile(
-        last.model if len(each) == 1 else [e.model for e in each],
+        model,
         strategy(request),
         example_inputs=args or None,
         example_kwargs=kwargs or None,
