@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from eecompile.capture.export import capture_export
 from eecompile.errors import CaptureError, EecompileError, PassError, StrategyError
 from eecompile.module import CompiledModule
 from eecompile.passes import analysis, insertion, prepare_training_graph, run_passes
+from eecompile.passes.carried import Brought, unwrapped
 from eecompile.passes.insert_exits import THRESHOLDS
 from eecompile.prediction import find_prediction
 from eecompile.program import Program
@@ -107,12 +108,13 @@ def _compile(
         captured.signature,
         prediction=find_prediction(captured.signature.outputs, taken.prediction),
         models=captured.models,
+        places=taken.brought.places,
         front_end=captured.front_end,
     )
     example = captured.flat_example
     program = run_passes(program, analysis(captured, measure, blocks), tell)
     recipe = chosen.recipe()
-    program = run_passes(program, insertion(recipe, captured, seed), tell)
+    program = run_passes(program, insertion(recipe, captured, seed, taken.brought), tell)
 
     def training_program(fast: CompiledModule) -> Program:
         assert again is not None
@@ -141,6 +143,7 @@ class _Taken:
         original: The full model, called as the compiled module is; None for an exported program.
         again: Captures it in train mode.
         prediction: Which output of it holds the class scores, as far as is known.
+        brought: Exits of compiled models among a cascade's.
     """
 
     captured: Captured
@@ -148,6 +151,7 @@ class _Taken:
     original: nn.Module | None
     again: Callable[[], Captured] | None
     prediction: str | int | None
+    brought: Brought = field(default_factory=Brought)
 
 
 def _taken(
@@ -174,10 +178,12 @@ def _taken(
         again = partial(capture_export, model, args, kwargs, **axes, training=True)
         return _Taken(captured, chosen, model, again, prediction)
     _one_graph(models, args, kwargs, front_end, blocks)
+    ways = [chosen.together.get(key) or (None,) * len(models) for key in ("prepare", "inputs")]
+    models, brought = unwrapped(models, [p is None and i is None for p, i in zip(*ways, strict=True)])
     together = ready(models, args, kwargs, batch_axis=batch_axis, prediction=prediction, measure=measure, **chosen.together)
     captured = capture_cascade(together, args, kwargs, **axes)
     again = partial(capture_cascade, together, args, kwargs, **axes, training=True)
-    return _Taken(captured, chosen, together.last.alone, again, together.leaf[together.order[-1]])
+    return _Taken(captured, chosen, together.last.alone, again, together.leaf[together.order[-1]], brought)
 
 
 def _one_graph(
@@ -197,9 +203,6 @@ def _one_graph(
             wanted="at least 2 rows",
             hint="pass example_inputs=(x,) or example_kwargs={...}",
         )
-    for name, model in models.items():
-        if isinstance(model, CompiledModule):
-            raise CaptureError("a compiled model cannot be a stage of a cascade", where=name, hint="pass the original model")
 
 
 def _positional(example_inputs: Sequence[Any] | Tensor | None) -> tuple[Any, ...]:

@@ -25,6 +25,7 @@ from eecompile.records import (
     Halt,
     HaltStep,
     Live,
+    Place,
     Refusal,
     Region,
     Report,
@@ -46,6 +47,7 @@ __all__ = [
     "History",
     "Level",
     "Live",
+    "Place",
     "Program",
     "Refusal",
     "Region",
@@ -117,6 +119,7 @@ class Program:
         seconds: Measured time of each node for one row, by name, where it was asked for.
         models: Names of the models of a cascade, the last one being the full model; empty for a single model. The
             captured graph gives the predictions of the others behind the full model's output leaves.
+        places: Where compiled models among them have exits of their own.
         full_flops: Cost of the full model for one row, where the graph holds other models too.
         facts: What has been established so far; passes declare what they need and give.
         gate_recipe: What the gates were inserted by, None without gates.
@@ -131,6 +134,7 @@ class Program:
     marked: fx.GraphModule | None = None
     front_end: Literal["export", "blocks"] = "export"
     models: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
     prediction: int | None = None
     flops: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)

@@ -30,6 +30,15 @@ class Anchor:
 
 
 @dataclass(frozen=True)
+class Place:
+    """A position that is offered as a cut whatever the search finds: the value there, and the last node before it."""
+
+    name: str
+    value: Anchor
+    after: Anchor
+
+
+@dataclass(frozen=True)
 class Block:
     """One repeated unit of the model, as an interval of the graph in execution order.
 

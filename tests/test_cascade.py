@@ -215,6 +215,42 @@ def test_layers_that_models_share_run_once():
     assert fast.costs([False, True]).tolist()[1] == pytest.approx(costs[1], abs=1e-3)
 
 
+def test_compiled_models_bring_their_exits_along(tmp_path):
+    """Heads, thresholds and temperatures stay; what they read is found in the composite's graph."""
+    small = cascades.seeded(lambda: zoo_plain.CifarResNet(2, 2), 1)
+    large = cascades.seeded(lambda: zoo_plain.CifarResNet(2, 8), 2)
+    x = 2 * torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    branchy = strategies.Branchy(exits=["layer1.1", "layer2.0"], criterion="max_probability")
+    first, second = (eecompile(m, branchy, example_inputs=(x,)) for m in (small, large))
+    first.set_thresholds([0.2, 0.3])
+    first.set_temperatures([1.5, 0.7, 2.0])
+    fast = eecompile({"small": first, "large": second}, "cascade", example_inputs=(x,))
+    assert [e.cut for e in fast.exits] == ["small.layer1.1", "small.layer2.0", "small", "large.layer1.1", "large.layer2.0"]
+    assert fast.thresholds.tolist() == pytest.approx([0.2, 0.3, 0.9, 0.9, 0.9])
+    assert fast.temperatures.tolist() == pytest.approx([1.5, 0.7, 2.0, 1.0, 1.0, 1.0])
+    rng = random.Random(0)
+    with torch.no_grad():
+        for batch in (1, 4, 9):
+            y = 2 * torch.randn(batch, 3, 32, 32, generator=torch.Generator().manual_seed(batch))
+            seen = fast.observe(y)
+            parts = [first.observe(y), second.observe(y)]
+            for mine, own in zip(seen.outputs, [t for p in parts for t in p.outputs], strict=True):
+                close(mine, own)
+            for mine, own in zip(seen.confidences, [t for p in parts for t in p.confidences], strict=True):
+                close(mine, own)
+            fast.set_thresholds(CLOSED)
+            equal_bits(fast(y), large(y))
+            for _ in range(2):
+                fast.set_thresholds(random_thresholds(seen.confidences[:-1], rng))
+                same_result(*both(fast, y))
+        fast.set_thresholds([CLOSED, 1.0, CLOSED, CLOSED, CLOSED])  # the small model runs up to its second exit alone
+        assert watch(lambda: fast(y)).ops["convolution"] == 7 + 1 + 13
+        fast.save(tmp_path / "saved")
+        same_result(load(tmp_path / "saved").run(y), fast.run(y))
+    heads = {id(p) for p in [*first.heads.parameters(), *second.heads.parameters()]}
+    assert {id(p) for p in fast.head_parameters()} == heads  # what fit trains
+
+
 def test_one_model_is_a_cascade_over_its_layers():
     model = cascades.seeded(lambda: zoo_plain.CifarResNet(2, 4), 5)
     x = 2 * torch.randn(6, 3, 32, 32, generator=torch.Generator().manual_seed(0))

@@ -121,7 +121,7 @@ def test_options_that_do_not_fit():
     refused(CaptureError, "no example input", example_inputs=None)
     refused(CaptureError, 'capture="export"', capture="blocks")
     compiled = eecompile(three(), "cascade", example_inputs=(X,))
-    refused(CaptureError, "cannot be a stage", models=[three()[0], compiled])
+    refused(StrategyError, "a cascade", "in one list", models=[three()[0], compiled])
     for wrong, part in (
         ({"order": "best"}, "check, cost, given"),
         ({"prepare": "f"}, "takes a list"),
@@ -214,3 +214,12 @@ def test_thresholds_carry_the_guarantee():
     assert measured.agreement >= 0.95
     assert measured.mean_cost == pytest.approx(report.expected_cost, abs=0.1)
     assert measured.mean_cost < 1.0
+
+
+def test_compiled_models_that_cannot_be_taken_apart(tmp_path):
+    a, b, c = three()
+    branchy = strategies.Branchy(exits=["layers"], criterion="margin", max_head_share=9.0)
+    compiled = eecompile(b, branchy, example_inputs=(X,))
+    refused(StrategyError, "margin in the compiled model, max_probability", "criterion='margin'", models=[a, compiled, c])
+    compiled.save(tmp_path / "saved")
+    refused(StrategyError, "loaded program", models=[a, load(tmp_path / "saved"), c])

@@ -32,7 +32,7 @@ from eecompile.passes import (
     sites,
 )
 from eecompile.passes.insert_exits import HEADS, TEMPERATURES, THRESHOLDS, InsertExits, cut_of, relocate
-from eecompile.program import Anchor, Exit, Program
+from eecompile.program import Anchor, Exit, Place, Program
 from eecompile.signature import Signature
 from eecompile.strategies import STRATEGIES, Strategy, strategy
 
@@ -65,6 +65,8 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     graph_module = flat_graph(exported, "m", names) if _adapted(exported) else program_graph(exported)[0]
     models = tuple(data.get("models", ()))
     program = Program(graph_module, graph_module, signature, prediction=data["prediction"], models=models)
+    places = [Place(p["name"], Anchor(**p["value"]), Anchor(**p["after"])) for p in data.get("places", ())]
+    program = program.replace(places=tuple(places))
     program = run_passes(program, [*prepared(models), Annotate(), FindBlocks(), FindCuts()])
     tensors = _tensors(paths["heads"])
     if data.get("gates") is not None:

@@ -9,6 +9,7 @@ from eecompile.passes import facts
 from eecompile.passes.adopt_blocks import AdoptBlocks, StageBlocks
 from eecompile.passes.annotate import Annotate
 from eecompile.passes.base import Pass, PassResult, check_order, run_passes
+from eecompile.passes.carried import Brought
 from eecompile.passes.equilibrium import Equilibrium
 from eecompile.passes.find_blocks import FindBlocks
 from eecompile.passes.find_cuts import FindCuts
@@ -41,8 +42,9 @@ def prepared(models: tuple[str, ...]) -> list[Pass]:
     return [Normalize(), Share()] if models else [Normalize()]
 
 
-def insertion(recipe: Recipe, captured: Captured, seed: int) -> list[Pass]:
+def insertion(recipe: Recipe, captured: Captured, seed: int, brought: Brought | None = None) -> list[Pass]:
     """What puts a recipe into the graph and lowers it. Each primitive has passes of its own; absent ones add none."""
+    brought = brought or Brought()
     passes: list[Pass] = []
     if recipe.gates is not None:
         passes += [
@@ -56,9 +58,9 @@ def insertion(recipe: Recipe, captured: Captured, seed: int) -> list[Pass]:
             PlaceHalting(recipe.halting, captured.flat_example),
             InsertHalting(recipe.halting, seed=seed),
         ]
-    passes.append(PlaceExits(recipe.exits, captured.flat_example))
+    passes.append(PlaceExits(recipe.exits, captured.flat_example, brought))
     if recipe.exits is not None:
-        passes.append(InsertExits(recipe.exits.head, recipe.exits.threshold, seed=seed))
+        passes.append(InsertExits(recipe.exits.head, recipe.exits.threshold, seed=seed, brought=brought))
     else:  # no exit, but the marked graph still selects and tells what it did
         passes.append(InsertExits())
     if captured.front_end == "blocks":
@@ -76,6 +78,7 @@ def prepare_training_graph(
     """
     assert program.marked is not None
     train = Program(graph_module, graph_module, signature, prediction=program.prediction, models=program.models)
+    train = train.replace(places=program.places)
     train = run_passes(train, [Normalize(), Annotate(), FindBlocks(), FindCuts()])
     if program.gate_recipe is not None:
         units = dict(program.marked.get_submodule(GATES).named_children())

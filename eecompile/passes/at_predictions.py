@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx
 
 from eecompile.errors import PassError, StrategyError
 from eecompile.passes import facts, sites
-from eecompile.program import Exit, Program
+from eecompile.passes.carried import Carried, brought_exit
+from eecompile.program import Cut, Exit, Program
 from eecompile.strategies.base import ExitRecipe
 
 
-def at_predictions(program: Program, recipe: ExitRecipe, decision_flops_per_class: float) -> list[Exit]:
-    """One exit behind every model but the last, whose prediction it takes as it is.
+def at_predictions(
+    program: Program, recipe: ExitRecipe, decision_flops_per_class: float, brought: Mapping[str, Carried]
+) -> list[Exit]:
+    """One exit behind every model but the last, whose prediction it takes as it is, and those that models bring along.
 
     Raises:
         StrategyError: The graph has no earlier model, or one costs so much that the next might as well run at once.
@@ -25,12 +28,9 @@ def at_predictions(program: Program, recipe: ExitRecipe, decision_flops_per_clas
             'exits="predictions" needs several models', got="one model", hint="pass a list of models to eecompile()"
         )
     _earned(program, recipe.max_head_share)
-    exits = []
+    exits = [brought_exit(program, _cut(program, name), one, recipe) for name, one in brought.items()]
     for name in program.models[:-1]:
-        cut = next((c for c in program.cuts if c.name == name), None)
-        if cut is None:
-            reasons = [r.reason for r in program.refusals if r.node == name]
-            raise PassError("the work cannot stop behind this model", where=name, got=reasons[0] if reasons else "no cut")
+        cut = _cut(program, name)
         site, mask = sites.site_at(program, cut, recipe.mask)
         exits.append(
             Exit(
@@ -46,9 +46,19 @@ def at_predictions(program: Program, recipe: ExitRecipe, decision_flops_per_clas
                 head_inputs=(cut.value,),
                 head_kind="identity",
                 mask_input=mask,
+                combine=recipe.combine,
             )
         )
-    return exits
+    order = {n.name: i for i, n in enumerate(program.graph_module.graph.nodes)}
+    return sorted(exits, key=lambda e: order[e.after])
+
+
+def _cut(program: Program, name: str) -> Cut:
+    cut = next((c for c in program.cuts if c.name == name), None)
+    if cut is None:
+        reasons = [r.reason for r in program.refusals if r.node == name]
+        raise PassError("the work cannot stop behind this model", where=name, got=reasons[0] if reasons else "no cut")
+    return cut
 
 
 @dataclass(frozen=True)

@@ -60,8 +60,12 @@ class FindBlocks(Pass):
         trunk = facts.trunk_nodes(program.graph_module, batch)
         last = facts.last_uses(nodes)
         if program.models:
-            members = [one for (path, _), one in instances(nodes).items() if path in program.models]
+            every = instances(nodes)
+            members = [one for (path, _), one in every.items() if path in program.models]
             members.sort(key=lambda m: program.models.index(m.path))
+            for m in members:  # named after the user's class, not after what surrounds it
+                inner = every.get((f"{m.path}.model", 0))
+                m.kind = m.kind if inner is None else inner.kind
             blocks = tuple(_block(m, nodes, trunk, last, program) for m in members)
             return PassResult(program.replace(blocks=blocks), False, (), f"{len(blocks)} models")
         groups, refusals = candidates(nodes, trunk, last, self.pattern)

@@ -52,6 +52,12 @@ class FindCuts(Pass):
         for name, n in sweep.earlier():
             positions = {q: v for q, v in positions.items() if v[0] != name}
             positions[sweep.position[n]] = (name, n, True)
+        for place in program.places:
+            value, last = sweep.at(place.value), sweep.at(place.after)
+            if value is None or last is None:
+                refusals.append(Refusal(place.name, "find_cuts", "this place is not in the captured graph"))
+                continue
+            positions[max(sweep.position[value], sweep.position[last])] = (place.name, value, True)
         cuts = []
         for p, live in sweep.live_at(sorted(positions)):
             name, value, is_block = positions[p]
@@ -101,6 +107,10 @@ class Sweep:
         """The predictions of a cascade's models before the last, by name."""
         given = facts.output_leaves(self.gm)[len(self.program.signature.outputs) :]
         return list(zip(self.program.models, given, strict=False))
+
+    def at(self, anchor: Anchor) -> fx.Node | None:
+        """The node that an anchor names, if it is there."""
+        return next((n for n, a in self.anchors.items() if a == anchor), None)
 
     def prediction(self) -> fx.Node | None:
         leaves = facts.output_leaves(self.gm)

@@ -22,6 +22,7 @@ from eecompile.errors import PassError, StrategyError
 from eecompile.heads import Branch, HeadSpec, build_head, check_head, score_head
 from eecompile.passes import facts, sites
 from eecompile.passes.base import Pass, PassResult
+from eecompile.passes.carried import Brought
 from eecompile.passes.functional import make_functional
 from eecompile.program import Anchor, Exit, Program, Refusal
 
@@ -42,6 +43,7 @@ class InsertExits(Pass):
         heads: Modules to use instead of new ones, by exit name: for the training capture, or a loaded program.
         buffers: Thresholds and temperatures to share instead of new ones.
         seed: Seed of the new heads' weights; the global generator is left as it was.
+        brought: Exits of compiled models among a cascade's: their heads, thresholds and temperatures.
     """
 
     name: ClassVar[str] = "insert_exits"
@@ -53,6 +55,7 @@ class InsertExits(Pass):
     heads: Mapping[str, Branch] = field(default_factory=dict)
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     seed: int = 0
+    brought: Brought = field(default_factory=Brought)
 
     def run(self, program: Program) -> PassResult:
         heads = dict(self.heads) or self.build(program)
@@ -71,17 +74,22 @@ class InsertExits(Pass):
         if self.buffers:
             return self.buffers
         device = next((p.device for p in gm.parameters()), torch.device("cpu"))
-        count = len(program.exits)
-        thresholds = self.thresholds if isinstance(self.thresholds, tuple) else (self.thresholds,) * count
-        if len(thresholds) != count:
+        brought, ends = self.brought.exits, self.brought.ends
+        new = [e.cut for e in program.exits if e.cut not in brought]
+        thresholds = self.thresholds if isinstance(self.thresholds, tuple) else (self.thresholds,) * len(new)
+        if len(thresholds) != len(new):
             raise StrategyError(
                 "wrong number of thresholds",
                 got=len(thresholds),
-                wanted=f"{count}, one for each of {', '.join(e.cut for e in program.exits)}",
+                wanted=f"{len(new)}, one for each of {', '.join(new)}",
             )
+        values = {cut: (t, ends.get(cut, 1.0)) for cut, t in zip(new, thresholds, strict=True)}
+        values |= {cut: (one.threshold, one.temperature) for cut, one in brought.items()}
+        chosen = [values[e.cut] for e in program.exits]
+        last = ends.get(program.models[-1], 1.0) if program.models else 1.0
         return {
-            THRESHOLDS: torch.tensor(thresholds, dtype=torch.float32, device=device),
-            TEMPERATURES: torch.ones(count + 1, dtype=torch.float32, device=device),
+            THRESHOLDS: torch.tensor([t for t, _ in chosen], dtype=torch.float32, device=device),
+            TEMPERATURES: torch.tensor([*(t for _, t in chosen), last], dtype=torch.float32, device=device),
         }
 
     def build(self, program: Program) -> dict[str, Branch]:
@@ -100,6 +108,9 @@ class InsertExits(Pass):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             for e in program.exits:
+                if e.cut in self.brought.exits:
+                    heads[e.name] = self.brought.exits[e.cut].branch
+                    continue
                 site, _ = sites.site_at(program, cut_of(program, e), e.mask_input)
                 kind = e.head_kind if self.head == "auto" else self.head
                 module = build_head(kind, site, e.cut).to(getattr(torch, site.dtype))

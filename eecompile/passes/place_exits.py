@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from eecompile.passes import sites
 from eecompile.passes.annotate import ROWS, flops_of
 from eecompile.passes.at_predictions import at_predictions
 from eecompile.passes.base import Pass, PassResult
+from eecompile.passes.carried import Brought
 from eecompile.program import Cut, Exit, Program, Refusal
 from eecompile.strategies.base import ExitRecipe
 
@@ -32,6 +33,7 @@ class PlaceExits(Pass):
     Args:
         recipe: What the strategy wants; None for no exits.
         example: Flat inputs, for the sizes of dynamic axes.
+        brought: Exits of compiled models among a cascade's.
     """
 
     name: ClassVar[str] = "place_exits"
@@ -40,6 +42,7 @@ class PlaceExits(Pass):
 
     recipe: ExitRecipe | None
     example: tuple[torch.Tensor, ...] | None = None
+    brought: Brought = field(default_factory=Brought)
 
     def run(self, program: Program) -> PassResult:
         if self.recipe is None:
@@ -47,7 +50,7 @@ class PlaceExits(Pass):
         considered = Candidates(program, self.recipe, self.example)
         where = self.recipe.where
         if where == "predictions":
-            chosen = at_predictions(program, self.recipe, DECISION_FLOPS_PER_CLASS)
+            chosen = at_predictions(program, self.recipe, DECISION_FLOPS_PER_CLASS, self.brought.exits)
         elif isinstance(where, int):
             chosen = considered.spaced(where)
         elif isinstance(where, str) and where == "every-block":

@@ -239,7 +239,8 @@ class Seen:
         is_open = [t <= 1 for t in thresholds]
         costs = fast.costs(tuple(is_open)).tolist()
         names = [record.name for record in fast.exits] + ["model"]
-        stateful = any(record.criterion.stateful for record in fast.exits)
+        # What a row does elsewhere is known from what was seen, unless an exit's say depends on the open ones before it
+        stateful = any(r.criterion.stateful or getattr(r, "combine", "last") != "last" for r in fast.exits)
         rows = []
         for k in range(ends):
             leaving = index == k
