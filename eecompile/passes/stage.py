@@ -68,6 +68,7 @@ class Layout:
         given = list(self.gm.graph.output_node().args[0])[:count]  # type: ignore[arg-type]
         # the leaves as the trunk gives them, before selection and blanking
         self.leaves = [self._trunk_leaf(g) for g in given]
+        self.own = facts.needed_for([*self.leaves, self.prediction()])
 
     def _trunk_leaf(self, given: Any) -> fx.Node:
         node = given
@@ -99,7 +100,8 @@ class Layout:
     def needed(self, exits: Iterable[int]) -> set[fx.Node]:
         """Trunk nodes that the model's own output or one of these exits needs."""
         heads = [self.names[n] for k in exits for n in self.program.exits[k].head_inputs]
-        return facts.needed_for([*self.leaves, self.prediction(), *heads])
+        beside = [n for n in heads if n not in self.own]  # none, but in a cascade of models
+        return self.own | facts.needed_for(beside) if beside else self.own
 
     def copy_interval(
         self, part: Extractor, start: int, stop: int, how: Sequence[str] | None = None, needed: set[fx.Node] | None = None
@@ -171,27 +173,27 @@ class Layout:
         count = len(self.bounds)
         found = []
         incoming = self.as_live(self.inputs())
-        own, by_exit = self.needed(()), self._needed_by_exit()
+        by_exit = self._beside()
         for k in range(count + 1):
             nodes = [n for n in self.interval(k - 1, k) if n.op not in ("placeholder", "get_attr")]
             outgoing = self.as_live(self.live(k)) if k < count else self.as_live(_tensors(self.leaves))
             flops, only = 0.0, dict[tuple[int, ...], float]()
             for n in nodes:
                 cost = self.program.flops.get(n.name, 0.0)
-                if n in own:
+                if n in self.own:
                     flops += cost
                 elif cost:
-                    only[by_exit[n]] = only.get(by_exit[n], 0.0) + cost
+                    only[by_exit.get(n, ())] = only.get(by_exit.get(n, ()), 0.0) + cost
             exit_index = k if k < count else None
             found.append(Stage(f"stage_{k}", incoming, outgoing, exit_index, flops, len(nodes), tuple(only.items())))
             incoming = outgoing
         return tuple(found)
 
-    def _needed_by_exit(self) -> dict[fx.Node, tuple[int, ...]]:
-        """The exits that each trunk node is needed for."""
+    def _beside(self) -> dict[fx.Node, tuple[int, ...]]:
+        """The exits for which each node is needed that the model's own output does not need."""
         found: dict[fx.Node, tuple[int, ...]] = {}
-        for k, e in enumerate(self.program.exits):
-            for n in facts.needed_for(self.names[i] for i in e.head_inputs):
+        for k in range(len(self.program.exits)):
+            for n in self.needed((k,)) - self.own:
                 found[n] = (*found.get(n, ()), k)
         return found
 
