@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eecompile import CaptureError, EecompileError, StrategyError, eecompile, load, strategies
+from eecompile.passes.lower import schedule
 from tests.support import CLOSED, both, equal_bits, same_result
 
 CLASSES = 3
@@ -223,3 +224,17 @@ def test_compiled_models_that_cannot_be_taken_apart(tmp_path):
     refused(StrategyError, "margin in the compiled model, max_probability", "criterion='margin'", models=[a, compiled, c])
     compiled.save(tmp_path / "saved")
     refused(StrategyError, "loaded program", models=[a, load(tmp_path / "saved"), c])
+
+
+def test_what_only_a_closed_model_reads_does_not_survive():
+    """Two models share a stem, which the first has computed; the last does not need it."""
+    stem = nn.Sequential(nn.Linear(4, 8), nn.Tanh())
+    first = nn.Sequential(stem, nn.Linear(8, CLASSES))
+    second = nn.Sequential(stem, nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, CLASSES))
+    fast = eecompile([first, second, Net(4, 32)], "cascade", example_inputs=(X,))
+
+    def survivors(open_exits: tuple[int, ...]) -> list[tuple[int | str, ...]]:
+        return [v.shape for v in schedule(fast.program, open_exits).segments[0].outputs]
+
+    assert survivors((0, 1)) == [("batch", 4), ("batch", 8)]
+    assert survivors((0,)) == [("batch", 4)]
