@@ -241,6 +241,8 @@ class Decisions(nn.Module):
         assert recipe is not None
         threshold, opened = self.gate_thresholds, gates.detach() >= 0.5
         free = ((threshold > 0) & (threshold <= 1)).expand(opened.shape)
+        if self.training:
+            free = free & (torch.arange(count, device=gates.device) >= getattr(self, "gates_kept_open", 0))
         if recipe.min_open:
             least = recipe.min_open - torch.arange(count - 1, -1, -1, device=gates.device)
             before = opened.long().cumsum(1) - opened.long()

@@ -139,6 +139,7 @@ class CompiledModule(Anytime):
             cost=self.spent(outcome.exit_index, gates, ledgers),
             gates=gates if gates is None or training else gates >= 0.5,
             gate_scores=self._told(outcome, ".score") if self.program.gates and outcome.outputs is not None else None,
+            steps=self._steps(gates),
             final=torch.ones_like(outcome.exit_index, dtype=torch.bool) if outcome.final is None else outcome.final,
             stopped=outcome.stopped,
             late=outcome.late,
@@ -158,6 +159,12 @@ class CompiledModule(Anytime):
     def _told(self, outcome: Outcome, suffix: str) -> Tensor:
         """[B, G] of what every gate reports."""
         return torch.stack([outcome.reports[g.name + suffix] for g in self.program.gates], 1)
+
+    def _steps(self, gates: Tensor | None) -> Tensor | None:
+        """[B] int64: gated blocks that ran for each row; None where gates are on parts of blocks."""
+        if gates is None or any(g.kind != "block" for g in self.program.gates):
+            return None
+        return (gates >= 0.5).sum(1)
 
     def prediction_of(self, output: Any) -> Tensor:
         """The class scores within an output of the model's type."""

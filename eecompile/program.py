@@ -183,7 +183,8 @@ class Result:
             open or shut, `min_open` forces it open, or an earlier shut gate shuts it.
         end_cost: [B] float32, with `gate_scores`: the cost of each row with its gates as they decided and all exits closed,
             differentiable in train mode.
-        steps: [B] or [B, S] int64: steps taken, where the strategy halts; summed over several chains.
+        steps: [B] or [B, S] int64: steps taken, where the strategy halts, summed over several chains; where gates are on
+            whole blocks [B], how many of those ran.
         ponder: [B] or [B, S] float32: ponder cost N + R, differentiable in train mode.
         final: [B] bool; rows that left by themselves. The others were stopped at `exit_index` by a deadline, a budget or
             an interrupt, or are still on their way in a stream.

@@ -31,6 +31,7 @@ class Trainable(Decisions):
     strategy: Strategy
     train_trunk: bool
     gate_mode: str = "hard"  # how gates decide in train mode; see `passes/training_decisions.py`
+    gates_kept_open: int = 0  # the first so many gates do not decide in train mode: a curriculum
     _training_program: Callable[[Any], Program] | None
 
     @property
@@ -136,9 +137,9 @@ class Trainable(Decisions):
     def _training_graph(self) -> fx.GraphModule:
         """The marked graph for training: trunk frozen in eval mode, or the train-mode capture; gates as `gate_mode` says."""
         graphs = self.__dict__["_training_graphs"]
-        key = (self.train_trunk, self.gate_mode)
+        key = (self.train_trunk, self.gate_mode, self.gates_kept_open)
         if key not in graphs:
-            graphs[key] = with_decisions(self._hard_training_graph(), self.gate_mode)
+            graphs[key] = with_decisions(self._hard_training_graph(), self.gate_mode, self.gates_kept_open)
         found: fx.GraphModule = graphs[key]
         found.train(self.training)
         return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-STRATEGIES = ("ann", "anytime", "branchy", "cascade", "mebert")
+STRATEGIES = ("act", "ann", "anytime", "branchy", "cascade", "depth_adaptive", "mebert", "self_adaptive", "skipnet")
 HEADS = ("auto", "conv", "identity", "linear", "mlp", "pooler", "shared")
 CRITERIA = ("max_probability", "entropy", "margin", "energy", "patience", "learned")
 FORMATS = ("tree", "table", "code", "diff", "dot", "mermaid", "json")

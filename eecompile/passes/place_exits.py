@@ -51,6 +51,8 @@ class PlaceExits(Pass):
         where = self.recipe.where
         if where == "predictions":
             chosen = at_predictions(program, self.recipe, DECISION_FLOPS_PER_CLASS, self.brought.exits)
+        elif where == "gates":
+            chosen = considered.before_gates()
         elif isinstance(where, int):
             chosen = considered.spaced(where)
         elif isinstance(where, str) and where == "every-block":
@@ -181,6 +183,33 @@ class Candidates:
                 hint="give a number, names or fractions",
             )
         return [e for c in blocks if (e := self.judge(c)) is not None]
+
+    def before_gates(self) -> list[Exit]:
+        """One exit before every gate, where the head reads what it would read if that gate and all later ones were shut.
+
+        Raises:
+            StrategyError: The gated regions do not follow one another up to the head, or a head does not fit.
+        """
+        gates, cuts = self.program.gates, {c.value: c for c in self.program.cuts}
+        ends = [c.value for c in self.program.cuts if c.is_block][-1:]
+        handed = [*(g.node for g in gates[:-1]), *ends]
+        read = [*(g.carries[0].x for g in gates[1:]), *(g.node for g in gates[-1:])]
+        if not gates or handed != read:
+            apart = next((g.region for g, a, b in zip(gates, handed, read, strict=False) if a != b), "the model")
+            raise StrategyError(
+                "the prediction behind a gated region is not what the model says when it skips the later ones",
+                where=apart,
+                got="work without a gate behind it, which skipping leaves in place",
+                wanted="gated regions that follow one another up to the model's own final layers",
+                hint='train the gates by their cost: targets="cost", or mode="gates"',
+            )
+        found = [self.judge(cuts[g.carries[0].x]) if g.carries[0].x in cuts else None for g in gates]
+        placed = [e for e in found if e is not None]
+        if len(placed) < len(gates):
+            missing = next(g.region for g, e in zip(gates, found, strict=True) if e is None)
+            reasons = "; ".join(r.reason for r in self.refusals) or "no cut lies there"
+            raise StrategyError("no exit fits before a gated region", where=missing, got=reasons)
+        return placed
 
     def everywhere(self) -> list[Exit]:
         """Every place where a fresh answer is worth its head: block boundaries, or all cuts of a model without blocks.

@@ -42,6 +42,9 @@ class PlaceGates(Pass):
     def run(self, program: Program) -> PassResult:
         refusals: list[Refusal] = []
         chosen = self._without_overlap(self._chosen(program, refusals), refusals)
+        first = self.recipe.ungated
+        refusals += [Refusal(r.name, self.name, f"one of the first {first}, which every row runs") for r in chosen[:first]]
+        chosen = chosen[first:]
         gates: list[Gate] = []
         for region in chosen:
             gate = self._judge(program, region, len(chosen), len(gates), refusals)

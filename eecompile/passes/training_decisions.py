@@ -6,8 +6,10 @@
 | soft | none: `score * y + (1 - score) * x` | that of the blend; the first phase of SkipNet (Wang et al. 2018) |
 | sample | Bernoulli(score) | none: REINFORCE uses the log probability of `Result.gates` under `Result.gate_scores` |
 | gumbel | hard, with logistic noise on the score's logit | straight through the noisy score (Jang et al. 2017) |
+| open | open, whatever score and threshold | none: for objectives that read the scores beside every depth's prediction |
 
-A gate whose threshold is 0 or above 1 stays open or shut in every mode, and `min_open` forces it open as in `gate`.
+A gate whose threshold is 0 or above 1 stays open or shut in every mode but "open", and `min_open` forces it open as in
+`gate`. A curriculum keeps the first gates open and lets ever more of the last ones decide (BlockDrop, Wu et al. 2018).
 """
 
 from __future__ import annotations
@@ -17,29 +19,33 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, fx
 
+import eecompile.ops  # registers torch.ops.eecompile.*
 from eecompile.errors import EecompileError, near
 from eecompile.kernels.route import per_row
 from eecompile.passes import facts
 
-MODES = ("hard", "soft", "sample", "gumbel")
 EPSILON = 1e-6
+assert eecompile.ops is not None
 
 
-def with_decisions(gm: fx.GraphModule, mode: str) -> fx.GraphModule:
+def with_decisions(gm: fx.GraphModule, mode: str, kept_open: int = 0) -> fx.GraphModule:
     """`gm` with its gates deciding as `mode` says; the graph is its own, modules and parameters are shared.
+
+    Args:
+        kept_open: The first so many gates do not decide but stay open.
 
     Raises:
         EecompileError: Unknown mode.
     """
     if mode not in MODES:
         raise EecompileError("unknown way to train gates", got=repr(mode), wanted=near(mode, MODES))
-    if mode == "hard":
+    if mode == "hard" and not kept_open:
         return gm
     new = facts.copy(gm)
-    decide: Callable[..., Tensor] = {"soft": soft, "sample": sample, "gumbel": gumbel}[mode]
+    decide: Callable[..., Tensor] = DECISIONS[mode]
     for n in new.graph.nodes:
         if n.target is torch.ops.eecompile.gate.default:
-            n.target = decide
+            n.target = always if n.args[2] < kept_open else decide
         elif mode == "soft" and n.target is torch.ops.eecompile.skip.default:
             n.target = blend
     new.recompile()
@@ -64,6 +70,21 @@ def gumbel(score: Tensor, thresholds: Tensor, index: int, opened: Tensor | None 
     noisy = torch.sigmoid(torch.logit(p) + torch.logit(u))
     hard = (noisy >= 0.5).float()
     return _bounded(hard + noisy - noisy.detach(), thresholds[index], opened, least)
+
+
+def always(score: Tensor, thresholds: Tensor, index: int, opened: Tensor | None = None, least: int = 0) -> Tensor:
+    """1 for every row."""
+    return torch.ones_like(score, dtype=torch.float32)
+
+
+DECISIONS: dict[str, Callable[..., Tensor]] = {
+    "hard": torch.ops.eecompile.gate.default,
+    "soft": soft,
+    "sample": sample,
+    "gumbel": gumbel,
+    "open": always,
+}
+MODES = tuple(DECISIONS)
 
 
 def _bounded(decision: Tensor, threshold: Tensor, opened: Tensor | None, least: int) -> Tensor:

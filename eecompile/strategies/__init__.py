@@ -14,10 +14,14 @@ from eecompile.strategies.anytime import Anytime
 from eecompile.strategies.base import ExitRecipe, ExitStrategy, GateRecipe, HaltRecipe, Recipe, Strategy, TrainingStage
 from eecompile.strategies.branchy import Branchy
 from eecompile.strategies.cascade import Cascade
+from eecompile.strategies.depth_adaptive import DepthAdaptive
 from eecompile.strategies.mebert import MeBert
+from eecompile.strategies.self_adaptive import SelfAdaptive
 from eecompile.strategies.skipnet import SkipNet
 
-STRATEGIES: dict[str, type[Strategy]] = {s.name: s for s in (Act, Ann, Anytime, Branchy, Cascade, MeBert, SkipNet)}
+STRATEGIES: dict[str, type[Strategy]] = {
+    s.name: s for s in (Act, Ann, Anytime, Branchy, Cascade, DepthAdaptive, MeBert, SelfAdaptive, SkipNet)
+}
 
 
 def strategy(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
@@ -52,12 +56,14 @@ __all__ = [
     "Anytime",
     "Branchy",
     "Cascade",
+    "DepthAdaptive",
     "ExitRecipe",
     "ExitStrategy",
     "GateRecipe",
     "HaltRecipe",
     "MeBert",
     "Recipe",
+    "SelfAdaptive",
     "SkipNet",
     "Strategy",
     "TrainingStage",

@@ -26,7 +26,8 @@ class ExitRecipe:
 
     Attributes:
         where: A number spaced by cost, "every-block", "everywhere" that pays, names of blocks, modules or nodes with
-            wildcards, fractions of the model's cost, or "predictions" (those of the earlier models in the graph).
+            wildcards, fractions of the model's cost, "predictions" (those of the earlier models in the graph), or
+            "gates": before every gate, what the model would say if it skipped that gate's region and all later ones.
         head: A head's name, "auto", "shared" (the model's own final layers), "identity" (the value there is class
             scores already), a module, or a factory over a `Site`.
         criterion: How sure an exit is.
@@ -57,6 +58,7 @@ class GateRecipe:
         open_bias: Logit of the score that untrained units start near.
         always_on: Names with wildcards of regions that stay without a gate.
         min_open: At least this many gates let a row in.
+        ungated: The first so many regions stay without a gate, so that every row runs them.
         monotone: A gate that is shut for a row shuts all later ones.
         mask: Name of the input that marks padding, None to find it.
         max_unit_share: A gate whose score costs more than this fraction of its region is refused.
@@ -68,6 +70,7 @@ class GateRecipe:
     open_bias: float = 2.0
     always_on: tuple[str, ...] = ()
     min_open: int = 0
+    ungated: int = 0
     monotone: bool = False
     mask: str | None = None
     max_unit_share: float = 0.5
@@ -115,14 +118,16 @@ class TrainingStage:
     Attributes:
         name: As reports show it.
         share: Share of the epochs of `fit`, relative to the other stages.
-        gate_mode: How gates decide meanwhile: "soft", "hard", "sample" or "gumbel".
+        gate_mode: How gates decide meanwhile: "soft", "hard", "sample", "gumbel" or "open".
         objective: Added to the task's objective, as JSON data; None for the task alone.
+        kept_open: Share of the gates, the first ones, that stay open meanwhile: a curriculum from the last gate on.
     """
 
     name: str
     share: float
     gate_mode: str = "hard"
     objective: Mapping[str, Any] | None = None
+    kept_open: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ class StagePlan:
     Attributes:
         objective: None for the objective of the plan.
         gate_mode: How gates decide meanwhile; None leaves that as it is.
+        kept_open: Share of the gates, the first ones, that stay open meanwhile.
     """
 
     name: str
@@ -30,6 +31,7 @@ class StagePlan:
     heads: bool
     objective: Objective | None = None
     gate_mode: str | None = None
+    kept_open: float = 0.0
 
 
 @dataclass(frozen=True)

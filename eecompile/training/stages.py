@@ -50,7 +50,7 @@ def stages_of(
                 )
         counts = shared(epochs, [stage.share for stage in asked])
         return tuple(
-            StagePlan(stage.name, n, trunk, True, _with(task, stage), stage.gate_mode)
+            StagePlan(stage.name, n, trunk, True, _with(task, stage), stage.gate_mode, stage.kept_open)
             for stage, n in zip(asked, counts, strict=True)
             if n
         )
@@ -86,14 +86,14 @@ def shared(epochs: int, shares: Sequence[float]) -> list[int]:
 
 
 @contextlib.contextmanager
-def gates_deciding(fast: Any, mode: str) -> Iterator[None]:
-    """`fast.gate_mode` is `mode` inside, and as before afterwards."""
-    before = fast.gate_mode
-    fast.gate_mode = mode
+def gates_deciding(fast: Any, mode: str, kept_open: float = 0.0) -> Iterator[None]:
+    """`fast.gate_mode` is `mode` inside, the first `kept_open` of the gates are open; as before afterwards."""
+    before = fast.gate_mode, fast.gates_kept_open
+    fast.gate_mode, fast.gates_kept_open = mode, round(kept_open * len(fast.gates))
     try:
         yield
     finally:
-        fast.gate_mode = before
+        fast.gate_mode, fast.gates_kept_open = before
 
 
 def gate_names(fast: Any) -> list[str]:

@@ -12,6 +12,7 @@ itself) and labels, and gives one differentiable scalar. Outputs are `[B, C]` or
 | adaloss | cross entropy or distillation, weights inverse to each one's running mean (Hu et al. 2019) |
 | exit_score | BCE of the learned exit score against "this exit is right" (BERxiT, Xin et al. 2021) |
 | ponder | mean ponder cost of adaptive computation time (Graves 2016) |
+| depth_targets | cross entropy at every depth, and of the choice of depth against targets (Elbayad et al. 2020) |
 | gate_cost | price x mean cost of gated rows, the price steered towards a target cost |
 | reinforce | policy gradient of sampled gates: task reward - price x cost, baseline, entropy (SkipNet 2018) |
 | sum | any of them added, with weights; also written "a+b" |
@@ -29,6 +30,7 @@ from eecompile.training.objectives.base import (
     outputs_of,
     weighted,
 )
+from eecompile.training.objectives.depth import DepthTargets
 from eecompile.training.objectives.exits import Distillation, Exits, ExitScore, WeightedCrossEntropy
 from eecompile.training.objectives.gates import GateCost, Priced, Reinforce
 from eecompile.training.objectives.general import Loss, PerExitLoss, Sum
@@ -36,11 +38,24 @@ from eecompile.training.objectives.ponder import Ponder
 from eecompile.training.objectives.price import Price, Steering
 from eecompile.training.objectives.registry import OBJECTIVES, objective, register
 
-register(AdaLoss, Exits, WeightedCrossEntropy, Distillation, ExitScore, GateCost, Reinforce, PerExitLoss, Ponder, Sum)
+register(
+    AdaLoss,
+    Exits,
+    WeightedCrossEntropy,
+    Distillation,
+    ExitScore,
+    GateCost,
+    Reinforce,
+    DepthTargets,
+    PerExitLoss,
+    Ponder,
+    Sum,
+)
 
 __all__ = [
     "OBJECTIVES",
     "AdaLoss",
+    "DepthTargets",
     "Distillation",
     "ExitScore",
     "Exits",

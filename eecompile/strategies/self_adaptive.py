@@ -1,0 +1,110 @@
+"""Self-adaptive inference: one look at an early state says which parts of the model run for a row.
+
+Skipped are attention halves, MLP halves or whole blocks, as BlockDrop (Wu et al. 2018) drops blocks and AdaViT (Meng et
+al. 2022) parts of a vision Transformer; exits end the run of rows that are sure before the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, ClassVar
+
+from eecompile.criteria import Criterion
+from eecompile.errors import StrategyError, near
+from eecompile.strategies.base import ExitStrategy, GateRecipe, Recipe, TrainingStage, Where
+
+ESTIMATORS = {"gumbel": "gumbel", "straight_through": "hard", "reinforce": "sample"}
+
+
+@dataclass(frozen=True)
+class SelfAdaptive(ExitStrategy):
+    """A policy over sub-modules, with exits.
+
+    Training lets the last parts be dropped first and then ever more of them, as BlockDrop does: while the policy knows
+    nothing, dropping early parts would spoil what all later ones read.
+
+    Args:
+        parts: What may be left out: "halves" (attention and MLP parts where a block has them, else the block),
+            "every-block", "attention", "mlp", or names of blocks or parts with wildcards.
+        exits: As in every strategy with exits; None for none.
+        gate_threshold: Score from which a part runs; one, or one per part. `calibrate` replaces it.
+        open_bias: Logit of the score that an untrained policy starts near: above 0 everything runs.
+        always_on: Names with wildcards of blocks or parts that always run.
+        min_open: At least this many parts run.
+        target_cost: Fraction of the model's cost, with all exits closed, that training steers the mean towards.
+        estimator: Gradient of the policy: "gumbel", "straight_through" or "reinforce".
+        curriculum: In how many steps the parts become free to be dropped, the last ones first; 1 for all at once.
+        reward: Of "reinforce": "log_likelihood" or "correctness".
+        entropy: Bonus on the entropy of sampled decisions.
+        head, criterion, threshold, mask, max_head_share, weights, distillation, combine: Of the exits; see `ExitStrategy`.
+        trunk: Train the trunk too unless `fit(trunk=...)` says otherwise.
+    """
+
+    name: ClassVar[str] = "self_adaptive"
+    summary: ClassVar[str] = "a policy over attention halves, MLP halves and blocks, with exits"
+    paper: ClassVar[str] = "BlockDrop, Wu et al. 2018, arXiv:1711.08393; AdaViT, Meng et al. 2022, arXiv:2111.15668"
+
+    exits: Where | None = 2  # type: ignore[assignment]
+    criterion: str | Criterion = "entropy"
+    trunk: bool = True
+    parts: str | Sequence[str] = "halves"
+    gate_threshold: float | Sequence[float] = 0.5
+    open_bias: float = 2.0
+    always_on: Sequence[str] = ()
+    min_open: int = 0
+    target_cost: float = 0.6
+    estimator: str = "gumbel"
+    curriculum: int = 3
+    reward: str = "log_likelihood"
+    entropy: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("parts", "gate_threshold", "always_on"):
+            v = getattr(self, name)
+            if isinstance(v, Sequence) and not isinstance(v, str):
+                object.__setattr__(self, name, tuple(v))
+        if isinstance(self.always_on, str):
+            object.__setattr__(self, "always_on", (self.always_on,))
+        for t in self.gate_threshold if isinstance(self.gate_threshold, tuple) else (self.gate_threshold,):
+            if not (isinstance(t, int | float) and t >= 0):
+                raise StrategyError("a gate's threshold is 0 or more", got=self.gate_threshold, wanted="above 1 is shut")
+        if not 0 < self.target_cost <= 1:
+            raise StrategyError("target_cost= is a fraction of the model's cost", got=self.target_cost, wanted="0 to 1")
+        if self.estimator not in ESTIMATORS:
+            raise StrategyError("unknown estimator", got=repr(self.estimator), wanted=near(str(self.estimator), ESTIMATORS))
+        for name, least in (("curriculum", 1), ("min_open", 0)):
+            v = getattr(self, name)
+            if isinstance(v, bool) or not isinstance(v, int) or v < least:
+                raise StrategyError(f"{name}= is a whole number", got=v, wanted=f"{least} or more")
+
+    def recipe(self) -> Recipe:
+        threshold = self.gate_threshold
+        gates = GateRecipe(
+            self.parts,
+            "policy",
+            tuple(threshold) if isinstance(threshold, Sequence) else float(threshold),
+            self.open_bias,
+            tuple(self.always_on),
+            self.min_open,
+            mask=self.mask,
+        )
+        return Recipe(None if self.exits is None else super().recipe().exits, gates)
+
+    @property
+    def stages(self) -> tuple[TrainingStage, ...]:
+        mode, steps = ESTIMATORS[self.estimator], self.curriculum
+        found = []
+        for k in range(1, steps + 1):
+            free = Fraction(k, steps)
+            # With fewer parts to drop there is less to save: the target comes down with them.
+            target = 1 - (1 - self.target_cost) * float(free)
+            price: dict[str, Any] = {"name": "gate_cost", "target": target}
+            if mode == "sample":
+                price = {"name": "reinforce", "target": target, "reward": self.reward, "entropy": self.entropy}
+            name = "all parts" if k == steps else f"the last {free} of the parts"
+            share = 1.0 if k == steps else 1.0 / (steps - 1)
+            found.append(TrainingStage(name, share, mode, price, kept_open=float(1 - free)))
+        return tuple(found)

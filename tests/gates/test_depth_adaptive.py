@@ -1,0 +1,183 @@
+"""Depth-adaptive networks on real models: every row runs its own depth, and the depth is learnt."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor
+
+from eecompile import StrategyError, eecompile, load
+from eecompile.strategies import DepthAdaptive
+from tests.gates.adaptive import Loader, rows, tower
+from tests.support import CLOSED, again, both, close, equal_bits, separating, watch
+from tests.zoo import ZOO
+
+RECIPES = {
+    "up front": DepthAdaptive(min_depth=0),
+    "behind one block": DepthAdaptive(targets="correctness"),
+    "halting": DepthAdaptive("halting", min_depth=0, unit="linear", open_bias=0.0),
+    "gates": DepthAdaptive("gates", unit="linear", open_bias=0.0),
+}
+
+
+@pytest.fixture(scope="module", params=["bert", "vit"])
+def model(request):
+    entry = ZOO[request.param]
+    args, kwargs = entry.inputs(4)
+    return entry, eecompile(entry.model(), example_inputs=args, example_kwargs=kwargs, **dict(entry.options))
+
+
+def scores(fast, args, kwargs) -> Tensor:
+    """[B, G], every gate open."""
+    before = fast.gate_thresholds.tolist()
+    fast.set_gate_thresholds(0.0)
+    found = fast.observe(*args, **kwargs).gate_scores
+    fast.set_gate_thresholds(before)
+    return found
+
+
+def activations(fast, args, kwargs) -> list[int]:
+    """Rows of every activation that runs: one a block. It may overwrite its operand."""
+    shapes = watch(lambda: fast(*args, **kwargs)).shapes
+    return [shape[0] for name in ("gelu", "gelu_") for shape in shapes.get(name, ())]
+
+
+@pytest.mark.parametrize("recipe", ["up front", "behind one block", "halting"])
+def test_the_prediction_at_a_depth_is_what_a_row_of_that_depth_gets(model, recipe):
+    entry, base = model
+    fast = again(base, RECIPES[recipe])
+    args, kwargs = entry.inputs(3, seed=2)
+    count = len(fast.gates)
+    assert len(fast.exits) == count
+    assert [e.threshold for e in fast.exits] == [CLOSED] * count
+    fast.train_trunk, fast.gate_mode = False, "open"
+    fast.set_gate_thresholds(CLOSED)  # not even this shuts them while training
+    fast.train()
+    with torch.no_grad():
+        every = fast.run(*args, **kwargs)
+    fast.eval()
+    assert every.steps.tolist() == [count] * 3
+    for depth in range(count + 1):
+        fast.set_gate_thresholds([0.0] * depth + [CLOSED] * (count - depth))
+        result = fast.run(*args, **kwargs)
+        close(fast.prediction_of(result.output), every.outputs[depth])
+        assert result.steps.dtype == torch.int64
+        assert result.steps.tolist() == [depth] * 3
+    assert sorted(every.gate_scores[0].tolist(), reverse=True) == every.gate_scores[0].tolist() or recipe == "halting"
+
+
+@pytest.mark.parametrize("recipe", sorted(RECIPES))
+def test_compact_agrees_with_the_reference(model, recipe):
+    entry, base = model
+    fast = again(base, RECIPES[recipe])
+    rng = random.Random(3)
+    depths: set[int] = set()
+    for batch in (1, 4, 7):
+        args, kwargs = entry.inputs(batch, seed=5)
+        found = scores(fast, args, kwargs)
+        for _ in range(2):
+            fast.set_gate_thresholds([rng.choice([0.0, *[separating(s, rng)] * 3]) for s in found.T])
+            compact, reference = both(fast, *args, **kwargs)
+            assert torch.equal(compact.gates, reference.gates)
+            assert torch.equal(compact.steps, reference.steps)
+            assert torch.equal(compact.steps, compact.gates.sum(1))
+            torch.testing.assert_close(compact.cost, reference.cost, atol=1e-6, rtol=0)
+            close(compact.output, reference.output)
+            if recipe != "gates":  # no block behind a shut one
+                assert bool((compact.gates.int().diff(dim=1) <= 0).all())
+            depths |= set(compact.steps.tolist())
+    assert len(depths) > 1
+
+
+def test_each_row_runs_its_first_blocks_only():
+    entry = ZOO["bert"]
+    args, kwargs = entry.inputs(6, seed=3)
+    fast = eecompile(entry.model(), DepthAdaptive(), example_inputs=args, example_kwargs=kwargs)
+    found = scores(fast, args, kwargs).sort(0).values  # behind one block three gates
+    fast.set_gate_thresholds([float(found[cut - 1, i] + found[cut, i]) / 2 for i, cut in enumerate((1, 3, 5))])
+    ran = activations(fast, args, kwargs)
+    result = fast.run(*args, **kwargs)
+    wanted = [int((result.steps > i).sum()) for i in range(3)]
+    assert ran == [6, *(n for n in wanted if n)]
+    assert wanted[0] == 5
+    per_block = float(fast.gates[0].saves)
+    torch.testing.assert_close(result.cost, result.cost.max() - (result.steps.max() - result.steps) * per_block)
+    fast.set_gate_thresholds(CLOSED)
+    assert activations(fast, args, kwargs) == [6]
+
+
+@pytest.mark.parametrize("mode", ["up_front", "halting"])
+def test_hard_rows_learn_to_run_deeper(mode):
+    x, y, hard = rows(512, seed=1)
+    fast = eecompile(tower(), DepthAdaptive(mode, min_depth=0, price=0.6), example_inputs=(x[:4],))
+    report = fast.fit(Loader(), epochs=8, lr=1e-2, trunk_lr=1e-2, progress=False)
+    assert [row.stage for row in report.rows] == ["every depth"] * 8
+    assert fast.gate_mode == "hard"
+    result = fast.run(x)
+    right = result.output.argmax(1) == y
+    easy_steps, hard_steps = (result.steps[rows].float().mean() for rows in (~hard, hard))
+    assert float(right[~hard].float().mean()) > 0.95
+    assert float(right[hard].float().mean()) > 0.9
+    assert float(easy_steps) < 0.2
+    assert float(hard_steps) > 0.9
+
+
+def test_a_model_with_other_work_between_its_blocks_is_steered_by_cost():
+    entry = ZOO["hf_resnet"]
+    args, kwargs = entry.inputs(4)
+    compiled = eecompile(entry.model(), example_inputs=args, example_kwargs=kwargs)
+    with pytest.raises(StrategyError, match="is not what the model says") as caught:
+        again(compiled, DepthAdaptive())
+    assert 'targets="cost"' in str(caught.value)
+    fast = again(compiled, DepthAdaptive(targets="cost", min_depth=0, target_cost=0.7))
+    assert not fast.exits
+    assert [stage.gate_mode for stage in fast.strategy.stages] == ["hard"]
+    fast.set_gate_thresholds([0.0, 0.0, CLOSED, 0.0, 0.0, 0.0])
+    assert fast.run(*args, **kwargs).steps.tolist() == [2] * 4  # one that is shut shuts all later ones
+
+
+def test_a_saved_program_keeps_depths_and_trains_on(tmp_path):
+    entry = ZOO["bert"]
+    args, kwargs = entry.inputs(5, seed=4)
+    fast = eecompile(entry.model(), DepthAdaptive(), example_inputs=args, example_kwargs=kwargs)
+    middle = scores(fast, args, kwargs).median(0).values
+    fast.set_gate_thresholds([float(m) - 1e-6 for m in middle])
+    want = fast.run(*args, **kwargs)
+    fast.save(tmp_path / "program")
+    back = load(tmp_path / "program")
+    got = back.run(*args, **kwargs)
+    equal_bits(got.output, want.output)
+    assert torch.equal(got.steps, want.steps)
+    assert back.strategy == fast.strategy
+    back.train_trunk, back.gate_mode = False, "open"
+    back.train()
+    back.loss(back.run(*args, **kwargs), torch.tensor([0, 1, 0, 1, 0])).backward()
+    assert all(p.grad is not None for p in back.gate_units.parameters())
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"mode": "upfront"}, "unknown mode of depth_adaptive"),
+        ({"targets": "loss"}, "unknown targets"),
+        ({"mode": "gates", "targets": "oracle"}, "no depth to aim at"),
+        ({"min_depth": -1}, "min_depth= counts blocks"),
+        ({"price": -1.0}, "price= is a loss"),
+        ({"target_depth": 0.5, "targets": "correctness"}, "for targets with a price"),
+        ({"target_cost": 0.0}, "fraction of the model's cost"),
+    ],
+)
+def test_options_are_checked(options, says):
+    with pytest.raises(StrategyError, match=says):
+        DepthAdaptive(**options)
+
+
+def test_models_without_a_block_to_skip_are_refused():
+    entry = ZOO["lstmcell"]
+    args, kwargs = entry.inputs(4)
+    with pytest.raises(StrategyError, match="no region for a gate"):
+        eecompile(entry.model(), DepthAdaptive(), example_inputs=args, example_kwargs=kwargs)
+    with pytest.raises(StrategyError, match="one of the first 3, which every row runs"):
+        eecompile(tower(), DepthAdaptive(min_depth=3), example_inputs=(rows(4)[0],))

@@ -1,0 +1,133 @@
+"""Self-adaptive inference: one policy over halves and blocks, with exits, trained from the last part on."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from eecompile import StrategyError, eecompile, load
+from eecompile.strategies import SelfAdaptive
+from tests.gates.adaptive import Loader, rows, tower
+from tests.support import CLOSED, both, close, equal_bits, random_thresholds, separating, watch
+from tests.zoo import ZOO
+
+
+@pytest.fixture(scope="module", params=["vit", "hf_resnet"])
+def model(request):
+    entry = ZOO[request.param]
+    args, kwargs = entry.inputs(4)
+    fast = eecompile(
+        entry.model(), SelfAdaptive(open_bias=0.0), example_inputs=args, example_kwargs=kwargs, **dict(entry.options)
+    )
+    return request.param, entry, fast
+
+
+def scores(fast, args, kwargs):
+    fast.set_gate_thresholds(0.0)
+    return fast.observe(*args, **kwargs).gate_scores
+
+
+def test_one_policy_scores_every_part(model):
+    name, entry, fast = model
+    kinds = {g.kind for g in fast.gates}
+    assert kinds == ({"attention", "mlp"} if name == "vit" else {"block"})
+    assert len(list(fast.gate_units.children())) == 1
+    assert len(fast.exits) == 2
+    fast.set_thresholds(CLOSED)
+    fast.set_gate_thresholds(1e-9)
+    args, kwargs = entry.inputs(3)
+    seen = watch(lambda: fast(*args, **kwargs)).ops
+    fast.set_gate_thresholds(0.0)
+    free = watch(lambda: fast(*args, **kwargs)).ops
+    assert seen["sigmoid"] - free["sigmoid"] == 1
+    assert (fast.run(*args, **kwargs).steps is None) == (name == "vit")
+
+
+def test_compact_agrees_with_the_reference(model):
+    _, entry, fast = model
+    rng = random.Random(2)
+    shares: set[float] = set()
+    left: set[int] = set()
+    for batch in (1, 4, 7):
+        args, kwargs = entry.inputs(batch, seed=5)
+        fast.set_thresholds(CLOSED)
+        found = scores(fast, args, kwargs)
+        fast.set_gate_thresholds([rng.choice([0.0, CLOSED, *[separating(s, rng)] * 4]) for s in found.T])
+        fast.set_thresholds(random_thresholds(fast.observe(*args, **kwargs).confidences[:-1], rng))
+        compact, reference = both(fast, *args, **kwargs)
+        assert torch.equal(compact.exit_index, reference.exit_index)
+        assert torch.equal(compact.gates, reference.gates)
+        torch.testing.assert_close(compact.cost, reference.cost, atol=1e-6, rtol=0)
+        close(compact.output, reference.output)
+        shares |= set(compact.gates.float().mean(0).tolist())
+        left |= set(compact.exit_index.tolist())
+    assert any(0 < share < 1 for share in shares)
+    assert len(left) > 1
+
+
+def test_a_curriculum_frees_the_last_parts_first(model):
+    _, entry, fast = model
+    args, kwargs = entry.inputs(4)
+    fast.set_gate_thresholds(0.5)
+    fast.train_trunk, fast.gate_mode, fast.gates_kept_open = False, "sample", len(fast.gates) - 2
+    fast.train()
+    torch.manual_seed(0)
+    drawn = torch.cat([fast.run(*args, **kwargs).gates for _ in range(6)])
+    result = fast.run(*args, **kwargs)
+    fast.eval()
+    fast.gates_kept_open, fast.gate_mode = 0, "hard"
+    assert bool((drawn[:, :-2] == 1).all())
+    assert 0 < float(drawn[:, -2:].mean()) < 1
+    assert result.gates_free.tolist() == [[False] * (len(fast.gates) - 2) + [True] * 2] * 4
+
+
+def test_stages_come_down_to_the_target():
+    stages = SelfAdaptive(target_cost=0.4, curriculum=3).stages
+    assert [stage.kept_open for stage in stages] == [pytest.approx(2 / 3), pytest.approx(1 / 3), 0]
+    assert [stage.objective["target"] for stage in stages] == [pytest.approx(0.8), pytest.approx(0.6), pytest.approx(0.4)]
+    assert {stage.gate_mode for stage in stages} == {"gumbel"}
+    assert [s.objective["name"] for s in SelfAdaptive(estimator="reinforce", curriculum=1).stages] == ["reinforce"]
+
+
+@pytest.mark.parametrize("estimator", ["gumbel", "reinforce"])
+def test_the_policy_meets_its_target_and_keeps_the_task(estimator):
+    x, y, _ = rows(512, seed=1)
+    recipe = SelfAdaptive(exits=None, curriculum=2, target_cost=0.6, estimator=estimator)
+    fast = eecompile(tower(4), recipe, example_inputs=(x[:4],))
+    report = fast.fit(Loader(), epochs=8, lr=1e-2, trunk_lr=1e-2, progress=False)
+    assert [row.stage for row in report.rows] == ["the last 1/2 of the parts"] * 4 + ["all parts"] * 4
+    result = fast.run(x)
+    assert float((result.output.argmax(1) == y).float().mean()) > 0.93
+    assert abs(float(result.cost.mean()) - 0.6) < 0.15
+    assert fast.gates_kept_open == 0
+
+
+def test_a_saved_program_has_its_policy(tmp_path):
+    x, _, _ = rows(6)
+    fast = eecompile(tower(), SelfAdaptive(exits=1, head="linear", open_bias=0.0), example_inputs=(x,))
+    fast.set_gate_thresholds(scores(fast, (x,), {}).median(0).values.tolist())
+    want = fast.run(x)
+    fast.save(tmp_path / "program")
+    back = load(tmp_path / "program")
+    got = back.run(x)
+    equal_bits(got.output, want.output)
+    assert torch.equal(got.gates, want.gates)
+    assert back.strategy == fast.strategy
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"estimator": "score"}, "unknown estimator"),
+        ({"curriculum": 0}, "curriculum= is a whole number"),
+        ({"min_open": -1}, "min_open= is a whole number"),
+        ({"target_cost": 1.5}, "fraction of the model's cost"),
+        ({"gate_threshold": -0.1}, "threshold is 0 or more"),
+        ({"exits": 0}, "at least one exit"),
+    ],
+)
+def test_options_are_checked(options, says):
+    with pytest.raises(StrategyError, match=says):
+        SelfAdaptive(**options)
