@@ -159,3 +159,33 @@ def test_a_size_that_is_free_stays_open() -> None:
         flat = [torch.randint(0, 20, (rows, length))]
         same_bits(program.graph_module(*flat), s.captured.graph_module(*flat))
     assert facts.placeholders(program.graph_module)[0].name == "ids"
+
+
+class Wasteful(nn.Module):
+    """A branch that nobody reads, which an in-place operator ends; and writes that somebody does read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.unread, self.out = nn.Linear(8, 8), nn.Linear(8, 8), nn.Linear(8, 3)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        self.unread(h).relu_()
+        h[:, :4].mul_(2.0)
+        h.view(-1, 2, 4)[:, 0].add_(1.0)
+        self.calls.add_(1.0)
+        return self.out(h)
+
+
+def test_work_that_no_output_needs_goes_away_and_writes_that_are_read_stay() -> None:
+    s = source(built(Wasteful), (noise(4, 8),))
+    program = normalized(s)
+    before, after = code(s.captured.graph_module), code(program.graph_module)
+    assert "unread_weight" in before
+    assert "unread_weight" not in after
+    assert "relu_" not in after
+    for kept in ("slice", "mul_", "add_"):
+        assert after.count(kept) == before.count(kept), kept
+    assert "dead nodes" in program.history["normalize"].summary
+    check_numbers(s, program)
