@@ -35,13 +35,15 @@ from torch import Tensor
 
 from eecompile.calibration.collect import Collected, collect, combination_of, second_pass
 from eecompile.calibration.evidence import CLOSED, Evidence, pattern, remembered, sane
+from eecompile.calibration.gate_report import GateCalibrationReport
+from eecompile.calibration.gates import Turns, calibrate_gates
 from eecompile.calibration.options import (
     FIRST_START,
-    LATER_STARTS,
     LEAST_SEARCH_ROWS,
     MOST_SEARCH_ROWS,
     check_options,
     split_sizes,
+    starts,
     stays_open,
 )
 from eecompile.calibration.report import CalibratedExit, CalibrationReport, sentence
@@ -69,8 +71,8 @@ def calibrate(
     metric: Metric | None = None,
     keep_open: bool | None = None,
     seed: int = 0,
-) -> CalibrationReport:
-    """Chooses temperatures and thresholds and sets them on `fast`.
+) -> CalibrationReport | GateCalibrationReport:
+    """Chooses temperatures and thresholds and sets them on `fast`: of gates, then of exits (`gates.py` says how).
 
     Args:
         fast: The compiled module, trained. Thresholds and temperatures stay as they were if this raises.
@@ -91,18 +93,38 @@ def calibrate(
 
     Returns:
         CalibrationReport. Where no thresholds qualify (`qualified` is False), all exits are closed and
-        `guarantee` says why, and how many rows would be needed.
+        `guarantee` says why, and how many rows would be needed. With gates alone a GateCalibrationReport; with both its
+        `gates` is one, and both promises together bound the drop by `max_drop` with probability `1 - delta`.
 
     Raises:
         CalibrationError: An empty loader; labels that are missing, out of range or of a wrong shape; NaN in
             an output; options out of range; fewer than 2 rows.
     """
     check_options(fast, max_drop, delta, target, metric)
+    gates: GateCalibrationReport | None = None
+    if getattr(fast, "gates", ()):
+        both = bool(fast.exits)
+        share = 0.5 if both else 1.0
+        gates = calibrate_gates(
+            fast,
+            Turns(loader, 0) if both else loader,
+            max_drop=share * max_drop,
+            delta=None if delta is None else share * delta,
+            target=target,
+            metric=metric,
+            seed=seed,
+        )
+        if not both:
+            return gates
+        loader, delta = Turns(loader, 1), None if delta is None else delta / 2
+        max_drop = max_drop / 2 if gates.qualified else max_drop
     before = fast.thresholds.tolist(), fast.temperatures.tolist()
     try:
-        return Calibration(
+        report = Calibration(
             fast, loader, max_drop, delta, target, temperature, metric, seed, stays_open(fast, keep_open)
         ).run()
+        report.gates = gates
+        return report
     except BaseException:
         fast.set_thresholds(before[0])
         fast.set_temperatures(before[1])
@@ -254,7 +276,7 @@ class Calibration:
             known[i] = float(p_values(total, n, self.max_drop, binary=binary))
             return known[i]
 
-        rejected = fallback(p_value, len(path), self._levels(len(path)))
+        rejected = fallback(p_value, len(path), starts(len(path), self.delta or 0.0))
         chosen, chosen_p, level = torch.full((evidence.exits,), CLOSED), None, None
         best = evidence.measure(chosen)[1]
         for i, at in rejected:
@@ -265,14 +287,6 @@ class Calibration:
         return self._report(
             data, evidence, chosen, first, second, qualified, chosen_p, level, len(path), len(rejected), known
         )
-
-    def _levels(self, count: int) -> dict[int, float]:
-        delta = self.delta or 0.0
-        levels = {0: FIRST_START * delta}
-        for share in LATER_STARTS:
-            at = int(share * count)
-            levels[at] = levels.get(at, 0.0) + (1 - FIRST_START) / len(LATER_STARTS) * delta
-        return levels
 
     def _empirical(self, data: Collected, evidence: Evidence) -> CalibrationReport:
         """The cheapest vector whose drop on all rows, gains counted, is at most `max_drop`."""

@@ -16,8 +16,10 @@ LEAST_SEARCH_ROWS = 30
 
 
 def check_options(fast: Compiled, max_drop: float, delta: float | None, target: str, metric: Metric | None) -> None:
-    if not fast.exits:
-        raise CalibrationError("there are no exits to calibrate", hint="compile with a strategy that inserts exits")
+    if not fast.exits and not getattr(fast, "gates", ()):
+        raise CalibrationError(
+            "there are no exits or gates to calibrate", hint="compile with a strategy that inserts exits or gates"
+        )
     if not (0 <= max_drop < 1):
         raise CalibrationError("max_drop is out of range", got=max_drop, wanted="0 <= max_drop < 1, 0.01 for 1%")
     if delta is not None and not (0 < delta < 1):
@@ -60,3 +62,12 @@ def split_sizes(n: int, max_drop: float, delta: float | None) -> tuple[int, int]
     if least is not None and n - search < least and n - least >= LEAST_SEARCH_ROWS:
         search = n - least
     return search, n - search
+
+
+def starts(count: int, delta: float) -> dict[int, float]:
+    """Levels at which a path of so many hypotheses is entered, by index; they add up to delta."""
+    levels = {0: FIRST_START * delta}
+    for share in LATER_STARTS:
+        at = int(share * count)
+        levels[at] = levels.get(at, 0.0) + (1 - FIRST_START) / len(LATER_STARTS) * delta
+    return levels

@@ -13,6 +13,7 @@ from torch import Tensor
 from eecompile.errors import EecompileError
 from eecompile.training.batches import batches, device_of, empty_loader
 from eecompile.training.curve import degradation, first_exit, sweep
+from eecompile.training.full import full_prediction
 from eecompile.training.protocol import Compiled
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 from eecompile.training.scores import Metric, agreement, check_labels, measure, right
@@ -50,6 +51,22 @@ class ExitRow:
 
 
 @dataclass
+class GateShare:
+    """One gate.
+
+    Attributes:
+        open: Share of the rows that it lets in; rows that had left before count as not let in.
+        saved: What it leaves out of the mean row, as a fraction of the full model's FLOPs.
+    """
+
+    name: str
+    region: str
+    threshold: float
+    open: float
+    saved: float
+
+
+@dataclass
 class EvaluationReport(Report):
     """Accuracy (or the mean metric) and cost.
 
@@ -58,13 +75,14 @@ class EvaluationReport(Report):
         labelled: Rows that have a label; accuracies are over these.
         score: "accuracy" or "metric".
         accuracy: With early exit, as the thresholds are now; None without labels.
-        full_accuracy: Of the unmodified model.
+        full_accuracy: Of the full model, all exits closed and all gates open.
         drop: `full_accuracy - accuracy`.
         agreement: Share of rows on which the early and the full prediction are the same; None for a metric.
         mean_cost: Mean fraction of the full model's FLOPs spent on a row.
         rows: Every exit and, last, the model's own end.
         curve: Points (threshold, accuracy, cost, share leaving early), where they were asked for.
         degradation: Points (budget, accuracy, cost, share stopped), where they were asked for.
+        gates: Every gate, where there are some. Costs of exits count them as open; `mean_cost` counts what was run.
     """
 
     title: ClassVar[str] = "Evaluation"
@@ -80,6 +98,7 @@ class EvaluationReport(Report):
     rows: list[ExitRow]
     curve: list[dict[str, Any]] | None = field(default=None)
     degradation: list[dict[str, Any]] | None = field(default=None)
+    gates: list[GateShare] = field(default_factory=list)
 
     @property
     def unearned(self) -> list[ExitRow]:
@@ -89,8 +108,9 @@ class EvaluationReport(Report):
     def to_dict(self) -> dict[str, Any]:
         return {
             "title": self.title,
-            **{key: json_safe(value) for key, value in vars(self).items() if key != "rows"},
+            **{key: json_safe(value) for key, value in vars(self).items() if key not in ("rows", "gates")},
             "rows": [json_safe(vars(row)) for row in self.rows],
+            "gates": [json_safe(vars(gate)) for gate in self.gates],
         }
 
     def __rich__(self) -> RenderableType:
@@ -127,6 +147,9 @@ class EvaluationReport(Report):
             f"{self.score} {shown(row.accuracy_without)}"
             for row in self.unearned
         ]
+        if self.gates:
+            shares = [[g.name, g.region, number(g.threshold), percent(g.open, 1), percent(g.saved, 1)] for g in self.gates]
+            parts.insert(1, table("Gates", ["gate", "region", "threshold", "rows let in", "saved"], shares))
         if self.curve is not None:
             points = [
                 [number(p["threshold"]), shown(p["accuracy"]), percent(p["cost"], 1), percent(p["early"], 1)]
@@ -171,13 +194,19 @@ def evaluate(
         EecompileError: An empty loader; labels of a wrong dtype, shape or range; some batches with labels and
             others without; a metric that does not give one finite number per row.
     """
+    if curve is not False and getattr(fast, "gates", ()):
+        raise EecompileError(
+            "there is no trade-off curve over exits where gates skip blocks",
+            got="curve=, with gates",
+            hint="calibrate gives the settings of the gates with their costs, `report.curve`",
+        )
     device = device_of(fast)
     seen = Seen(metric)
     for batch in batches(loader, device):
         result = fast.observe(*batch.args, **batch.kwargs)
         if not result.outputs or not result.confidences:
             raise EecompileError("fast.observe gave no outputs of the exits", where=batch.where)
-        seen.add(result, batch.labels, batch.where)
+        seen.add(result, batch.labels, batch.where, full_prediction(fast, batch, result))
     if not seen.index:
         raise empty_loader()
     return seen.report(fast, curve, budgets)
@@ -194,9 +223,11 @@ class Seen:
         self.scores: list[Tensor] = []
         self.same: list[Tensor] = []
         self.valid: list[Tensor] = []
+        self.full: list[Tensor] = []
+        self.gates: list[Tensor] = []
         self.has_labels: bool | None = None
 
-    def add(self, result: Any, labels: Any, where: str) -> None:
+    def add(self, result: Any, labels: Any, where: str, full: Tensor) -> None:
         outputs: tuple[Tensor, ...] = result.outputs
         n = outputs[-1].shape[0]
         has = labels is not None
@@ -212,16 +243,20 @@ class Seen:
         if self.metric is not None:
             scores = [measure(self.metric, output, labels, n, where).cpu() for output in outputs]
             self.scores.append(torch.stack(scores, 1))
+            self.full.append(measure(self.metric, full, labels, n, where).cpu())
         else:
             if has:
                 checked = check_labels(outputs[-1], labels, where)
                 pairs = [right(output, checked) for output in outputs]
                 self.scores.append(torch.stack([score for score, _ in pairs], 1).cpu())
                 valid = pairs[-1][1].cpu()
+                self.full.append(right(full, checked)[0].cpu())
             else:
                 classes(outputs[-1], where)
                 checked = None
-            self.same.append(torch.stack([agreement(o, outputs[-1], checked) for o in outputs], 1).cpu())
+            self.same.append(torch.stack([agreement(o, full, checked) for o in outputs], 1).cpu())
+        if result.gates is not None:
+            self.gates.append(result.gates.double().cpu())
         self.valid.append(valid)
         self.index.append(result.exit_index.cpu())
         self.cost.append(result.cost.double().cpu())
@@ -267,7 +302,7 @@ class Seen:
                 )
             )
         early = pick(scores, index, valid)
-        full = mean(scores, ends - 1, valid)
+        full = mean(torch.cat(self.full).unsqueeze(1), 0, valid) if self.full else None
         points = None
         if curve is not False:
             points = sweep(fast, confidences, scores, valid, curve)
@@ -283,7 +318,20 @@ class Seen:
             rows=rows,
             curve=points,
             degradation=None if budgets is False else degradation(fast, index, scores, valid, budgets),
+            gates=self._gates(fast),
         )
+
+    def _gates(self, fast: Any) -> list[GateShare]:
+        if not self.gates:
+            return []
+        shares = torch.cat(self.gates).mean(0).tolist()
+        reached = torch.cat(self.index)
+        stages = [gate.stage for gate in fast.program.gates]
+        there = [float((reached >= stage).double().mean()) for stage in stages]
+        return [
+            GateShare(g.name, g.region, g.threshold, share, (at - share) * g.saves)
+            for g, share, at in zip(fast.gates, shares, there, strict=True)
+        ]
 
 
 def classes(prediction: Tensor, where: str) -> None:

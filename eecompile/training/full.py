@@ -1,0 +1,27 @@
+"""What early answers are compared with: the full model, every exit closed and nothing left out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from eecompile.program import Result
+from eecompile.training.batches import Batch
+
+
+def skips(fast: Any) -> bool:
+    """Whether rows may leave something out on the way to the model's own end: gates, or chains that halt."""
+    return bool(getattr(fast, "gates", ())) or bool(getattr(getattr(fast, "program", None), "halts", ()))
+
+
+def full_prediction(fast: Any, batch: Batch, result: Result) -> Tensor:
+    """The full model's prediction for a batch that `fast.observe` gave `result` for.
+
+    Without gates and halting that is the last of its outputs; with them the full model runs once more.
+    """
+    assert result.outputs is not None
+    if not skips(fast):
+        return result.outputs[-1]
+    found: Tensor = fast.prediction_of(fast.full(*batch.args, **batch.kwargs))
+    return found

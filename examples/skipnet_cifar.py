@@ -1,0 +1,53 @@
+"""SkipNet (Wang et al. 2018): ResNet-20 on CIFAR-10, a gate on every residual block whose shape stays the same.
+
+Seven of nine blocks may be skipped; the two that halve the map are always run. Gates and trunk are trained together:
+with soft gates, with hard ones, then by REINFORCE, while the price of a FLOP is steered towards the target cost. An epoch
+is a fresh draw of rows from the training part, so that training takes minutes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, RandomSampler
+
+from eecompile import eecompile
+from eecompile.strategies import SkipNet
+from examples import datasets
+from examples._common import Options, Record, fitted, main, resnet_trunk, rows_in
+
+ROWS, ROWS_QUICK = 5120, 96  # of an epoch
+
+
+def drawn(loader: DataLoader[Any], rows: int, seed: int) -> DataLoader[Any]:
+    """The same data, `rows` of them drawn anew for every pass."""
+    generator = torch.Generator().manual_seed(seed)
+    sampler = RandomSampler(loader.dataset, num_samples=rows, generator=generator)  # type: ignore[arg-type]
+    return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=sampler, collate_fn=loader.collate_fn)
+
+
+def example(options: Options, record: Record) -> None:
+    """From training to timing."""
+    quick = options.quick
+    trunk = resnet_trunk(quick=quick, seed=options.seed)
+    every = datasets.loader(
+        "cifar10:train", batch_size=32 if quick else 64, standin=quick, seed=options.seed, augmented=not quick
+    )
+    train = drawn(every, ROWS_QUICK if quick else ROWS, options.seed)
+    held_out = {part: datasets.loader(f"cifar10:{part}", standin=quick) for part in ("val", "test")}
+    x: Tensor = next(iter(held_out["val"]))[0][:8]
+    strategy = SkipNet(target_cost=0.6, shares=(1, 3, 2), estimator="gumbel", open_bias=1.0)
+    fast = eecompile(trunk.model, strategy, example_inputs=(x,))
+    fit = fitted(
+        fast, train, "skipnet-resnet", options, trunk, epochs=6, lr=1e-2, trunk_lr=1e-3, scheduler="cosine", bf16=not quick
+    )
+    sizes = {"train": rows_in(train)} | {part: rows_in(loader) for part, loader in held_out.items()}
+    model = f"{type(trunk.model).__name__}, {sum(p.numel() for p in trunk.model.parameters()):,} parameters"
+    record.note(data="CIFAR-10", rows_of_data=sizes, model=model, trunk=trunk.to_dict(), fit=fit)
+    record.done("train")
+
+
+if __name__ == "__main__":
+    main("skipnet_cifar", __doc__, example)

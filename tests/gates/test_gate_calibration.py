@@ -1,0 +1,143 @@
+"""Thresholds of gates: the promise by simulation where the truth is known, and what evaluation compares with."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from eecompile import eecompile, strategies
+from eecompile.calibration.calibrate import calibrate
+from eecompile.cli.digits_net import DigitsNet
+from eecompile.errors import CalibrationError, EecompileError
+from eecompile.program import Result
+from eecompile.training.evaluate import evaluate
+
+
+class OneGate(nn.Module):
+    """A row is [u, v]: u the gate's score, v uniform. Open it answers 1; shut it answers wrongly where v < 0.4 u.
+
+    So at threshold t the accuracy drops by 0.2 t^2, and the mean cost is 1 - t / 2.
+    """
+
+    exits = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("thresholds", torch.empty(0))
+        self.register_buffer("temperatures", torch.ones(1))
+        self.register_buffer("gate_thresholds", torch.tensor([0.5]))
+        self.program = SimpleNamespace(gates=(SimpleNamespace(stage=0),), halts=())
+
+    @property
+    def gates(self):
+        return (SimpleNamespace(name="gate_0", region="block", threshold=float(self.gate_thresholds[0]), saves=0.5),)
+
+    def set_thresholds(self, thresholds):
+        assert len(thresholds) == 0
+
+    def set_gate_thresholds(self, thresholds):
+        self.gate_thresholds.copy_(torch.tensor(thresholds))
+
+    def costs(self, open_exits):
+        return torch.ones(1)
+
+    def full(self, x):
+        return nn.functional.one_hot(torch.ones(len(x), dtype=torch.long), 2).float()
+
+    def prediction_of(self, output):
+        return output
+
+    def observe(self, x):
+        opened = x[:, 0] >= self.gate_thresholds[0]
+        wrong = ~opened & (x[:, 1] < 0.4 * x[:, 0])
+        logits = nn.functional.one_hot((~wrong).long(), 2).float()
+        cost = 1 - 0.5 * (~opened).float()
+        ends, sure = torch.zeros(len(x), dtype=torch.long), torch.ones(len(x))
+        told = opened.unsqueeze(1)
+        return Result(
+            logits, ends, sure, cost, outputs=(logits,), confidences=(sure,), gates=told, gate_scores=x[:, :1], end_cost=cost
+        )
+
+
+def rows(n, seed):
+    return torch.rand(n, 2, generator=torch.Generator().manual_seed(seed))
+
+
+def loader(x, size=150, labels=True):
+    return [(part, torch.ones(len(part), dtype=torch.long)) if labels else part for part in x.split(size)]
+
+
+@pytest.mark.parametrize(("target", "labels"), [("accuracy", True), ("agreement", False)])
+def test_the_drop_is_bounded_as_often_as_promised(target, labels):
+    trials, delta, max_drop = 120, 0.1, 0.03
+    wrong = qualified = 0
+    for seed in range(trials):
+        fast = OneGate()
+        report = calibrate(fast, loader(rows(450, seed), labels=labels), max_drop=max_drop, delta=delta, target=target)
+        t = float(fast.gate_thresholds[0])
+        assert t == report.gates[0].threshold
+        wrong += 0.2 * t * t > max_drop
+        qualified += report.qualified
+    assert wrong / trials <= delta + 3 * math.sqrt(delta * (1 - delta) / trials)
+    assert qualified / trials > 0.8  # and not by opening all gates
+
+
+def test_without_a_guarantee_it_breaks_the_bound_often():
+    wrong = 0
+    for seed in range(40):
+        fast = OneGate()
+        calibrate(fast, loader(rows(450, seed)), max_drop=0.0315, delta=None)
+        wrong += 0.2 * float(fast.gate_thresholds[0]) ** 2 > 0.0315
+    assert wrong > 8
+
+
+def test_the_report_says_what_was_found():
+    fast = OneGate()
+    report = calibrate(fast, loader(rows(3000, 1)), max_drop=0.03, delta=0.05)
+    t = float(fast.gate_thresholds[0])
+    assert 0.2 < t < 0.39  # 0.387 loses exactly 0.03
+    assert report.expected_cost == pytest.approx(1 - t / 2, abs=0.02)
+    assert report.gates[0].open == pytest.approx(1 - t, abs=0.03)
+    assert report.p_value <= report.level <= 0.05
+    assert "all gates open" in report.guarantee
+    assert report.to_dict()["gates"][0]["name"] == "gate_0"
+    assert "gate_0" in str(report)
+    few = calibrate(fast, loader(rows(60, 1)), max_drop=0.01, delta=0.05)
+    assert not few.qualified
+    assert fast.gate_thresholds.tolist() == [0.0]
+    assert "too few" in few.guarantee
+    with pytest.raises(CalibrationError):
+        calibrate(fast, [], max_drop=0.01)
+
+
+def test_evaluation_compares_with_all_gates_open():
+    fast = OneGate()
+    x = rows(2000, 3)
+    found = evaluate(fast, loader(x))
+    assert found.full_accuracy == 1.0
+    assert found.accuracy == pytest.approx(1 - 0.05, abs=0.02)
+    assert found.agreement == found.accuracy
+    assert found.gates[0].open == pytest.approx(0.5, abs=0.03)
+    assert found.gates[0].saved == pytest.approx(0.25, abs=0.02)
+    assert "rows let in" in str(found)
+    with pytest.raises(EecompileError, match="no trade-off curve"):
+        evaluate(fast, loader(x), curve=True)
+
+
+def test_on_a_real_network_with_exits_too():
+    torch.manual_seed(0)
+    model, x = DigitsNet(4).eval(), torch.rand(64, 1, 8, 8)
+    with torch.no_grad():
+        y = model(x).argmax(1)
+    fast = eecompile(model, strategies.SkipNet(open_bias=0.0), example_inputs=(x[:4],))
+    data = DataLoader(TensorDataset(x, y), batch_size=16)
+    found = fast.evaluate(data)
+    assert found.full_accuracy == 1.0
+    report = fast.calibrate(data, max_drop=0.2, delta=None)
+    assert fast.evaluate(data).drop <= 0.2
+    assert report.expected_cost == pytest.approx(fast.evaluate(data).mean_cost, abs=1e-5)
