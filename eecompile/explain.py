@@ -68,6 +68,20 @@ def explain(fast: Any) -> Explanation:
                 }
                 for i, e in enumerate(fast.exits)
             ],
+            "gates": [
+                {
+                    "name": g.name,
+                    "region": g.region,
+                    "kind": g.kind,
+                    "node": g.node,
+                    "unit": g.head_kind,
+                    "unit_cost": g.head_cost,
+                    "threshold": g.threshold,
+                    "saves": g.saves,
+                    "depth": g.depth,
+                }
+                for g in fast.gates
+            ],
             "cuts": [
                 {
                     "name": c.name,

@@ -53,6 +53,7 @@ from eecompile.calibration.stateful import agreement_confidences, all_or_none
 from eecompile.calibration.temperature import fit_temperature, negative_log_likelihood
 from eecompile.errors import CalibrationError
 from eecompile.training.batches import device_of, require_repeatable
+from eecompile.training.full import gate_names
 from eecompile.training.protocol import Compiled
 from eecompile.training.scores import Metric
 
@@ -102,7 +103,7 @@ def calibrate(
     """
     check_options(fast, max_drop, delta, target, metric)
     gates: GateCalibrationReport | None = None
-    if getattr(fast, "gates", ()):
+    if gate_names(fast):
         both = bool(fast.exits)
         share = 0.5 if both else 1.0
         gates = calibrate_gates(

@@ -109,6 +109,7 @@ def _run(
         known[i] = float(p_values(total, len(second), max_drop, binary=binary))
         return known[i]
 
+    accepted: list[tuple[int, float | None]]
     if delta is None:
         accepted = [(i, None) for i, t in enumerate(path) if float((base - t.score).mean()) <= max_drop]
     else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from eecompile.calibration.collect import combination_of
 from eecompile.calibration.risk import rows_needed
 from eecompile.errors import CalibrationError, near
+from eecompile.training.full import gate_names
 from eecompile.training.protocol import Compiled
 from eecompile.training.scores import Metric
 
@@ -16,7 +17,7 @@ LEAST_SEARCH_ROWS = 30
 
 
 def check_options(fast: Compiled, max_drop: float, delta: float | None, target: str, metric: Metric | None) -> None:
-    if not fast.exits and not getattr(fast, "gates", ()):
+    if not fast.exits and not gate_names(fast):
         raise CalibrationError(
             "there are no exits or gates to calibrate", hint="compile with a strategy that inserts exits or gates"
         )

@@ -62,12 +62,13 @@ def _places(fast: Any) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from eecompile.inspect.tables import exits
+    from eecompile.inspect.tables import exits, gates
 
     refused = len(fast.program.refusals)
     seconds = sum(s.seconds for s in fast.history)
-    total = f"{len(fast.exits)} exits; {refused} places refused (eecompile inspect says why); passes took {seconds:.2f} s"
-    return Group(exits(fast), Text(total))
+    count = f"{len(fast.exits)} exits" + (f", {len(fast.gates)} gates" if fast.gates else "")
+    total = f"{count}; {refused} places refused (eecompile inspect says why); passes took {seconds:.2f} s"
+    return Group(*([exits(fast)] if fast.exits else []), *gates(fast), Text(total))
 
 
 def inspect(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -12,6 +13,7 @@ from torch import fx
 
 from eecompile.errors import EecompileError, near
 from eecompile.passes import facts
+from eecompile.passes.place_gates import GATES
 from eecompile.passes.stage import inserted
 from eecompile.program import Block, Live, Program
 
@@ -153,6 +155,8 @@ def outline(fast: Any, after: str | None = None, collapse: bool = True) -> Outli
         if exit_index is not None:
             live = survivors(program, exit_index)
         parts.append(Part(key, tuple(regions), exit_index, count, live))
+    for carry in (c for g in program.gates for c in g.carries if c.y in owner):
+        owner.setdefault(carry.node, owner[carry.y])
     edges = _edges(cells, owner, found.graph_module)
     total = sum(len(cell[2]) + cell[3] for cell in cells)
     return Outline(found, tuple(parts), edges, total)
@@ -218,9 +222,26 @@ def _cells(gm: fx.GraphModule, program: Program) -> Iterator[Cell]:
 
 
 def _working(gm: fx.GraphModule) -> list[fx.Node]:
-    """Nodes that compute; sizes are read where they are needed and belong to no block."""
-    nodes = (n for n in gm.graph.nodes if n.op not in NO_WORK and not inserted(n))
-    return [n for n in nodes if not facts.is_symbolic_number(n)]
+    """Nodes that compute, those of gated regions too; sizes are read where they are needed and belong to no block."""
+    found: list[fx.Node] = []
+    regions = set()
+    for n in gm.graph.nodes:
+        if n.op in NO_WORK or inserted(n) or facts.is_symbolic_number(n) or _decides(n):
+            continue
+        inner = gm.get_submodule(str(n.target)) if n.op == "call_module" else None
+        if isinstance(inner, fx.GraphModule):
+            regions.add(n)
+            found += _working(inner)
+        elif not (n.target is operator.getitem and n.args[0] in regions):
+            found.append(n)
+    return found
+
+
+def _decides(n: fx.Node) -> bool:
+    """Whether a node belongs to a gate or a chain that halts: its unit, its decision, the choice behind a region."""
+    if n.op == "call_module":
+        return str(n.target).startswith(f"{GATES}.")
+    return n.op == "call_function" and str(n.target).startswith("eecompile.")
 
 
 class _Names:

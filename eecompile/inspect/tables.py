@@ -1,4 +1,4 @@
-"""The program as tables: blocks, exits, cuts, refusals, passes."""
+"""The program as tables: blocks, exits, gates, cuts, refusals, passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def tables(fast: Any, outline: Outline, whole: bool) -> RenderableType:
     """`format="table"`: the level's blocks and, for the whole program, everything else that is known."""
     parts: list[RenderableType] = [blocks(outline)]
     if whole:
-        parts += [exits(fast), cuts(fast), *refusals(fast), passes(fast)]
+        parts += [exits(fast), *gates(fast), cuts(fast), *refusals(fast), passes(fast)]
     return Group(*parts)
 
 
@@ -46,6 +46,18 @@ def exits(fast: Any) -> Table:
         )
     made.add_row("model", "", "", "", "-", "", write.percent(costs[-1]))
     return made
+
+
+def gates(fast: Any) -> list[Table]:
+    """One table, none without gates."""
+    if not fast.gates:
+        return []
+    made = _table("gates", "gate", "region", "kind", "unit", "threshold", "unit cost", "saves when shut")
+    for g in fast.gates:
+        threshold = "always open" if g.threshold <= 0 else "always shut" if g.threshold > 1 else f"{g.threshold:.4g}"
+        cells = (g.kind, g.head_kind, threshold, write.percent(g.head_cost), write.percent(g.saves))
+        made.add_row(g.name, Text(g.region), *cells)
+    return [made]
 
 
 def cuts(fast: Any) -> Table:

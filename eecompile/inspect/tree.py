@@ -1,4 +1,4 @@
-"""The program as a tree: stages, blocks with their cost, exits, what survives, refusals, passes."""
+"""The program as a tree: stages, blocks with their cost, exits, gates, what survives, refusals, passes."""
 
 from __future__ import annotations
 
@@ -59,6 +59,7 @@ class _Grown:
             for i, leaf in enumerate(program.signature.outputs):
                 mark = " (the prediction)" if i == program.prediction else ""
                 tree.add(Text.assemble(("output ", "dim"), leaf.describe() + mark))
+            self._gates(tree)
             self._executor(tree)
             self._refusals(tree, program.refusals)
             self._passes(tree)
@@ -68,7 +69,10 @@ class _Grown:
         fast = self.fast
         head = Text.assemble((fast.title, "bold"), f", {fast.strategy.name}: ")
         count = len(fast.exits)
-        head.append(f"{count} exit{'' if count == 1 else 's'}, {write.flops(fast.program.total_flops)} a row")
+        gates = len(fast.gates)
+        inserted = [f"{count} exit{'' if count == 1 else 's'}"] if count or not gates else []
+        inserted += [f"{gates} gate{'' if gates == 1 else 's'}"] if gates else []
+        head.append(f"{', '.join(inserted)}, {write.flops(fast.program.total_flops)} a row")
         if not self.whole:
             level = self.outline.level
             head.append(f"; {level.name}: {self.outline.total} nodes, {level.about}")
@@ -104,6 +108,23 @@ class _Grown:
             branch.add(Text(f"a row that leaves here costs {write.percent(self.costs[part.exit])}"))
         for v in part.live:
             branch.add(Text.assemble(("survives ", "dim"), write.live(v)))
+
+    def _gates(self, tree: Tree) -> None:
+        gates = self.fast.gates
+        if not gates:
+            return
+        saves = write.percent(sum(g.saves for g in gates))
+        branch = tree.add(Text.assemble(("gates ", "dim"), f"{len(gates)}; all shut save {saves}"))
+        for g in gates:
+            if g.threshold <= 0:
+                state = Text("always open", "yellow")
+            elif g.threshold > 1:
+                state = Text("always shut", "yellow")
+            else:
+                state = Text(f"opens from {g.threshold:.4g}", "green")
+            line = Text.assemble((g.name, "bold magenta"), f" {g.region} ({g.kind}): ", state)
+            line.append(f", {g.head_kind} unit of {write.percent(g.head_cost)}, shut saves {write.percent(g.saves)}")
+            branch.add(line)
 
     def _executor(self, tree: Tree) -> None:
         fast = self.fast

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from rich.console import Group, RenderableType
@@ -11,6 +11,8 @@ from rich.text import Text
 from torch import Tensor
 
 from eecompile.inspect.text import percent
+from eecompile.training.batches import Batch
+from eecompile.training.full import full_prediction
 from eecompile.training.report import Report, json_safe
 
 MOST_ROWS = 20
@@ -40,7 +42,8 @@ class Departure:
     Attributes:
         left_at: Name of the exit, "model" for the model's own end.
         prediction: What was answered; None for outputs with positions.
-        full_prediction: What the whole model would have answered.
+        full_prediction: What the whole model would have answered, all exits closed and all gates open.
+        gates: Whether each gate let the row in, by name.
     """
 
     row: int
@@ -49,10 +52,18 @@ class Departure:
     full_prediction: int | None
     cost: float
     exits: list[At]
+    gates: dict[str, bool] = field(default_factory=dict)
 
     @property
     def why(self) -> str:
-        """One sentence."""
+        """One sentence, one more where there are gates."""
+        if not self.gates:
+            return self._why_left()
+        shut = [name for name, is_open in self.gates.items() if not is_open]
+        skipped = f"{len(shut)} of {len(self.gates)} gates were shut" + (f": {', '.join(shut)}" if shut else "")
+        return f"{self._why_left()}; {skipped}" if len(self.exits) > 1 else skipped
+
+    def _why_left(self) -> str:
         taken = next(a for a in self.exits if a.exit == self.left_at)
         before = [a for a in self.exits[: self.exits.index(taken)] if a.open]
         unsure = ", ".join(f"{a.exit} {a.confidence:.3f} < {a.threshold:.3f}" for a in before)
@@ -90,8 +101,11 @@ class Departures(Report):
             if r.prediction != r.full_prediction:
                 says += f" (the model: {r.full_prediction})"
             made.add_row(str(r.row), *(_cell(a, r) for a in r.exits), r.left_at, says, percent(r.cost))
+        gated = self.rows[0].gates if self.rows else {}
+        shares = ", ".join(f"{g} {percent(sum(r.gates[g] for r in self.rows) / len(self.rows))}" for g in gated)
+        opened = [Text(f"share of the rows that each gate let in: {shares}")] if gated else []
         note = f"and {len(self.rows) - MOST_ROWS} more rows" if len(self.rows) > MOST_ROWS else ""
-        return Group(made, Text(note)) if note else made
+        return Group(made, *([Text(note)] if note else []), *opened)
 
 
 def _heading(at: At) -> str:
@@ -125,6 +139,8 @@ def where(fast: Any, *args: Any, **kwargs: Any) -> Departures:
     result = fast.observe(*args, **kwargs)
     predictions = [_classes(o) for o in result.outputs]
     confidences = [c.float().cpu().tolist() for c in result.confidences]
+    whole = _classes(full_prediction(fast, Batch(args, kwargs, None, 0), result))
+    opened = [] if result.gates is None else result.gates.tolist()
     exits = fast.exits
     rows = []
     for i, left in enumerate(result.exit_index.tolist()):
@@ -148,9 +164,10 @@ def where(fast: Any, *args: Any, **kwargs: Any) -> Departures:
                 i,
                 found[left].exit,
                 found[left].prediction,
-                found[-1].prediction,
+                None if whole is None else whole[i],
                 float(result.cost[i]),
                 found,
+                dict(zip((g.name for g in fast.gates), opened[i], strict=True)) if opened else {},
             )
         )
     return Departures(rows, exits[0].criterion.name if exits else "no exits")

@@ -13,7 +13,7 @@ from torch import Tensor
 from eecompile.errors import EecompileError
 from eecompile.training.batches import batches, device_of, empty_loader
 from eecompile.training.curve import degradation, first_exit, sweep
-from eecompile.training.full import full_prediction
+from eecompile.training.full import full_prediction, gate_names
 from eecompile.training.protocol import Compiled
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 from eecompile.training.scores import Metric, agreement, check_labels, measure, right
@@ -194,7 +194,7 @@ def evaluate(
         EecompileError: An empty loader; labels of a wrong dtype, shape or range; some batches with labels and
             others without; a metric that does not give one finite number per row.
     """
-    if curve is not False and getattr(fast, "gates", ()):
+    if curve is not False and gate_names(fast):
         raise EecompileError(
             "there is no trade-off curve over exits where gates skip blocks",
             got="curve=, with gates",
@@ -280,7 +280,7 @@ class Seen:
         for k in range(ends):
             leaving = index == k
             cost_without = accuracy_without = None
-            if k < ends - 1 and is_open[k] and not stateful:
+            if k < ends - 1 and is_open[k] and not stateful and not self.gates:
                 others = torch.tensor([2.0 if j == k else t for j, t in enumerate(thresholds)])
                 elsewhere = first_exit(confidences[:, :-1], others)
                 known = fast.costs(tuple(o and j != k for j, o in enumerate(is_open))).double()

@@ -10,9 +10,14 @@ from eecompile.program import Result
 from eecompile.training.batches import Batch
 
 
+def gate_names(fast: Any) -> list[str]:
+    """Names of the gates; none where the module has none."""
+    return [record.name for record in getattr(fast, "gates", ())]
+
+
 def skips(fast: Any) -> bool:
     """Whether rows may leave something out on the way to the model's own end: gates, or chains that halt."""
-    return bool(getattr(fast, "gates", ())) or bool(getattr(getattr(fast, "program", None), "halts", ()))
+    return bool(gate_names(fast)) or bool(getattr(getattr(fast, "program", None), "halts", ()))
 
 
 def full_prediction(fast: Any, batch: Batch, result: Result) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from eecompile.errors import EecompileError
 from eecompile.training.batches import Batch, batches, device_of, empty_loader, iterate, length_of, split
 from eecompile.training.checkpoint import Checkpoints, differences
+from eecompile.training.full import gate_names
 from eecompile.training.interrupt import Interrupt, say
 from eecompile.training.optim import freeze, make_optimizer, make_scheduler, parameter_groups
 from eecompile.training.plan import Event, Plan, Position, StagePlan
@@ -28,7 +29,7 @@ from eecompile.training.progress import Bar
 from eecompile.training.protocol import Compiled
 from eecompile.training.report import EpochRow, FitReport, GateRow
 from eecompile.training.settings import settings, trained_tensors
-from eecompile.training.stages import gate_names, gates_deciding
+from eecompile.training.stages import gates_deciding
 from eecompile.training.state import decode, encode, random_state, reseed, restore_random_state
 from eecompile.training.step import Step, gated, scored
 from eecompile.training.workers import make_accelerator, shard

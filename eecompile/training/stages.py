@@ -94,8 +94,3 @@ def gates_deciding(fast: Any, mode: str, kept_open: float = 0.0) -> Iterator[Non
         yield
     finally:
         fast.gate_mode, fast.gates_kept_open = before
-
-
-def gate_names(fast: Any) -> list[str]:
-    """Names of the gates; none where the module has none."""
-    return [record.name for record in getattr(fast, "gates", ())]
