@@ -13,12 +13,18 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, RandomSampler
 
-from eecompile import eecompile
+from eecompile import CompiledModule, eecompile
 from eecompile.strategies import SkipNet
 from examples import datasets
-from examples._common import Options, Record, fitted, main, resnet_trunk, rows_in
+from examples._common import Options, Record, Variant, accuracy, fitted, main, resnet_trunk, rows_in, rows_of, timed
 
 ROWS, ROWS_QUICK = 5120, 96  # of an epoch
+HELD_OUT = {"val": 1500, "test": 4000}  # rows: calibration runs the model once for each of a dozen settings
+SIZES = (1, 64)
+PROMISES: dict[str, dict[str, Any] | None] = {
+    "as trained": None,  # a gate opens from a score of 0.5
+    "guaranteed": {"max_drop": 0.02, "delta": 0.05},
+}
 
 
 def drawn(loader: DataLoader[Any], rows: int, seed: int) -> DataLoader[Any]:
@@ -36,7 +42,8 @@ def example(options: Options, record: Record) -> None:
         "cifar10:train", batch_size=32 if quick else 64, standin=quick, seed=options.seed, augmented=not quick
     )
     train = drawn(every, ROWS_QUICK if quick else ROWS, options.seed)
-    held_out = {part: datasets.loader(f"cifar10:{part}", standin=quick) for part in ("val", "test")}
+    limits = {"val": None, "test": None} if quick else HELD_OUT
+    held_out = {part: datasets.loader(f"cifar10:{part}", standin=quick, limit=n) for part, n in limits.items()}
     x: Tensor = next(iter(held_out["val"]))[0][:8]
     strategy = SkipNet(target_cost=0.6, shares=(1, 3, 2), estimator="gumbel", open_bias=1.0)
     fast = eecompile(trunk.model, strategy, example_inputs=(x,))
@@ -47,6 +54,37 @@ def example(options: Options, record: Record) -> None:
     model = f"{type(trunk.model).__name__}, {sum(p.numel() for p in trunk.model.parameters()):,} parameters"
     record.note(data="CIFAR-10", rows_of_data=sizes, model=model, trunk=trunk.to_dict(), fit=fit)
     record.done("train")
+    original = resnet_trunk(quick=quick, seed=options.seed).model  # training moved the other one's weights
+    original_accuracy = accuracy(original, held_out["test"])
+    variants = []
+    for name, promise in PROMISES.items():
+        report = None if promise is None else fast.calibrate(held_out["val"], **promise)
+        variants.append(judged(fast, held_out["test"], record, name, report, original_accuracy))
+    record.done("judge")
+    timed(record, original, rows_of(held_out["test"], 2), variants, SIZES)
+
+
+def judged(
+    fast: CompiledModule, test: DataLoader[Any], record: Record, name: str, report: Any, original_accuracy: float
+) -> Variant:
+    """A line of the record for the gates' thresholds as they are."""
+    judgement = fast.evaluate(test)
+    blocks = sum(b.flops for b in fast.program.blocks) / fast.program.total_flops
+    row = record.row(
+        "CIFAR-10, ResNet-20, gates",
+        thresholds=name,
+        original_accuracy=original_accuracy,
+        full_accuracy=judgement.full_accuracy,
+        accuracy=judgement.accuracy,
+        cost=judgement.mean_cost,
+        share={g.name: g.open for g in judgement.gates},
+        skipped_of_blocks=sum(g.saved for g in judgement.gates) / blocks,
+        guarantee=None if report is None else report.guarantee,
+        calibration=None if report is None else report.to_dict(),
+        evaluation=judgement.to_dict(),
+    )
+    thresholds = fast.gate_thresholds.tolist()
+    return Variant(row, fast, lambda: fast.set_gate_thresholds(thresholds))
 
 
 if __name__ == "__main__":
