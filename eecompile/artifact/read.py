@@ -133,13 +133,20 @@ def _exit(data: dict[str, Any]) -> Exit:
 
 def _strategy(data: dict[str, Any]) -> Strategy:
     """The saved strategy; heads that were modules of the user's are named only."""
-    options = {k: v for k, v in data.items() if v != "custom"}
     try:
-        return strategy(options)
+        return strategy(_known(data))
     except EecompileError as error:
         raise ArtifactError(
             "the saved strategy is not known here", got=data.get("name"), wanted=", ".join(STRATEGIES)
         ) from error
+
+
+def _known(data: dict[str, Any]) -> dict[str, Any]:
+    """The options without those that were the user's own modules, in the parts of a sum too."""
+    known = {k: v for k, v in data.items() if v != "custom"}
+    if "parts" in known:
+        known["parts"] = [_known(part) for part in known["parts"]]
+    return known
 
 
 def _heads(

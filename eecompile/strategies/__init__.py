@@ -14,6 +14,7 @@ from eecompile.strategies.anytime import Anytime
 from eecompile.strategies.base import ExitRecipe, ExitStrategy, GateRecipe, HaltRecipe, Recipe, Strategy, TrainingStage
 from eecompile.strategies.branchy import Branchy
 from eecompile.strategies.cascade import Cascade
+from eecompile.strategies.combined import Combined
 from eecompile.strategies.depth_adaptive import DepthAdaptive
 from eecompile.strategies.mebert import MeBert
 from eecompile.strategies.self_adaptive import SelfAdaptive
@@ -25,7 +26,7 @@ STRATEGIES: dict[str, type[Strategy]] = {
 
 
 def strategy(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
-    """A strategy from its name, its `to_dict()` or itself.
+    """A strategy from its name, names joined by "+", its `to_dict()` or itself.
 
     Raises:
         StrategyError: Unknown name or option; the message lists the valid ones.
@@ -36,6 +37,10 @@ def strategy(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
         raise StrategyError("strategy= takes a name or an instance", got=type(spec).__name__, wanted=", ".join(STRATEGIES))
     options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     name = options.pop("name", None)
+    if isinstance(name, str) and "+" in name and not options:
+        return Combined(tuple(strategy(part.strip()) for part in name.split("+")))
+    if name == Combined.name and set(options) == {"parts"}:
+        return Combined(tuple(strategy(part) for part in options["parts"]))
     if not isinstance(name, str) or name not in STRATEGIES:
         raise StrategyError("unknown strategy", got=repr(name), wanted=near(str(name), STRATEGIES))
     kind = STRATEGIES[name]
@@ -56,6 +61,7 @@ __all__ = [
     "Anytime",
     "Branchy",
     "Cascade",
+    "Combined",
     "DepthAdaptive",
     "ExitRecipe",
     "ExitStrategy",

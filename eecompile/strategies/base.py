@@ -157,6 +157,12 @@ class Strategy:
         """How several models are put together: options of `eecompile.capture.cascade.ready`."""
         return {}
 
+    def __add__(self, other: Strategy) -> Strategy:
+        """Both in one graph; see `Combined`."""
+        from eecompile.strategies.combined import Combined
+
+        return Combined((self, other))
+
     def recipe(self) -> Recipe:
         raise NotImplementedError
 
