@@ -114,3 +114,33 @@ def test_cascades(environment: dict[str, str], tmp_path: Path, name: str, models
         check_row(row, {"1", "32", "256"})
         assert [(e["after"], e["head"]) for e in row["exits"]] == [(m, "identity") for m in models[:-1]]
         assert row["original_accuracy"] == row["full_accuracy"]  # nothing was trained
+
+
+def test_ann_budget(environment: dict[str, str], tmp_path: Path) -> None:
+    found = json.loads(run("ann_budget", environment, tmp_path, "--json").stdout)
+    assert {row["what"] for row in found["rows"]} <= {
+        "MSDNet, Fashion-MNIST, AdaLoss",
+        "MSDNet, Fashion-MNIST, equal weights",
+    }
+    for balance in ("adaloss", "fixed"):
+        curves = found[f"{balance}_curves"]
+        assert found[balance]["fit"]["settings"]["strategy"]["balance"] == balance
+        for method in ("search", "quota"):
+            points = curves[method]["points"]
+            assert points
+            for p in points:
+                assert p["calibration"]["cost"] <= p["budget"] + 1e-6
+            right = [p["calibration"]["accuracy"] for p in curves["search"]["points"]]
+            assert right == sorted(right)
+        assert curves["no image above"][-1]["stopped"] == 0
+
+
+def test_anytime_stream(environment: dict[str, str], tmp_path: Path) -> None:
+    found = json.loads(run("anytime_stream", environment, tmp_path, "--json").stdout)
+    assert 2 <= len(found["stream"]) <= len(found["exits"]) + 1
+    assert found["by_exit"][-1]["accuracy"] == found["full_accuracy"] > 0.85
+    for load in ("idle", "one core busy"):
+        assert len(found["sweep"][load]) == 3
+        for point in found["sweep"][load]:
+            assert 0 < point["cost"] <= 1.1
+            assert point["late_after_a_later_exit"] <= point["late"]

@@ -1,0 +1,161 @@
+"""Anytime answers of MobileNetV2 (ImageNet weights, fine-tuned on CIFAR-10): a stream, deadlines and how well they are kept.
+
+Heads are put everywhere that pays and distilled from the model's own output; the model itself stays as it is. Then, on
+the test part: how the answer gets better along a stream and when each comes; and a sweep over deadlines, one image a
+call, on an idle machine and beside a second process that keeps one core busy: accuracy, how far calls get, how late
+they are.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eecompile import CompiledModule, eecompile
+from eecompile.strategies import Anytime
+from examples import datasets, models, stages
+from examples._common import Options, Recipe, Record, Trunk, fitted, image_data, main, observed, rows_in, trunk
+
+TRAIN, TEST, EPOCHS = 6_000, 2_000, 2
+STREAMS, CALLS, DEADLINES = 100, 250, 7
+LATE = 1.05  # a call is late that takes more than this times its deadline
+BUSY = "while True: pass"
+
+
+def mobilenet(options: Options) -> Trunk:
+    """MobileNetV2 on images enlarged to 96 x 96; a small one on the stand-in when quick."""
+    if options.quick:
+        recipe = Recipe("mobilenet-cascade-quick", 2, 32, 6e-3, seed=options.seed, standin=True)
+        grow, short = stages.Resize(40), models.MobileNetV2.SETTINGS[:3]
+        build: Any = lambda: stages.Prepared(grow, models.MobileNetV2(10, short))  # noqa: E731
+    else:
+        recipe = Recipe(
+            "mobilenetv2-cifar10", 1, 48, 1e-3, augmented=True, channels_last=True, seed=options.seed, rows=8_000
+        )
+        build = lambda: stages.Prepared(stages.Resize(96), stages.mobilenetv2(options.seed))  # noqa: E731
+    return trunk(recipe, build, image_data("cifar10", options.quick))
+
+
+def example(options: Options, record: Record) -> None:
+    """From training to the sweep."""
+    quick = options.quick
+    limits = {"train": None if quick else TRAIN, "val": None, "test": None if quick else TEST}
+    parts = {
+        part: datasets.loader(f"cifar10:{part}", batch_size=32, limit=limits[part], standin=quick, seed=options.seed)
+        for part in ("train", "test")
+    }
+    base = mobilenet(options)
+    x = next(iter(parts["test"]))[0][:8]
+    fast = eecompile(base.model, Anytime(), example_inputs=(x,))
+    fit = fitted(
+        fast, parts["train"], "anytime-mobilenet", options, base, epochs=4 if quick else EPOCHS, lr=2e-3, scheduler="cosine"
+    )
+    sizes = {part: rows_in(loader) for part, loader in parts.items()}
+    exits = [{"name": e.name, "after": e.cut, "head": e.head_kind, "depth": e.depth} for e in fast.exits]
+    record.note(rows_of_data=sizes, trunk=base.to_dict(), fit=fit, exits=exits)
+    record.done("train")
+
+    judged = observed(fast, {"test": parts["test"]})["test"].of(fast).evaluate(budgets=True)
+    record.note(by_exit=judged.degradation, full_accuracy=judged.full_accuracy)
+    record.done("judge")
+
+    images, labels = datasets.load("cifar10", "test", limits["test"], standin=quick).tensors
+    with torch.no_grad():
+        record.note(stream=streamed(fast, images[: 8 if quick else STREAMS]))
+        fast.measure_stages(images[:1], rounds=40)
+        lowest, full = first_and_last(fast)
+        steps = 3 if quick else DEADLINES
+        deadlines = [round(1e3 * (lowest + (full - lowest) * k / (steps - 1)), 2) for k in range(steps)]
+        swept: dict[str, list[dict[str, Any]]] = {}
+        for load in ("idle", "one core busy"):
+            with busy() if load != "idle" else contextlib.nullcontext():
+                swept[load] = [sweep(fast, images, labels, d, 12 if quick else CALLS) for d in deadlines]
+        record.note(sweep=swept, stage_times=fast.stage_times.to_dict())
+    for key in ("late", "late_after_a_later_exit"):
+        record.note(**{key: {load: statistics.mean(point[key] for point in points) for load, points in swept.items()}})
+    for load, points in swept.items():
+        for point in points[:: (len(points) - 1) // 2]:  # the record has all
+            record.row(
+                f"MobileNetV2, CIFAR-10, deadline {point['deadline_ms']:.3g} ms, {load}",
+                original_accuracy=base.accuracy,
+                full_accuracy=judged.full_accuracy,
+                accuracy=point["accuracy"],
+                cost=point["cost"],
+            )
+
+
+def streamed(fast: CompiledModule, images: Tensor) -> list[dict[str, Any]]:
+    """When each answer of a stream comes, one image at a time: median milliseconds, mean confidence, by exit."""
+    times: dict[int, list[float]] = {}
+    sure: dict[int, list[float]] = {}
+    for i in range(len(images)):
+        started = time.perf_counter()
+        for r in fast.stream(images[i : i + 1]):
+            at = int(r.exit_index)
+            times.setdefault(at, []).append(1e3 * (time.perf_counter() - started))
+            sure.setdefault(at, []).append(float(r.confidence))
+    names = [*(e.name for e in fast.exits), "model"]
+    return [
+        {"exit": names[k], "milliseconds": statistics.median(times[k]), "confidence": statistics.mean(sure[k])}
+        for k in sorted(times)
+    ]
+
+
+def first_and_last(fast: CompiledModule) -> tuple[float, float]:
+    """Seconds that the first exit safely takes, and a little more than the whole model does; as measured just now."""
+    pieces = {(p["from"], p["to"]): p for p in fast.stage_times.to_dict()}
+    end = pieces.pop((-2, -2))["predicted_ms"]
+    first = pieces[(-1, 0)]["predicted_ms"]
+    whole = sum(p["median_ms"] for p in pieces.values())
+    lowest = 1.5e-3 * (first + end)
+    return lowest, max(1.3e-3 * whole, 2 * lowest)
+
+
+def sweep(fast: CompiledModule, images: Tensor, labels: Tensor, deadline: float, calls: int) -> dict[str, Any]:
+    """Single images under one deadline: accuracy, cost, and how late calls are."""
+    right, cost, over, depth, beyond = 0, 0.0, [], 0.0, 0
+    for i in range(calls):
+        x = images[i % len(images)][None]
+        started = time.perf_counter()
+        r = fast.run(x, deadline_ms=deadline)
+        over.append((time.perf_counter() - started) * 1e3 / deadline)
+        right += int(r.output.argmax(1)) == int(labels[i % len(images)])
+        cost += float(r.cost) / calls
+        depth += float(r.exit_index) / calls
+        beyond += int(r.exit_index) > 0 and over[-1] > LATE
+    over.sort()
+    at = {f"p{q}": over[min(int(q / 100 * calls), calls - 1)] for q in (50, 90, 95, 98, 99)}
+    return {
+        "accuracy": right / calls,
+        "cost": cost,
+        "mean_exit": depth,
+        "late": sum(o > LATE for o in over) / calls,
+        "late_after_a_later_exit": beyond / calls,  # the others' first exit itself came too late
+        "time_over_deadline": {**at, "max": over[-1]},
+        "calls": calls,
+        "deadline_ms": deadline,
+    }
+
+
+@contextlib.contextmanager
+def busy() -> Iterator[None]:
+    """A second process that keeps one core busy."""
+    other = subprocess.Popen([sys.executable, "-c", BUSY])
+    try:
+        time.sleep(0.5)
+        yield
+    finally:
+        other.kill()
+        other.wait()
+
+
+if __name__ == "__main__":
+    main("anytime_stream", __doc__, example)
