@@ -21,6 +21,8 @@ class Cascade(ExitStrategy):
     The last model is the full model: its output type is the cascade's, and costs are fractions of its FLOPs (above 1
     for a row that went through all of them). Exits are the other models' own predictions, with no parameters of theirs.
 
+    A compiled model may be one of them: its exits come along, with their heads and thresholds.
+
     With a single model the stages are subsets of its layers: `exits` and `head` then mean what they mean in `Branchy`.
 
     Args:
