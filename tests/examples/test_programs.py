@@ -84,6 +84,33 @@ def test_mebert_imdb(environment: dict[str, str], tmp_path: Path) -> None:
     assert len(full) == 1  # both criteria judge the same weights
 
 
+def test_depth_adaptive_text(environment: dict[str, str], tmp_path: Path) -> None:
+    found = json.loads(run("depth_adaptive_text", environment, tmp_path, "--json").stdout)
+    assert [(row["what"].split(", ")[-1], row["thresholds"]) for row in found["rows"]] == [
+        (mode, how) for mode in ("up_front", "halting") for how in ("as trained", "at most 1% lost on val")
+    ]
+    for row in found["rows"]:
+        assert sum(row["share"].values()) == pytest.approx(1)
+        steps = [n * share for n, share in enumerate(row["share"].values())]
+        assert sum(steps) == pytest.approx(row["mean_steps"], abs=1e-5)
+        assert row["accuracy_at_depth"][-1] == pytest.approx(row["full_accuracy"])
+        assert row["accuracy"] > row["full_accuracy"] - 0.05
+        assert 0 < row["cost"] < 0.9
+        assert set(row["speedup"]) == {"1", "32", "64"}
+    assert len({row["full_accuracy"] for row in found["rows"]}) == 1  # the second program leaves the trunk as it is
+
+
+def test_self_adaptive_images(environment: dict[str, str], tmp_path: Path) -> None:
+    found = json.loads(run("self_adaptive_images", environment, tmp_path, "--json").stdout)
+    alone, exits = found["rows"]
+    assert alone["share"] == {"exit_0": 0.0, "end": 1.0}
+    assert exits["cost"] <= alone["cost"] + 0.1
+    for row in (alone, exits):
+        assert list(row["open"]) == ["stage1"]
+        assert row["accuracy"] > row["full_accuracy"] - 0.1
+        assert set(row["speedup"]) == {"1", "32", "64"}
+
+
 def test_errors_are_one_line(environment: dict[str, str], tmp_path: Path) -> None:
     """Without network and without --quick there is no data: said in a sentence, with what to do."""
     command = [sys.executable, "-m", "examples.branchy_lenet", "--out", str(tmp_path)]

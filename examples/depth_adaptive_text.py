@@ -1,0 +1,125 @@
+"""Depth-adaptive Transformer (Elbayad et al. 2020): MiniLM-L6 on IMDB, where each review runs its first blocks only.
+
+The model is the encoder of the fine-tuned trunk, frozen, with a classifier on the mean of its last states: a first token
+has seen little of the others in an early block. The classifier is trained to read every depth, beside a choice of depth
+made once behind the first block; a second program then learns to stop block by block. Thresholds are chosen on the
+validation part: 0.5, as trained, and the shallowest that loses at most 1% there; the test part is judged once. The
+trunk's accuracy, with the pooler and classifier that it was fine-tuned with, is that of all 4,000 reviews of its test.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Subset
+
+from eecompile import eecompile
+from eecompile.strategies import DepthAdaptive
+from examples import datasets
+from examples._common import Options, Record, Variant, fitted, main, minilm_trunk, rows_of, timed
+from examples._depths import Depths, depths
+
+ROWS = {"seen": 4_000, "train": 1_280, "val": 500, "test": 1_000}  # seen: by the trunk, which learns from others here
+ROWS_QUICK = {"seen": 0, "train": 256, "val": 128, "test": 128}
+MODES: dict[str, dict[str, Any]] = {
+    "up_front": {"trunk": True, "epochs": 1, "lr": 2e-3, "trunk_lr": 2e-3, "max_grad_norm": 1.0},
+    "halting": {"trunk": False, "epochs": 1, "lr": 2e-3},
+}
+PRICE = 0.15  # loss that running the five gated blocks must be worth
+ALLOWED = 0.01
+THRESHOLDS = [k / 200 for k in range(200)]
+
+
+class MeanClassifier(nn.Module):
+    """An encoder, frozen, and a classifier on the mean of its states over the real positions: to logits [B, 2]."""
+
+    def __init__(self, encoder: nn.Module, width: int, hidden: int = 128, labels: int = 2) -> None:
+        super().__init__()
+        self.encoder = encoder.requires_grad_(False)
+        self.norm = nn.LayerNorm(width)
+        self.hidden, self.classifier = nn.Linear(width, hidden), nn.Linear(hidden, labels)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        states = self.encoder(input_ids=input_ids, attention_mask=attention_mask).last_hidden_state
+        weight = attention_mask.unsqueeze(-1).to(states.dtype)
+        mean = (states * weight).sum(1) / weight.sum(1).clamp(min=1)
+        y: Tensor = self.classifier(torch.relu(self.hidden(self.norm(mean))))
+        return y
+
+
+def loaders(quick: bool, seed: int) -> dict[str, DataLoader[Any]]:
+    """The part of IMDB that is used."""
+    rows = ROWS_QUICK if quick else ROWS
+    fresh = datasets.TokenDataset(datasets.tokens("train", rows["seen"] + rows["train"], standin=quick))
+    chosen = Subset(fresh, range(rows["seen"], rows["seen"] + rows["train"]))
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, DataLoader[Any]] = {"train": DataLoader(chosen, 16, shuffle=True, generator=generator)}
+    for part in ("val", "test"):
+        found[part] = datasets.loader(f"minilm_imdb:{part}", limit=rows[part], standin=quick, batch_size=50)
+    return found
+
+
+def program(model: nn.Module, mode: str, trains_model: bool, example: dict[str, Any]) -> Any:
+    """The model, its parameters shared between the programs."""
+    strategy = DepthAdaptive(mode, price=PRICE, trunk=trains_model, unit="linear")
+    return eecompile(model, strategy, example_kwargs={k: v[:4] for k, v in example.items() if k != "labels"})
+
+
+def row_of(record: Record, fast: Any, seen: Depths, threshold: float, how: str, original: float) -> Variant:
+    """Judges one threshold on the test part: a row of the record, and what is to be timed."""
+    steps = seen.depth_at(threshold)
+    fast.set_gate_thresholds(threshold)
+    saves = torch.tensor([gate.saves for gate in fast.gates]).cumsum(0)
+    scored = float(fast.costs([False] * len(fast.exits))[-1])  # everything open, scores included
+    cost = scored - float(saves[-1]) + torch.cat((torch.zeros(1), saves))[steps].mean()
+    taken = torch.bincount(steps, minlength=len(fast.gates) + 1) / len(steps)
+    row = record.row(
+        f"IMDB, MiniLM-L6, {fast.strategy.mode}",
+        thresholds=how,
+        threshold=threshold,
+        original_accuracy=original,
+        full_accuracy=float(seen.right()[:, -1].float().mean()),
+        accuracy=seen.accuracy_at(steps),
+        cost=float(cost),
+        share={f"{n + 1} blocks": float(share) for n, share in enumerate(taken)},
+        mean_steps=float(steps.float().mean()),
+        accuracy_at_depth=seen.right().float().mean(0).tolist(),
+    )
+    return Variant(row, fast, lambda: fast.set_gate_thresholds(threshold))
+
+
+def example(options: Options, record: Record) -> None:
+    """From training to timing."""
+    quick = options.quick
+    rows = ROWS_QUICK if quick else ROWS
+    parts = loaders(quick, options.seed)
+    trunk = minilm_trunk(quick=quick, seed=options.seed)
+    record.note(data="IMDB", rows_of_data=rows, tokens=datasets.SEQUENCE, price=PRICE, allowed=ALLOWED)
+    record.note(model="MiniLM-L6 (all-minilm-l6-v2) with a classifier on the mean", trunk=trunk.to_dict())
+    encoder: Any = trunk.model.bert
+    torch.manual_seed(options.seed)
+    model = MeanClassifier(encoder, encoder.config.hidden_size).eval()
+    some = next(iter(parts["val"]))
+    programs = {}
+    for mode, settings in MODES.items():
+        settings = {**settings, **({"epochs": 4, "lr": 1e-2} if quick else {})}
+        fast = programs[mode] = program(model, mode, settings.pop("trunk"), some)
+        name = f"depth-adaptive-imdb-{mode}"
+        fit = fitted(fast, parts["train"], name, options, trunk, scheduler="cosine", **settings)
+        record.note(**{mode: {"strategy": str(fast.strategy), "fit": fit}})
+    record.done("train")
+    variants = []
+    for fast in programs.values():
+        kept = fast.__dict__["kept_as"]
+        seen = {part: depths(fast, parts[part], kept.with_suffix(f".{part}.safetensors")) for part in ("val", "test")}
+        chosen = seen["val"].cheapest(ALLOWED, THRESHOLDS)
+        for how, threshold in (("as trained", 0.5), ("at most 1% lost on val", chosen)):
+            variants.append(row_of(record, fast, seen["test"], threshold, how, trunk.accuracy))
+    record.done("judge")
+    timed(record, model, rows_of(parts["test"], 4), variants, (1, 32, 64), {1: 32, 32: 96, 64: 128}, rounds=7)
+
+
+if __name__ == "__main__":
+    main("depth_adaptive_text", __doc__, example)
