@@ -104,7 +104,7 @@ def calibrate(
     check_options(fast, max_drop, delta, target, metric)
     gates: GateCalibrationReport | None = None
     if gate_names(fast):
-        both = bool(fast.exits)
+        both = bool(fast.exits) and not getattr(getattr(fast, "strategy", None), "training_exits", False)
         share = 0.5 if both else 1.0
         gates = calibrate_gates(
             fast,

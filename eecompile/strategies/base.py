@@ -139,6 +139,8 @@ class Strategy:
     paper: ClassVar[str] = ""
     keep_open: ClassVar[bool] = False
     """Whether calibration leaves every exit open, because a call may be stopped there."""
+    training_exits: ClassVar[bool] = False
+    """Whether the exits are there for the objective alone: calibration leaves them closed."""
 
     def over(self, models: int) -> Strategy:
         """This strategy for so many models in one graph.

@@ -51,6 +51,7 @@ class DepthAdaptive(Strategy):
 
     name: ClassVar[str] = "depth_adaptive"
     summary: ClassVar[str] = "depth chosen for each row, up front or block by block"
+    training_exits: ClassVar[bool] = True
     paper: ClassVar[str] = "Depth-adaptive Transformer, Elbayad et al. 2020, arXiv:1910.10073"
 
     mode: str = "up_front"

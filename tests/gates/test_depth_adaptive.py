@@ -122,6 +122,12 @@ def test_hard_rows_learn_to_run_deeper(mode):
     assert float(right[hard].float().mean()) > 0.9
     assert float(easy_steps) < 0.2
     assert float(hard_steps) > 0.9
+    calibrated = fast.calibrate(Loader(512, seed=2), max_drop=0.05, delta=None)
+    assert calibrated.qualified
+    assert [e.threshold for e in fast.exits] == [CLOSED] * 3  # they were there for training
+    again = fast.run(x)
+    assert float(again.cost.mean()) < 0.7
+    assert float((again.output.argmax(1) == y).float().mean()) > 0.9
 
 
 def test_a_model_with_other_work_between_its_blocks_is_steered_by_cost():
