@@ -8,6 +8,7 @@ classification), with thresholds chosen on the validation part, once by search a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,20 @@ from eecompile import eecompile
 from eecompile.calibration.budget import budget_curve
 from eecompile.strategies import Ann
 from examples import datasets
-from examples._common import Observed, Options, Recipe, Record, Trunk, fitted, main, observed, rows_in
+from examples._common import (
+    Observed,
+    Options,
+    Recipe,
+    Record,
+    Trunk,
+    Variant,
+    fitted,
+    main,
+    observed,
+    rows_in,
+    rows_of,
+    timed,
+)
 from examples.msdnet import MSDNet
 
 ROWS, EPOCHS = 20_000, 5
@@ -72,6 +86,7 @@ def example(options: Options, record: Record) -> None:
         record.note(**{balance: {"fit": fit, "exits": [[e.cut, e.depth, e.head_cost] for e in fast.exits]}})
     record.note(rows={part: rows_in(loader) for part, loader in parts.items()})
     record.done("train")
+    variants: dict[str, list[Variant]] = {balance: [] for balance in programs}
     for balance, fast in programs.items():
         seen = observed(fast, {part: parts[part] for part in ("val", "test")})
         replay, val, test = together(fast, seen["val"], seen["test"])
@@ -83,7 +98,7 @@ def example(options: Options, record: Record) -> None:
         for point in curves["search"].points:
             if point["budget"] in SHOWN:
                 held_out = point["test"]
-                record.row(
+                row = record.row(
                     f"MSDNet, Fashion-MNIST, {NAMES[balance]}",
                     thresholds=f"budget {point['budget']:.0%}",
                     full_accuracy=curves["search"].full_accuracy["test"],
@@ -91,7 +106,22 @@ def example(options: Options, record: Record) -> None:
                     cost=held_out["cost"],
                     share=dict(zip(names, held_out["share"], strict=True)),
                 )
+                variants[balance].append(Variant(row, fast, setting(fast, point["thresholds"])))
     record.done("judge")
+    x = rows_of(parts["test"], 4)
+    for balance, fast in programs.items():
+        timed(record, fast.original, x, variants[balance], (1, 32, 256))
+
+
+def setting(fast: Any, thresholds: list[float]) -> Callable[[], None]:
+    """Sets these thresholds, and the temperatures that they were chosen at."""
+    temperatures = fast.temperatures.tolist()
+
+    def before() -> None:
+        fast.set_thresholds(thresholds)
+        fast.set_temperatures(temperatures)
+
+    return before
 
 
 if __name__ == "__main__":

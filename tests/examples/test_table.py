@@ -23,10 +23,11 @@ def test_results_are_whole(path: Path) -> None:
     record = json.loads(path.read_text())
     assert record["command"] == f"python -m examples.{path.stem}"
     assert record["machine"]["versions"]["torch"]
-    assert record["machine"]["threads"] == 2
+    one_thread = "sweep" in record  # a sweep over deadlines, one image at a time
+    assert record["machine"]["threads"] == (1 if one_thread else 2)
     for row in record["rows"]:
         assert 0 < row["accuracy"] <= 1
-        assert row["speedup"]
+        assert one_thread or row["speedup"]
         if "share" in row:
             assert sum(row["share"].values()) == pytest.approx(1)
 
