@@ -78,6 +78,11 @@ class Head(nn.Module):
         super().__init__()
         self.site = site
 
+    @property
+    def options(self) -> dict[str, Any]:
+        """What it was built with beside the site."""
+        return {}
+
     def batch_first(self, h: Tensor) -> Tensor:
         return h.transpose(0, self.site.batch_axis) if self.site.batch_axis else h
 
@@ -128,6 +133,10 @@ class ConvHead(Head):
         self.pool = nn.AdaptiveAvgPool2d(side)
         self.classifier = nn.Linear(out * side * side, site.classes)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"channels": self.conv.out_channels}
+
     def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.pool(torch.relu(self.norm(self.conv(h))))
         out: Tensor = self.classifier(x.flatten(1))
@@ -147,6 +156,10 @@ class MLPHead(Head):
         self.hidden = nn.Linear(site.width, hidden)
         self.classifier = nn.Linear(hidden, site.classes)
 
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"hidden": self.hidden.out_features}
+
     def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
         x = self.batch_first(h) if self.site.positions else self.pooled(h, mask)
         out: Tensor = self.classifier(torch.relu(self.hidden(self.norm(x))))
@@ -164,6 +177,10 @@ class PoolerHead(Head):
         self.pooler = nn.Linear(site.width, site.width)
         self.dropout = nn.Dropout(dropout)
         self.classifier = nn.Linear(site.width, site.classes)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {"dropout": self.dropout.p}
 
     def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
         x = h[0] if self.site.batch_axis else h[:, 0]
@@ -283,14 +300,15 @@ def score_head(site: Site) -> nn.Module:
 
 def describe(branch: Branch) -> dict[str, Any] | None:
     """The head as JSON data, None for a module that eecompile did not make."""
-    if not isinstance(branch.head, Head):
+    head = branch.head
+    if not isinstance(head, Head) or type(head) is not HEADS.get(head.kind):
         return None
-    return {"kind": branch.head.kind, "site": asdict(branch.head.site), "score": branch.score is not None}
+    return {"kind": head.kind, "site": asdict(head.site), "options": head.options, "score": branch.score is not None}
 
 
 def rebuild(data: dict[str, Any]) -> Branch:
     """The inverse of `describe`; weights are loaded afterwards."""
     fields = dict(data["site"])
     site = Site(**{**fields, "sizes": tuple(fields["sizes"])})
-    head = HEADS[data["kind"]](site)
+    head = HEADS[data["kind"]](site, **data["options"])
     return Branch(head, score_head(site) if data["score"] else None)

@@ -265,6 +265,13 @@ class Signature:
         Raises:
             ArtifactError: A burned-in argument has no JSON form.
         """
+        if any(c is not None and isinstance(c[0], str) for c in self.out_constants):
+            raise ArtifactError(
+                "the model returns a text, which torch.export cannot read back",
+                got=[c[0] for c in self.out_constants if c is not None and isinstance(c[0], str)],
+                wanted="tensors, numbers, booleans or None",
+                hint="leave the text out of what the model returns",
+            )
         for constant in (*self.constants, *self.out_constants):
             if constant is not None and not isinstance(constant[0], bool | int | float | str | type(None)):
                 raise ArtifactError(
@@ -285,8 +292,8 @@ class Signature:
             "parameters": [[p.name, p.kind] for p in self.parameters],
             "inputs": [leaf(x) for x in self.inputs],
             "outputs": [leaf(x) for x in self.outputs],
-            "in_spec": pytree.treespec_dumps(self.in_spec),
-            "out_spec": pytree.treespec_dumps(self.out_spec),
+            "in_spec": dump_spec(self.in_spec),
+            "out_spec": dump_spec(self.out_spec),
             "constants": [None if c is None else list(c) for c in self.constants],
             "out_constants": [None if c is None else list(c) for c in self.out_constants],
             "dynamic": {k: list(v) for k, v in self.dynamic.items()},
@@ -310,6 +317,23 @@ class Signature:
             dynamic={k: (v[0], v[1]) for k, v in data["dynamic"].items()},
             training=data["training"],
         )
+
+
+def dump_spec(spec: Any) -> str:
+    """A container description as JSON.
+
+    Raises:
+        ArtifactError: One of the containers has no name to be found by again.
+    """
+    try:
+        return pytree.treespec_dumps(spec)
+    except NotImplementedError as error:
+        raise ArtifactError(
+            "the model gives or takes a container that cannot be saved",
+            got=next(iter(str(error).splitlines()), ""),
+            wanted="tuples, lists, dicts, or output classes of transformers",
+            hint="register its class: torch.export.register_dataclass(cls, serialized_type_name=...)",
+        ) from error
 
 
 def load_spec(text: str) -> Any:

@@ -7,19 +7,25 @@ the new manifest does not name. A full disk or a kill at any moment leaves the o
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError
+from torch.export import ExportedProgram
 
 from eecompile.errors import ArtifactError
 
 MANIFEST = "eecompile.json"
 FORMAT = "eecompile program"
 VERSION = 1
+WRITING_FAILS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have errors of their own for a full disk
 OURS = re.compile(r"(?:eval|train|heads|head_\w+)-[0-9a-f]{12}\.(?:pt2|safetensors)|\.[\w.]+\.\d+\.part[\w.]*")
 
 
@@ -29,6 +35,26 @@ def sha256(path: Path) -> str:
         while chunk := f.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def free_place(path: Path) -> Path:
+    """A directory to save in: new, empty, or one that holds a saved program or the remains of a save that was killed.
+
+    Raises:
+        ArtifactError: There is a file, or a directory with something else in it.
+    """
+    if path.exists() and not path.is_dir():
+        raise ArtifactError("there is a file where the program should go", where=str(path), wanted="a directory")
+    if path.is_dir() and not (path / MANIFEST).is_file():
+        others = sorted(p.name for p in path.iterdir() if not OURS.fullmatch(p.name))
+        if others:
+            raise ArtifactError(
+                "the directory holds something else",
+                where=str(path),
+                got=", ".join(others[:6]) + (f" and {len(others) - 6} more" if len(others) > 6 else ""),
+                wanted="a new or empty directory, or one with a saved program",
+            )
+    return path
 
 
 def put(directory: Path, stem: str, suffix: str, write: Callable[[Path], None]) -> dict[str, Any]:
@@ -42,11 +68,11 @@ def put(directory: Path, stem: str, suffix: str, write: Callable[[Path], None]) 
         name = f"{stem}-{digest[:12]}{suffix}"
         size = temporary.stat().st_size
         os.replace(temporary, directory / name)
-    except OSError as error:
+    except WRITING_FAILS as error:
         raise ArtifactError(
             "the program could not be saved; what was there before is unchanged",
             where=str(directory / f"{stem}{suffix}"),
-            got=f"{type(error).__name__}: {error}",
+            got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}",
             hint="free some space or choose another directory",
         ) from error
     finally:
@@ -77,6 +103,57 @@ def commit(directory: Path, manifest: Mapping[str, Any]) -> None:
     for path in directory.iterdir():  # only what `put` wrote: other files there are somebody else's
         if path.is_file() and OURS.fullmatch(path.name) and path.name not in kept:
             path.unlink(missing_ok=True)
+
+
+class _Remembered(io.RawIOBase):
+    """A file whose errors are kept for later: torch's archive writer ends the whole process when a write fails."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.error: OSError | None = None
+
+    def writable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = 0) -> int:
+        return self.file.seek(offset, whence)
+
+    def tell(self) -> int:
+        return self.file.tell()
+
+    def write(self, data: Any) -> int:
+        if self.error is None:
+            try:
+                self.file.write(data)
+            except OSError as error:
+                self.error = error
+        return len(data)
+
+
+def save_program(exported: ExportedProgram, path: Path) -> None:
+    """`torch.export.save`, with an OSError where the disk is full.
+
+    The archive holds no name of a file: the same program gives the same bytes.
+    """
+    with path.open("wb", buffering=0) as f:
+        remembered = _Remembered(f)
+        torch.export.save(exported, remembered)  # type: ignore[arg-type]
+        if remembered.error is not None:
+            raise remembered.error
+
+
+def discard(directory: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
+    """Removes the files of a save that failed, unless the program that is there has the very same ones."""
+    try:
+        kept = {entry["file"] for entry in manifest_of(directory)["files"].values()}
+    except ArtifactError:  # no program there yet
+        kept = set()
+    for entry in entries.values():
+        if entry["file"] not in kept:
+            (directory / entry["file"]).unlink(missing_ok=True)
 
 
 def manifest_of(directory: Path) -> dict[str, Any]:

@@ -36,6 +36,7 @@ from eecompile.program import Anchor, Exit, Place, Program
 from eecompile.signature import Signature
 from eecompile.strategies import STRATEGIES, Strategy, strategy
 
+LOADED = "loaded from "
 assert eecompile.ops is not None  # registers the operators that graphs may hold
 
 
@@ -74,6 +75,13 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     exits = tuple(_exit(e) for e in data["exits"])
     program = program.replace(exits=relocate(program, exits))
     buffers = {THRESHOLDS: tensors.pop("thresholds"), TEMPERATURES: tensors.pop("temperatures")}
+    counts = (len(exits), len(data["heads"]), buffers[THRESHOLDS].numel(), buffers[TEMPERATURES].numel() - 1)
+    if len(set(counts)) != 1:
+        raise ArtifactError(
+            "the parts of the saved program do not fit one another",
+            where=str(directory / files.MANIFEST),
+            got="{} exits, {} heads, {} thresholds, temperatures of {} exits".format(*counts),
+        )
     heads = _heads(program, data["heads"], paths, tensors)
     program = run_passes(
         program, [InsertExits(heads=heads, buffers=buffers), StagePass(), Lower()], facts=frozenset({"exits placed"})
@@ -96,7 +104,7 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
         backend=data["backend"],
         training_program=training,
         artifact=artifact,
-        notes=[*data["notes"], f"loaded from {directory.name}"],
+        notes=[*(n for n in data["notes"] if not n.startswith(LOADED)), f"{LOADED}{directory.name}"],
     )
 
 
@@ -162,7 +170,8 @@ def _heads(
             score = score_head(sites.site_at(program, cut_of(program, e), e.mask_input)[0]) if data["score"] else None
             heads[e.name] = Branch(tail.module, score)
         elif data["kind"] == "custom":
-            module: nn.Module = _exported(paths[f"head {e.name}"]).module()
+            exported = _exported(paths[f"head {e.name}"])
+            module: nn.Module = _plain(exported)
             score = score_head(sites.site_at(program, cut_of(program, e), e.mask_input)[0]) if data["score"] else None
             heads[e.name] = Branch(module, score, data["takes_mask"])
         else:
@@ -176,6 +185,16 @@ def _heads(
             raise ArtifactError("the weights do not fit the heads", where=f"{HEADS}.{e.name}", got=missing[:5])
         heads[e.name].load_state_dict(own, strict=False)
     return heads
+
+
+def _plain(exported: ExportedProgram) -> fx.GraphModule:
+    """A head as a plain graph, which has a train() and can be copied; the exported program's own module has and can not."""
+    names = [s.arg.name for s in exported.graph_signature.input_specs if s.kind.name == "USER_INPUT"]
+    module = flat_graph(exported, "", names)
+    module.meta.clear()
+    for n in module.graph.nodes:
+        n.meta.clear()
+    return module
 
 
 def _share(train: fx.GraphModule, source: fx.GraphModule) -> None:

@@ -33,17 +33,42 @@ def write(fast: Any, path: str | Path) -> None:
             'a program of capture="blocks" cannot be saved: it runs the Python model itself',
             hint="save the model's weights and compile again, or make the model exportable",
         )
-    directory = Path(path)
-    if directory.exists() and not directory.is_dir():
-        raise ArtifactError("there is a file where the program should go", where=str(directory))
+    directory = files.free_place(Path(path))
     if fast.strategy.joint and "train" not in fast.artifact:
         fast.train_mode_capture()
     heads = {e.name: _head(fast.branch(e.name), e) for e in program.exits}
+    manifest: dict[str, Any] = {
+        "format": files.FORMAT,
+        "version": files.VERSION,
+        "torch": torch.__version__,
+        "strategy": fast.strategy.to_dict(),
+        "executor": fast.__dict__["_asked"],  # "auto" may mean another one where it is loaded
+        "backend": fast.backend,
+        "signature": program.signature.to_dict(),
+        "prediction": program.prediction,
+        "models": list(program.models),
+        "exits": [_exit(e) for e in program.exits],
+        "heads": heads,
+        "gates": _gates(fast),
+        "stages": [s.flops for s in program.stages],
+        "notes": list(fast.notes),
+    }
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArtifactError("the directory cannot be made", where=str(directory), got=str(error)) from error
     entries: dict[str, Any] = {}
+    try:
+        _put_all(fast, directory, heads, entries)
+        files.commit(directory, {**manifest, "files": entries})
+    except ArtifactError:
+        files.discard(directory, entries)
+        raise
+
+
+def _put_all(fast: Any, directory: Path, heads: dict[str, Any], entries: dict[str, Any]) -> None:
+    """Writes every file but the manifest; `entries` grows by one with each."""
+    program = fast.program
     tensors = {
         name: t.detach().cpu().contiguous()
         for name, t in fast.heads.state_dict().items()
@@ -58,33 +83,13 @@ def write(fast: Any, path: str | Path) -> None:
     tensors["temperatures"] = fast.temperatures.detach().cpu().clone()
     weights = {name: t.clone() for name, t in tensors.items()}  # shared storage has no place in a safetensors file
     entries["heads"] = files.put(directory, "heads", ".safetensors", lambda p: save_file(weights, p))
-    source = program.source
     for mode, exported in fast.artifact.items():
         if exported is not None:
-            entries[mode] = files.put(directory, mode, ".pt2", partial(_export, exported, source))
+            entries[mode] = files.put(directory, mode, ".pt2", partial(_export, exported, program.source))
     for e in program.exits:
         if heads[e.name]["kind"] == "custom":
             branch = fast.branch(e.name)
             entries[f"head {e.name}"] = files.put(directory, f"head_{e.name}", ".pt2", partial(_custom, branch, fast))
-    manifest = {
-        "format": files.FORMAT,
-        "version": files.VERSION,
-        "torch": torch.__version__,
-        "strategy": fast.strategy.to_dict(),
-        "executor": fast.executor,
-        "backend": fast.backend,
-        "signature": program.signature.to_dict(),
-        "prediction": program.prediction,
-        "models": list(program.models),
-        "places": [asdict(p) for p in program.places],
-        "exits": [_exit(e) for e in program.exits],
-        "heads": heads,
-        "gates": _gates(fast),
-        "stages": [s.flops for s in program.stages],
-        "notes": list(fast.notes),
-        "files": entries,
-    }
-    files.commit(directory, manifest)
 
 
 def _exit(e: Exit) -> dict[str, Any]:
@@ -121,7 +126,7 @@ def _export(exported: ExportedProgram, source: fx.GraphModule, path: Path) -> No
         present = now.get(name.removeprefix("m."), t)
         state[name] = _on_cpu(present)
     program._state_dict = state
-    torch.export.save(program, path)
+    files.save_program(program, path)
 
 
 def _on_cpu(t: Any) -> Any:
@@ -150,4 +155,4 @@ def _custom(branch: Branch, fast: Any, path: Path) -> None:
             hint="use a built-in head, or one whose forward torch.export can trace",
         ) from error
     exported._example_inputs = None
-    torch.export.save(exported, path)
+    files.save_program(exported, path)

@@ -40,9 +40,10 @@ def rewrite(
     predictions are the exits, and only rows that are not sure yet reach the next.
     """
     with reporting(as_json) as out:
+        from eecompile.artifact.files import free_place
         from eecompile.cli import inputs, models
 
-        models.free_place(output)
+        free_place(output)
         request = models.Request(
             strategy, exits or [], head, criterion, option or [], prediction, executor, backend, "export", blocks,
             batch_axis, measure, seed, inputs.example(example, input, data, seed=seed), prepare or [],

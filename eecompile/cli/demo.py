@@ -38,10 +38,11 @@ def demo(
     with reporting(as_json) as out:
         import torch
 
+        from eecompile.artifact.files import free_place
         from eecompile.cli import data, models
 
         if output is not None:
-            models.free_place(output)
+            free_place(output)
         images, labels = data.digit_images()
         before = torch.get_num_threads()
         models.threads(threads)

@@ -246,22 +246,6 @@ def saved(path: Path, thresholds: list[float] | None = None) -> CompiledModule:
     return fast
 
 
-def free_place(path: Path) -> Path:
-    """A directory to save in: new, empty, or one that holds a saved program.
-
-    Raises:
-        EecompileError: Something else is there, and would be in the way.
-    """
-    if path.is_dir() and any(path.iterdir()) and not (path / MANIFEST).is_file():
-        raise EecompileError(
-            "the directory holds something else",
-            where=str(path),
-            got=", ".join(sorted(p.name for p in path.iterdir())[:6]),
-            wanted="a new or empty directory, or one with a saved program",
-        )
-    return path
-
-
 def threads(count: int | None) -> None:
     """Sets torch's threads where asked.
 
