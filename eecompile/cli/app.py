@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
 import typer
@@ -9,10 +10,13 @@ import typer
 from eecompile.cli import build, demo, doctor, measure, train
 from eecompile.cli.out import guarded
 
+# Up to 0.27.0 typer joins the lines of a paragraph of an epilog; later it keeps them, and paragraphs stand apart.
+LINE = "\n" if tuple(int(n) for n in re.findall(r"\d+", typer.__version__)[:3]) > (0, 27, 0) else "\n\n"
+
 app = typer.Typer(
     name="eecompile",
     help="Rewrite unmodified PyTorch models so that each input computes only as much as it needs.",
-    epilog="\n\n".join(
+    epilog=LINE.join(
         [
             "A model from end to end:",
             "  eecompile rewrite net.py:Net -o fast --data net.py:train --exits 3",
@@ -48,7 +52,7 @@ def top(
 
 def examples(*lines: str) -> str:
     """Examples for the end of a help page."""
-    return "\n\n".join(["Examples:", *(f"  {line}" for line in lines)])
+    return LINE.join(["Examples:", *(f"  {line}" for line in lines)])
 
 
 app.command(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,7 +35,12 @@ def fit(
     ] = None,
     batch_size: BatchSize = None,
     checkpoint_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Where checkpoints go; a killed run goes on from there.")
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where checkpoints go and stay; a stopped run goes on from there.",
+            show_default="beside the program, removed when training is done",
+        ),
     ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from a checkpoint if there is one.")] = True,
@@ -48,28 +54,38 @@ def fit(
     The directory is replaced in one step, once training is done.
     """
     with reporting(as_json) as out:
+        from eecompile.artifact import files
         from eecompile.cli import data as datas
         from eecompile.cli import models
 
-        place = models.free_place(output or directory)
+        place = files.free_place(output or directory)
         fast = models.saved(directory)
         options: dict[str, object] = {"trunk": trunk} if trunk is not None else {}
-        report = fast.fit(
-            datas.loader(data, batch_size),
-            epochs=epochs,
-            lr=lr,
-            trunk_lr=trunk_lr,
-            objective=objective,
-            scheduler=scheduler,
-            patience=patience,
-            val_loader=None if val is None else datas.loader(val, batch_size),
-            checkpoint_dir=checkpoint_dir,
-            checkpoint_every=checkpoint_every,
-            resume=resume,
-            seed=seed,
-            **options,
-        )
+        # named after the program's content: what is left of a run on another program is never taken up
+        digest = files.sha256(directory / files.MANIFEST)[:8]
+        checkpoints = checkpoint_dir or place.resolve().with_name(f"{place.resolve().name}.fit-{digest}")
+        try:
+            report = fast.fit(
+                datas.loader(data, batch_size),
+                epochs=epochs,
+                lr=lr,
+                trunk_lr=trunk_lr,
+                objective=objective,
+                scheduler=scheduler,
+                patience=patience,
+                val_loader=None if val is None else datas.loader(val, batch_size),
+                checkpoint_dir=checkpoints,
+                checkpoint_every=checkpoint_every,
+                resume=resume,
+                seed=seed,
+                **options,
+            )
+        except KeyboardInterrupt:
+            out.say("the same command goes on from there; --no-resume starts anew")
+            raise
         fast.save(place)
+        if checkpoint_dir is None:
+            shutil.rmtree(checkpoints, ignore_errors=True)
         out.show(report, f"saved in {place}; next: eecompile calibrate {place} --data ...")
         out.result({"saved": str(place), **report.to_dict()})
 
@@ -109,6 +125,7 @@ def calibrate(
     Use data that training has not seen. Where no thresholds qualify, all exits are closed and it says so.
     """
     with reporting(as_json) as out:
+        from eecompile.artifact import files
         from eecompile.cli import data as datas
         from eecompile.cli import models
         from eecompile.errors import EecompileError
@@ -119,7 +136,7 @@ def calibrate(
                 got="--budget with --max-drop, --delta or --no-guarantee",
                 wanted="one of the two",
             )
-        place = models.free_place(output or directory)
+        place = files.free_place(output or directory)
         fast = models.saved(directory)
         how: dict[str, Any] = {"budget": budget}
         if budget is None:

@@ -1,114 +1,179 @@
-"""The command line through its real entry point."""
+"""Every command does its work, says it in JSON alone where asked, and leaves what it was given as it was."""
 
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
-MODEL = """
-import torch
-from torch import nn
+from eecompile import load
+from eecompile.cli import demo
+from tests.cli.shell import MODEL, call, environment, found, process
 
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(1, 8, 3, padding=1)
-        self.blocks = nn.Sequential(*(nn.Sequential(nn.Conv2d(8, 8, 3, padding=1), nn.ReLU()) for _ in range(5)))
-        self.out = nn.Linear(8, 10)
+assert MODEL  # other tests of commands take it from here
 
-    def forward(self, x):
-        return self.out(self.blocks(self.stem(x)).mean((2, 3)))
 
-def build():
-    torch.manual_seed(0)
-    return Net().eval()
+def test_from_a_model_to_a_measured_program(saved: Path, tmp_path: Path) -> None:
+    before = {p.name: p.read_bytes() for p in saved.iterdir()}
+    out = str(tmp_path / "fast")
+    report = found("fit", str(saved), "--data", "digits", "--epochs", "2", "--val", "digits:val", "-o", out)
+    assert report["saved"] == out
+    assert len(report["rows"]) == 2
+    assert {p.name: p.read_bytes() for p in saved.iterdir()} == before, "with -o the first program stays"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["fast"], "checkpoints are gone once training is done"
+    calibrated = found("calibrate", out, "--data", "digits:val", "--max-drop", "0.05", "--no-guarantee")
+    assert calibrated["saved"] == out
+    assert [e.threshold for e in load(out).exits] == pytest.approx([e["threshold"] for e in calibrated["exits"]])
+    evaluated = found("evaluate", out, "--data", "digits:test", "--curve", "3")
+    assert evaluated["samples"] == 360
+    assert len(evaluated["curve"]) == 3
+    ran = found("run", out, "--data", "digits:test", "--rows", "3")
+    assert len(ran["exit_index"]) == len(ran["confidence"]) == len(ran["cost"]) == 3
+    timed = found("bench", out, "--data", "digits:test", "--batch", "8", "--rounds", "3")
+    assert timed["batch"] == 8
+    assert timed["rows"][0]["name"] == "original"
+    assert timed["original"] == "its captured graph"
+
+
+def test_the_same_for_people(model: str, saved: Path, tmp_path: Path) -> None:
+    out = str(tmp_path / "fast")
+    done = call("rewrite", model, "--input", "float32[4,1,8,8]", "--exits", "blocks.1", "--exits", "0.6", "-o", out)
+    assert "exit_0" in done.stdout
+    assert "blocks.1" in done.stdout
+    assert f"saved in {out}" in done.stdout.replace("\n", "")
+    assert "next: eecompile fit" in done.stdout
+    assert "capture" in done.stderr, "progress goes to standard error"
+    done = call("fit", out, "--data", "digits")
+    assert f"saved in {out}" in done.stdout.replace("\n", "")
+    assert "next: eecompile calibrate" in done.stdout
+    assert "loss" in done.stdout
+    assert "exit_1" in call("calibrate", out, "--data", "digits:val").stdout
+    done = call("evaluate", out, "--data", "digits:test", "--threshold", "0.5", "--threshold", "2")
+    assert "accuracy" in done.stdout
+    done = call("run", out, "--input", "x=float32[2,1,8,8]", "--threshold", "0")
+    assert "row 0: " in done.stdout
+    assert "exit_0" in done.stdout
+    done = call("bench", out, "--input", "float32[2,1,8,8]", "--rounds", "3", "--model", model, "--threads", "1")
+    assert "original: its Python model" in done.stdout
+    assert [e.threshold for e in load(saved).exits] == [0.9, 0.9], "--threshold is for one run"
+
+
+@pytest.mark.parametrize("format", ["tree", "table", "code", "dot", "mermaid", "json", "diff"])
+def test_inspect_in_every_format(saved: Path, format: str) -> None:
+    text = call("inspect", str(saved), "--format", format).stdout
+    assert ("stage" in text) or format == "diff"
+    assert "exit_0" in text
+    if format == "json":
+        assert json.loads(text)["exits"]
+        assert json.loads(text) == found("inspect", str(saved))
+
+
+def test_inspect_at_every_level_and_before_anything_is_saved(model: str) -> None:
+    shape = ("--input", "x=float32[4,1,8,8]")
+    levels = found("inspect", model, *shape)["passes"]
+    for level in ("source", "marked", "staged", *(p["name"] for p in levels)):
+        text = call("inspect", model, *shape, "--after", level, "--format", "code").stdout
+        assert "def forward" in text
+        assert ("exit_0" in text) == (level in ("insert_exits", "stage", "lower", "verify", "marked", "staged")), level
+    done = call("inspect", model, *shape, "--after", "find_cut", code=2)
+    assert "did you mean find_cuts" in done.stderr.replace("\n", " ")
+    assert "without a trace" in call("inspect", model, *shape, "--capture", "blocks").stdout
+
+
+def test_strategies_and_doctor() -> None:
+    listed = {s["name"]: s for s in found("strategies")["strategies"]}
+    assert {"branchy", "mebert"} <= set(listed)
+    assert listed["branchy"]["defaults"]["exits"] == 3
+    assert "2016" in call("strategies").stdout
+    checks = found("doctor")
+    assert checks["ok"]
+    names = {c["name"] for c in checks["checks"]}
+    assert {"torch", "operators", "executor compact", "self-test: save and load"} <= names
+    assert "self-test" not in call("doctor", "--no-self-test").stdout
+
+
+def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "EPOCHS", 2)
+    monkeypatch.setattr(demo, "FIT_EPOCHS", 1)
+    out = str(tmp_path / "digits")
+    report = found("demo", "-o", out)
+    assert report["saved"] == out
+    assert {"fit", "calibration", "evaluation", "benchmark", "program"} <= set(report)
+    assert sum(report["rows"].values()) == 1797
+    assert len(load(out).exits) == len(report["program"]["exits"])
+
+
+def test_what_a_model_prints_does_not_get_into_the_json(tmp_path: Path) -> None:
+    path = tmp_path / "talks.py"
+    path.write_text(MODEL + "\nprint('imported')\n")
+    done = call("inspect", f"{path}:build", "--input", "x=float32[4,1,8,8]", "--json")
+    assert json.loads(done.stdout)["exits"]
+    assert "imported" in done.stderr
+
+
+LOADER = """
+import torch, time
+class Slow:
+    def __iter__(self):
+        for k in range(400):
+            print("batch", k, flush=True)
+            time.sleep(0.05)
+            yield torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(k)), torch.arange(4)
+    def __len__(self):
+        return 400
+class Short(Slow):
+    def __iter__(self):
+        yield from list(super().__iter__())[:3]
+train = Slow()
 """
 
 
-def call(*args: str, code: int = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run([sys.executable, "-m", "eecompile", *args], capture_output=True, text=True, timeout=300)
-    assert done.returncode == code, (done.returncode, done.stdout[-2000:], done.stderr[-2000:])
-    return done
+def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(saved: Path, tmp_path: Path) -> None:
+    program = Path(shutil.copytree(saved, tmp_path / "program"))
+    before = {p.name: p.read_bytes() for p in program.iterdir()}
+    (tmp_path / "data.py").write_text(LOADER)
+    command = [sys.executable, "-m", "eecompile", "fit", str(program), "--data", f"{tmp_path}/data.py:train"]
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment(), start_new_session=True
+    ) as running:
+        assert running.stdout is not None
+        assert any("batch 5" in line for line in running.stdout), "it trains"
+        os.kill(running.pid, signal.SIGINT)
+        _, err = running.communicate(timeout=120)
+    assert running.returncode == 130, err
+    assert "Traceback" not in err
+    text = err.replace("\n", " ")
+    assert "stopped by Ctrl-C after step" in text
+    assert "the same command goes on from there" in text
+    assert {p.name: p.read_bytes() for p in program.iterdir()} == before, "the program is as it was"
+    kept = [p for p in tmp_path.iterdir() if p.name.startswith("program.fit-")]
+    assert len(kept) == 1
+    (tmp_path / "data.py").write_text(LOADER.replace("400", "12").replace("0.05", "0"))
+    report = found("fit", str(program), "--data", f"{tmp_path}/data.py:train")
+    assert report["resumed_from"] >= 5
+    assert not kept[0].exists()
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> str:
-    path = tmp_path_factory.mktemp("cli") / "net.py"
-    path.write_text(MODEL)
-    return f"{path}:build"
-
-
-@pytest.fixture(scope="module")
-def saved(model: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("saved") / "program"
-    done = call("rewrite", model, "--input", "x=float32[4,1,8,8]", "--exits", "2", "-o", str(out), "--json")
-    assert len(json.loads(done.stdout)["exits"]) == 2
-    return out
-
-
-def test_help_needs_no_torch() -> None:
-    code = "import sys; sys.argv=['eecompile','--help']\nfrom eecompile.cli import main\n"
-    code += "try: main()\nexcept SystemExit: pass\nassert 'torch' not in sys.modules, 'torch imported'"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "rewrite" in done.stdout
-
-
-def test_a_saved_program_is_fitted_calibrated_evaluated_run_and_timed(saved: Path) -> None:
-    report = json.loads(call("fit", str(saved), "--data", "digits", "--epochs", "1", "--json").stdout)
-    assert report
-    calibrated = json.loads(call("calibrate", str(saved), "--data", "digits:val", "--max-drop", "0.02", "--json").stdout)
-    assert calibrated
-    found = json.loads(call("evaluate", str(saved), "--data", "digits:test", "--json").stdout)
-    assert found
-    assert json.loads(call("run", str(saved), "--data", "digits:test", "--rows", "3", "--json").stdout)
-    timed = json.loads(call("bench", str(saved), "--data", "digits:test", "--batch", "8", "--rounds", "3", "--json").stdout)
-    assert timed["batch"] == 8
-    assert timed["rows"][0]["name"] == "original"
-
-
-@pytest.mark.parametrize("format", ["tree", "table", "code", "dot", "mermaid", "json"])
-def test_inspect_in_every_format(saved: Path, format: str) -> None:
-    text = call("inspect", str(saved), "--format", format).stdout
-    assert "stage" in text
-    if format == "json":
-        assert json.loads(text)["exits"]
-
-
-def test_diff_shows_what_was_inserted(saved: Path) -> None:
-    assert "exit_0" in call("inspect", str(saved), "--format", "diff").stdout
-
-
-def test_doctor_and_strategies() -> None:
-    assert json.loads(call("doctor", "--json").stdout)["ok"]
-    text = call("strategies", "--json").stdout
-    assert json.loads(text)
-    assert '"branchy"' in text
-    assert '"mebert"' in text
-
-
-@pytest.mark.parametrize(
-    ("args", "said"),
-    [
-        (("inspect", "nowhere"), "nowhere"),
-        (("inspect", "nowhere.py:build"), "nowhere.py"),
-        (("evaluate", "nowhere", "--data", "digits"), "nowhere"),
-        (("inspect", "MODEL", "--input", "x=float32[1,1,8,8]"), "batch of 1"),
-        (("inspect", "MODEL", "--input", "x=float[4]"), "float"),
-        (("inspect", "MODEL", "--input", "x=float32[4,1,8,8]", "--strategy", "branchi"), "branchy"),
-        (("inspect", "MODEL", "--input", "x=float32[4,1,8,8]", "--exits", "blocks.9"), "no cut has this name"),
-        (("evaluate", "SAVED", "--data", "digits:tset"), "digits"),
-    ],
-)
-def test_bad_input_is_said_in_words_and_exits_with_2(model: str, saved: Path, args: tuple[str, ...], said: str) -> None:
-    filled = [model if a == "MODEL" else str(saved) if a == "SAVED" else a for a in args]
-    done = call(*filled, code=2)
-    assert said in done.stderr
+def test_a_reader_that_goes_away_is_no_error(saved: Path) -> None:
+    line = f"{sys.executable} -m eecompile inspect {saved} --format code | head -n 2"
+    done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True, env=environment())
     assert "Traceback" not in done.stderr
+    assert "Error" not in done.stderr
+    assert len(done.stdout.splitlines()) == 2
+
+
+def test_a_process_of_its_own(saved: Path) -> None:
+    start = time.perf_counter()
+    done = process("run", str(saved), "--input", "x=float32[3,1,8,8]", "--json")
+    assert json.loads(done.stdout)["exit_index"]
+    assert time.perf_counter() - start < 120
 
 
 def test_several_models_are_rewritten_as_a_cascade(tmp_path: Path) -> None:
@@ -123,8 +188,8 @@ def test_several_models_are_rewritten_as_a_cascade(tmp_path: Path) -> None:
     nets, out = tmp_path / "nets.py", str(tmp_path / "program")
     models, given = (f"{nets}:small", f"{nets}:large"), ("--input", "float32[4,1,8,8]", "--strategy", "cascade")
     prepared = ("--prepare", f"{nets}:halve", "--prepare", "-")
-    found = json.loads(call("rewrite", *models, *given, *prepared, "-o", out, "--json").stdout)
-    assert [(e["head"], e["cost"] < 0.1) for e in found["exits"]] == [("identity", True)]
-    assert json.loads(call("run", out, "--data", "digits:test", "--rows", "3", "--json").stdout)
+    made = found("rewrite", *models, *given, *prepared, "-o", out)
+    assert [(e["head"], e["cost"] < 0.1) for e in made["exits"]] == [("identity", True)]
+    assert found("run", out, "--data", "digits:test", "--rows", "3")
     done = call("rewrite", *models, *given, "-o", str(tmp_path / "other"), code=2)
     assert "does not run on the example" in done.stderr  # the small one reads 4 x 4

@@ -1,0 +1,181 @@
+"""Bad input gets a clear error and loses nothing: strategies, places, heads, thresholds, and numbers that are none.
+
+What belongs to capture, saving, training, calibration and the command line is tested there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from eecompile import CompiledModule, MissingDependencyError, StrategyError, eecompile, strategies
+from eecompile.criteria import CRITERIA
+from tests.capture.nets import CLASSES, WIDTH, Net, compiled, made, rows
+from tests.support import again, both, same_result
+
+
+@pytest.fixture(scope="module")
+def fast() -> CompiledModule:
+    return compiled(made(Net), rows(4))
+
+
+def refused(call: Callable[[], object], *said: str) -> str:
+    with pytest.raises(StrategyError) as caught:
+        call()
+    text = str(caught.value)
+    for part in said:
+        assert part in text
+    return text
+
+
+@pytest.mark.parametrize(
+    ("strategy", "said"),
+    [
+        ("branchi", ["unknown strategy", "got:    'branchi'", "did you mean branchy", "mebert"]),
+        ({"name": "branchy", "exit": 2}, ["strategy 'branchy' has no such option", "got:    exit", "did you mean exits"]),
+        (3, ["strategy= takes a name or an instance", "got:    int"]),
+        (strategies.Branchy, ["strategy= takes a name or an instance", "got:    type"]),
+    ],
+)
+def test_unknown_strategies(strategy, said):
+    refused(lambda: eecompile(made(Net), strategy, example_inputs=(rows(4),)), *said)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"exits": "block.1"}, ["no cut has this name", "got:    block.1", "did you mean blocks.1"]),
+        ({"exits": ["blocks.0", "encoder.*"]}, ["no cut has this name", "got:    encoder.*", "blocks.0, blocks.1"]),
+        ({"exits": 0}, ["at least one exit", "wanted: an integer >= 1"]),
+        ({"exits": []}, ["exits= is an empty list"]),
+        ({"exits": [0.0, 0.5]}, ["fractions of the cost between 0 and 1", "[0.0, 0.5]"]),
+        ({"exits": [1, 2]}, ["names or fractions of the cost"]),
+        ({"head": "lineal"}, ["unknown head", "did you mean linear"]),
+        ({"head": "conv"}, ["does not fit the value at this place", "vector ['batch', 16]", "wanted: map"]),
+        ({"head": nn.Linear(WIDTH, 5)}, ["logits of the wrong size", "where:  blocks.0", "got:    [2, 5]", "[2, 3]"]),
+        ({"head": nn.Linear(3, CLASSES)}, ["does not run on the value at its place", "mat1 and mat2", "['batch', 16]"]),
+        ({"head": lambda site: "head"}, ["a head factory gave no module", "got:    str"]),
+        ({"criterion": "entrophy"}, ["unknown criterion", "did you mean entropy"]),
+        ({"threshold": -0.1}, ["a threshold is 0 or more", "-0.1"]),
+        ({"threshold": [0.5, 0.5, 0.5]}, ["wrong number of thresholds", "got:    3", "2, one for each of blocks."]),
+        ({"distillation": 2.0}, ["share of the loss", "got:    2.0"]),
+    ],
+)
+def test_options_that_do_not_fit(options, said):
+    def call() -> object:
+        return eecompile(made(Net), strategies.Branchy(**{"exits": 2, **options}), example_inputs=(rows(4),))
+
+    refused(call, *said)
+
+
+def test_no_place_says_why_for_each_candidate():
+    tight = strategies.Branchy(exits=2, max_head_share=1e-4)
+    text = refused(lambda: eecompile(made(Net), tight, example_inputs=(rows(4),)), "no place for an exit", "next:")
+    for k in range(3):
+        assert f"blocks.{k}: head and decision cost" in text
+    assert "leaving here saves 25" in text
+    text = refused(
+        lambda: eecompile(made(Net), strategies.Branchy(exits="blocks.3"), example_inputs=(rows(4),)),
+        "no exit fits where it was asked for",
+        "where:  blocks.3",
+        "leaving here saves 0.7%",
+        "an earlier place",
+    )
+    assert "blocks.3: head and decision cost" in text
+
+
+def test_a_model_without_any_place():
+    class One(Net):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList()
+
+    refused(lambda: eecompile(made(One), example_inputs=(rows(4),)), "no place for an exit", "a larger model")
+    every = strategies.MeBert(head="linear")
+    refused(lambda: eecompile(made(One), every, example_inputs=(rows(4),)), "a model without repeated blocks")
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "said"),
+    [
+        (-0.1, ["a threshold is a number of 0 or more", "where:  exit_0", "got:    -0.1", "above 1 closes"]),
+        (math.nan, ["a threshold is a number of 0 or more", "got:    nan"]),
+        ("0.5", ["a threshold is a number of 0 or more", "got:    '0.5'"]),
+        (True, ["a threshold is a number of 0 or more"]),
+        (None, ["a threshold is a number of 0 or more"]),
+        ([0.5], ["wrong number of thresholds", "got:    1", "wanted: 3: exit_0, exit_1, exit_2"]),
+        ([0.5] * 4, ["wrong number of thresholds", "got:    4"]),
+        (torch.tensor([0.5, -1.0, 0.5]), ["a threshold is a number of 0 or more", "where:  exit_1"]),
+        ({"exit_7": 0.5}, ["no exit has this name", "got:    exit_7", "exit_0"]),
+        ({"exit_1": -1.0}, ["a threshold is a number of 0 or more", "where:  exit_1"]),
+    ],
+)
+def test_thresholds_that_are_none_change_nothing(fast, thresholds, said):
+    fast.set_thresholds([0.1, 0.2, 0.3])
+    refused(lambda: fast.set_thresholds(thresholds), *said)
+    assert fast.thresholds.tolist() == pytest.approx([0.1, 0.2, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("thresholds", "kept"),
+    [(0, [0, 0, 0]), (1.0, [1, 1, 1]), (math.inf, [math.inf] * 3), ({"exit_1": 2}, [0.5, 2, 0.5])],
+)
+def test_thresholds_that_are_some(fast, thresholds, kept):
+    fast.set_thresholds(0.5)
+    fast.set_thresholds(thresholds)
+    assert fast.thresholds.tolist() == kept
+    fast(rows(3))
+
+
+@pytest.mark.parametrize("temperatures", [[1.0] * 3, [1.0, 1.0, 0.0, 1.0], [1.0, 1.0, -1.0, 1.0], [math.nan] * 4])
+def test_temperatures_are_positive(fast, temperatures):
+    refused(lambda: fast.set_temperatures(temperatures), "temperatures are positive numbers", "4 of them")
+    assert fast.temperatures.tolist() == [1.0] * 4
+
+
+def test_executors_and_backends_that_are_none(fast):
+    for name, value in (("executor", "compct"), ("backend", "indctor")):
+        refused(lambda n=name, v=value: setattr(fast, n, v), f"unknown {name}", "did you mean")
+    with pytest.raises(MissingDependencyError, match="not part of this version"):
+        fast.executor = "device"
+    assert (fast.executor, fast.backend) == ("compact", "eager")
+
+
+@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+@pytest.mark.parametrize("capture", ["export", "blocks"])
+def test_numbers_that_are_none_never_leave_early(fast, capture, criterion):
+    """At a threshold of 0 every row leaves at the first exit, but for those whose logits are NaN or infinite."""
+    strategy = strategies.Branchy(exits=3, criterion=criterion, threshold=0.0)
+    if capture == "export":
+        one = again(fast, strategy)
+    else:
+        one = compiled(made(Net), rows(4), strategy=strategy, capture="blocks", closed=False)
+    x = rows(5)
+    x[1], x[3] = math.nan, math.inf
+    compact, reference = both(one, x)
+    same_result(compact, reference)
+    assert compact.exit_index.tolist() == [0, 3, 0, 3, 0]
+    assert compact.confidence[[1, 3]].tolist() == [0.0, 0.0]
+    assert bool(compact.confidence.isfinite().all())
+    assert bool(compact.output[[0, 2, 4]].isfinite().all())
+    seen = one.observe(x)
+    assert all(float(c[1]) == float(c[3]) == 0.0 for c in seen.confidences)
+
+
+def test_an_infinite_logit_of_one_class_is_no_certainty(fast):
+    """Masked classes (minus infinity) are fine; plus infinity says nothing about how sure a row is."""
+
+    class Masked(nn.Module):
+        def forward(self, h: Tensor) -> Tensor:
+            masked = torch.tensor([0.0, 0.0, -math.inf]) + h[:, :3]
+            return torch.where(h[:, :1] > 1e6, math.inf, masked)
+
+    one = again(fast, strategies.Branchy(exits=2, head=Masked(), threshold=0.0))
+    x = rows(4)
+    x[2] = 1e12
+    compact, reference = both(one, x)
+    assert compact.exit_index.tolist() == reference.exit_index.tolist() == [0, 0, 2, 0]
