@@ -51,10 +51,8 @@ def rewrite(
         fast = models.compiled(model, request, out.say)
         out.say("save")
         fast.save(output)
-        out.show(
-            _places(fast),
-            f"saved in {output}; next: eecompile fit {output} --data ..., then eecompile calibrate",
-        )
+        out.show(_places(fast))
+        out.after(output, f"eecompile fit {output} --data ...")
         out.result({"saved": str(output), **fast.explain().to_dict()})
 
 

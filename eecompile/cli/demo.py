@@ -85,7 +85,7 @@ class _Demo:
         self.out.show("", benchmark_table(times), *verdict(times, evaluated))
         if self.output is not None:
             fast.save(self.output)
-            self.out.show(f"saved in {self.output}; try: eecompile run {self.output} --data digits:test")
+            self.out.after(self.output, f"eecompile run {self.output} --data digits:test")
         seconds = time.perf_counter() - self.start
         self.out.show("", f"The whole demo took {seconds:.1f} s.")
         self.out.result(

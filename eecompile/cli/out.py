@@ -42,6 +42,12 @@ class Out:
             for r in renderables:
                 self.console.print(Text(r) if isinstance(r, str) else r, soft_wrap=type(r).__name__ == "Raw")
 
+    def after(self, saved: object, command: str | None = None) -> None:
+        """Where the program was saved and what to type next, in lines that are never broken."""
+        if not self.as_json:
+            lines = [f"saved in {saved}", *([f"next: {command}"] if command else [])]
+            self.console.print(Text("\n".join(lines)), soft_wrap=True)
+
     def result(self, data: dict[str, Any]) -> None:
         """The report as data; written only when JSON was asked for."""
         if self.as_json:

@@ -86,7 +86,8 @@ def fit(
         fast.save(place)
         if checkpoint_dir is None:
             shutil.rmtree(checkpoints, ignore_errors=True)
-        out.show(report, f"saved in {place}; next: eecompile calibrate {place} --data ...")
+        out.show(report)
+        out.after(place, f"eecompile calibrate {place} --data ...")
         out.result({"saved": str(place), **report.to_dict()})
 
 
@@ -150,5 +151,6 @@ def calibrate(
             seed=seed,
         )
         fast.save(place)
-        out.show(report, f"saved in {place}")
+        out.show(report)
+        out.after(place, f"eecompile evaluate {place} --data ...")
         out.result({"saved": str(place), **report.to_dict()})

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from eecompile import load
-from eecompile.cli import demo
+from eecompile.cli import demo, names
 from tests.cli.shell import MODEL, call, environment, found, process
 
 assert MODEL  # other tests of commands take it from here
@@ -30,7 +30,8 @@ def test_from_a_model_to_a_measured_program(saved: Path, tmp_path: Path) -> None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["fast"], "checkpoints are gone once training is done"
     calibrated = found("calibrate", out, "--data", "digits:val", "--max-drop", "0.05", "--no-guarantee")
     assert calibrated["saved"] == out
-    assert [e.threshold for e in load(out).exits] == pytest.approx([e["threshold"] for e in calibrated["exits"]])
+    kept = [e.threshold for e in load(out).exits]
+    assert kept == pytest.approx([e["threshold"] for e in calibrated["exits"][: len(kept)]])
     evaluated = found("evaluate", out, "--data", "digits:test", "--curve", "3")
     assert evaluated["samples"] == 360
     assert len(evaluated["curve"]) == 3
@@ -47,12 +48,12 @@ def test_the_same_for_people(model: str, saved: Path, tmp_path: Path) -> None:
     done = call("rewrite", model, "--input", "float32[4,1,8,8]", "--exits", "blocks.1", "--exits", "0.6", "-o", out)
     assert "exit_0" in done.stdout
     assert "blocks.1" in done.stdout
-    assert f"saved in {out}" in done.stdout.replace("\n", "")
-    assert "next: eecompile fit" in done.stdout
+    assert f"saved in {out}\n" in done.stdout
+    assert f"next: eecompile fit {out} --data ...\n" in done.stdout, "a command stands in one line, to be copied"
     assert "capture" in done.stderr, "progress goes to standard error"
     done = call("fit", out, "--data", "digits")
-    assert f"saved in {out}" in done.stdout.replace("\n", "")
-    assert "next: eecompile calibrate" in done.stdout
+    assert f"saved in {out}\n" in done.stdout
+    assert f"next: eecompile calibrate {out} --data ...\n" in done.stdout
     assert "loss" in done.stdout
     assert "exit_1" in call("calibrate", out, "--data", "digits:val").stdout
     done = call("evaluate", out, "--data", "digits:test", "--threshold", "0.5", "--threshold", "2")
@@ -62,7 +63,7 @@ def test_the_same_for_people(model: str, saved: Path, tmp_path: Path) -> None:
     assert "exit_0" in done.stdout
     done = call("bench", out, "--input", "float32[2,1,8,8]", "--rounds", "3", "--model", model, "--threads", "1")
     assert "original: its Python model" in done.stdout
-    assert [e.threshold for e in load(saved).exits] == [0.9, 0.9], "--threshold is for one run"
+    assert [e.threshold for e in load(saved).exits] == pytest.approx([0.9, 0.9]), "--threshold is for one run"
 
 
 @pytest.mark.parametrize("format", ["tree", "table", "code", "dot", "mermaid", "json", "diff"])
@@ -72,16 +73,18 @@ def test_inspect_in_every_format(saved: Path, format: str) -> None:
     assert "exit_0" in text
     if format == "json":
         assert json.loads(text)["exits"]
-        assert json.loads(text) == found("inspect", str(saved))
+        again = found("inspect", str(saved))
+        assert {k: v for k, v in json.loads(text).items() if k != "passes"} == {k: again[k] for k in again if k != "passes"}
 
 
 def test_inspect_at_every_level_and_before_anything_is_saved(model: str) -> None:
     shape = ("--input", "x=float32[4,1,8,8]")
     levels = found("inspect", model, *shape)["passes"]
+    assert {p["name"] for p in levels} <= set(names.LEVELS), "completion knows every pass"
     for level in ("source", "marked", "staged", *(p["name"] for p in levels)):
         text = call("inspect", model, *shape, "--after", level, "--format", "code").stdout
         assert "def forward" in text
-        assert ("exit_0" in text) == (level in ("insert_exits", "stage", "lower", "verify", "marked", "staged")), level
+        assert ("exit_0_head" in text) == (level in ("insert_exits", "stage", "lower", "verify", "marked", "staged")), level
     done = call("inspect", model, *shape, "--after", "find_cut", code=2)
     assert "did you mean find_cuts" in done.stderr.replace("\n", " ")
     assert "without a trace" in call("inspect", model, *shape, "--capture", "blocks").stdout
@@ -122,15 +125,12 @@ LOADER = """
 import torch, time
 class Slow:
     def __iter__(self):
-        for k in range(400):
+        for k in range(100):
             print("batch", k, flush=True)
             time.sleep(0.05)
             yield torch.randn(4, 1, 8, 8, generator=torch.Generator().manual_seed(k)), torch.arange(4)
     def __len__(self):
-        return 400
-class Short(Slow):
-    def __iter__(self):
-        yield from list(super().__iter__())[:3]
+        return 100
 train = Slow()
 """
 
@@ -155,7 +155,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(saved: Path, tmp
     assert {p.name: p.read_bytes() for p in program.iterdir()} == before, "the program is as it was"
     kept = [p for p in tmp_path.iterdir() if p.name.startswith("program.fit-")]
     assert len(kept) == 1
-    (tmp_path / "data.py").write_text(LOADER.replace("400", "12").replace("0.05", "0"))
+    (tmp_path / "data.py").write_text(LOADER.replace("0.05", "0"))
     report = found("fit", str(program), "--data", f"{tmp_path}/data.py:train")
     assert report["resumed_from"] >= 5
     assert not kept[0].exists()
