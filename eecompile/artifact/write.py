@@ -47,6 +47,7 @@ def write(fast: Any, path: str | Path) -> None:
         "signature": program.signature.to_dict(),
         "prediction": program.prediction,
         "models": list(program.models),
+        "places": [asdict(p) for p in program.places],
         "exits": [_exit(e) for e in program.exits],
         "heads": heads,
         "gates": _gates(fast),
