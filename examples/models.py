@@ -222,3 +222,21 @@ def minilm_classifier(
         nn.init.normal_(layer.weight, std=model.config.initializer_range, generator=generator)
         nn.init.zeros_(layer.bias)
     return model
+
+
+class RowReader(nn.Module):
+    """A recurrent classifier that reads an image [B, 1, 28, 28] two rows at a time, from the top, with a GRU cell."""
+
+    def __init__(self, hidden: int = 96, classes: int = 10) -> None:
+        super().__init__()
+        self.first = nn.Linear(56, hidden)
+        self.cell = nn.GRUCell(56, hidden)
+        self.classifier = nn.Linear(hidden, classes)
+
+    def forward(self, images: Tensor) -> Tensor:
+        steps = images.reshape(images.shape[0], -1, 56)
+        h = torch.tanh(self.first(steps[:, 0]))
+        for t in range(1, steps.shape[1]):
+            h = self.cell(steps[:, t], h)
+        logits: Tensor = self.classifier(h)
+        return logits

@@ -108,6 +108,7 @@ class _Writer:
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.spans: list[tuple[int, int, Halt]] = []
         self.written: set[fx.Node] = set()
+        self.replaced: dict[str, fx.Node] = {}  # the last block's value of a chain, and what stands for it
         first = next(n for n in self.graph.nodes if n.op != "placeholder")
         with self.graph.inserting_before(first):
             self.scale = self.graph.get_attr(HALT_SCALE)
@@ -115,7 +116,7 @@ class _Writer:
         self.at = self.scale
 
     def add(self, halt: Halt) -> Halt:
-        x, ys = self.names[halt.x], [self.names[y] for y in halt.ys]
+        x, ys = self.replaced.get(halt.x, self.names[halt.x]), [self.names[y] for y in halt.ys]
         self.mode = facts.value(ys[0]).fake_mode
         with self.mode:
             self.scale.meta["val"] = torch.empty(1)
@@ -137,6 +138,7 @@ class _Writer:
         output = self.call(f"{halt.name}_output", aten.to.dtype, chain.weighted, facts.value(ys[0]).dtype)
         self.replace(ys[-1], output)
         make_functional(output, self.position)
+        self.replaced[ys[-1].name] = output
         self.spans.append((self.position[ys[0]], self.position[ys[-1]], halt))
         return replace(halt, steps=tuple(chain.steps), ys=tuple(chain.ys), output=output.name, ledger=chain.ledger.name)
 

@@ -99,8 +99,9 @@ class PlaceHalting(Pass):
             site, _ = site_of(program, r, self.recipe.mask)
             unit = make_unit(unit_class(self.recipe.unit, site, r.name), site, 0.0, 1, None)
             cost = unit_flops(unit, site, sizes_of(program, r, self.example))
-            # A block that is repeated has one unit, one among several blocks has its own.
-            own = f"{name}_unit" if self.recipe.repeat else f"{name}_unit_{k}"
+            # A block that is repeated has one unit, wherever it is called; one among several blocks has its own.
+            module = r.name.partition("@")[0].replace(".", "_")
+            own = f"halt_{module}" if self.recipe.repeat else f"{name}_unit_{k}"
             made.append(HaltStep(f"{name}_step_{k}", r.name, "", f"{GATES}.{own}", r.flops, cost, (), r.anchors))
         return Halt(
             name=name,
