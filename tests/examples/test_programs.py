@@ -174,3 +174,14 @@ def test_anytime_stream(environment: dict[str, str], tmp_path: Path) -> None:
         for point in found["sweep"][load]:
             assert 0 < point["cost"] <= 1.1
             assert point["late_after_a_later_exit"] <= point["late"]
+
+
+def test_act_recurrent(environment, tmp_path):
+    run("act_recurrent", environment, tmp_path)
+    made = json.loads((tmp_path / "act_recurrent-quick.json").read_text())
+    (row,) = made["rows"]
+    assert row["accuracy"] > 0.85
+    assert 1 < row["cost"] < 3  # between one step everywhere and three
+    curve = made["curve_on_val"]
+    assert [p["cost"] for p in curve] == sorted(p["cost"] for p in curve)  # a lower threshold stops sooner
+    assert sum(made["chosen"]["steps"].values()) == 128
