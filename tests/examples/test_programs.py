@@ -184,4 +184,4 @@ def test_act_recurrent(environment, tmp_path):
     assert 1 < row["cost"] < 3  # between one step everywhere and three
     curve = made["curve_on_val"]
     assert [p["cost"] for p in curve] == sorted(p["cost"] for p in curve)  # a lower threshold stops sooner
-    assert sum(made["chosen"]["steps"].values()) == 128
+    assert sum(made["chosen"]["steps"].values()) == 512
