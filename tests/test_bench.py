@@ -11,7 +11,7 @@ import torch
 
 from eecompile.measuring import Rounds
 from tests.bench import __main__ as program
-from tests.bench import groups, memory, models, record, saving
+from tests.bench import groups, memory, models, readme, record, saving
 from tests.bench.record import Figure, Target, merge, timed
 from tests.bench.rivals import BareStages, ByHand
 
@@ -158,5 +158,25 @@ def test_what_the_command_refuses(capsys):
 
 
 @pytest.mark.skipif(not (record.RESULTS / "cpu.json").exists(), reason="nothing is recorded yet")
-def test_the_recorded_file_has_this_form():
-    check(record.read(record.RESULTS / "cpu.json"))
+def test_the_recorded_file_has_this_form_and_is_what_the_readme_says():
+    whole = record.read(record.RESULTS / "cpu.json")
+    check(whole)
+    text = readme.README.read_text()
+    assert readme.placed(text, readme.markdown(whole)) == text, "run python -m tests.bench --readme"
+
+
+def test_the_readmes_table():
+    figures = [
+        Figure("LeNet", 1.1, "x the time", 0.01, 9, Target(1.02), "Why."),
+        Figure("bytes", 3.0, "MiB", others=0.5),
+    ]
+    machine = {"processor": "P", "threads": 2, "isa": "AVX2", "versions": {"torch": "2"}}
+    group = {"about": "exits closed", "machine": machine, "figures": [f.to_dict() for f in figures]}
+    made = readme.markdown({"groups": {"closed": group}}).splitlines()
+    assert made[2] == "| exits closed: LeNet | 1.100 x the time | 0.010 | at most 1.02 | **missed** | `--only closed` |"
+    assert made[3] == "| exits closed: bytes | 3.000 MiB |  |  |  (disturbed) | `--only closed` |"
+    assert made[4:] == ["", "- Missed: LeNet. Why.", "", "Measured on P, 2 threads, AVX2, torch 2."]
+    text = f"a\n{readme.BEGIN}\nold\n{readme.END}\nz"
+    assert readme.placed(text, "new") == f"a\n{readme.BEGIN}\n\nnew\n\n{readme.END}\nz"
+    with pytest.raises(ValueError, match="has no"):
+        readme.placed("a", "new")

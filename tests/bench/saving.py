@@ -15,9 +15,9 @@ LEAVING = (16, 8, 8)
 EXITS = ("bert.encoder.layer.2", "bert.encoder.layer.5", "bert.encoder.layer.8")
 
 
-def subject(context: Context) -> models.Subject:
+def subject(context: Context, length: int = 128) -> models.Subject:
     """BERT-base with its thresholds set for the mix; rows without padding."""
-    made = models.bert(sum(LEAVING), 16 if context.small else 128, EXITS, context.device)
+    made = models.bert(sum(LEAVING), 16 if context.small else length, EXITS, context.device)
     models.spread_out(made)
     models.force_mix(made, LEAVING)
     return made
