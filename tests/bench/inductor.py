@@ -20,7 +20,7 @@ from tests.bench.record import Figure, timed
 
 
 def run(context: Context) -> list[Figure]:
-    subject = models.lenet(8, 2, context.device) if context.small else models.resnet(64, 4, context.device)
+    subject = models.lenet(8, 1, context.device) if context.small else models.resnet(64, 2, context.device)
     with tempfile.TemporaryDirectory() as empty:
         before = os.environ.get("TORCHINDUCTOR_CACHE_DIR")
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = empty
