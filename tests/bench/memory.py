@@ -27,7 +27,7 @@ def run(context: Context) -> list[Figure]:
     for subject in subjects:
         figures += [*peaks(subject, device), parameters(subject)]
     if not context.small:
-        mixed = saving.subject(context)
+        mixed = saving.subject(context, 32)
         figures.append(peak(f"{mixed.name}, exit mix 50/25/25", mixed, device))
     return figures
 
