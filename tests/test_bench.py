@@ -173,8 +173,8 @@ def test_the_readmes_table():
     machine = {"processor": "P", "threads": 2, "isa": "AVX2", "versions": {"torch": "2"}}
     group = {"about": "exits closed", "machine": machine, "figures": [f.to_dict() for f in figures]}
     made = readme.markdown({"groups": {"closed": group}}).splitlines()
-    assert made[2] == "| exits closed: LeNet | 1.100 x the time | 0.010 | at most 1.02 | **missed** | `--only closed` |"
-    assert made[3] == "| exits closed: bytes | 3.000 MiB |  |  |  (disturbed) | `--only closed` |"
+    assert made[2] == "| LeNet: exits closed | 1.100 x the time | 0.010 | at most 1.02 | **missed** | `--only closed` |"
+    assert made[3] == "| bytes: exits closed | 3.000 MiB |  |  |  (disturbed) | `--only closed` |"
     assert made[4:] == ["", "- Missed: LeNet. Why.", "", "Measured on P, 2 threads, AVX2, torch 2."]
     text = f"a\n{readme.BEGIN}\nold\n{readme.END}\nz"
     assert readme.placed(text, "new") == f"a\n{readme.BEGIN}\n\nnew\n\n{readme.END}\nz"

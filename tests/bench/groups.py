@@ -16,10 +16,10 @@ from eecompile.measuring import Rounds, rounds_of
 from tests.bench.record import BUSY, Figure
 
 GROUPS: dict[str, str] = {
-    "closed": "all exits closed: the rewritten model against the original",
+    "closed": "all exits closed",
     "nobody": "four open exits and nobody leaves",
-    "saving": "exit mix 50/25/25 at batch 32 against the ideal",
-    "by-hand": "the same mix against early exits written by hand",
+    "saving": "exit mix 50/25/25 over three exits",
+    "by-hand": "the same mix, early exits written by hand as rivals",
     "compile": "time of eecompile() itself, step by step",
     "memory": "parameters and peak memory",
     "inductor": 'backend="inductor" against torch.compile of the original',

@@ -18,7 +18,7 @@ def markdown(whole: dict[str, Any]) -> str:
         for f in result["figures"]:
             verdict = VERDICTS[f["met"]] + (" (disturbed)" if f["disturbed"] else "")
             spread = f"{f['spread']:.3f}" if f["rounds"] > 1 else ""
-            cells = (f"{result['about']}: {f['name']}", f"{f['value']:.3f} {f['unit']}", spread, f["target"] or "", verdict)
+            cells = (f"{f['name']}: {result['about']}", f"{f['value']:.3f} {f['unit']}", spread, f["target"] or "", verdict)
             lines.append(f"| {' | '.join(cells)} | `--only {group}` |")
             if f["met"] is False:
                 notes.append(f"- Missed: {f['name']}. {f['cause'] or 'Cause unknown.'}")
