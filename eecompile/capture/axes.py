@@ -78,3 +78,9 @@ def token_axes(call: FlatCall, axes: Sequence[int | None]) -> dict[str, dict[int
         if a == 0 and t.dim() >= 2 and t.shape[1] in names and (t.dim() == 2 or not t.is_floating_point()):
             found[path] = {i: names[s] for i, s in enumerate(t.shape) if i > 0 and s in names}
     return found
+
+
+def integers_only(lengths: Mapping[str, Mapping[int, str]], call: FlatCall) -> dict[str, dict[int, str]]:
+    """The free lengths of token ids and masks, without those of floating-point inputs."""
+    floating = {p for p, t in zip(call.paths, call.tensors, strict=True) if t.is_floating_point()}
+    return {path: dict(axes) for path, axes in lengths.items() if path not in floating}

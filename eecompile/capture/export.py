@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from eecompile.capture import check
 from eecompile.capture.adapter import FlatAdapter, FlatCall, flatten_call, mode, no_attention_fastpath
-from eecompile.capture.axes import BatchAxis, batch_axes, batch_size, shapes, token_axes
+from eecompile.capture.axes import BatchAxis, batch_axes, batch_size, integers_only, shapes, token_axes
 from eecompile.capture.quiet import quiet
 from eecompile.capture.source import capture_failed, model_failed
 from eecompile.capture.untouched import untouched
@@ -75,7 +75,10 @@ def capture_export(
     attempts: list[str] = []
     failures: list[BaseException] = []
     problems: list[str] = []
-    options = [(d, o) for d in ([lengths, {}] if lengths else [{}]) for o in (True, False)]
+    free = [lengths, {}] if lengths else [{}]
+    if dynamic is None and (tokens := integers_only(lengths, call)) != lengths:
+        free.insert(1, tokens)  # features that are as many as the tokens only by chance
+    options = [(d, o) for d in free for o in (True, False)]
     with (
         untouched(model),
         mode(model, training),
