@@ -54,7 +54,7 @@ def example(options: Options, record: Record) -> None:
         "branchy-resnet",
         options,
         trunk,
-        epochs=2 if quick else 3,
+        epochs=2,
         lr=3e-3,
         trunk_lr=1e-3,
         scheduler="cosine",
