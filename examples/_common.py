@@ -143,14 +143,14 @@ def _kept(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
     return found
 
 
-def observed(fast: Any, loaders: Mapping[str, Iterable[Any]]) -> dict[str, Observed]:
+def observed(fast: Any, loaders: Mapping[str, DataLoader[Any]]) -> dict[str, Observed]:
     """Every exit's output on every row of each loader: one pass, kept beside the weights of `fitted`.
 
     Thresholds are then chosen and judged from it in seconds, however often; the test part is run once.
     """
     found = {}
     for part, loader in loaders.items():
-        path = fast.__dict__["kept_as"].with_suffix(f".{part}.safetensors")
+        path = fast.__dict__["kept_as"].with_suffix(f".{part}-{rows_in(loader)}.safetensors")
         found[part] = observe(fast, loader, path)
     return found
 

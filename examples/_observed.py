@@ -38,6 +38,12 @@ class Observed:
     labels: Tensor
     scores: Tensor | None = None
 
+    def only(self, *exits: int) -> Observed:
+        """As seen by some of the exits, by number, and the model's own end: of a program with fewer exits."""
+        columns = [*exits, self.outputs.shape[1] - 1]
+        scores = None if self.scores is None else self.scores[:, list(exits)]
+        return Observed(self.outputs[:, columns], self.labels, scores)
+
     def of(self, fast: Any) -> Replay:
         """As if ``fast`` ran on the rows again."""
         return Replay(fast, self)

@@ -92,7 +92,7 @@ def example(options: Options, record: Record) -> None:
     for name, program in {"entropy": entropy, "patience": patience}.items():
         variants += judged(program, seen, record, f"IMDB, MiniLM-L6, {name}", trunk.accuracy)
     record.done("judge")
-    timed(record, entropy.original, rows_of(parts["test"], 4), variants, (1, 32), {1: 48, 32: 160}, rounds=7)
+    timed(record, entropy.original, rows_of(parts["test"], 4), variants, (1, 32), {1: 48, 32: 128}, rounds=7)
 
 
 if __name__ == "__main__":
