@@ -138,6 +138,7 @@ class Record:
         options = self.options
         command = f"python -m examples.{self.name}" + " --quick" * options.quick
         command += f" --seed {options.seed}" if options.seed else ""
+        command += f" --threads {options.threads}" if options.threads != Options.threads else ""
         machine = {
             "processor": torch.cpu.get_capabilities().get("cpu_name") or platform.machine(),
             "threads": options.threads,

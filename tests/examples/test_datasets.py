@@ -343,7 +343,7 @@ def test_options_and_results(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     path = record.write()
     assert path == tmp_path / "thing-quick.json"
     found = json.loads(path.read_text())
-    assert found["command"] == "python -m examples.thing --quick --seed 3"
+    assert found["command"] == "python -m examples.thing --quick --seed 3 --threads 1"
     assert found["rows_of_data"] == 7
     assert found["rows"] == [{"what": "it", "accuracy": 0.5}]
     assert found["machine"]["versions"]["torch"] == torch.__version__
