@@ -152,8 +152,8 @@ def _strategy(data: dict[str, Any]) -> Strategy:
 def _known(data: dict[str, Any]) -> dict[str, Any]:
     """The options without those that were the user's own modules, in the parts of a sum too."""
     known = {k: v for k, v in data.items() if v != "custom"}
-    if "parts" in known:
-        known["parts"] = [_known(part) for part in known["parts"]]
+    if isinstance(known.get("parts"), list):
+        known["parts"] = [_known(part) if isinstance(part, dict) else part for part in known["parts"]]
     return known
 
 

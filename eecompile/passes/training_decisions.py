@@ -69,7 +69,8 @@ def gumbel(score: Tensor, thresholds: Tensor, index: int, opened: Tensor | None 
     u = torch.rand_like(p).clamp(EPSILON, 1 - EPSILON)
     noisy = torch.sigmoid(torch.logit(p) + torch.logit(u))
     hard = (noisy >= 0.5).float()
-    return _bounded(hard + noisy - noisy.detach(), thresholds[index], opened, least)
+    through = noisy - noisy.detach()  # zero exactly, with the noisy score's gradient
+    return _bounded(hard + through, thresholds[index], opened, least)
 
 
 def always(score: Tensor, thresholds: Tensor, index: int, opened: Tensor | None = None, least: int = 0) -> Tensor:

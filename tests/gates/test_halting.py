@@ -7,7 +7,7 @@ import torch
 
 from eecompile import StrategyError, eecompile, load, strategies
 from eecompile.kernels.halt import halt
-from tests.support import both, close, equal_bits, watch
+from tests.support import both, close, equal_bits, gelu_of, watch
 from tests.zoo import ZOO
 
 NEVER = 2.0
@@ -105,7 +105,7 @@ def test_rows_that_halted_are_not_computed():
     fast.set_halting_threshold(0.35)
     steps = fast.run(*args, **kwargs).steps
     assert len(set(steps.tolist())) > 1
-    rows = [shape[0] for shape in watch(lambda: fast(*args, **kwargs)).shapes["gelu"]]
+    rows = [shape[0] for shape in gelu_of(watch(lambda: fast(*args, **kwargs)))]
     assert rows == [n for k in range(4) if (n := int((steps > k).sum()))]
 
 

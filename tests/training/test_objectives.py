@@ -21,7 +21,7 @@ from eecompile.training.objectives import (
     objective,
 )
 
-OTHERS = ("exit_score", "per_exit_loss", "sum", "gate_cost", "reinforce")  # tested by themselves
+OTHERS = ("exit_score", "per_exit_loss", "sum", "gate_cost", "reinforce", "ponder", "depth_targets")  # tested by themselves
 G = torch.Generator().manual_seed(0)
 
 
