@@ -29,7 +29,7 @@ demo: $(DEMO)  ## train, compile, fit, calibrate and run a small model on digits
 	$(VENV)/bin/eecompile demo
 
 test: lint  ## lint, type-check, test (no GPU, no network data)
-	$(PY) -m pytest -m "not gpu and not data"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not gpu and not data"
 
 lint: $(DEV)  ## ruff and mypy only
 	$(PY) -m ruff check .
