@@ -92,7 +92,7 @@ def train(directory, options, callbacks=(), spoil=False):
     return fast, report
 
 
-@pytest.mark.parametrize("options", SETTINGS, ids=str)
+@pytest.mark.parametrize("options", SETTINGS, ids=lambda options: "-".join(options))
 def test_resumes_bit_for_bit_after_a_kill_at_every_step(tmp_path, options):
     whole, report = train(tmp_path / "whole", options)
     wanted, rows = full_state(whole), [(r.loss, r.scores, r.val_loss, r.lr) for r in report.rows]
