@@ -19,7 +19,7 @@ from eecompile.passes.insert_gates import GATE_THRESHOLDS
 from eecompile.passes.insert_halting import HALT_SCALE, closed_scale
 from eecompile.passes.place_gates import GATES
 from eecompile.program import Halt, Program
-from eecompile.thresholds import ExitRecord, GateRecord, threshold_values
+from eecompile.thresholds import ExitRecord, GateRecord, WidthRecord, threshold_values
 
 NEVER = 2.0  # a halting threshold that nothing reaches
 
@@ -99,7 +99,7 @@ class Decisions(nn.Module):
             GateRecord(
                 name=g.name,
                 node=g.node,
-                region=g.region,
+                region=f"{g.region} at {g.width:.0%}" if g.width else g.region,
                 kind=g.kind,
                 depth=g.depth,
                 threshold=thresholds[i],
@@ -110,6 +110,30 @@ class Decisions(nn.Module):
             )
             for i, g in enumerate(self.program.gates)
         )
+
+    @property
+    def widths(self) -> tuple[WidthRecord, ...]:
+        """The parts that run at one of several widths."""
+        total = self.program.total_flops or 1.0
+        saves = {g.name: g.flops / total for g in self.program.gates}
+        return tuple(
+            WidthRecord(w.name, w.region, w.fractions, w.channels, w.skips, w.gates, sum(saves[g] for g in w.gates))
+            for w in self.program.widths
+        )
+
+    def widths_of(self, gates: Tensor) -> Tensor:
+        """[B, W] float32: the share of the channels that each part with widths ran with, 0 where it was skipped.
+
+        Args:
+            gates: [B, G], 1 for open.
+        """
+        names = [g.name for g in self.program.gates]
+        found = []
+        for w in self.program.widths:
+            opened = (gates.detach()[:, [names.index(g) for g in w.gates]] >= 0.5).long().sum(1)
+            shares = torch.tensor([0.0, *w.fractions] if w.skips else w.fractions, device=gates.device)
+            found.append(shares[opened])
+        return torch.stack(found, 1)
 
     @property
     def halting_threshold(self) -> float:
@@ -237,19 +261,22 @@ class Decisions(nn.Module):
 
     def gates_free(self, gates: Tensor) -> Tensor:
         """[B, G] bool: where the gate's own score decided; see `Result.gates_free`. `gates` [B, G], 1 for open."""
-        recipe, count = self.program.gate_recipe, len(self.program.gates)
+        recipe, names = self.program.gate_recipe, [g.name for g in self.program.gates]
+        count = len(names)
         assert recipe is not None
         threshold, opened = self.gate_thresholds, gates.detach() >= 0.5
-        free = ((threshold > 0) & (threshold <= 1)).expand(opened.shape)
+        free = ((threshold > 0) & (threshold <= 1)).expand(opened.shape).clone()
         if self.training:
             free = free & (torch.arange(count, device=gates.device) >= getattr(self, "gates_kept_open", 0))
         if recipe.min_open:
-            least = recipe.min_open - torch.arange(count - 1, -1, -1, device=gates.device)
-            before = opened.long().cumsum(1) - opened.long()
-            free = free & (before >= least)
-        if recipe.monotone:
-            first = torch.ones_like(opened[:, :1])
-            free = free & torch.cat((first, opened[:, :-1]), 1)
+            # Gates that open a width are not counted: what they are part of runs already.
+            counted = torch.tensor([g.kind != "width" for g in self.program.gates], device=gates.device)
+            later = counted.long().flip(0).cumsum(0).flip(0) - counted.long()
+            mine = (opened & counted).long()
+            free = free & ((mine.cumsum(1) - mine >= recipe.min_open - later) | ~counted)
+        for i, g in enumerate(self.program.gates):
+            if g.needs:
+                free[:, i] &= opened[:, names.index(g.needs)]
         return free
 
     def _spent(self, exit_index: Tensor, gates: Tensor | None, ledgers: Sequence[Tensor], open_exits: list[bool]) -> Tensor:

@@ -82,6 +82,7 @@ def explain(fast: Any) -> Explanation:
                 }
                 for g in fast.gates
             ],
+            "widths": [vars(w) for w in fast.widths],
             "cuts": [
                 {
                     "name": c.name,

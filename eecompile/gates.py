@@ -7,8 +7,9 @@ A unit is called with the value `x` that comes in and, where it is a masked sequ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -194,6 +195,40 @@ class DepthGate(PolicyGate):
         return (1 - probability.cumsum(-1)[:, :-1]).clamp(0, 1).to(x.dtype)
 
 
+class Norm(nn.Module):
+    """The numbers of one batch norm; the graph says how they are used."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(channels)), nn.Parameter(torch.zeros(channels))
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+
+class WidthNorms(nn.Module):
+    """Batch norms of the widths below the full one (switchable batch norm of Yu et al. 2019).
+
+    A graph reads their tensors by path, `levels.WIDTH.NORM.weight`, and keeps those alone when it is copied: not this class.
+
+    Args:
+        sizes: For each width the channels of its norms, in graph order.
+    """
+
+    kind: ClassVar[str] = "norms"
+
+    def __init__(self, sizes: Sequence[Sequence[int]]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList(nn.ModuleList(Norm(n) for n in level) for level in sizes)
+
+
+def norms_at(norms: nn.Module, width: int) -> list[Norm]:
+    """The norms of one width in graph order: of `WidthNorms`, or what a graph has kept of it."""
+    level = norms.get_submodule(f"levels.{width}")
+    return [cast(Norm, level.get_submodule(str(i))) for i in range(len(list(level.children())))]
+
+
 KINDS = (LinearGate, TokenGate, ConvGate, RecurrentGate, PolicyGate, DepthGate)
 UNITS: dict[str, type[GateUnit]] = {u.kind: u for u in KINDS}
 
@@ -218,13 +253,18 @@ def unit_class(kind: str, site: Site, where: str) -> type[GateUnit]:
     return UNITS[kind]
 
 
-def describe(unit: GateUnit) -> dict[str, Any]:
+def describe(unit: nn.Module) -> dict[str, Any]:
     """The unit as JSON data."""
-    return {"kind": unit.kind, "site": asdict(unit.site), **unit.options()}
+    if isinstance(unit, GateUnit):
+        return {"kind": unit.kind, "site": asdict(unit.site), **unit.options()}
+    widths = range(len(list(unit.get_submodule("levels").children())))
+    return {"kind": WidthNorms.kind, "sizes": [[len(norm.weight) for norm in norms_at(unit, k)] for k in widths]}
 
 
-def rebuild(data: dict[str, Any], shared: RecurrentCore | None = None) -> GateUnit:
+def rebuild(data: dict[str, Any], shared: RecurrentCore | None = None) -> GateUnit | WidthNorms:
     """The inverse of `describe`; weights are loaded afterwards. Recurrent units share `shared`."""
+    if data["kind"] == WidthNorms.kind:
+        return WidthNorms(data["sizes"])
     options = dict(data)
     kind, fields = options.pop("kind"), dict(options.pop("site"))
     site = Site(**{**fields, "sizes": tuple(fields["sizes"])})

@@ -144,6 +144,8 @@ class CompiledModule(Anytime):
             stopped=outcome.stopped,
             late=outcome.late,
         )
+        if gates is not None and self.program.widths:
+            result.widths = self.widths_of(gates) * (outcome.exit_index.unsqueeze(1) >= self._width_stages(gates))
         if ledgers:
             result.steps = torch.stack([ledger.detach()[..., 1] for ledger in ledgers]).sum(0).long()
             result.ponder = torch.stack([ledger[..., 2] for ledger in ledgers]).sum(0)
@@ -162,9 +164,16 @@ class CompiledModule(Anytime):
 
     def _steps(self, gates: Tensor | None) -> Tensor | None:
         """[B] int64: gated blocks that ran for each row; None where gates are on parts of blocks."""
-        if gates is None or any(g.kind != "block" for g in self.program.gates):
+        kinds = [g.kind for g in self.program.gates]
+        blocks = [i for i, kind in enumerate(kinds) if kind == "block"]
+        if gates is None or not blocks or any(kind not in ("block", "width") for kind in kinds):
             return None
-        return (gates >= 0.5).sum(1)
+        return (gates[:, blocks] >= 0.5).sum(1)
+
+    def _width_stages(self, gates: Tensor) -> Tensor:
+        """[W]: how many exits lie before each part with widths."""
+        stages = {g.name: g.stage for g in self.program.gates}
+        return torch.tensor([stages[w.gates[0]] for w in self.program.widths], device=gates.device)
 
     def prediction_of(self, output: Any) -> Tensor:
         """The class scores within an output of the model's type."""

@@ -31,6 +31,7 @@ from eecompile.records import (
     Report,
     Route,
     Stage,
+    Width,
 )
 from eecompile.signature import Signature
 from eecompile.strategies.base import GateRecipe, HaltRecipe
@@ -56,6 +57,7 @@ __all__ = [
     "Route",
     "Snapshot",
     "Stage",
+    "Width",
 ]
 
 Level = Literal["captured", "marked", "staged", "schedule"]
@@ -145,6 +147,7 @@ class Program:
     exits: tuple[Exit, ...] = ()
     gates: tuple[Gate, ...] = ()
     gate_recipe: GateRecipe | None = None
+    widths: tuple[Width, ...] = ()
     reports: tuple[Report, ...] = ()
     halts: tuple[Halt, ...] = ()
     halt_recipe: HaltRecipe | None = None
@@ -181,6 +184,8 @@ class Result:
         gate_scores: [B, G] in [0, 1], in train mode and of `fast.observe`.
         gates_free: [B, G] bool, with `gate_scores`: whether the gate's own score decided. Not where a threshold keeps it
             open or shut, `min_open` forces it open, or an earlier shut gate shuts it.
+        widths: [B, W] float32, where widths are chosen: the share of the channels that each part in `fast.widths` ran with
+            for the row; 0 where it was skipped or the row had left before.
         end_cost: [B] float32, with `gate_scores`: the cost of each row with its gates as they decided and all exits closed,
             differentiable in train mode.
         steps: [B] or [B, S] int64: steps taken, where the strategy halts, summed over several chains; where gates are on
@@ -203,6 +208,7 @@ class Result:
     gates: torch.Tensor | None = None
     gate_scores: torch.Tensor | None = None
     gates_free: torch.Tensor | None = None
+    widths: torch.Tensor | None = None
     end_cost: torch.Tensor | None = None
     steps: torch.Tensor | None = None
     ponder: torch.Tensor | None = None

@@ -133,7 +133,7 @@ class Region:
 
     Attributes:
         name: The block, or `block:attention`, `block:mlp`, `block:part_k` for a residual part of it.
-        kind: "block", "attention", "mlp" or "part".
+        kind: "block", "attention", "mlp", "part", or "width" for layers that always run, at one of several widths.
         block: The block that it is or lies in.
         x: Name of the node whose value goes past it.
         y: Name of the node that it hands on.
@@ -185,6 +185,8 @@ class Gate:
         anchors: Of the region.
         needs: Name of a gate that has to be open too, empty for none.
         stage: How many exits lie before it; set by `stage`.
+        width: Share of the channels that the region runs with where this gate is the last open one; 0 where its width
+            is never chosen.
     """
 
     name: str
@@ -201,6 +203,34 @@ class Gate:
     anchors: tuple[Anchor | None, Anchor | None]
     needs: str = ""
     stage: int = 0
+    width: float = 0.0
+
+
+@dataclass(frozen=True)
+class Width:
+    """A region that runs at one of several widths for each row: with the first so many of its channels (Yu et al. 2019).
+
+    Each width is a gate that needs the one before it to be open.
+
+    Attributes:
+        name: `width_0`, `width_1`, ...
+        region: Name of the region.
+        x: Name of the node that goes into it.
+        fractions: Shares of the channels, ascending; the last is 1, the region as it was.
+        channels: For each group of channels in the region, in graph order, how many of them run at each share.
+        skips: Whether a row may skip the region altogether; else the smallest width always runs.
+        gates: Names of the gates, in order: one for each share, without the first where that always runs.
+        values: Names of the nodes with the region's value at each share, before `skip` chooses; set by `insert_gates`.
+    """
+
+    name: str
+    region: str
+    x: str
+    fractions: tuple[float, ...]
+    channels: tuple[tuple[int, ...], ...]
+    skips: bool
+    gates: tuple[str, ...]
+    values: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -51,8 +51,8 @@ class GateRecord:
     Attributes:
         name: `gate_0`, `gate_1`, ...
         node: Name of the graph node that hands on the region's value or what went past it.
-        region: What it may skip: a block, or a part of one.
-        kind: "block", "attention", "mlp" or "part".
+        region: What it may skip: a block, or a part of one; "... at 50%" where it opens a width of it.
+        kind: "block", "attention", "mlp", "part", or "width" where it only makes its part wider.
         depth: Fraction of the full model's cost spent before it.
         threshold: Score from which it is open; 0 is always open, above 1 always shut.
         head: The unit that gives the score; one for all gates where it is a policy.
@@ -70,6 +70,29 @@ class GateRecord:
     head_kind: str
     saves: float
     head_cost: float
+
+
+@dataclass(frozen=True)
+class WidthRecord:
+    """One part of the model that runs at one of several widths, as users see it.
+
+    Attributes:
+        name: `width_0`, `width_1`, ...
+        region: The block, half of a block, or pair of layers.
+        fractions: Shares of its hidden channels that a row may run with.
+        channels: How many channels these are, for each group of channels in it.
+        skips: Whether a row may skip it altogether.
+        gates: Names of the gates that open one width after the other.
+        saves: What the least of it saves, as a fraction of the full model's cost.
+    """
+
+    name: str
+    region: str
+    fractions: tuple[float, ...]
+    channels: tuple[tuple[int, ...], ...]
+    skips: bool
+    gates: tuple[str, ...]
+    saves: float
 
 
 def threshold_values(names: Sequence[str], now: Sequence[float], given: Any, what: str = "exit") -> list[float]:

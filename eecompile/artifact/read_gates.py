@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from eecompile.errors import ArtifactError
-from eecompile.gates import GateUnit, RecurrentCore, rebuild
+from eecompile.gates import RecurrentCore, rebuild
 from eecompile.passes import InsertGates, InsertHalting, run_passes
 from eecompile.passes.insert_gates import relocate_gates
 from eecompile.passes.insert_halting import relocate_halting
-from eecompile.program import Anchor, Carry, Gate, Halt, HaltStep, Program
+from eecompile.program import Anchor, Carry, Gate, Halt, HaltStep, Program, Width
 from eecompile.strategies.base import GateRecipe, HaltRecipe
 
 
@@ -24,7 +24,7 @@ def insert_saved_gates(program: Program, data: dict[str, Any], tensors: dict[str
     saved = data["halting" if "halting" in data else "recipe"]
     options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
     shared = RecurrentCore(options["open_bias"]) if options.get("unit") == "recurrent" else None
-    units: dict[str, GateUnit] = {name: rebuild(d, shared) for name, d in data["units"].items()}
+    units: dict[str, nn.Module] = {name: rebuild(d, shared) for name, d in data["units"].items()}
     for name, unit in units.items():
         prefix = f"gates.{name}."
         own = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
@@ -39,8 +39,9 @@ def insert_saved_gates(program: Program, data: dict[str, Any], tensors: dict[str
         halting = InsertHalting(HaltRecipe(**options), units=units, scale=tensors.pop("halt_scale"))
         return run_passes(relocate_halting(program, halts), [halting])
     gates = tuple(_gate(g) for g in data["records"])
+    widths = tuple(_width(w) for w in data.get("widths", ()))
     insert = InsertGates(GateRecipe(**options), units=units, thresholds=tensors.pop("gate_thresholds"))
-    return run_passes(relocate_gates(program, gates), [insert])
+    return run_passes(relocate_gates(program, gates, widths), [insert])
 
 
 def _gate(data: dict[str, Any]) -> Gate:
@@ -48,6 +49,12 @@ def _gate(data: dict[str, Any]) -> Gate:
     fields["carries"] = tuple(Carry(**c) for c in fields["carries"])
     fields["anchors"] = tuple(None if a is None else Anchor(**a) for a in fields["anchors"])
     return Gate(**fields)
+
+
+def _width(data: dict[str, Any]) -> Width:
+    fields: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in data.items()}
+    fields["channels"] = tuple(tuple(c) for c in fields["channels"])
+    return Width(**fields)
 
 
 def _halt(data: dict[str, Any]) -> Halt:

@@ -105,7 +105,9 @@ def _gates(fast: Any) -> dict[str, Any] | None:
         return {"halting": asdict(program.halt_recipe), "records": [asdict(h) for h in program.halts], "units": units}
     if program.gate_recipe is None:
         return None
-    return {"recipe": asdict(program.gate_recipe), "records": [asdict(g) for g in program.gates], "units": units}
+    widths = [asdict(w) for w in program.widths]
+    records = [asdict(g) for g in program.gates]
+    return {"recipe": asdict(program.gate_recipe), "records": records, "widths": widths, "units": units}
 
 
 def _head(branch: Branch, e: Exit) -> dict[str, Any]:

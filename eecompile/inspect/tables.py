@@ -57,6 +57,18 @@ def gates(fast: Any) -> list[Table]:
         threshold = "always open" if g.threshold <= 0 else "always shut" if g.threshold > 1 else f"{g.threshold:.4g}"
         cells = (g.kind, g.head_kind, threshold, write.percent(g.head_cost), write.percent(g.saves))
         made.add_row(g.name, Text(g.region), *cells)
+    return [made, *widths(fast)]
+
+
+def widths(fast: Any) -> list[Table]:
+    """One table, none without widths."""
+    if not fast.widths:
+        return []
+    made = _table("widths", "width", "region", "shares", "channels", "gates", "saves at most")
+    for w in fast.widths:
+        shares = write.shares(w)
+        channels = ", ".join("/".join(map(str, sizes)) for sizes in w.channels)
+        made.add_row(w.name, Text(w.region), shares, channels, f"{w.gates[0]} to {w.gates[-1]}", write.percent(w.saves))
     return [made]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
@@ -86,3 +87,15 @@ def criterion(c: Criterion) -> str:
     """A criterion with what differs from the usual."""
     extra = f", {c.patience} in agreement" if c.stateful else ""
     return c.name + (f"{extra}, {c.reduce} over positions" if c.reduce != "min" else extra)
+
+
+def shares(width: Any) -> str:
+    """`skip/25/50/100%`: the widths that a part may run at."""
+    found = [f"{100 * f:g}" for f in width.fractions]
+    return "/".join([*(["skip"] if width.skips else []), *found]) + "%"
+
+
+def width(w: Any) -> str:
+    """A part with widths in a line."""
+    channels = ", ".join(str(sizes[-1]) for sizes in w.channels)
+    return f"{w.region}: {shares(w)} of {channels} channels, {w.gates[0]} to {w.gates[-1]}"

@@ -125,6 +125,12 @@ class _Grown:
             line = Text.assemble((g.name, "bold magenta"), f" {g.region} ({g.kind}): ", state)
             line.append(f", {g.head_kind} unit of {write.percent(g.head_cost)}, shut saves {write.percent(g.saves)}")
             branch.add(line)
+        if self.fast.widths:
+            branch = tree.add(
+                Text.assemble(("widths ", "dim"), f"{len(self.fast.widths)} parts run with some of their channels")
+            )
+            for w in self.fast.widths:
+                branch.add(Text.assemble((w.name, "bold magenta"), f" {write.width(w)}"))
 
     def _executor(self, tree: Tree) -> None:
         fast = self.fast

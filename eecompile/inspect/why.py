@@ -44,6 +44,7 @@ class Departure:
         prediction: What was answered; None for outputs with positions.
         full_prediction: What the whole model would have answered, all exits closed and all gates open.
         gates: Whether each gate let the row in, by name.
+        widths: The share of its channels that each part with widths ran with, by region; 0 for skipped.
     """
 
     row: int
@@ -53,6 +54,7 @@ class Departure:
     cost: float
     exits: list[At]
     gates: dict[str, bool] = field(default_factory=dict)
+    widths: dict[str, float] = field(default_factory=dict)
 
     @property
     def why(self) -> str:
@@ -61,6 +63,8 @@ class Departure:
             return self._why_left()
         shut = [name for name, is_open in self.gates.items() if not is_open]
         skipped = f"{len(shut)} of {len(self.gates)} gates were shut" + (f": {', '.join(shut)}" if shut else "")
+        if self.widths:
+            skipped += "; widths " + ", ".join(f"{region} {percent(share)}" for region, share in self.widths.items())
         return f"{self._why_left()}; {skipped}" if len(self.exits) > 1 else skipped
 
     def _why_left(self) -> str:
@@ -141,6 +145,7 @@ def where(fast: Any, *args: Any, **kwargs: Any) -> Departures:
     confidences = [c.float().cpu().tolist() for c in result.confidences]
     whole = _classes(full_prediction(fast, Batch(args, kwargs, None, 0), result))
     opened = [] if result.gates is None else result.gates.tolist()
+    wide = [] if result.widths is None else result.widths.tolist()
     exits = fast.exits
     rows = []
     for i, left in enumerate(result.exit_index.tolist()):
@@ -168,6 +173,7 @@ def where(fast: Any, *args: Any, **kwargs: Any) -> Departures:
                 float(result.cost[i]),
                 found,
                 dict(zip((g.name for g in fast.gates), opened[i], strict=True)) if opened else {},
+                dict(zip((w.region for w in fast.widths), wide[i], strict=True)) if wide else {},
             )
         )
     return Departures(rows, exits[0].criterion.name if exits else "no exits")

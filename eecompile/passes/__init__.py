@@ -83,7 +83,7 @@ def prepare_training_graph(
     if program.gate_recipe is not None:
         units = dict(program.marked.get_submodule(GATES).named_children())
         insert = InsertGates(program.gate_recipe, units=units, thresholds=getattr(program.marked, GATE_THRESHOLDS))
-        train = run_passes(relocate_gates(train, program.gates), [insert])
+        train = run_passes(relocate_gates(train, program.gates, program.widths), [insert])
     if program.halt_recipe is not None:
         units = dict(program.marked.get_submodule(GATES).named_children())
         halting = InsertHalting(program.halt_recipe, units=units, scale=getattr(program.marked, HALT_SCALE))

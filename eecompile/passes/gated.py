@@ -17,6 +17,7 @@ from eecompile.kernels.skip import is_open
 from eecompile.passes import facts
 from eecompile.passes.extract import Extractor, extract
 from eecompile.passes.find_regions import exclusive
+from eecompile.passes.widened import Chains, Widened
 from eecompile.program import Gate, Halt, HaltStep, Program
 
 OPEN, SHUT, DYNAMIC = "open", "shut", "dynamic"
@@ -77,10 +78,19 @@ class GatedRegions:
         self.inside: dict[fx.Node, int] = {}
         self.ends: dict[fx.Node, int] = {}
         self.nodes: list[list[fx.Node]] = []
+        self.chains = Chains(program, names)
         for i, g in enumerate(self.gates):
             ys = [names[c.y] for c in g.carries]
             stops = {names[c.x] for c in g.carries} | {names[g.decision]}
+            if g.name in self.chains.part_of:  # all widths are computed where the last gate's value is chosen
+                chain = self.chains.part_of[g.name]
+                if g.name != chain.gates[-1].name:
+                    self.nodes.append([])
+                    continue
+                ys, stops = [names[g.carries[0].node]], set(chain.stops)
             found = exclusive(nodes, position, ys, stops)
+            if g.name in self.chains.part_of:
+                found.remove(ys[0])
             self.nodes.append(found)
             self.inside |= dict.fromkeys(found, i)
             self.ends |= {names[c.node]: i for c in g.carries}
@@ -98,10 +108,17 @@ class GatedRegions:
         """The first node that hands on something of region i: all of the region is computed there."""
         return self.names[self.gates[i].carries[0].node]
 
-    def body(self, i: int, part: Extractor, name: str) -> tuple[fx.GraphModule, list[fx.Node]]:
-        """Region i as a module, without what `part` has already, and the nodes that it takes."""
-        gate = self.gates[i]
-        mine = [n for n in self.nodes[i] if n not in part.env]
+    def body(
+        self, i: int, part: Extractor, name: str, outputs: Sequence[fx.Node] | None = None
+    ) -> tuple[fx.GraphModule, list[fx.Node]]:
+        """Region i as a module, without what `part` has already, and the nodes that it takes.
+
+        Args:
+            outputs: What it gives instead of the values that gate i carries on.
+        """
+        ys = [self.names[c.y] for c in self.gates[i].carries] if outputs is None else list(outputs)
+        needed = set(self.nodes[i]) if outputs is None else facts.needed_for(ys)
+        mine = [n for n in self.nodes[i] if n not in part.env and n in needed]
         within = set(mine)
         inputs = dict.fromkeys(
             a
@@ -109,18 +126,20 @@ class GatedRegions:
             for a in n.all_input_nodes
             if a not in within and a.op != "get_attr" and not facts.is_symbolic_number(a)
         )
-        ys = [self.names[c.y] for c in gate.carries]
         return extract(self.gm, mine, list(inputs), ys, name), list(inputs)
 
-    def copy_into(self, part: Extractor, i: int, how: str) -> None:
+    def copy_into(self, part: Extractor, i: int, how: Sequence[str]) -> None:
         """Writes region i into `part`: in line, past it, or as a conditional submodule; the carries are there then."""
         gate = self.gates[i]
         skips = [self.names[c.node] for c in gate.carries]
-        if how == SHUT:
+        if gate.name in self.chains.part_of:
+            part.env[skips[0]] = self._copy_chain(part, i, how)
+            return
+        if how[i] == SHUT:
             for node, c in zip(skips, gate.carries, strict=True):
                 part.env[node] = part.resolve(self.names[c.x])
             return
-        if how == OPEN:
+        if how[i] == OPEN:
             for n in self.nodes[i]:
                 part.copy_unless_outer(n)
             for node, c in zip(skips, gate.carries, strict=True):
@@ -138,17 +157,54 @@ class GatedRegions:
         for k, node in enumerate(skips):
             part.env[node] = part.item(call, k, node)
 
+    def _copy_chain(self, part: Extractor, i: int, how: Sequence[str]) -> fx.Node:
+        """The value of a region with widths: at one width for all rows, or at each row's own."""
+        gate = self.gates[i]
+        chain = self.chains.part_of[gate.name]
+        states = [how[i - len(chain.gates) + 1 + k] for k in range(len(chain.gates))]
+        lowest, highest = states.count(OPEN), len(states) - states.count(SHUT)
+        if lowest == highest:
+            needed = facts.needed_for([chain.values[lowest]])
+            for n in self.nodes[i]:
+                if n in needed:
+                    part.copy_unless_outer(n)
+            return part.resolve(chain.values[lowest])
+        x = chain.values[0] if chain.skips and lowest == 0 else None
+        bodies: list[fx.GraphModule | None] = [] if x is None else [None]
+        taken: list[list[fx.Node]] = [[] for _ in bodies]
+        for value in chain.values[lowest + len(bodies) : highest + 1]:
+            body, inputs = self.body(i, part, f"Region{i}", [value])
+            defined(body.graph)
+            body.recompile()
+            bodies.append(body)
+            taken.append(inputs)
+        inputs = list(dict.fromkeys(n for given in taken for n in given))
+        target = f"{chain.name}_region"
+        part.modules[target] = Widened(
+            bodies,
+            [[inputs.index(n) for n in given] for given in taken],
+            [self._axis(n, gate) for n in inputs],
+            gate.carries[0].batch_axis,
+        )
+        decisions = tuple(part.resolve(self.names[g.decision]) for g in chain.gates[lowest:highest])
+        past = None if x is None else part.resolve(x)
+        call = part.graph.call_module(target, (decisions, past, *(part.resolve(n) for n in inputs)))
+        return part.item(call, 0, self.names[gate.carries[0].node])
+
     def show_in(self, part: Extractor, i: int) -> None:
         """Writes region i into `part` as a submodule that computes every row, followed by its `skip`s."""
         gate = self.gates[i]
-        body, inputs = self.body(i, part, f"Region{i}")
+        chain = self.chains.part_of.get(gate.name)
+        values = [self.names[c.y] for c in gate.carries] if chain is None else chain.computed
+        body, inputs = self.body(i, part, f"Region{i}", None if chain is None else values)
         target = f"{gate.name}_region"
         part.modules[target] = body
         call = part.graph.call_module(target, tuple(part.resolve(n) for n in inputs))
-        for k, c in enumerate(gate.carries):
-            y = self.names[c.y]
+        for k, y in enumerate(values):
             part.env[y] = part.item(call, k, y)
-            part.copy(self.names[c.node])
+        for g in (gate,) if chain is None else chain.gates:
+            for c in g.carries:
+                part.copy(self.names[c.node])
 
     def _axis(self, n: fx.Node, gate: Gate | HaltStep) -> int | None:
         axis = self.batch.axis(n)

@@ -11,7 +11,7 @@ x and y stays where it is; lowering takes it out as a submodule and runs it on t
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
@@ -20,13 +20,15 @@ from torch import fx, nn
 
 import eecompile.ops  # registers torch.ops.eecompile.*
 from eecompile.errors import PassError, StrategyError
-from eecompile.gates import GateUnit, RecurrentCore, RecurrentGate, unit_class
+from eecompile.gates import RecurrentCore, RecurrentGate, unit_class
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.find_regions import exclusive
 from eecompile.passes.functional import make_functional
+from eecompile.passes.narrow import Narrower, Part, new_norms
 from eecompile.passes.place_gates import GATES, make_unit, site_of
-from eecompile.program import Carry, Cut, Gate, Live, Program, Refusal, Region, Report
+from eecompile.passes.place_widths import part_of
+from eecompile.program import Carry, Cut, Gate, Live, Program, Refusal, Region, Report, Width
 from eecompile.strategies.base import GateRecipe
 
 GATE_THRESHOLDS = "eecompile_gate_thresholds"
@@ -63,13 +65,18 @@ class InsertGates(Pass):
         gm.add_module(GATES, container)
         gm.register_buffer(GATE_THRESHOLDS, self._thresholds(program, gm))
         writer = _Writer(gm, program, self.recipe)
-        gates = tuple(writer.add(i, g) for i, g in enumerate(program.gates))
+        gates, widths = writer.add_all()
         facts.tidy(gm)
-        cuts, refusals = moved_cuts(program, gates, writer.insides)
+        cuts, refusals = moved_cuts(program, writer.spans)
         reports = tuple(Report(g.name, g.decision, g.node) for g in gates)
         reports += tuple(Report(f"{g.name}.score", g.score, g.node, training_only=True) for g in gates)
         done = program.replace(
-            graph_module=gm, gates=gates, cuts=cuts, reports=(*program.reports, *reports), gate_recipe=self.recipe
+            graph_module=gm,
+            gates=gates,
+            widths=widths,
+            cuts=cuts,
+            reports=(*program.reports, *reports),
+            gate_recipe=self.recipe,
         )
         return PassResult(done, True, tuple(refusals), f"{len(gates)} gates")
 
@@ -87,11 +94,11 @@ class InsertGates(Pass):
         device = next((p.device for p in gm.parameters()), torch.device("cpu"))
         return torch.tensor(values, dtype=torch.float32, device=device)
 
-    def build(self, program: Program) -> dict[str, GateUnit]:
-        """New units, in the dtype and on the device of the model."""
+    def build(self, program: Program) -> dict[str, nn.Module]:
+        """New units, in the dtype and on the device of the model; norms of the narrower widths are those of the model."""
         gm, regions = program.graph_module, {r.name: r for r in program.regions}
         device = next((p.device for p in gm.parameters()), torch.device("cpu"))
-        units: dict[str, GateUnit] = {}
+        units: dict[str, nn.Module] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
             shared = RecurrentCore(self.recipe.open_bias) if self.recipe.unit == "recurrent" else None
@@ -103,7 +110,35 @@ class InsertGates(Pass):
                 kind = unit_class(self.recipe.unit, site, g.region)
                 unit = make_unit(kind, site, self.recipe.open_bias, len(program.gates), shared)
                 units[name] = unit.to(device=device, dtype=getattr(torch, site.dtype))
+        names = facts.by_name(gm)
+        for w in program.widths:
+            region = regions[w.region]
+            norms = new_norms(part_of(gm, names[region.x], names[region.y])[0], w.fractions)
+            if norms is not None:
+                dtype = getattr(torch, site_of(program, region, self.recipe.mask)[0].dtype)
+                units[norms_name(w)] = norms.to(device=device, dtype=dtype)
         return units
+
+
+def norms_name(width: Width) -> str:
+    """Name of the module with a region's norms, below `eecompile_gates`."""
+    return f"{width.name}_norms"
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where a gated region lies in the graph before gates were inserted.
+
+    Attributes:
+        start: Position of its first node that is computed behind its input; `stop` that of its value.
+        y: Name of its value, and of the node that hands it on now.
+    """
+
+    region: str
+    start: int
+    stop: int
+    y: str
+    node: str
 
 
 class _Writer:
@@ -115,44 +150,101 @@ class _Writer:
         self.nodes = list(gm.graph.nodes)
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.replaced: dict[str, fx.Node] = {}
-        self.insides: list[list[fx.Node]] = []
+        self.spans: list[Span] = []
         self.units: dict[str, fx.Node] = {}
         self.state: tuple[fx.Node, ...] = ()
         self.opened: fx.Node | None = None
-        self.before: fx.Node | None = None
+        self.decided: dict[str, fx.Node] = {}
         first = next(n for n in self.graph.nodes if n.op != "placeholder")
         with self.graph.inserting_before(first):
             self.thresholds = self.graph.get_attr(GATE_THRESHOLDS)
             self.thresholds._rename("gate_thresholds")
 
-    def add(self, i: int, gate: Gate) -> Gate:
-        carry = gate.carries[0]
+    def add_all(self) -> tuple[tuple[Gate, ...], tuple[Width, ...]]:
+        """Every gate, those of a region with widths together; the records of both with the names of the new nodes."""
+        program, done, widths = self.program, list[Gate](), list[Width]()
+        chains = {w.gates[0]: w for w in program.widths}
+        while len(done) < len(program.gates):
+            i = len(done)
+            first = program.gates[i]
+            behind = self.behind(first)
+            width = chains.get(first.name)
+            if width is None:
+                done += self.add(i, (first,), behind, [])
+                continue
+            gates = program.gates[i : i + len(width.gates)]
+            values = self.narrower(width, first)
+            done += self.add(i, gates, behind, values)
+            x = self.replaced.get(first.carries[0].x, self.names[first.carries[0].x])
+            widths.append(replace(width, x=x.name, values=tuple(v.name for v in values)))
+        return tuple(done), tuple(widths)
+
+    def behind(self, gate: Gate) -> list[fx.Node]:
+        """What the region computes behind its input."""
+        x, y = (self.names[n] for n in (gate.carries[0].x, gate.carries[0].y))
+        return [n for n in exclusive(self.nodes, self.position, [y], {x}) if self.position[n] > self.position[x]]
+
+    def narrower(self, width: Width, gate: Gate) -> list[fx.Node]:
+        """Writes the region at every width below the full one; the values at all widths."""
+        x, y = self.replaced.get(gate.carries[0].x, self.names[gate.carries[0].x]), self.names[gate.carries[0].y]
+        make_functional(x, self.position)
+        part, reason = part_of(self.gm, x, y)
+        sizes = tuple(tuple(c.kept(f) for f in width.fractions) for c in part.channels)
+        if sizes != width.channels:
+            raise PassError(
+                "a region with widths has other channels in this capture",
+                where=width.region,
+                got=f"{sizes} {reason if not sizes else ''}",
+                wanted=str(width.channels),
+            )
+        self._spare(part)
+        norms = f"{GATES}.{norms_name(width)}.levels" if part.norms() else None
+        values = []
+        with self.graph.inserting_before(y.next):
+            for k, fraction in enumerate(width.fractions[:-1]):
+                tag = f"{width.name}_{k}"
+                values.append(Narrower(part, fraction, f"{norms}.{k}" if norms else None, tag).write())
+        return [*values, y]
+
+    def _spare(self, part: Part) -> None:
+        """Values that all widths read are not overwritten by the full one."""
+        dependent = set(part.dependent())
+        shared = {a for n in part.nodes if n in dependent for a in n.all_input_nodes if a not in dependent}
+        for a in sorted(shared, key=lambda n: self.position.get(n, -1)):
+            if a.op != "get_attr":
+                make_functional(a, self.position)
+
+    def add(self, i: int, gates: Sequence[Gate], behind: list[fx.Node], values: list[fx.Node]) -> list[Gate]:
+        """A region's gate, or all of its gates where it has widths; `values` are then those at each width."""
+        carry = gates[0].carries[0]
         x, y = self.replaced.get(carry.x, self.names[carry.x]), self.names[carry.y]
-        inside = exclusive(self.nodes, self.position, [y], {self.names[carry.x]})
-        self.insides.append(inside)
-        behind = [n for n in inside if self.position[n] > self.position[self.names[carry.x]]]
+        decisions = []
         with self.graph.inserting_before(behind[0]):
-            score = self.score(i, gate, x)
-            decision = self.decision(i, gate, score)
-        with self.graph.inserting_after(y):
-            args = (decision, y, x, carry.batch_axis)
-            node = self.graph.call_function(torch.ops.eecompile.skip.default, args)
-        node._rename(f"{gate.name}_value")
-        node.meta = {k: v for k, v in y.meta.items() if k in ("val", "stack")}
+            for k, gate in enumerate(gates):
+                score = self.score(i + k, gate, x)
+                decisions.append((score, self.decision(i + k, gate, score)))
+        before = values[0] if len(gates) < len(values) else x
+        last = values[-2] if values else y  # the full width is where it was, the narrower ones follow it
+        done: list[Gate] = []
+        for gate, value, (score, decision) in zip(gates, values[-len(gates) :] or [y], decisions, strict=True):
+            with self.graph.inserting_after(last):
+                args = (decision, value, before, carry.batch_axis)
+                node = self.graph.call_function(torch.ops.eecompile.skip.default, args)
+            node._rename(f"{gate.name}_value")
+            node.meta = {k: v for k, v in y.meta.items() if k in ("val", "stack")}
+            made = (Carry(value.name, before.name, node.name, carry.batch_axis),)
+            needs = gate.needs or (f"gate_{i - 1}" if self.recipe.monotone and i else "")
+            done.append(replace(gate, node=node.name, score=score.name, decision=decision.name, needs=needs, carries=made))
+            last = before = node
         # Compaction hands x or y on as they are: nothing may overwrite either, or what comes behind.
         for read in (x, y):
             make_functional(read, self.position)
-        y.replace_all_uses_with(node, delete_user_cb=lambda u: u is not node)
-        make_functional(node, self.position)
-        self.replaced[carry.y] = node
-        return replace(
-            gate,
-            node=node.name,
-            score=score.name,
-            decision=decision.name,
-            needs=f"gate_{i - 1}" if self.recipe.monotone and i else "",
-            carries=(Carry(y.name, x.name, node.name, carry.batch_axis),),
-        )
+        chosen = {g.node for g in done}
+        y.replace_all_uses_with(last, delete_user_cb=lambda u: u.name not in chosen)
+        make_functional(last, self.position)
+        self.replaced[carry.y] = last
+        self.spans.append(Span(gates[0].region, self.position[behind[0]], self.position[y], carry.y, last.name))
+        return done
 
     def score(self, i: int, gate: Gate, x: fx.Node) -> fx.Node:
         name = gate.unit.rsplit(".", 1)[1]
@@ -190,20 +282,22 @@ class _Writer:
         return self.names[name] if name is not None else None
 
     def decision(self, i: int, gate: Gate, score: fx.Node) -> fx.Node:
-        least = max(0, self.recipe.min_open - (len(self.program.gates) - 1 - i))
+        counted = bool(self.recipe.min_open) and gate.kind != "width"
         args: tuple[Any, ...] = (score, self.thresholds, i)
-        if self.recipe.min_open:
-            args = (*args, self.opened, least)
+        if counted:
+            later = sum(g.kind != "width" for g in self.program.gates[i + 1 :])
+            args = (*args, self.opened, max(0, self.recipe.min_open - later))
         node = self.graph.call_function(torch.ops.eecompile.gate.default, args)
         node._rename(f"{gate.name}_open")
         node.meta["val"] = self._float32(score)
-        if self.recipe.monotone and self.before is not None:
-            both = self.graph.call_function(torch.ops.aten.mul.Tensor, (node, self.before))
+        before = self.decided.get(gate.needs or (f"gate_{i - 1}" if self.recipe.monotone else ""))
+        if before is not None:
+            both = self.graph.call_function(torch.ops.aten.mul.Tensor, (node, before))
             both._rename(f"{gate.name}_still_open")
             both.meta["val"] = node.meta["val"]
             node = both
-        self.before = node
-        if self.recipe.min_open:
+        self.decided[gate.name] = node
+        if counted:
             if self.opened is None:
                 self.opened = node
             else:
@@ -229,21 +323,14 @@ class _Writer:
             return torch.empty_like(v, dtype=torch.float32)
 
 
-def moved_cuts(
-    program: Program, gates: tuple[Gate, ...], insides: list[list[fx.Node]]
-) -> tuple[tuple[Cut, ...], list[Refusal]]:
+def moved_cuts(program: Program, spans: Sequence[Span]) -> tuple[tuple[Cut, ...], list[Refusal]]:
     """The cuts with each gated region's value in place of the region's own; cuts inside a region are refused."""
     position = {n.name: i for i, n in enumerate(program.graph_module.graph.nodes)}
-    swap = {c.y: c.node for g in gates for c in g.carries}
-    spans = []
-    for g, inside in zip(gates, insides, strict=True):
-        c = g.carries[0]
-        start = min(position[n.name] for n in inside if position[n.name] > position.get(c.x, -1))
-        spans.append((start, position[c.y], g))
+    swap = {s.y: s.node for s in spans}
     kept, refusals = [], []
     for cut in program.cuts:
         at = position[cut.after]
-        inside_of = next((g for start, end, g in spans if start <= at < end), None)
+        inside_of = next((s for s in spans if s.start <= at < s.stop), None)
         if inside_of is not None:
             refusals.append(Refusal(cut.name, "insert_gates", f"inside {inside_of.region}, which a gate may skip"))
             continue
@@ -256,7 +343,7 @@ def _rest(v: Live) -> tuple[Any, ...]:
     return v.batch_axis, v.shape, v.dtype, v.trunk
 
 
-def relocate_gates(program: Program, gates: tuple[Gate, ...]) -> Program:
+def relocate_gates(program: Program, gates: tuple[Gate, ...], widths: tuple[Width, ...] = ()) -> Program:
     """The same gates in another capture of the same model, found by the anchors of their regions.
 
     Raises:
@@ -265,13 +352,15 @@ def relocate_gates(program: Program, gates: tuple[Gate, ...]) -> Program:
     nodes = list(program.graph_module.graph.nodes)
     names = facts.by_name(program.graph_module)
     found = {a: n for n, a in facts.anchors(nodes).items()}
+    inputs = {g: w.x for w in widths for g in w.gates}
     moved, regions = [], []
     for g in gates:
         c, (ax, ay) = g.carries[0], g.anchors
-        x = found.get(ax) if ax is not None else names.get(c.x)
+        x = found.get(ax) if ax is not None else names.get(inputs.get(g.name, c.x))
         y = found.get(ay) if ay is not None else names.get(c.y)
         if x is None or y is None:
             raise PassError("a gate's region is not in the other capture", where=g.region, got=str(ax if x is None else ay))
         moved.append(replace(g, carries=(Carry(y.name, x.name, "", c.batch_axis),)))
         regions.append(Region(g.region, g.kind, "", x.name, y.name, c.batch_axis, g.flops, g.depth, True, g.anchors))
-    return program.replace(gates=tuple(moved), regions=tuple(regions), facts=program.facts | {"gates placed"})
+    known = program.facts | {"gates placed"}
+    return program.replace(gates=tuple(moved), widths=widths, regions=tuple(regions), facts=known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
@@ -16,7 +16,9 @@ from eecompile.heads import Site
 from eecompile.passes import facts, sites
 from eecompile.passes.annotate import ROWS, flops_of
 from eecompile.passes.base import Pass, PassResult
-from eecompile.program import Carry, Gate, Program, Refusal, Region
+from eecompile.passes.narrow import Part
+from eecompile.passes.place_widths import chain, place_widths
+from eecompile.program import Carry, Gate, Program, Refusal, Region, Width
 from eecompile.strategies.base import GateRecipe
 
 GATES = "eecompile_gates"
@@ -41,15 +43,35 @@ class PlaceGates(Pass):
 
     def run(self, program: Program) -> PassResult:
         refusals: list[Refusal] = []
-        chosen = self._without_overlap(self._chosen(program, refusals), refusals)
+        found, kept = self._chosen(program, refusals)
+        chosen = self._without_overlap(found, refusals)
         first = self.recipe.ungated
         refusals += [Refusal(r.name, self.name, f"one of the first {first}, which every row runs") for r in chosen[:first]]
         chosen = chosen[first:]
+        parts: dict[str, Part] = {}
+        if self.recipe.widths:
+            if self.recipe.monotone:
+                raise StrategyError("gates that shut all later ones have no widths", got=f"widths={self.recipe.widths}")
+            placed = place_widths(program, self.recipe.widths, chosen, kept, self.recipe.always_on)
+            chosen, parts = placed.regions, placed.parts
+            refusals += placed.refusals
+            more = tuple(r for r in chosen if r not in program.regions)
+            program = program.replace(regions=(*program.regions, *more))
+        count = sum(len(self.recipe.widths) - (r.kind == "width") if r.name in parts else 1 for r in chosen)
         gates: list[Gate] = []
+        widths: list[Width] = []
         for region in chosen:
-            gate = self._judge(program, region, len(chosen), len(gates), refusals)
-            if gate is not None:
-                gates.append(gate)
+            gate = self._judge(program, region, count, len(gates), refusals)
+            if gate is None:
+                continue
+            if region.name not in parts:
+                gates.append(self._named(gate, len(gates)))
+                continue
+            width, links = chain(program, region, parts[region.name], self.recipe.widths, gate)
+            named = [self._named(g, len(gates) + k) for k, g in enumerate(links)]
+            named = [replace(g, needs=named[k - 1].name if k else "") for k, g in enumerate(named)]
+            gates += named
+            widths.append(replace(width, name=f"width_{len(widths)}", gates=tuple(g.name for g in named)))
         if not gates:
             reasons = [f"{r.node}: {r.reason}" for r in (*program.refusals, *refusals) if r.rule in RULES]
             raise StrategyError(
@@ -58,15 +80,20 @@ class PlaceGates(Pass):
                 wanted="a block whose input and output have the same shape",
                 hint="eecompile inspect MODEL shows the blocks; exits need no such block",
             )
-        done = tuple(Gate(**{**g.__dict__, "name": f"gate_{i}", "unit": self._unit(i)}) for i, g in enumerate(gates))
-        summary = f"{len(done)} gates over {sum(g.flops for g in done) / (program.total_flops or 1):.0%} of the cost"
-        return PassResult(program.replace(gates=done), False, tuple(refusals), summary)
+        summary = f"{len(gates)} gates over {sum(g.flops for g in gates) / (program.total_flops or 1):.0%} of the cost"
+        if widths:
+            summary += f", {len(widths)} parts of {len(self.recipe.widths)} widths"
+        return PassResult(program.replace(gates=tuple(gates), widths=tuple(widths)), False, tuple(refusals), summary)
+
+    def _named(self, gate: Gate, i: int) -> Gate:
+        return replace(gate, name=f"gate_{i}", unit=self._unit(i))
 
     def _unit(self, i: int) -> str:
         common = self.recipe.unit in ("policy", "depth")
         return f"{GATES}.policy" if common else f"{GATES}.gate_{i}"
 
-    def _chosen(self, program: Program, refusals: list[Refusal]) -> list[Region]:
+    def _chosen(self, program: Program, refusals: list[Refusal]) -> tuple[list[Region], list[Region]]:
+        """The regions that the recipe names, and those of them that it keeps on, in graph order."""
         where, regions = self.recipe.where, program.regions
         names = [where] if isinstance(where, str) else list(where)
         found: dict[str, Region] = {}
@@ -86,15 +113,16 @@ class PlaceGates(Pass):
                     refusals.append(Refusal(r.name, self.name, reason))
                 else:
                     found[r.name] = r
+        always: list[Region] = []
         for pattern in self.recipe.always_on:
             kept = [n for n, r in found.items() if fnmatch.fnmatchcase(n, pattern) or fnmatch.fnmatchcase(r.block, pattern)]
-            if not kept:
+            if not kept and not self.recipe.widths:
                 raise StrategyError("always_on= names no gated region", got=pattern, wanted=near(pattern, list(found)))
             for n in kept:
                 refusals.append(Refusal(n, self.name, f"always on: {pattern}"))
-                del found[n]
+                always.append(found.pop(n))
         order = {r.name: i for i, r in enumerate(regions)}
-        return sorted(found.values(), key=lambda r: order[r.name])
+        return sorted(found.values(), key=lambda r: order[r.name]), always
 
     def _without_overlap(self, chosen: list[Region], refusals: list[Refusal]) -> list[Region]:
         whole = {r.block for r in chosen if r.kind == "block"}
@@ -133,7 +161,7 @@ class PlaceGates(Pass):
         )
 
 
-RULES = ("find_regions", "place_gates")
+RULES = ("find_regions", "place_gates", "place_widths")
 KEYWORDS = ("every-block", "halves", "attention", "mlp")
 
 

@@ -125,7 +125,7 @@ class Layout:
                 if how is None:
                     regions.show_in(part, i)
                 else:
-                    regions.copy_into(part, i, how[i])
+                    regions.copy_into(part, i, how)
                 continue
             part.copy_unless_outer(n)
 

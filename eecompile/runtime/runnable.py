@@ -8,6 +8,7 @@ that nobody needs again (`runtime/reuse.py`). Numbers do not change: the same ke
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, fx
 from eecompile.errors import MissingDependencyError
 from eecompile.passes import facts
 from eecompile.passes.gated import Gated
+from eecompile.passes.widened import Widened
 from eecompile.runtime.reuse import reusable
 
 aten = torch.ops.aten
@@ -103,6 +105,8 @@ class EagerSegment:
         for gated in module.modules():
             if isinstance(gated, Gated):
                 gated.call = EagerSegment(gated.body)
+            elif isinstance(gated, Widened):
+                gated.prepare(EagerSegment)
         self.source = module
         self.module, self.attributes = lifted(module, reuse=True)
         self.forward = self.module.forward
@@ -124,9 +128,13 @@ def compiled(module: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
     """A segment through `torch.compile` with a dynamic batch: one graph for every number of survivors above one."""
     if not hasattr(torch, "compile"):
         raise MissingDependencyError("this torch has no torch.compile", hint='use backend="eager"')
-    gates = [m for m in module.modules() if isinstance(m, Gated)]
+    gates: list[Gated | Widened] = [m for m in module.modules() if isinstance(m, Gated)]
+    for widened in (m for m in module.modules() if isinstance(m, Widened)):
+        widened.prepare(partial(torch.compile, dynamic=True, fullgraph=True))
+        gates.append(widened)
     for gated in gates:  # how many rows are open is known on the host only: the graph breaks around a region
-        gated.call = torch.compile(gated.body, dynamic=True, fullgraph=True)
+        if isinstance(gated, Gated):
+            gated.call = torch.compile(gated.body, dynamic=True, fullgraph=True)
         gated.forward = torch.compiler.disable(gated.forward)  # type: ignore[method-assign, no-untyped-call]
     call: Callable[..., tuple[Tensor, ...]] = torch.compile(module, dynamic=True, fullgraph=not gates)
     return call

@@ -62,6 +62,8 @@ class GateRecipe:
         monotone: A gate that is shut for a row shuts all later ones.
         mask: Name of the input that marks padding, None to find it.
         max_unit_share: A gate whose score costs more than this fraction of its region is refused.
+        widths: Shares of hidden channels, ascending, that regions and pairs of layers elsewhere may run with; empty for
+            none. The last is 1.
     """
 
     where: Any = "every-block"
@@ -74,6 +76,7 @@ class GateRecipe:
     monotone: bool = False
     mask: str | None = None
     max_unit_share: float = 0.5
+    widths: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

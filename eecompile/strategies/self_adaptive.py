@@ -1,7 +1,8 @@
 """Self-adaptive inference: one look at an early state says which parts of the model run for a row.
 
 Skipped are attention halves, MLP halves or whole blocks, as BlockDrop (Wu et al. 2018) drops blocks and AdaViT (Meng et
-al. 2022) parts of a vision Transformer; exits end the run of rows that are sure before the end.
+al. 2022) parts of a vision Transformer; what runs may run with some of its hidden channels only, as slimmable networks do
+(Yu et al. 2019); exits end the run of rows that are sure before the end.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from eecompile.criteria import Criterion
 from eecompile.errors import StrategyError, near
 from eecompile.strategies.base import ExitStrategy, GateRecipe, Recipe, TrainingStage, Where
 
+WIDTHS = (0.25, 0.5, 0.75, 1.0)
 ESTIMATORS = {"gumbel": "gumbel", "straight_through": "hard", "reinforce": "sample"}
 
 
@@ -27,12 +29,15 @@ class SelfAdaptive(ExitStrategy):
 
     Args:
         parts: What may be left out: "halves" (attention and MLP parts where a block has them, else the block),
-            "every-block", "attention", "mlp", or names of blocks or parts with wildcards.
+            "every-block", "attention", "mlp", or names of blocks or parts with wildcards; () for none.
+        widths: Shares of the hidden channels of an MLP (gated ones too) or between convolutions that may be run, such as
+            (0.25, 0.5, 0.75, 1.0): ascending, the last one 1. Chosen for each row and each part that has such channels, and
+            for such layers outside of the parts. () runs all channels. Train the trunk: it has to learn its widths.
         exits: As in every strategy with exits; None for none.
         gate_threshold: Score from which a part runs; one, or one per part. `calibrate` replaces it.
         open_bias: Logit of the score that an untrained policy starts near: above 0 everything runs.
-        always_on: Names with wildcards of blocks or parts that always run.
-        min_open: At least this many parts run.
+        always_on: Names with wildcards of blocks or parts that always run, at full width.
+        min_open: At least this many parts run, at whatever width.
         target_cost: Fraction of the model's cost, with all exits closed, that training steers the mean towards.
         estimator: Gradient of the policy: "gumbel", "straight_through" or "reinforce".
         curriculum: In how many steps the parts become free to be dropped, the last ones first; 1 for all at once.
@@ -43,7 +48,7 @@ class SelfAdaptive(ExitStrategy):
     """
 
     name: ClassVar[str] = "self_adaptive"
-    summary: ClassVar[str] = "a policy over attention halves, MLP halves and blocks, with exits"
+    summary: ClassVar[str] = "a policy over attention halves, MLP halves, blocks and widths, with exits"
     paper: ClassVar[str] = "BlockDrop, Wu et al. 2018, arXiv:1711.08393; AdaViT, Meng et al. 2022, arXiv:2111.15668"
 
     exits: Where | None = 2  # type: ignore[assignment]
@@ -59,10 +64,11 @@ class SelfAdaptive(ExitStrategy):
     curriculum: int = 3
     reward: str = "log_likelihood"
     entropy: float = 0.01
+    widths: Sequence[float] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("parts", "gate_threshold", "always_on"):
+        for name in ("parts", "gate_threshold", "always_on", "widths"):
             v = getattr(self, name)
             if isinstance(v, Sequence) and not isinstance(v, str):
                 object.__setattr__(self, name, tuple(v))
@@ -73,6 +79,9 @@ class SelfAdaptive(ExitStrategy):
                 raise StrategyError("a gate's threshold is 0 or more", got=self.gate_threshold, wanted="above 1 is shut")
         if not 0 < self.target_cost <= 1:
             raise StrategyError("target_cost= is a fraction of the model's cost", got=self.target_cost, wanted="0 to 1")
+        check_widths(self.widths)
+        if not self.parts and not self.widths:
+            raise StrategyError("there is nothing to choose", got="parts=() and widths=()", wanted="parts or widths")
         if self.estimator not in ESTIMATORS:
             raise StrategyError("unknown estimator", got=repr(self.estimator), wanted=near(str(self.estimator), ESTIMATORS))
         for name, least in (("curriculum", 1), ("min_open", 0)):
@@ -90,6 +99,7 @@ class SelfAdaptive(ExitStrategy):
             tuple(self.always_on),
             self.min_open,
             mask=self.mask,
+            widths=tuple(float(w) for w in self.widths),
         )
         return Recipe(None if self.exits is None else super().recipe().exits, gates)
 
@@ -108,3 +118,23 @@ class SelfAdaptive(ExitStrategy):
             share = 1.0 if k == steps else 1.0 / (steps - 1)
             found.append(TrainingStage(name, share, mode, price, kept_open=float(1 - free)))
         return tuple(found)
+
+
+def check_widths(widths: Any) -> None:
+    """Whether these are shares of channels that a part may run with: none, or two and more.
+
+    Raises:
+        StrategyError: Not above 0 and at most 1, not ascending, or without the full width.
+    """
+    wanted = f"such as {WIDTHS}"
+    if not isinstance(widths, Sequence) or isinstance(widths, str):
+        raise StrategyError("widths= is a sequence of shares of the channels", got=repr(widths), wanted=wanted)
+    for w in widths:
+        if isinstance(w, bool) or not isinstance(w, int | float) or not 0 < w <= 1:
+            raise StrategyError("a width is a share of the channels, above 0 and at most 1", got=repr(w), wanted=wanted)
+    if not widths:
+        return
+    if any(b <= a for a, b in zip(widths, widths[1:], strict=False)):
+        raise StrategyError("widths= ascend, and no two are equal", got=tuple(widths), wanted=wanted)
+    if widths[-1] != 1 or len(widths) < 2:
+        raise StrategyError("widths= end with 1, the model as it was, behind smaller ones", got=tuple(widths), wanted=wanted)
