@@ -19,7 +19,7 @@ from eecompile.training.batches import batches
 from examples import datasets
 from examples._common import Options, Record, Variant, fitted, main, resnet_trunk, rows_in, rows_of, timed
 
-TRAINING: dict[str, Any] = {"epochs": 4, "lr": 4e-3, "trunk_lr": 1e-3, "max_grad_norm": 5.0}
+TRAINING: dict[str, Any] = {"epochs": 8, "lr": 4e-3, "trunk_lr": 2e-4, "max_grad_norm": 5.0}
 ROWS = {"train": 15_000, "val": 2_000, "test": 10_000}  # images; of an epoch the same in each
 TARGET = 0.65
 STRATEGY = SelfAdaptive(exits=2, always_on=("stage1.0",), target_cost=TARGET, curriculum=3)
