@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from eecompile.capture.cascade import capture_cascade, ready
 from eecompile.capture.composite import several
 from eecompile.capture.export import capture_export
 from eecompile.errors import CaptureError, EecompileError, PassError, StrategyError
+from eecompile.members import compiled_members
 from eecompile.module import CompiledModule
 from eecompile.passes import analysis, insertion, prepare_training_graph, run_passes
 from eecompile.passes.carried import Brought, unwrapped
@@ -99,7 +100,7 @@ def _compile(
 ) -> CompiledModule:
     tell("capture")
     taken = _taken(
-        model, chosen, args, dict(example_kwargs or {}), prediction, batch_axis, front_end, dynamic, blocks, measure
+        model, chosen, args, dict(example_kwargs or {}), prediction, batch_axis, front_end, dynamic, blocks, measure, seed
     )
     captured, chosen, again = taken.captured, taken.strategy, taken.again
     program = Program(
@@ -165,6 +166,7 @@ def _taken(
     dynamic: Mapping[str, Mapping[int, str]] | None,
     blocks: str | None,
     measure: bool,
+    seed: int,
 ) -> _Taken:
     models = several(model)
     chosen = chosen.over(1 if models is None else len(models))
@@ -179,9 +181,14 @@ def _taken(
         return _Taken(captured, chosen, model, again, prediction)
     _one_graph(models, args, kwargs, front_end, blocks)
     ways = [chosen.together.get(key) or (None,) * len(models) for key in ("prepare", "inputs")]
+    notes: tuple[str, ...] = ()
+    if chosen.within is not None:
+        compile_one = partial(eecompile, strategy=chosen.within, batch_axis=batch_axis, seed=seed)
+        models, notes = compiled_members(models, ways, args, kwargs, compile_one)
     models, brought = unwrapped(models, [p is None and i is None for p, i in zip(*ways, strict=True)])
     together = ready(models, args, kwargs, batch_axis=batch_axis, prediction=prediction, measure=measure, **chosen.together)
     captured = capture_cascade(together, args, kwargs, **axes)
+    captured = replace(captured, notes=(*captured.notes, *notes))
     again = partial(capture_cascade, together, args, kwargs, **axes, training=True)
     return _Taken(captured, chosen, together.last.alone, again, together.leaf[together.order[-1]], brought)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from eecompile.program import Program
+from eecompile.program import Gate, Halt, Program
 
 
 def costs_of(program: Program, open_exits: Sequence[bool], scored: Sequence[bool] = ()) -> list[float]:
@@ -18,7 +18,8 @@ def costs_of(program: Program, open_exits: Sequence[bool], scored: Sequence[bool
     closed: list[tuple[tuple[int, ...], float]] = []  # work that no open exit needs
     for k, stage in enumerate(program.stages):
         spent += stage.flops
-        spent += sum(g.unit_flops for g, s in zip(program.gates, scored, strict=True) if s and g.stage == k)
+        mine = (g for g, s in zip(program.gates, scored, strict=True) if s and g.stage == k)
+        spent += sum(g.unit_flops for g in mine if runs(g, open_exits))
         for exits, cost in stage.only_for:
             if any(open_exits[e] for e in exits):
                 spent += cost
@@ -32,3 +33,8 @@ def costs_of(program: Program, open_exits: Sequence[bool], scored: Sequence[bool
         found.append((spent + here + alone) / total)
         spent += here if open_exits[k] else 0.0
     return found
+
+
+def runs(record: Gate | Halt, open_exits: Sequence[bool]) -> bool:
+    """Whether a gate's region or a chain runs at all: a model of a cascade does not while its exits are closed."""
+    return not record.only_for or any(open_exits[e] for e in record.only_for)

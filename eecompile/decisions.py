@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from eecompile.costs import costs_of
+from eecompile.costs import costs_of, runs
 from eecompile.criteria import MaxProbability
 from eecompile.errors import StrategyError
 from eecompile.gates import GateUnit
@@ -244,33 +244,37 @@ class Decisions(nn.Module):
             found.append(value.fmax(found[-1]) if surest and found and not last else value)
         return tuple(found)
 
-    def spent(self, exit_index: Tensor, gates: Tensor | None, ledgers: Sequence[Tensor] = ()) -> Tensor:
+    def spent(self, exit_index: Tensor, gates: Tensor | None, steps: Sequence[Tensor] = ()) -> Tensor:
         """[B] float32: fraction of the full model's FLOPs spent on each row, skipped regions left out.
 
         Args:
             exit_index: [B] int64.
             gates: [B, G] 1 for open, differentiable or not; None without gates.
-            ledgers: Of every chain that halts, [B, 3] or [B, S, 3].
+            steps: Of every chain that halts [B, K], 1 for a step that ran.
         """
-        return self._spent(exit_index, gates, ledgers, [t <= 1.0 for t in self.thresholds.tolist()])
+        return self._spent(exit_index, gates, steps, [t <= 1.0 for t in self.thresholds.tolist()])
 
-    def end_cost(self, gates: Tensor, ledgers: Sequence[Tensor] = ()) -> Tensor:
-        """[B] float32: as `spent` with every exit closed, `gates` [B, G] as they decided."""
+    def end_cost(self, gates: Tensor, steps: Sequence[Tensor] = ()) -> Tensor:
+        """[B] float32: as `spent` of rows that go to the end, `gates` [B, G] as they decided: with every exit closed, or
+        in a cascade open, so that all models run."""
         ends = len(self.program.exits)
-        return self._spent(torch.full(gates.shape[:1], ends, device=gates.device), gates, ledgers, [False] * ends)
+        every = bool(self.program.models)  # the gates of a cascade's earlier models have a price too
+        return self._spent(torch.full(gates.shape[:1], ends, device=gates.device), gates, steps, [every] * ends)
 
     def gates_free(self, gates: Tensor) -> Tensor:
         """[B, G] bool: where the gate's own score decided; see `Result.gates_free`. `gates` [B, G], 1 for open."""
-        recipe, names = self.program.gate_recipe, [g.name for g in self.program.gates]
-        count = len(names)
-        assert recipe is not None
+        names = [g.name for g in self.program.gates]
         threshold, opened = self.gate_thresholds, gates.detach() >= 0.5
         free = ((threshold > 0) & (threshold <= 1)).expand(opened.shape).clone()
         if self.training:
-            free = free & (torch.arange(count, device=gates.device) >= getattr(self, "gates_kept_open", 0))
-        if recipe.min_open:
+            kept = torch.arange(len(names), device=gates.device) < getattr(self, "gates_kept_open", 0)
+            free = free & ~kept
+        for group, recipe in enumerate(self.program.gate_recipes):
+            if not recipe.min_open:
+                continue
             # Gates that open a width are not counted: what they are part of runs already.
-            counted = torch.tensor([g.kind != "width" for g in self.program.gates], device=gates.device)
+            flags = [g.group == group and g.kind != "width" for g in self.program.gates]
+            counted = torch.tensor(flags, device=gates.device)
             later = counted.long().flip(0).cumsum(0).flip(0) - counted.long()
             mine = (opened & counted).long()
             free = free & ((mine.cumsum(1) - mine >= recipe.min_open - later) | ~counted)
@@ -279,31 +283,43 @@ class Decisions(nn.Module):
                 free[:, i] &= opened[:, names.index(g.needs)]
         return free
 
-    def _spent(self, exit_index: Tensor, gates: Tensor | None, ledgers: Sequence[Tensor], open_exits: list[bool]) -> Tensor:
+    def _spent(self, exit_index: Tensor, gates: Tensor | None, steps: Sequence[Tensor], open_exits: list[bool]) -> Tensor:
         cost = self.costs(open_exits).to(exit_index.device)[exit_index]
-        for h, ledger in zip(self.program.halts, ledgers, strict=True):
-            cost = cost + self._halting_cost(h, exit_index, ledger)
+        for h, ran in zip(self.program.halts, steps, strict=True):
+            if not runs(h, open_exits):
+                continue
+            cost = cost + self._halting_cost(h, exit_index, ran)
         if gates is None or not self.program.gates:
             return cost
         total = self.program.total_flops or 1.0
         saves = torch.tensor([g.flops / total for g in self.program.gates], device=cost.device)
         stages = torch.tensor([g.stage for g in self.program.gates], device=cost.device)
-        reached = exit_index.unsqueeze(1) >= stages
+        reached = (exit_index.unsqueeze(1) >= stages) & self._running(open_exits)
         return cost - ((1 - gates.float()) * reached * saves).sum(1)
 
-    def _halting_cost(self, halt: Halt, exit_index: Tensor, ledger: Tensor) -> Tensor:
+    def _running(self, open_exits: Sequence[bool]) -> Tensor:
+        """[G] bool: gates whose region runs while these exits are open."""
+        found = [runs(g, open_exits) for g in self.program.gates]
+        return torch.tensor(found, dtype=torch.bool, device=self.thresholds.device)
+
+    def _halting_cost(self, halt: Halt, exit_index: Tensor, ran: Tensor) -> Tensor:
         """[B] what a chain changes of the cost: steps that were not taken, or taken again, and scores."""
-        taken = ledger.detach()[..., 1]
-        taken = taken.amax(1) if taken.ndim == 2 else taken
         total = self.program.total_flops or 1.0
         closed = self.halting_threshold == NEVER
-        cost = torch.zeros_like(taken)
+        cost = torch.zeros_like(ran[:, 0])
         for k, step in enumerate(halt.steps):
-            ran = (taken > k).float()
-            if halt.repeated:
-                cost = cost + (ran * step.flops if k else 0.0)
-            else:
-                cost = cost - (1 - ran) * step.flops
-            cost = cost if closed else cost + ran * step.unit_flops
-        reached: Tensor = cost * (exit_index >= halt.stage) / total
-        return reached
+            mine = ran[:, k].detach()
+            more = (mine * step.flops if k else 0.0 * mine) if halt.repeated else (mine - 1) * step.flops
+            more = more if closed else more + mine * step.unit_flops
+            cost = cost + torch.where(exit_index >= step.stage, more, 0.0)
+        return cost / total
+
+    def steps_of(self, reports: Mapping[str, Tensor], exit_index: Tensor) -> list[Tensor]:
+        """Of every chain that halts [B, K], 1 for a step that ran: the first one for every row that reached it."""
+        found = []
+        open_exits = [t <= 1.0 for t in self.thresholds.tolist()]
+        for h in self.program.halts:
+            first = (exit_index >= h.steps[0].stage).float()
+            ran = torch.stack([reports[s.name].float() if s.carries else first for s in h.steps], 1)
+            found.append(ran if self.training or runs(h, open_exits) else torch.zeros_like(ran))
+        return found

@@ -51,6 +51,10 @@ class StrategyError(EecompileError):
     """A strategy, head or criterion does not fit this model."""
 
 
+class NoPlaceError(StrategyError):
+    """Nowhere in this model fits what a strategy inserts."""
+
+
 class PassError(EecompileError):
     """A pass broke a rule of the IR, or was run without what it requires."""
 

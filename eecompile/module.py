@@ -131,12 +131,14 @@ class CompiledModule(Anytime):
     def _result(self, outcome: Outcome) -> Result:
         training = outcome.outputs is not None and self.training
         gates = self._told(outcome, "") if self.program.gates else None
-        ledgers = [outcome.reports[h.name] for h in self.program.halts]
+        if gates is not None and not training:  # nothing runs of a cascade's model while its exits are closed
+            gates = gates * self._running([t <= 1.0 for t in self.thresholds.tolist()])
+        steps = self.steps_of(outcome.reports, outcome.exit_index)
         result = Result(
             output=self.program.signature.restore(outcome.leaves),
             exit_index=outcome.exit_index,
             confidence=outcome.confidence if outcome.confidence is not None else torch.zeros(()),
-            cost=self.spent(outcome.exit_index, gates, ledgers),
+            cost=self.spent(outcome.exit_index, gates, steps),
             gates=gates if gates is None or training else gates >= 0.5,
             gate_scores=self._told(outcome, ".score") if self.program.gates and outcome.outputs is not None else None,
             steps=self._steps(gates),
@@ -146,17 +148,30 @@ class CompiledModule(Anytime):
         )
         if gates is not None and self.program.widths:
             result.widths = self.widths_of(gates) * (outcome.exit_index.unsqueeze(1) >= self._width_stages(gates))
-        if ledgers:
-            result.steps = torch.stack([ledger.detach()[..., 1] for ledger in ledgers]).sum(0).long()
-            result.ponder = torch.stack([ledger[..., 2] for ledger in ledgers]).sum(0)
+        if steps:
+            self._tell_halting(result, [outcome.reports[h.name] for h in self.program.halts], steps)
         if gates is not None and outcome.outputs is not None:
-            result.end_cost, result.gates_free = self.end_cost(gates, ledgers), self.gates_free(gates)
+            result.end_cost, result.gates_free = self.end_cost(gates, steps), self.gates_free(gates)
         if outcome.outputs is not None and outcome.confidences is not None:
             result.outputs = outcome.outputs
             result.confidences = tuple(torch.nan_to_num(c, nan=0.0) for c in outcome.confidences)
             result.separate = outcome.separate
             result.scores = None if outcome.scores is None else tuple(s.flatten() for s in outcome.scores)
         return result
+
+    def _tell_halting(self, result: Result, ledgers: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
+        """Steps and ponder cost; a row that left inside a chain has the steps that it ran, and no ponder cost of it."""
+        counts = []
+        for h, ledger, ran in zip(self.program.halts, ledgers, steps, strict=True):
+            count, taken = ledger.detach()[..., 1], ran.sum(1)
+            left = torch.zeros_like(taken, dtype=torch.bool)
+            if not self.training:
+                left = (result.exit_index < h.stage) | (ran[:, 0] == 0)
+            rows = (-1, *(1,) * (count.ndim - 1))
+            counts.append(torch.where(left.view(rows), taken.view(rows), count))
+        result.steps = torch.stack(counts).sum(0).long()
+        ran_at_all = [r[:, 0].view(-1, *(1,) * (ledger.ndim - 2)) for r, ledger in zip(steps, ledgers, strict=True)]
+        result.ponder = torch.stack([ledger[..., 2] * r for r, ledger in zip(ran_at_all, ledgers, strict=True)]).sum(0)
 
     def _told(self, outcome: Outcome, suffix: str) -> Tensor:
         """[B, G] of what every gate reports."""

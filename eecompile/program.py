@@ -124,7 +124,8 @@ class Program:
         places: Where compiled models among them have exits of their own.
         full_flops: Cost of the full model for one row, where the graph holds other models too.
         facts: What has been established so far; passes declare what they need and give.
-        gate_recipe: What the gates were inserted by, None without gates.
+        gate_recipes: What the gates were inserted by: one entry, in a cascade one for each model with gates.
+        halt_recipes: The same for the chains that halt.
         reports: What a run tells for each row besides its outputs.
         refusals: Places that were passed over, with the reason.
     """
@@ -146,11 +147,11 @@ class Program:
     regions: tuple[Region, ...] = ()
     exits: tuple[Exit, ...] = ()
     gates: tuple[Gate, ...] = ()
-    gate_recipe: GateRecipe | None = None
+    gate_recipes: tuple[GateRecipe, ...] = ()
     widths: tuple[Width, ...] = ()
     reports: tuple[Report, ...] = ()
     halts: tuple[Halt, ...] = ()
-    halt_recipe: HaltRecipe | None = None
+    halt_recipes: tuple[HaltRecipe, ...] = ()
     routes: tuple[Route, ...] = ()
     stages: tuple[Stage, ...] = ()
     facts: frozenset[str] = frozenset()
@@ -159,6 +160,16 @@ class Program:
 
     def replace(self, **changes: Any) -> Program:
         return dataclasses.replace(self, **changes)
+
+    @property
+    def gate_recipe(self) -> GateRecipe | None:
+        """What the gates of a single model were inserted by, None without gates."""
+        return self.gate_recipes[0] if self.gate_recipes else None
+
+    @property
+    def halt_recipe(self) -> HaltRecipe | None:
+        """What the chains of a single model were inserted by, None without any."""
+        return self.halt_recipes[0] if self.halt_recipes else None
 
     @property
     def total_flops(self) -> float:

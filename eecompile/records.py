@@ -187,6 +187,8 @@ class Gate:
         stage: How many exits lie before it; set by `stage`.
         width: Share of the channels that the region runs with where this gate is the last open one; 0 where its width
             is never chosen.
+        group: Which of the program's gate recipes it was inserted by.
+        only_for: Exits that alone need it, where the model's own output does not: it runs while one of them is open.
     """
 
     name: str
@@ -204,6 +206,8 @@ class Gate:
     needs: str = ""
     stage: int = 0
     width: float = 0.0
+    group: int = 0
+    only_for: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -264,6 +268,9 @@ class HaltStep:
         unit_flops: Cost of the score for one row.
         carries: What a row that has halted keeps instead; none for the first step.
         anchors: Of the block's `x` and `y`.
+        value: Name of the node with what the rows have behind it: the block's value, or what a halted row keeps.
+        last: Name of the last node of the step: an exit may lie behind it.
+        stage: How many exits lie before it; set by `stage`.
     """
 
     name: str
@@ -274,6 +281,9 @@ class HaltStep:
     unit_flops: float
     carries: tuple[Carry, ...]
     anchors: tuple[Anchor | None, Anchor | None]
+    value: str = ""
+    last: str = ""
+    stage: int = 0
 
 
 @dataclass(frozen=True)
@@ -291,6 +301,8 @@ class Halt:
         per_token: Whether every position halts by itself.
         depth: Fraction of the full model's cost before it.
         stage: How many exits lie before it; set by `stage`.
+        group: Which of the program's halting recipes it was inserted by.
+        only_for: As for a gate.
     """
 
     name: str
@@ -303,6 +315,8 @@ class Halt:
     per_token: bool
     depth: float
     stage: int = 0
+    group: int = 0
+    only_for: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

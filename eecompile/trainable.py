@@ -41,8 +41,6 @@ class Trainable(Decisions):
 
     def fit(self, loader: Iterable[Any], **options: Any) -> Any:
         """Trains what was inserted; see `eecompile.training.fit.fit`. The trunk stays frozen unless asked."""
-        options.setdefault("trunk", self.strategy.joint)
-        options.setdefault("two_stage", getattr(self.strategy, "two_stage", False))
         return fit(self.compiled, loader, **options)
 
     def calibrate(self, loader: Iterable[Any], *, budget: float | None = None, **options: Any) -> Any:

@@ -21,7 +21,7 @@ LAYERS = [
     {"passes"},
     {"runtime", "costs"},
     {"training", "calibration"},
-    {"module", "decisions", "trainable", "api", "artifact", "anytime", "benchmark", "explain"},
+    {"module", "decisions", "trainable", "api", "members", "artifact", "anytime", "benchmark", "explain"},
     {"inspect"},
     {"__init__"},  # the package's front: names of every layer, each imported when it is first asked for
     {"cli", "__main__"},

@@ -8,23 +8,25 @@ from torch import Tensor, nn
 
 from eecompile.errors import ArtifactError
 from eecompile.gates import RecurrentCore, rebuild
-from eecompile.passes import InsertGates, InsertHalting, run_passes
-from eecompile.passes.insert_gates import relocate_gates
-from eecompile.passes.insert_halting import relocate_halting
+from eecompile.passes import inserted_again
+from eecompile.passes.insert_gates import GATE_THRESHOLDS
+from eecompile.passes.insert_halting import HALT_SCALE
 from eecompile.program import Anchor, Carry, Gate, Halt, HaltStep, Program, Width
 from eecompile.strategies.base import GateRecipe, HaltRecipe
 
 
 def insert_saved_gates(program: Program, data: dict[str, Any], tensors: dict[str, Tensor]) -> Program:
-    """Inserts the gates or halting steps that a manifest describes; takes their weights out of `tensors`.
+    """Inserts the gates and halting steps that a manifest describes; takes their weights out of `tensors`.
 
     Raises:
         ArtifactError: The weights do not fit the units.
     """
-    saved = data["halting" if "halting" in data else "recipe"]
-    options: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
-    shared = RecurrentCore(options["open_bias"]) if options.get("unit") == "recurrent" else None
-    units: dict[str, nn.Module] = {name: rebuild(d, shared) for name, d in data["units"].items()}
+    data = _as_now(data)
+    gates, halts = tuple(_gate(g) for g in data["gates"]), tuple(_halt(h) for h in data["halts"])
+    recipes = [GateRecipe(**_options(r)) for r in data["recipes"]]
+    shared = {k: RecurrentCore(r.open_bias) for k, r in enumerate(recipes) if r.unit == "recurrent"}
+    groups = {g.unit.rsplit(".", 1)[1]: g.group for g in gates}
+    units: dict[str, nn.Module] = {n: rebuild(d, shared.get(groups.get(n, -1))) for n, d in data["units"].items()}
     for name, unit in units.items():
         prefix = f"gates.{name}."
         own = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
@@ -34,14 +36,29 @@ def insert_saved_gates(program: Program, data: dict[str, Any], tensors: dict[str
         dtype = next((t.dtype for t in own.values() if t.is_floating_point()), None)
         unit.to(dtype=dtype)
         unit.load_state_dict(own)
+    like = program.replace(
+        gates=gates,
+        widths=tuple(_width(w) for w in data["widths"]),
+        halts=halts,
+        gate_recipes=tuple(recipes),
+        halt_recipes=tuple(HaltRecipe(**_options(r)) for r in data["halting"]),
+    )
+    buffers = {GATE_THRESHOLDS: tensors.pop("gate_thresholds", None), HALT_SCALE: tensors.pop("halt_scale", None)}
+    return inserted_again(program, like, units, buffers)
+
+
+def _as_now(data: dict[str, Any]) -> dict[str, Any]:
+    """What programs with gates or halting of a single model were saved as before cascades had them."""
+    if "recipes" in data:
+        return data
+    empty: dict[str, Any] = {"units": data["units"], "recipes": [], "gates": [], "widths": [], "halting": [], "halts": []}
     if "halting" in data:
-        halts = tuple(_halt(h) for h in data["records"])
-        halting = InsertHalting(HaltRecipe(**options), units=units, scale=tensors.pop("halt_scale"))
-        return run_passes(relocate_halting(program, halts), [halting])
-    gates = tuple(_gate(g) for g in data["records"])
-    widths = tuple(_width(w) for w in data.get("widths", ()))
-    insert = InsertGates(GateRecipe(**options), units=units, thresholds=tensors.pop("gate_thresholds"))
-    return run_passes(relocate_gates(program, gates, widths), [insert])
+        return {**empty, "halting": [data["halting"]], "halts": data["records"]}
+    return {**empty, "recipes": [data["recipe"]], "gates": data["records"], "widths": data.get("widths", [])}
+
+
+def _options(saved: dict[str, Any]) -> dict[str, Any]:
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in saved.items()}
 
 
 def _gate(data: dict[str, Any]) -> Gate:

@@ -100,14 +100,16 @@ def _exit(e: Exit) -> dict[str, Any]:
 def _gates(fast: Any) -> dict[str, Any] | None:
     """The gates or halting steps, their units and what they were inserted by, as JSON data; None without gates."""
     program = fast.program
-    units = {name: describe_unit(unit) for name, unit in fast.gate_units.named_children()}
-    if program.halt_recipe is not None:
-        return {"halting": asdict(program.halt_recipe), "records": [asdict(h) for h in program.halts], "units": units}
-    if program.gate_recipe is None:
+    if not program.gates and not program.halts:
         return None
-    widths = [asdict(w) for w in program.widths]
-    records = [asdict(g) for g in program.gates]
-    return {"recipe": asdict(program.gate_recipe), "records": records, "widths": widths, "units": units}
+    return {
+        "units": {name: describe_unit(unit) for name, unit in fast.gate_units.named_children()},
+        "recipes": [asdict(r) for r in program.gate_recipes],
+        "gates": [asdict(g) for g in program.gates],
+        "widths": [asdict(w) for w in program.widths],
+        "halting": [asdict(r) for r in program.halt_recipes],
+        "halts": [asdict(h) for h in program.halts],
+    }
 
 
 def _head(branch: Branch, e: Exit) -> dict[str, Any]:

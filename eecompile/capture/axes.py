@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 
+import sympy
 import torch
 
 from eecompile.capture.adapter import FlatCall
@@ -84,3 +85,16 @@ def integers_only(lengths: Mapping[str, Mapping[int, str]], call: FlatCall) -> d
     """The free lengths of token ids and masks, without those of floating-point inputs."""
     floating = {p for p, t in zip(call.paths, call.tensors, strict=True) if t.is_floating_point()}
     return {path: dict(axes) for path, axes in lengths.items() if path not in floating}
+
+
+def counts_rows(e: sympy.Expr, batch: sympy.Expr) -> bool:
+    """Whether a size is the batch, also where it is written in another way: `(batch*seq + seq - 1)//seq`."""
+    if e == batch or e.free_symbols <= {batch}:
+        return bool(e == batch)
+    others = sorted(e.free_symbols - {batch}, key=str)
+    for rows in (3, 7, 11):  # sizes are sums, products and quotients: equal at nine points, equal
+        for start in (2, 5, 13):
+            values = {s: start + 2 * k for k, s in enumerate(others)} | {batch: rows}
+            if e.subs(values) != rows:
+                return False
+    return True

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from eecompile.capture import check
 from eecompile.capture.adapter import FlatAdapter, FlatCall, flatten_call, mode, no_attention_fastpath
-from eecompile.capture.axes import BatchAxis, batch_axes, batch_size, integers_only, shapes, token_axes
+from eecompile.capture.axes import BatchAxis, batch_axes, batch_size, counts_rows, integers_only, shapes, token_axes
 from eecompile.capture.quiet import quiet
 from eecompile.capture.source import capture_failed, model_failed
 from eecompile.capture.untouched import untouched
@@ -254,6 +254,9 @@ def _sizes(value: torch.Tensor, names: Mapping[Any, str]) -> tuple[int | str, ..
         if not isinstance(d, torch.SymInt):
             return int(d)
         expr = d.node.expr
+        batch = next((s for s, n in names.items() if n == "batch"), None)
+        if batch is not None and batch in expr.free_symbols and counts_rows(expr, batch):
+            return "batch"
         return names.get(expr, str(expr.subs({s: n for s, n in names.items() if s.is_Symbol})))
 
     return tuple(one(d) for d in value.shape)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from torch import fx
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx, nn
 
 from eecompile.capture.export import Captured
 from eecompile.passes import facts
@@ -10,12 +13,13 @@ from eecompile.passes.adopt_blocks import AdoptBlocks, StageBlocks
 from eecompile.passes.annotate import Annotate
 from eecompile.passes.base import Pass, PassResult, check_order, run_passes
 from eecompile.passes.carried import Brought
+from eecompile.passes.carried_gates import AdoptGates, AdoptHalting
 from eecompile.passes.equilibrium import Equilibrium
 from eecompile.passes.find_blocks import FindBlocks
 from eecompile.passes.find_cuts import FindCuts
 from eecompile.passes.find_regions import FindRegions
 from eecompile.passes.insert_exits import TEMPERATURES, THRESHOLDS, InsertExits, relocate
-from eecompile.passes.insert_gates import GATE_THRESHOLDS, InsertGates, relocate_gates
+from eecompile.passes.insert_gates import GATE_THRESHOLDS, InsertGates, norms_name, relocate_gates
 from eecompile.passes.insert_halting import HALT_SCALE, InsertHalting, relocate_halting
 from eecompile.passes.lower import Lower
 from eecompile.passes.normalize import Normalize
@@ -58,6 +62,11 @@ def insertion(recipe: Recipe, captured: Captured, seed: int, brought: Brought | 
             PlaceHalting(recipe.halting, captured.flat_example),
             InsertHalting(recipe.halting, seed=seed),
         ]
+    for gates in brought.gates:
+        passes += [AdoptGates(gates), InsertGates(gates.recipe, units=gates.units)]
+    for halts in brought.halts:
+        scale = torch.full((1,), halts.scale)
+        passes += [AdoptHalting(halts), InsertHalting(halts.recipe, units=halts.units, scale=scale)]
     passes.append(PlaceExits(recipe.exits, captured.flat_example, brought))
     if recipe.exits is not None:
         passes.append(InsertExits(recipe.exits.head, recipe.exits.threshold, seed=seed, brought=brought))
@@ -80,19 +89,38 @@ def prepare_training_graph(
     train = Program(graph_module, graph_module, signature, prediction=program.prediction, models=program.models)
     train = train.replace(places=program.places)
     train = run_passes(train, [Normalize(), Annotate(), FindBlocks(), FindCuts()])
-    if program.gate_recipe is not None:
+    if program.gates or program.halts:
         units = dict(program.marked.get_submodule(GATES).named_children())
-        insert = InsertGates(program.gate_recipe, units=units, thresholds=getattr(program.marked, GATE_THRESHOLDS))
-        train = run_passes(relocate_gates(train, program.gates, program.widths), [insert])
-    if program.halt_recipe is not None:
-        units = dict(program.marked.get_submodule(GATES).named_children())
-        halting = InsertHalting(program.halt_recipe, units=units, scale=getattr(program.marked, HALT_SCALE))
-        train = run_passes(relocate_halting(train, program.halts), [halting])
+        given = {name: getattr(program.marked, name, None) for name in (GATE_THRESHOLDS, HALT_SCALE)}
+        train = inserted_again(train, program, units, given)
     heads = {e.name: facts.attribute(program.marked, e.head) for e in program.exits}
     buffers = {name: getattr(program.marked, name) for name in (THRESHOLDS, TEMPERATURES)}
     train = train.replace(exits=relocate(train, program.exits), facts=train.facts | {"exits placed"})
     passes: list[Pass] = [InsertExits(heads=heads, buffers=buffers)]
     return run_passes(train, [*passes, Equilibrium()] if equilibrium else passes)
+
+
+def inserted_again(
+    program: Program, like: Program, units: Mapping[str, nn.Module], buffers: Mapping[str, Tensor | None]
+) -> Program:
+    """The gates and halting of `like` in another capture of the same model: units and buffers are shared.
+
+    Args:
+        units: By the names that they have in `like`.
+        buffers: Thresholds of the gates, and the scale of halting scores.
+    """
+    for k, gate_recipe in enumerate(like.gate_recipes):
+        gates = tuple(g for g in like.gates if g.group == k)
+        names = {g.unit for g in gates} | {f"{GATES}.{norms_name(w)}" for w in like.widths}
+        own = {name: u for name, u in units.items() if f"{GATES}.{name}" in names}
+        insert = InsertGates(gate_recipe, units=own, thresholds=buffers[GATE_THRESHOLDS])
+        program = run_passes(relocate_gates(program, gates, like.widths), [insert])
+    for k, halt_recipe in enumerate(like.halt_recipes):
+        halts = tuple(h for h in like.halts if h.group == k)
+        own = {name: u for name, u in units.items() if f"{GATES}.{name}" in {s.unit for h in halts for s in h.steps}}
+        halting = InsertHalting(halt_recipe, units=own, scale=buffers[HALT_SCALE])
+        program = run_passes(relocate_halting(program, halts), [halting])
+    return program
 
 
 __all__ = [

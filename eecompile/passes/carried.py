@@ -1,9 +1,10 @@
-"""Exits that a compiled model brings along when it becomes one of a cascade's models."""
+"""What a compiled model brings along when it becomes one of a cascade's models: its exits, beside its gates and halting."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 from torch import fx, nn
@@ -11,7 +12,7 @@ from torch import fx, nn
 from eecompile.errors import PassError, StrategyError
 from eecompile.heads import Branch
 from eecompile.passes import facts
-from eecompile.passes.stage import inserted
+from eecompile.passes.carried_gates import CarriedGates, CarriedHalts, carried_gates, carried_halts, originals
 from eecompile.program import Anchor, Cut, Exit, Place, Program
 from eecompile.strategies.base import ExitRecipe
 
@@ -41,10 +42,14 @@ class Brought:
     Attributes:
         exits: In order, by the name of their cut in the composite.
         ends: Temperature of each compiled model's own prediction, by the model's name.
+        gates: Of each model that has some.
+        halts: Of each model that halts.
     """
 
     exits: Mapping[str, Carried] = field(default_factory=dict)
     ends: Mapping[str, float] = field(default_factory=dict)
+    gates: tuple[CarriedGates, ...] = ()
+    halts: tuple[CarriedHalts, ...] = ()
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -61,6 +66,7 @@ def unwrapped(models: Mapping[str, nn.Module], plain: Sequence[bool]) -> tuple[d
         StrategyError: A compiled model that cannot be taken apart.
     """
     found, exits, ends = {}, dict[str, Carried](), {}
+    gates, halts = list[CarriedGates](), list[CarriedHalts]()
     for (name, model), takes in zip(models.items(), plain, strict=True):
         program = getattr(model, "program", None)
         if not isinstance(program, Program):
@@ -70,6 +76,12 @@ def unwrapped(models: Mapping[str, nn.Module], plain: Sequence[bool]) -> tuple[d
         _able(name, fast, program)
         found[name] = fast.original
         ends[name] = float(fast.temperatures[-1])
+
+        def moved(a: Anchor | None, name: str = name) -> Anchor | None:
+            return None if a is None else within(name, a)
+
+        gates += [g for g in [carried_gates(name, fast, moved, takes)] if g is not None]
+        halts += [h for h in [carried_halts(name, fast, moved, takes)] if h is not None]
         for k, e in enumerate(program.exits):
             one = _carried(name, program, e, takes)
             exits[one.place.name] = replace(
@@ -78,7 +90,30 @@ def unwrapped(models: Mapping[str, nn.Module], plain: Sequence[bool]) -> tuple[d
                 threshold=float(fast.thresholds[k]),
                 temperature=float(fast.temperatures[k]),
             )
-    return found, Brought(exits, ends)
+    _one_halting(halts)
+    return found, Brought(exits, ends, tuple(gates), tuple(halts))
+
+
+def within(name: str, a: Anchor) -> Anchor:
+    """An anchor of a model's own graph as it is in the cascade's."""
+    return replace(a, path=f"{name}.model.{a.path}" if a.path else f"{name}.model")
+
+
+def _one_halting(halts: Sequence[CarriedHalts]) -> None:
+    """Scores of all chains in one program are scaled by one factor.
+
+    Raises:
+        StrategyError: Two compiled models halt in ways that one factor cannot give.
+    """
+    for a, b in pairwise(halts):
+        if (a.scale, bool(a.recipe.repeat)) != (b.scale, bool(b.recipe.repeat)):
+            kinds = [f"{h.model}: {'repeats a block' if h.recipe.repeat else 'over depth'}, {h.scale:g}" for h in (a, b)]
+            raise StrategyError(
+                "two models of the cascade halt in different ways",
+                got=" and ".join(kinds),
+                wanted="one kind, and one halting threshold (the factor of the scores is its inverse)",
+                hint="set_halting_threshold() to the same value in both first",
+            )
 
 
 def _able(name: str, fast: Any, program: Program) -> None:
@@ -97,21 +132,20 @@ def _able(name: str, fast: Any, program: Program) -> None:
         raise refuse("a loaded program, without the Python model", "one that was compiled in this process")
     if program.front_end != "export":
         raise refuse('capture="blocks"', 'capture="export"')
-    if program.gates or program.halts or program.routes:
-        raise refuse("gates, halting or routes", "exits only")
+    if program.routes or getattr(program, "widths", ()):
+        raise refuse("routes or widths", "exits, gates and halting only")
     if any(e.head_kind == "shared" for e in program.exits):
         raise refuse('head="shared"', "heads of their own")
 
 
 def _carried(name: str, program: Program, e: Exit, plain: bool) -> Carried:
     assert program.marked is not None
-    nodes = [n for n in program.marked.graph.nodes if not inserted(n)]
-    names = {n.name: n for n in nodes}
-    anchors = facts.anchors(nodes)
+    before = program.history["find_cuts"].graph_module  # without anything inserted, which would count among its neighbours
+    anchors = {n.name: a for n, a in facts.anchors(before.graph.nodes).items()}
+    own = originals(program)
 
     def moved(node: str) -> Anchor:
-        a = anchors[names[node]]
-        return replace(a, path=f"{name}.model.{a.path}" if a.path else f"{name}.model")
+        return within(name, anchors[own.get(node, node)])
 
     inputs = {
         n.name: leaf.path for n, leaf in zip(facts.placeholders(program.marked), program.signature.inputs, strict=True)
@@ -126,7 +160,8 @@ def _carried(name: str, program: Program, e: Exit, plain: bool) -> Carried:
                 hint="pass the original model, or leave prepare= and inputs= out for it",
             )
         sides.append(inputs[side] if side in inputs else moved(side))
-    place = Place(f"{name}.{e.cut}", moved(e.node), moved(e.after) if names[e.after] in anchors else moved(e.node))
+    after = moved(e.after) if own.get(e.after, e.after) in anchors else moved(e.node)
+    place = Place(f"{name}.{e.cut}", moved(e.node), after)
     return Carried(place, e, Branch(nn.Identity()), 0.0, 1.0, tuple(sides))
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
+from eecompile.capture.axes import counts_rows
 from eecompile.errors import PassError
 from eecompile.program import Anchor, Live
 from eecompile.signature import Signature
@@ -68,16 +69,8 @@ class Batch:
         return i if self.counts_rows(e) else f"folds the batch into axis {i} (size {self.text(e)})"
 
     def counts_rows(self, e: sympy.Expr) -> bool:
-        """Whether a size is the batch, also where it is written in another way: `(batch*seq + seq - 1)//seq`."""
-        if e == self.symbol or e.free_symbols == {self.symbol}:
-            return bool(e == self.symbol)
-        others = sorted(e.free_symbols - {self.symbol}, key=str)
-        for rows in (3, 7, 11):  # sizes are sums, products and quotients: equal at nine points, equal
-            for start in (2, 5, 13):
-                values = {s: start + 2 * k for k, s in enumerate(others)} | {self.symbol: rows}
-                if e.subs(values) != rows:
-                    return False
-        return True
+        """Whether a size is the batch."""
+        return counts_rows(e, self.symbol)
 
     def carries(self, node: fx.Node) -> bool:
         return any(self.symbol in e.free_symbols for e in shape(node))
@@ -118,15 +111,19 @@ def attribute(module: torch.nn.Module, target: str) -> Any:
     return found
 
 
-def needed_for(outputs: Iterable[fx.Node]) -> set[fx.Node]:
-    """The given nodes and everything that they are computed from, in-place writes to any of it included."""
+def needed_for(outputs: Iterable[fx.Node], instead: Mapping[fx.Node, fx.Node] | None = None) -> set[fx.Node]:
+    """The given nodes and everything that they are computed from, in-place writes to any of it included.
+
+    Args:
+        instead: Nodes that take the value of another one and are computed from nothing else.
+    """
     found: set[fx.Node] = set()
     todo = list(outputs)
     while todo:
         n = todo.pop()
         if n not in found:
             found.add(n)
-            todo += n.all_input_nodes
+            todo += [instead[n]] if instead and n in instead else n.all_input_nodes
             todo += writers(n)
     return found
 

@@ -128,8 +128,16 @@ class GatedRegions:
         )
         return extract(self.gm, mine, list(inputs), ys, name), list(inputs)
 
-    def copy_into(self, part: Extractor, i: int, how: Sequence[str]) -> None:
-        """Writes region i into `part`: in line, past it, or as a conditional submodule; the carries are there then."""
+    def serves(self, i: int, needed: set[fx.Node]) -> bool:
+        """Whether anything in region i is needed, if only as the value of a chain that does not halt."""
+        return any(n in needed for n in self.nodes[i])
+
+    def copy_into(self, part: Extractor, i: int, how: Sequence[str], needed: set[fx.Node] | None = None) -> None:
+        """Writes region i into `part`: in line, past it, or as a conditional submodule; the carries are there then.
+
+        Args:
+            needed: In line, what is not among these is left out.
+        """
         gate = self.gates[i]
         skips = [self.names[c.node] for c in gate.carries]
         if gate.name in self.chains.part_of:
@@ -137,13 +145,16 @@ class GatedRegions:
             return
         if how[i] == SHUT:
             for node, c in zip(skips, gate.carries, strict=True):
-                part.env[node] = part.resolve(self.names[c.x])
+                if needed is None or node in needed:
+                    part.env[node] = part.resolve(self.names[c.x])
             return
         if how[i] == OPEN:
             for n in self.nodes[i]:
-                part.copy_unless_outer(n)
+                if needed is None or n in needed:
+                    part.copy_unless_outer(n)
             for node, c in zip(skips, gate.carries, strict=True):
-                part.env[node] = part.env[self.names[c.y]]
+                if self.names[c.y] in part.env:
+                    part.env[node] = part.env[self.names[c.y]]
             return
         body, inputs = self.body(i, part, f"Region{i}")
         defined(body.graph)

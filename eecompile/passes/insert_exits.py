@@ -319,6 +319,8 @@ def relocate(program: Program, exits: tuple[Exit, ...]) -> tuple[Exit, ...]:
     found: dict[Anchor, fx.Node] = {a: n for n, a in facts.anchors(nodes).items()}
     moved = []
     swap = {c.y: names[c.node] for g in program.gates for c in g.carries}
+    swap |= {y: names[s.value] for h in program.halts if not h.repeated for y, s in zip(h.ys[:-1], h.steps, strict=False)}
+    swap |= {h.ys[-1]: names[h.output] for h in program.halts}
     for e in exits:
         node = found.get(e.anchor)
         cut = next((c for c in program.cuts if c.name == e.cut), None)

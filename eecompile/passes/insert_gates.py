@@ -37,13 +37,13 @@ assert eecompile.ops is not None
 
 @dataclass(frozen=True)
 class InsertGates(Pass):
-    """Inserts `program.gates` into the graph.
+    """Inserts those of `program.gates` into the graph that are not in it yet: in a cascade the gates of each model in turn.
 
     Args:
         recipe: What the strategy asked for.
         units: Modules to use instead of new ones, by the name behind `eecompile_gates.`: for the training capture, or
             a loaded program.
-        thresholds: The buffer to share instead of a new one.
+        thresholds: The buffer of all gates to share instead of a new one.
         seed: Seed of the new units' weights; the global generator is left as it was.
     """
 
@@ -57,28 +57,29 @@ class InsertGates(Pass):
     seed: int = 0
 
     def run(self, program: Program) -> PassResult:
+        done = tuple(g for g in program.gates if g.decision)
+        program = program.replace(gates=program.gates[len(done) :])
         units = dict(self.units) or self.build(program)
         gm = facts.copy(program.graph_module)
-        container = nn.Module()
-        for name, unit in units.items():
-            container.add_module(name, unit)
-        gm.add_module(GATES, container)
+        add_units(gm, units)
         gm.register_buffer(GATE_THRESHOLDS, self._thresholds(program, gm))
-        writer = _Writer(gm, program, self.recipe)
+        writer = _Writer(gm, program, self.recipe, len(done))
         gates, widths = writer.add_all()
-        facts.tidy(gm)
+        gates = tuple(replace(g, group=len(program.gate_recipes)) for g in gates)
+        gm.graph.lint()  # not tidied: nothing reads what chains that halt tell
+        gm.recompile()
         cuts, refusals = moved_cuts(program, writer.spans)
         reports = tuple(Report(g.name, g.decision, g.node) for g in gates)
         reports += tuple(Report(f"{g.name}.score", g.score, g.node, training_only=True) for g in gates)
-        done = program.replace(
+        marked = program.replace(
             graph_module=gm,
-            gates=gates,
+            gates=(*done, *gates),
             widths=widths,
             cuts=cuts,
             reports=(*program.reports, *reports),
-            gate_recipe=self.recipe,
+            gate_recipes=(*program.gate_recipes, self.recipe),
         )
-        return PassResult(done, True, tuple(refusals), f"{len(gates)} gates")
+        return PassResult(marked, True, tuple(refusals), f"{len(gates)} gates")
 
     def _thresholds(self, program: Program, gm: fx.GraphModule) -> torch.Tensor:
         if self.thresholds is not None:
@@ -92,7 +93,9 @@ class InsertGates(Pass):
                 wanted=f"{count}, one for each of {', '.join(g.region for g in program.gates)}",
             )
         device = next((p.device for p in gm.parameters()), torch.device("cpu"))
-        return torch.tensor(values, dtype=torch.float32, device=device)
+        new = torch.tensor(values, dtype=torch.float32, device=device)
+        before: torch.Tensor | None = getattr(gm, GATE_THRESHOLDS, None)
+        return new if before is None else torch.cat((before, new))
 
     def build(self, program: Program) -> dict[str, nn.Module]:
         """New units, in the dtype and on the device of the model; norms of the narrower widths are those of the model."""
@@ -141,10 +144,20 @@ class Span:
     node: str
 
 
-class _Writer:
-    """Writes gates in graph order."""
+def add_units(gm: fx.GraphModule, units: Mapping[str, nn.Module]) -> None:
+    """Puts units beside those that are there already."""
+    container = nn.Module()
+    before = dict(gm.get_submodule(GATES).named_children()) if hasattr(gm, GATES) else {}
+    for name, unit in {**before, **units}.items():
+        container.add_module(name, unit)
+    gm.add_module(GATES, container)
 
-    def __init__(self, gm: fx.GraphModule, program: Program, recipe: GateRecipe) -> None:
+
+class _Writer:
+    """Writes gates in graph order; `offset` is the index of the first among all gates of the program."""
+
+    def __init__(self, gm: fx.GraphModule, program: Program, recipe: GateRecipe, offset: int = 0) -> None:
+        self.offset = offset
         self.gm, self.program, self.recipe, self.graph = gm, program, recipe, gm.graph
         self.names = facts.by_name(gm)
         self.nodes = list(gm.graph.nodes)
@@ -233,7 +246,7 @@ class _Writer:
             node._rename(f"{gate.name}_value")
             node.meta = {k: v for k, v in y.meta.items() if k in ("val", "stack")}
             made = (Carry(value.name, before.name, node.name, carry.batch_axis),)
-            needs = gate.needs or (f"gate_{i - 1}" if self.recipe.monotone and i else "")
+            needs = gate.needs or self.before(i)
             done.append(replace(gate, node=node.name, score=score.name, decision=decision.name, needs=needs, carries=made))
             last = before = node
         # Compaction hands x or y on as they are: nothing may overwrite either, or what comes behind.
@@ -281,16 +294,20 @@ class _Writer:
         _, name = site_of(self.program, region, self.recipe.mask)
         return self.names[name] if name is not None else None
 
+    def before(self, i: int) -> str:
+        """Name of the gate that shuts gate i with itself, where gates shut all later ones."""
+        return self.program.gates[i - 1].name if self.recipe.monotone and i else ""
+
     def decision(self, i: int, gate: Gate, score: fx.Node) -> fx.Node:
         counted = bool(self.recipe.min_open) and gate.kind != "width"
-        args: tuple[Any, ...] = (score, self.thresholds, i)
+        args: tuple[Any, ...] = (score, self.thresholds, self.offset + i)
         if counted:
             later = sum(g.kind != "width" for g in self.program.gates[i + 1 :])
             args = (*args, self.opened, max(0, self.recipe.min_open - later))
         node = self.graph.call_function(torch.ops.eecompile.gate.default, args)
         node._rename(f"{gate.name}_open")
         node.meta["val"] = self._float32(score)
-        before = self.decided.get(gate.needs or (f"gate_{i - 1}" if self.recipe.monotone else ""))
+        before = self.decided.get(gate.needs or self.before(i))
         if before is not None:
             both = self.graph.call_function(torch.ops.aten.mul.Tensor, (node, before))
             both._rename(f"{gate.name}_still_open")
@@ -360,7 +377,11 @@ def relocate_gates(program: Program, gates: tuple[Gate, ...], widths: tuple[Widt
         y = found.get(ay) if ay is not None else names.get(c.y)
         if x is None or y is None:
             raise PassError("a gate's region is not in the other capture", where=g.region, got=str(ax if x is None else ay))
-        moved.append(replace(g, carries=(Carry(y.name, x.name, "", c.batch_axis),)))
+        moved.append(replace(g, score="", decision="", carries=(Carry(y.name, x.name, "", c.batch_axis),)))
         regions.append(Region(g.region, g.kind, "", x.name, y.name, c.batch_axis, g.flops, g.depth, True, g.anchors))
-    known = program.facts | {"gates placed"}
-    return program.replace(gates=tuple(moved), widths=widths, regions=tuple(regions), facts=known)
+    return program.replace(
+        gates=(*program.gates, *moved),
+        widths=widths or program.widths,
+        regions=(*program.regions, *regions),
+        facts=program.facts | {"gates placed"},
+    )

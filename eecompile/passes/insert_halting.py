@@ -27,7 +27,8 @@ from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.find_regions import exclusive
 from eecompile.passes.functional import make_functional
-from eecompile.passes.place_gates import GATES, make_unit, site_of
+from eecompile.passes.insert_gates import add_units
+from eecompile.passes.place_gates import make_unit, site_of
 from eecompile.passes.place_halting import starting_bias
 from eecompile.program import Carry, Cut, Halt, HaltStep, Program, Refusal, Region, Report
 from eecompile.strategies.base import HaltRecipe
@@ -40,7 +41,7 @@ assert eecompile.ops is not None
 
 @dataclass(frozen=True)
 class InsertHalting(Pass):
-    """Inserts `program.halts` into the graph.
+    """Inserts those of `program.halts` into the graph that are not in it yet: in a cascade the chains of each model in turn.
 
     Args:
         recipe: What the strategy asked for.
@@ -59,23 +60,28 @@ class InsertHalting(Pass):
     seed: int = 0
 
     def run(self, program: Program) -> PassResult:
+        there = tuple(h for h in program.halts if h.output)
+        program = program.replace(halts=program.halts[len(there) :])
         units = dict(self.units) or self.build(program)
         gm = facts.copy(program.graph_module)
-        container = nn.Module()
-        for name, unit in units.items():
-            container.add_module(name, unit)
-        gm.add_module(GATES, container)
+        add_units(gm, units)
         device = next((p.device for p in gm.parameters()), torch.device("cpu"))
-        gm.register_buffer(HALT_SCALE, torch.ones(1, device=device) if self.scale is None else self.scale)
+        scale = getattr(gm, HALT_SCALE, torch.ones(1, device=device)) if self.scale is None else self.scale
+        gm.register_buffer(HALT_SCALE, scale)
         writer = _Writer(gm, program, self.recipe)
-        halts = tuple(writer.add(h) for h in program.halts)
+        halts = tuple(replace(writer.add(h), group=len(program.halt_recipes)) for h in program.halts)
         gm.graph.lint()  # not tidied: nothing reads the ledgers yet
         gm.recompile()
-        swap = {old.ys[-1]: new.output for old, new in zip(program.halts, halts, strict=True)}
-        cuts, refusals = moved_cuts(program, writer.spans, swap)
+        swap = swapped(program.halts, halts)
+        cuts, refusals = moved_cuts(program, writer.spans, swap, halts)
         reports = tuple(Report(h.name, h.ledger, h.output) for h in halts)
+        reports += tuple(Report(s.name, s.decision, s.carries[0].node) for h in halts for s in h.steps if s.carries)
         done = program.replace(
-            graph_module=gm, halts=halts, cuts=cuts, reports=(*program.reports, *reports), halt_recipe=self.recipe
+            graph_module=gm,
+            halts=(*there, *halts),
+            cuts=cuts,
+            reports=(*program.reports, *reports),
+            halt_recipes=(*program.halt_recipes, self.recipe),
         )
         return PassResult(done, True, tuple(refusals), f"{sum(len(h.steps) for h in halts)} steps")
 
@@ -169,13 +175,15 @@ class _Writer:
             carries.append(Carry(new.name, old.name, kept.name, 0))
             after[i] = kept
         chain.ys.append(y.name)
-        chain.steps.append(replace(step, decision="" if decision is None else decision.name, carries=tuple(carries)))
         chain.value, chain.weighted, chain.ledger, chain.running = after
         if not chain.done(k):
             running = after[3]
             if chain.halt.per_token:
                 running = self.call(f"{step.name}_row_runs", aten.any.dim, running, 1)
             chain.decision = running
+        name = "" if decision is None else decision.name
+        step = replace(step, decision=name, carries=tuple(carries), value=after[0].name, last=self.at.name)
+        chain.steps.append(step)
 
     def unit(self, step: HaltStep, y: fx.Node) -> fx.Node:
         region = next((r for r in self.program.regions if r.name == step.region), None)
@@ -239,20 +247,37 @@ def closed_scale(program: Program) -> float:
     return AT_ONCE if any(h.repeated for h in program.halts) else 0.0
 
 
+def swapped(before: tuple[Halt, ...], halts: tuple[Halt, ...]) -> dict[str, str]:
+    """What the rows have behind each block of a chain, by the name of the block's own value: the weighted state behind the
+    last one."""
+    found: dict[str, str] = {}
+    for old, new in zip(before, halts, strict=True):
+        if not new.repeated:
+            found |= {y: s.value for y, s in zip(old.ys[:-1], new.steps, strict=False)}
+        found[old.ys[-1]] = new.output
+    return found
+
+
 def moved_cuts(
-    program: Program, spans: list[tuple[int, int, Halt]], swap: Mapping[str, str]
+    program: Program, spans: list[tuple[int, int, Halt]], swap: Mapping[str, str], halts: tuple[Halt, ...]
 ) -> tuple[tuple[Cut, ...], list[Refusal]]:
-    """The cuts with each chain's output in place of its last block's value; cuts inside a chain are refused."""
+    """The cuts with each chain's output in place of its last block's value. A cut between two steps lies behind the first
+    one's score, and what has halted there goes along with the rows; cuts inside a step are refused."""
     position = {n.name: i for i, n in enumerate(program.graph_module.graph.nodes)}
+    ends = {s.value: s.last for h in halts for s in h.steps[:-1]}
     kept, refusals = [], []
     for cut in program.cuts:
         at = position[cut.after]
         inside_of = next((h for start, end, h in spans if start <= at < end), None)
-        if inside_of is not None:
+        between = swap.get(cut.value) if inside_of is not None and not inside_of.repeated else None
+        if inside_of is not None and between is None:
             refusals.append(Refusal(cut.name, "insert_halting", f"inside {inside_of.name}, where rows stop one by one"))
             continue
         live = tuple(replace(v, node=swap.get(v.node, v.node)) for v in cut.live)
-        kept.append(replace(cut, after=swap.get(cut.after, cut.after), value=swap.get(cut.value, cut.value), live=live))
+        after = swap.get(cut.after, cut.after)
+        if between is not None and at <= position[cut.value]:
+            after = ends[between]
+        kept.append(replace(cut, after=after, value=swap.get(cut.value, cut.value), live=live))
     return tuple(kept), refusals
 
 
@@ -279,6 +304,10 @@ def relocate_halting(program: Program, halts: tuple[Halt, ...]) -> Program:
             regions.append(
                 Region(step.region, "block", step.region, x.name, y.name, 0, step.flops, h.depth, True, step.anchors)
             )
-        bare = tuple(replace(s, decision="", carries=()) for s in h.steps)
+        bare = tuple(replace(s, decision="", carries=(), value="", last="") for s in h.steps)
         moved.append(replace(h, steps=bare, x=ends[0][0], ys=tuple(y for _, y in ends), output="", ledger=""))
-    return program.replace(halts=tuple(moved), regions=tuple(regions), facts=program.facts | {"halting placed", "regions"})
+    return program.replace(
+        halts=(*program.halts, *moved),
+        regions=(*program.regions, *regions),
+        facts=program.facts | {"halting placed", "regions"},
+    )

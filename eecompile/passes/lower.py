@@ -123,10 +123,10 @@ def _segment(
     for n in incoming:
         part.placeholder(n)
     decides = not at_end or decide_at_end
-    needed = layout.needed(later if at_end else (stop, *later))
+    needed = layout.needed(later if at_end else (stop, *later), how)
     if decide_at_end:
-        told = [layout.names[r.node] for r in program.reports if layout.names[r.beside] in needed and not r.training_only]
-        needed |= facts.needed_for(told)
+        told = [r for r in program.reports if not r.training_only and r.name not in fixed(program, how)]
+        needed = needed | facts.needed_for(layout.names[r.node] for r in told if layout.names[r.beside] in needed)
     carried = states_of(program)
     taken = [r for r in carried if after_open and decides and not (at_end and r == "memory")]
     states: dict[str, fx.Node | None] = {r: part.graph.placeholder(r) for r in taken}
@@ -142,7 +142,7 @@ def _segment(
         given.append(part.resolve(layout.prediction()))
         handed: list[fx.Node] = []
     else:
-        handed = layout.live(stop, later)
+        handed = layout.live(stop, later, how)
     defined(part.graph)
     module = part.finish([*decision, *given, *(part.resolve(n) for n in handed)], f"Segment{start + 1}to{stop}")
     return Segment(
@@ -160,16 +160,20 @@ def _segment(
 def _reported(
     program: Program, layout: Layout, start: int, stop: int, how: tuple[str, ...], needed: set[fx.Node]
 ) -> tuple[int, ...]:
-    """The reports between two exits; gates that are open or shut whatever the input have nothing to tell."""
+    """The reports between two exits; what is the same whatever the input has nothing to tell."""
     inside = needed.intersection(layout.interval(start, stop))
-    known = {g.name for g, h in zip(program.gates, how, strict=False) if h != DYNAMIC}
-    steps = dict(zip((s.name for s in conditionals(program)), how, strict=True))
-    known |= {h.name for h in program.halts if steps[h.steps[-1].name] != DYNAMIC}
+    known = fixed(program, how)
     return tuple(
         i
         for i, r in enumerate(program.reports)
         if not r.training_only and r.name not in known and layout.names[r.node] in inside
     )
+
+
+def fixed(program: Program, how: tuple[str, ...]) -> set[str]:
+    """Names of gates, steps and chains that do the same for every row: nothing is reported of them."""
+    known = {c.name for c, h in zip(conditionals(program), how, strict=True) if h != DYNAMIC}
+    return known | {h.name for h in program.halts if h.steps[-1].name in known}
 
 
 def states_of(program: Program) -> tuple[str, ...]:

@@ -10,7 +10,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from eecompile.errors import EecompileError, StrategyError, near
+from eecompile.errors import EecompileError, NoPlaceError, StrategyError, near
 from eecompile.heads import Branch, HeadSpec, Site, build_head, score_head
 from eecompile.passes import sites
 from eecompile.passes.annotate import ROWS, flops_of
@@ -76,7 +76,7 @@ def nothing_placed(program: Program, refusals: list[Refusal]) -> StrategyError:
     """The error when no exit fits, with the reason for each candidate."""
     reasons = [f"{r.node}: {r.reason}" for r in (*program.refusals, *refusals) if r.rule in ("find_cuts", "place_exits")]
     listed = "; ".join(reasons[:12]) + (f"; and {len(reasons) - 12} more" if len(reasons) > 12 else "")
-    return StrategyError(
+    return NoPlaceError(
         "no place for an exit",
         got=listed or "no cut at all",
         wanted="a cut whose head costs less than the work behind it",

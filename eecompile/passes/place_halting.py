@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from eecompile.errors import StrategyError, near
+from eecompile.errors import NoPlaceError, StrategyError, near
 from eecompile.gates import unit_class
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.place_gates import GATES, KEYWORDS, make_unit, named, site_of, sizes_of, unit_flops
@@ -42,7 +42,7 @@ class PlaceHalting(Pass):
             halts.append(self._halt(program, chain, len(halts)))
         if not halts:
             reasons = [f"{r.node}: {r.reason}" for r in (*program.refusals, *refusals) if r.rule in RULES]
-            raise StrategyError(
+            raise NoPlaceError(
                 "no chain of blocks that a row could stop in",
                 got="; ".join(reasons[:12]) or "no block of the model hands on what it was given",
                 wanted="at least two blocks of one shape in a row, or repeat= for one block",

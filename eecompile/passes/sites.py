@@ -33,7 +33,7 @@ def site_at(program: Program, cut: Cut, mask: str | None) -> tuple[Site, str | N
 
 def find_mask(program: Program, sizes: tuple[int | str, ...], batch_axis: int, wanted: str | None) -> str | None:
     """The graph input `[B, S]` that marks padding for a sequence `[B, S, D]` or `[S, B, D]`."""
-    if len(sizes) != 3:
+    if len(sizes) != 3 or wanted == "":  # none is wanted, whatever the inputs are called
         return None
     length = sizes[1 - batch_axis]
     nodes = facts.placeholders(program.graph_module)

@@ -6,7 +6,7 @@ It computes what the marked graph computes, in the same order; each stage is a s
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.extract import Extractor
 from eecompile.passes.gated import GatedRegions
-from eecompile.program import Live, Program, Stage
+from eecompile.program import Gate, Halt, Live, Program, Stage
 
 
 def inserted(node: fx.Node) -> bool:
@@ -36,15 +36,31 @@ class StagePass(Pass):
 
     def run(self, program: Program) -> PassResult:
         layout = Layout(program)
+        by_exit = layout.beside()
         program = program.replace(
-            gates=tuple(replace(g, stage=layout.stage_of(g.decision)) for g in program.gates),
-            halts=tuple(replace(h, stage=layout.stage_of(h.output)) for h in program.halts),
+            gates=tuple(_staged_gate(g, layout, by_exit) for g in program.gates),
+            halts=tuple(_staged(h, layout, by_exit) for h in program.halts),
             reports=tuple(replace(r, stage=layout.stage_of(r.node)) for r in program.reports),
         )
+        # whether a row takes a step is known before an exit that lies in between: who leaves there does not take it
+        begins = {s.name: s.stage for h in program.halts for s in h.steps}
+        reports = tuple(replace(r, stage=begins.get(r.name, r.stage)) for r in program.reports)
+        program = program.replace(reports=reports)
         stages = layout.stages()
         staged = _staged_graph(program, layout, stages)
         done = program.replace(graph_module=staged, level="staged", marked=program.graph_module, stages=stages)
         return PassResult(done, True, summary=f"{len(stages)} stages")
+
+
+def _staged_gate(gate: Gate, layout: Layout, by_exit: Mapping[fx.Node, tuple[int, ...]]) -> Gate:
+    only_for = by_exit.get(layout.names[gate.node], ())
+    return replace(gate, stage=layout.stage_of(gate.decision), only_for=only_for)
+
+
+def _staged(halt: Halt, layout: Layout, by_exit: Mapping[fx.Node, tuple[int, ...]]) -> Halt:
+    steps = tuple(replace(s, stage=layout.stage_of(y)) for s, y in zip(halt.steps, halt.ys, strict=True))
+    only_for = by_exit.get(layout.names[halt.output], ())
+    return replace(halt, steps=steps, stage=layout.stage_of(halt.output), only_for=only_for)
 
 
 class Layout:
@@ -97,11 +113,17 @@ class Layout:
         high = len(self.trunk) if stop >= len(self.bounds) else self.bounds[stop] + 1
         return self.trunk[low:high]
 
-    def needed(self, exits: Iterable[int]) -> set[fx.Node]:
-        """Trunk nodes that the model's own output or one of these exits needs."""
+    def needed(self, exits: Iterable[int], how: Sequence[str] | None = None) -> set[fx.Node]:
+        """Trunk nodes that the model's own output or one of these exits needs.
+
+        Args:
+            how: Per gate "open", "shut" or "dynamic": chains whose halting is closed need no scores.
+        """
+        plain = {} if how is None else self.regions.plain(how)
+        own = self.own if not plain else facts.needed_for([*self.leaves, self.prediction()], plain)
         heads = [self.names[n] for k in exits for n in self.program.exits[k].head_inputs]
-        beside = [n for n in heads if n not in self.own]  # none, but in a cascade of models
-        return self.own | facts.needed_for(beside) if beside else self.own
+        beside = [n for n in heads if n not in own]  # none, but in a cascade of models
+        return own | facts.needed_for(beside, plain) if beside else own
 
     def copy_interval(
         self, part: Extractor, start: int, stop: int, how: Sequence[str] | None = None, needed: set[fx.Node] | None = None
@@ -115,7 +137,13 @@ class Layout:
         regions = self.regions
         plain = {} if how is None else regions.plain(how)
         for n in self.interval(start, stop):
-            if n in part.env or n in regions.inside or (needed is not None and n not in needed):
+            if n in part.env or n in regions.inside:
+                continue
+            if (
+                needed is not None
+                and n not in needed
+                and not (n in regions.ends and regions.serves(regions.ends[n], needed))
+            ):
                 continue
             if n in plain:
                 part.env[n] = part.resolve(plain[n])
@@ -125,7 +153,7 @@ class Layout:
                 if how is None:
                     regions.show_in(part, i)
                 else:
-                    regions.copy_into(part, i, how)
+                    regions.copy_into(part, i, how, needed)
                 continue
             part.copy_unless_outer(n)
 
@@ -134,7 +162,7 @@ class Layout:
         i = self.regions.inside.get(node)
         return self.position.get(node, -1) if i is None else self.position[self.regions.end(i)]
 
-    def live(self, exit_index: int, later: tuple[int, ...] | None = None) -> list[fx.Node]:
+    def live(self, exit_index: int, later: tuple[int, ...] | None = None, how: Sequence[str] | None = None) -> list[fx.Node]:
         """Tensors that cross the boundary at an exit; `later` are the exits that are open behind it (None: all)."""
         p = self.bounds[exit_index]
         wanted = range(exit_index + 1, len(self.bounds)) if later is None else later
@@ -142,7 +170,7 @@ class Layout:
         heads = {self.names[n] for k in wanted for n in exits[k].head_inputs}
         # predictions per position leave padding out of the confidence, to the very end
         heads |= {self.names[e.mask_input] for e in exits if e.mask_input and self.positions}
-        needed = self.needed(wanted)  # work of a closed exit does not run: what only it reads need not survive
+        needed = self.needed(wanted, how)  # work of a closed exit does not run: what only it reads need not survive
         out = []
         for n in self.trunk[: p + 1]:
             if n.op == "get_attr" or not facts.is_tensor(n) or n in self.regions.inside:
@@ -173,7 +201,7 @@ class Layout:
         count = len(self.bounds)
         found = []
         incoming = self.as_live(self.inputs())
-        by_exit = self._beside()
+        by_exit = self.beside()
         for k in range(count + 1):
             nodes = [n for n in self.interval(k - 1, k) if n.op not in ("placeholder", "get_attr")]
             outgoing = self.as_live(self.live(k)) if k < count else self.as_live(_tensors(self.leaves))
@@ -189,7 +217,7 @@ class Layout:
             incoming = outgoing
         return tuple(found)
 
-    def _beside(self) -> dict[fx.Node, tuple[int, ...]]:
+    def beside(self) -> dict[fx.Node, tuple[int, ...]]:
         """The exits for which each node is needed that the model's own output does not need."""
         found: dict[fx.Node, tuple[int, ...]] = {}
         for k in range(len(self.program.exits)):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eecompile.passes.gated import DYNAMIC, OPEN, halting_pattern, pattern
+from eecompile.passes.gated import DYNAMIC, OPEN, conditionals, halting_pattern, pattern
 from eecompile.passes.insert_exits import THRESHOLDS
 from eecompile.passes.insert_gates import GATE_THRESHOLDS
 from eecompile.passes.insert_halting import HALT_SCALE, closed_scale
@@ -24,6 +24,7 @@ from eecompile.program import Halt, Program
 from eecompile.runtime.anytime import run_within, stream_of
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome, assemble, nothing, times_of
+from eecompile.runtime.reference import reached
 from eecompile.runtime.runnable import EagerSegment, compiled
 from eecompile.runtime.survivors import Survivors
 
@@ -249,6 +250,9 @@ class _Run:
     def _told(self, outcome: Outcome) -> Outcome:
         if self.want_confidence and self.program.reports:
             outcome.reports = self.reports | self._known(outcome.exit_index)
+            begins = {s.name: s.stage for h in self.program.halts for s in h.steps if s.stage}
+            for name in begins.keys() & self.reports.keys():  # told before an exit where rows left
+                outcome.reports[name] = reached(outcome.reports[name], outcome.exit_index, begins[name])
         return outcome
 
     def _known(self, exit_index: Tensor) -> dict[str, Tensor]:
@@ -257,6 +261,14 @@ class _Run:
             g.name: (exit_index >= g.stage).float() * (how == OPEN)
             for g, how in zip(self.program.gates, self.gates, strict=False)
             if how != DYNAMIC or g.name not in self.reports
+        }
+        steps = zip(
+            conditionals(self.program)[len(self.program.gates) :], self.gates[len(self.program.gates) :], strict=False
+        )
+        known |= {
+            s.name: (exit_index >= s.stage).float() * (how == OPEN)
+            for s, how in steps
+            if how != DYNAMIC or s.name not in self.reports
         }
         for h in self.program.halts:
             if h.name not in self.reports:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from eecompile.errors import StrategyError
-from eecompile.strategies.base import HaltRecipe, Recipe, Strategy
+from eecompile.strategies.base import PLAIN, HaltRecipe, Recipe, Strategy
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,8 @@ class Act(Strategy):
     name: ClassVar[str] = "act"
     summary: ClassVar[str] = "halting units: as many steps as a row needs"
     paper: ClassVar[str] = "ACT, Graves 2016, arXiv:1603.08983; Dehghani et al. 2019, arXiv:1807.03819"
+
+    inserts: ClassVar[Mapping[str, str]] = {"halting": "blocks"}
 
     blocks: str | Sequence[str] = "every-block"
     max_steps: int | None = None
@@ -64,7 +66,7 @@ class Act(Strategy):
 
     @property
     def objective(self) -> dict[str, Any]:
-        return {"name": "sum", "parts": [{"name": "exits"}, {"name": "ponder"}], "factors": [1.0, self.ponder_price]}
+        return {"name": "sum", "parts": [dict(PLAIN), {"name": "ponder"}], "factors": [1.0, self.ponder_price]}
 
     @property
     def joint(self) -> bool:

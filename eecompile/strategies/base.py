@@ -18,6 +18,7 @@ from eecompile.heads import HeadSpec
 from eecompile.kernels.combine import check_combination
 
 Where = int | str | float | Sequence[str | float]
+PLAIN = {"name": "exits"}  # the task's loss alone: what strategies without exits ask for
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,15 @@ class GateRecipe:
     mask: str | None = None
     max_unit_share: float = 0.5
     widths: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.monotone and self.min_open:
+            raise StrategyError(
+                "min_open= and monotone contradict each other",
+                got=f"min_open={self.min_open}, monotone: a shut gate shuts all later ones, which min_open would open",
+                wanted="one of them",
+                hint=f"ungated={self.min_open} runs the first regions for every row",
+            )
 
 
 @dataclass(frozen=True)
@@ -144,6 +154,15 @@ class Strategy:
     """Whether calibration leaves every exit open, because a call may be stopped there."""
     training_exits: ClassVar[bool] = False
     """Whether the exits are there for the objective alone: calibration leaves them closed."""
+    two_stage: ClassVar[bool] = False
+    """Whether the model is trained first and the heads afterwards, unless `fit` says otherwise."""
+    inserts: ClassVar[Mapping[str, str]] = {}
+    """For each primitive that it inserts the option that says where, as errors name it."""
+
+    @property
+    def within(self) -> Strategy | None:
+        """What is put into each of several models before they become a cascade; None for nothing."""
+        return None
 
     def over(self, models: int) -> Strategy:
         """This strategy for so many models in one graph.
@@ -223,6 +242,8 @@ class ExitStrategy(Strategy):
         combine: What an exit answers, given the open exits before it: "last" (its own head), "ensemble" (geometric mean
             of all so far, Zero Time Waste) or "confident" (the surest so far). The model's own end answers for itself.
     """
+
+    inserts: ClassVar[Mapping[str, str]] = {"exits": "exits"}
 
     exits: Where = 3
     head: HeadSpec = "auto"

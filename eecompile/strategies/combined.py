@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from eecompile.errors import StrategyError
-from eecompile.strategies.base import Recipe, Strategy, TrainingStage
-
-PRIMITIVES = ("exits", "gates", "halting")
-PLAIN = {"name": "exits"}  # the task alone: what strategies without exits ask for
+from eecompile.strategies import conflicts
+from eecompile.strategies.base import PLAIN, Recipe, Strategy, TrainingStage
+from eecompile.strategies.conflicts import PRIMITIVES, TASKS, over_models, terms
 
 
 @dataclass(frozen=True)
@@ -20,8 +18,15 @@ class Combined(Strategy):
     The objective is the sum of theirs, the task counted once; stages of training are those of the part that has some; the
     trunk is trained where any part asks for it.
 
+    With a cascade of several models among the parts the others are put into each of its models: `Cascade() + Anytime()`
+    has heads inside the models besides the models' own predictions. All these exits share criterion, combination and
+    loss weights; where the two parts differ, an option with its default value gives way.
+
     Args:
         parts: Two strategies or more; sums among them are flattened.
+
+    Raises:
+        StrategyError: Parts that contradict each other; both clauses are named.
     """
 
     name: ClassVar[str] = "combined"
@@ -36,41 +41,45 @@ class Combined(Strategy):
             if not isinstance(part, Strategy):
                 raise StrategyError("a sum of strategies takes strategies", got=type(part).__name__)
             found += part.parts if isinstance(part, Combined) else [part]
-        object.__setattr__(self, "parts", tuple(found))
         if len(found) < 2:
             raise StrategyError("a sum of strategies needs two of them", got=", ".join(map(str, found)) or "none")
-        for kind in PRIMITIVES:
-            asking = [part.name for part in found if getattr(part.recipe(), kind) is not None]
-            if len(asking) > 1:
-                raise StrategyError(
-                    f"two strategies insert {kind}",
-                    got=" + ".join(asking),
-                    wanted=f"{kind} from one of them",
-                    hint="say all that is wanted in the options of one",
-                )
-        staged = [part.name for part in found if part.stages]
-        if len(staged) > 1:
-            raise StrategyError("two strategies have stages of training", got=" + ".join(staged), wanted="one at most")
+        conflicts.check(found)
+        object.__setattr__(self, "parts", conflicts.agreed(found))
 
     def over(self, models: int) -> Strategy:
-        return replace(self, parts=tuple(part.over(models) for part in self.parts))
+        cascade = next((part for part in self.parts if over_models(part)), None)
+        if models == 1 or cascade is None:
+            conflicts.check(self.parts, models)
+            return replace(self, parts=tuple(part.over(models) for part in self.parts))
+        return replace(self, parts=tuple(part.over(models) if part is cascade else part for part in self.parts))
+
+    @property
+    def within(self) -> Strategy | None:
+        others = tuple(part for part in self.parts if not over_models(part))
+        if len(others) == len(self.parts):
+            return None
+        return others[0] if len(others) == 1 else Combined(others)
 
     @property
     def together(self) -> dict[str, Any]:
         return {key: value for part in self.parts for key, value in part.together.items()}
 
     def recipe(self) -> Recipe:
-        recipes = [part.recipe() for part in self.parts]
+        """What goes into the graph; of a cascade of several models the exits behind them alone, since the models bring the
+        rest along."""
+        recipes = [part.recipe() for part in self.parts if self.within is None or over_models(part)]
         chosen = {kind: next((r for r in (getattr(o, kind) for o in recipes) if r is not None), None) for kind in PRIMITIVES}
-        return Recipe(**chosen, equilibrium=any(r.equilibrium for r in recipes))
+        return Recipe(**chosen, equilibrium=any(part.recipe().equilibrium for part in self.parts))
 
     @property
     def objective(self) -> dict[str, Any]:
-        terms = [t for part in self.parts for t in _terms(part.objective)]
-        with_exits = any(part.recipe().exits is not None for part in self.parts)
-        others = [t for t in terms if t[1] != PLAIN]
-        # the exits' own objective holds the task; without exits one plain one does
-        kept = others if with_exits and others else [(1.0, dict(PLAIN)), *others]
+        found = [t for part in self.parts for t in terms(part.objective)]
+        tasks = [(f, t) for f, t in found if t["name"] in TASKS]
+        # a cascade of several models leaves the loss to what is inside of them
+        own = [t for t in tasks if t[1] != PLAIN]
+        inner = [t for part in self.parts if not over_models(part) for t in terms(part.objective) if t in own]
+        kept = [*(inner or own or [(1.0, dict(PLAIN))])[:1]]
+        kept += [t for k, t in enumerate(found) if t[1]["name"] not in TASKS and t not in found[:k]]
         if len(kept) == 1 and kept[0][0] == 1.0:
             return kept[0][1]
         return {"name": "sum", "parts": [t for _, t in kept], "factors": [f for f, _ in kept]}
@@ -84,19 +93,19 @@ class Combined(Strategy):
         return any(part.joint for part in self.parts)
 
     @property
+    def two_stage(self) -> bool:  # type: ignore[override]
+        return any(part.two_stage for part in self.parts)
+
+    @property
     def keep_open(self) -> bool:  # type: ignore[override]
         return any(part.keep_open for part in self.parts)
+
+    @property
+    def training_exits(self) -> bool:  # type: ignore[override]
+        return any(part.training_exits and part.recipe().exits is not None for part in self.parts)
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "parts": [part.to_dict() for part in self.parts]}
 
     def __str__(self) -> str:
         return " + ".join(map(str, self.parts))
-
-
-def _terms(objective: Mapping[str, Any]) -> list[tuple[float, dict[str, Any]]]:
-    """The parts of a sum with their factors, or the objective alone."""
-    if objective["name"] != "sum":
-        return [(1.0, dict(objective))]
-    factors = objective.get("factors") or [1.0] * len(objective["parts"])
-    return [(f * g, t) for f, part in zip(factors, objective["parts"], strict=True) for g, t in _terms(part)]

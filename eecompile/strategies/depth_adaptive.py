@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from eecompile.criteria import criterion
 from eecompile.errors import StrategyError, near
-from eecompile.strategies.base import ExitRecipe, GateRecipe, Recipe, Strategy, TrainingStage
+from eecompile.strategies.base import PLAIN, ExitRecipe, GateRecipe, Recipe, Strategy, TrainingStage
 from eecompile.strategies.skipnet import SkipNet
 
 MODES = ("up_front", "halting", "gates")
@@ -53,6 +53,8 @@ class DepthAdaptive(Strategy):
     summary: ClassVar[str] = "depth chosen for each row, up front or block by block"
     training_exits: ClassVar[bool] = True
     paper: ClassVar[str] = "Depth-adaptive Transformer, Elbayad et al. 2020, arXiv:1910.10073"
+
+    inserts: ClassVar[Mapping[str, str]] = {"exits": "targets", "gates": "gates"}
 
     mode: str = "up_front"
     gates: str | Sequence[str] = "every-block"
@@ -123,7 +125,7 @@ class DepthAdaptive(Strategy):
     @property
     def objective(self) -> dict[str, Any]:
         if self.targets == "cost":
-            return {"name": "exits"}
+            return dict(PLAIN)
         return {
             "name": "depth_targets",
             "targets": self.targets,

@@ -26,4 +26,4 @@ class MeBert(ExitStrategy):
     exits: Where = "every-block"
     head: HeadSpec = "pooler"
     criterion: str | Criterion = "entropy"
-    two_stage: bool = False
+    two_stage: bool = False  # type: ignore[misc]

@@ -7,14 +7,14 @@ al. 2022) parts of a vision Transformer; what runs may run with some of its hidd
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any, ClassVar
 
 from eecompile.criteria import Criterion
 from eecompile.errors import StrategyError, near
-from eecompile.strategies.base import ExitStrategy, GateRecipe, Recipe, TrainingStage, Where
+from eecompile.strategies.base import PLAIN, ExitStrategy, GateRecipe, Recipe, TrainingStage, Where
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 ESTIMATORS = {"gumbel": "gumbel", "straight_through": "hard", "reinforce": "sample"}
@@ -50,6 +50,8 @@ class SelfAdaptive(ExitStrategy):
     name: ClassVar[str] = "self_adaptive"
     summary: ClassVar[str] = "a policy over attention halves, MLP halves, blocks and widths, with exits"
     paper: ClassVar[str] = "BlockDrop, Wu et al. 2018, arXiv:1711.08393; AdaViT, Meng et al. 2022, arXiv:2111.15668"
+
+    inserts: ClassVar[Mapping[str, str]] = {"exits": "exits", "gates": "parts"}
 
     exits: Where | None = 2  # type: ignore[assignment]
     criterion: str | Criterion = "entropy"
@@ -102,6 +104,10 @@ class SelfAdaptive(ExitStrategy):
             widths=tuple(float(w) for w in self.widths),
         )
         return Recipe(None if self.exits is None else super().recipe().exits, gates)
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        return dict(PLAIN) if self.exits is None else super().objective
 
     @property
     def stages(self) -> tuple[TrainingStage, ...]:

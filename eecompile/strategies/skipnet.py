@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from eecompile.errors import StrategyError, near
-from eecompile.strategies.base import GateRecipe, Recipe, Strategy, TrainingStage
+from eecompile.strategies.base import PLAIN, GateRecipe, Recipe, Strategy, TrainingStage
 
 ESTIMATORS = {"straight_through": "hard", "gumbel": "gumbel"}
 REWARDS = ("log_likelihood", "correctness")
@@ -36,6 +36,8 @@ class SkipNet(Strategy):
     name: ClassVar[str] = "skipnet"
     summary: ClassVar[str] = "gates that skip residual blocks"
     paper: ClassVar[str] = "SkipNet, Wang et al. 2018, arXiv:1711.09485"
+
+    inserts: ClassVar[Mapping[str, str]] = {"gates": "gates"}
 
     gates: str | Sequence[str] = "every-block"
     unit: str = "auto"
@@ -95,7 +97,7 @@ class SkipNet(Strategy):
 
     @property
     def objective(self) -> dict[str, Any]:
-        return {"name": "exits"}
+        return dict(PLAIN)
 
     @property
     def stages(self) -> tuple[TrainingStage, ...]:

@@ -23,21 +23,70 @@ def test_parts_objective_and_stages():
     assert strategy(both.to_dict()) == both
     assert strategy("branchy+skipnet") == strategies.Branchy() + strategies.SkipNet()
     assert strategy("branchy+skipnet").joint
-    ponders = strategies.SkipNet() + strategies.Act(ponder_price=0.2)
-    assert ponders.objective == {"name": "sum", "parts": [{"name": "exits"}, {"name": "ponder"}], "factors": [1.0, 0.2]}
+    ponders = strategies.Act(ponder_price=0.2) + strategies.Branchy(criterion="learned")
+    names = [part["name"] for part in ponders.objective["parts"]]
+    assert (names, ponders.objective["factors"]) == (["weighted_cross_entropy", "ponder", "exit_score"], [1.0, 0.2, 1.0])
+    assert (strategies.MeBert(two_stage=True) + strategies.Act()).two_stage
+    assert (strategies.Anytime() + strategies.SkipNet()).keep_open
+    assert not (strategies.Branchy() + strategies.DepthAdaptive(targets="cost")).training_exits
+
+
+CONFLICTS = [
+    (strategies.SkipNet(), strategies.SkipNet("halves"), "two strategies insert gates",
+     "skipnet(gates='every-block') + skipnet(gates='halves')"),
+    (strategies.Branchy(), strategies.Anytime(), "two strategies insert exits",
+     "branchy(exits=3) + anytime(exits='everywhere')"),
+    (strategies.Ann(), strategies.SelfAdaptive(), "two strategies insert exits", "self_adaptive(exits=2)"),
+    (strategies.Branchy(), strategies.DepthAdaptive(), "two strategies insert exits", "depth_adaptive(targets='oracle')"),
+    (strategies.Act(), strategies.Act(blocks="layer1*"), "two strategies insert halting", "act(blocks='layer1*')"),
+    (strategies.SkipNet(), strategies.Act(), "gates and halting",
+     "skipnet(gates='every-block') + act(blocks='every-block')"),
+    (strategies.MeBert(two_stage=True), strategies.SkipNet(), "two strategies have stages", "mebert(two_stage=True)"),
+    (strategies.Branchy(mask="a"), strategies.SkipNet(mask="b"), "two names of the padding mask", "branchy(mask='a')"),
+    (strategies.Cascade(criterion="margin"), strategies.Branchy(criterion="energy"), "two criteria",
+     "cascade(criterion='margin') + branchy(criterion='energy')"),
+    (strategies.Cascade(combine="ensemble"), strategies.Anytime(combine="confident"), "two ways to combine exits",
+     "cascade(combine='ensemble') + anytime(combine='confident')"),
+    (strategies.Cascade(weights="linear"), strategies.Anytime(weights=[1, 2]), "two weights=", "cascade(weights='linear')"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("first", "second", "says"),
-    [
-        (strategies.SkipNet(), strategies.SkipNet(unit="linear"), "two strategies insert gates"),
-        (strategies.Branchy(), strategies.Anytime(), "two strategies insert exits"),
-    ],
+    ("first", "second", "says", "clauses"), CONFLICTS, ids=[f"{a.name}-{b.name}" for a, b, *_ in CONFLICTS]
 )
-def test_conflicts_are_named(first, second, says):
-    with pytest.raises(StrategyError, match=says) as caught:
-        first + second
-    assert f"{first.name} + {second.name}" in str(caught.value)
+def test_conflicts_are_named(first, second, says, clauses):
+    for sum_ in (lambda: first + second, lambda: strategies.Combined((second, first))):
+        with pytest.raises(StrategyError, match=says) as caught:
+            sum_()
+        for clause in clauses.split(" + "):
+            assert clause in str(caught.value)
+
+
+def test_conflicts_that_the_number_of_models_decides():
+    both = strategies.Cascade() + strategies.Anytime()
+    assert both.within == strategies.Anytime()
+    assert both.over(2).recipe().exits.where == "predictions"
+    with pytest.raises(StrategyError, match="two strategies insert exits"):
+        both.over(1)
+    with pytest.raises(StrategyError, match="takes one model"):
+        (strategies.Branchy() + strategies.SkipNet()).over(2)
+    over_layers = strategies.Cascade(exits=2) + strategies.SkipNet()
+    assert over_layers.over(1).recipe().gates is not None
+
+
+def test_an_option_with_its_default_value_gives_way():
+    both = strategies.Cascade() + strategies.MeBert(combine="ensemble", distillation=0.3)
+    assert {part.criterion.name for part in both.parts} == {"entropy"}
+    assert {part.combine for part in both.parts} == {"ensemble"}
+    assert both.objective["name"] == "distillation"
+    other = strategies.Cascade(criterion="margin", threshold=0.3) + strategies.Anytime()
+    assert {part.criterion.name for part in other.parts} == {"margin"}
+    assert other.recipe().exits.threshold == 0.3
+
+
+def test_gates_that_shut_all_later_ones_have_no_least_number():
+    with pytest.raises(StrategyError, match="min_open= and monotone contradict each other"):
+        strategies.GateRecipe(min_open=2, monotone=True)
 
 
 def test_exits_and_gates_are_trained_calibrated_and_saved_together(tmp_path):

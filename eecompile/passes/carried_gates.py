@@ -1,0 +1,235 @@
+"""Gates and halting that compiled models bring along when they become models of a cascade."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from torch import nn
+
+from eecompile.errors import PassError, StrategyError
+from eecompile.passes import facts
+from eecompile.passes.base import Pass, PassResult
+from eecompile.passes.insert_gates import relocate_gates
+from eecompile.passes.insert_halting import HALT_SCALE, relocate_halting
+from eecompile.passes.place_gates import GATES, site_of
+from eecompile.program import Anchor, Gate, Halt, Program
+from eecompile.strategies.base import GateRecipe, HaltRecipe
+
+NO_MASK = ""  # as a recipe's mask: no input marks padding, whatever names there are
+
+
+@dataclass(frozen=True)
+class CarriedGates:
+    """The gates of one compiled model, as the cascade's graph will know them.
+
+    Attributes:
+        recipe: What they were inserted by, with their present thresholds.
+        units: Their units, shared with the compiled model, by the names that they have in the cascade.
+    """
+
+    model: str
+    recipe: GateRecipe
+    gates: tuple[Gate, ...]
+    units: Mapping[str, nn.Module]
+
+
+@dataclass(frozen=True)
+class CarriedHalts:
+    """The halting chains of one compiled model; `scale` is the factor of its scores."""
+
+    model: str
+    recipe: HaltRecipe
+    halts: tuple[Halt, ...]
+    units: Mapping[str, nn.Module]
+    scale: float
+
+
+def originals(program: Program) -> dict[str, str]:
+    """The model's own value that stands where a gate or a chain hands on another one, by the latter's name."""
+    found = {c.node: c.y for g in program.gates for c in g.carries}
+    for h in program.halts:
+        found |= {n: y for s, y in zip(h.steps, h.ys, strict=True) for n in (s.value, s.last)}
+        found[h.output] = h.ys[-1]
+    return found
+
+
+def carried_gates(name: str, fast: Any, moved: Callable[[Anchor | None], Anchor | None], plain: bool) -> CarriedGates | None:
+    """What a model's gates are in the cascade; None without gates.
+
+    Raises:
+        StrategyError: A unit reads an input that is prepared for the model here.
+    """
+    program: Program = fast.program
+    recipe = program.gate_recipe
+    if recipe is None:
+        return None
+    thresholds = tuple(float(t) for t in fast.gate_thresholds)
+    mask = _mask(name, program, [g.region for g in program.gates], recipe, plain)
+    recipe = replace(recipe, threshold=thresholds, mask=mask)
+    gates = tuple(
+        replace(
+            g,
+            region=f"{name}.{g.region}",
+            unit=_unit(name, g.unit),
+            score="",
+            decision="",
+            needs="",
+            anchors=(moved(g.anchors[0]), moved(g.anchors[1])),
+        )
+        for g in program.gates
+    )
+    return CarriedGates(name, recipe, gates, _units(name, fast))
+
+
+def carried_halts(name: str, fast: Any, moved: Callable[[Anchor | None], Anchor | None], plain: bool) -> CarriedHalts | None:
+    """What a model's halting chains are in the cascade; None without any."""
+    program: Program = fast.program
+    recipe = program.halt_recipe
+    if recipe is None:
+        return None
+    regions = [s.region for h in program.halts for s in h.steps]
+    recipe = replace(recipe, mask=_mask(name, program, regions, recipe, plain))
+    halts = []
+    for h in program.halts:
+        steps = tuple(
+            replace(
+                s,
+                region=f"{name}.{s.region}",
+                unit=_unit(name, s.unit),
+                anchors=(moved(s.anchors[0]), moved(s.anchors[1])),
+            )
+            for s in h.steps
+        )
+        halts.append(replace(h, steps=steps))
+    return CarriedHalts(name, recipe, tuple(halts), _units(name, fast), float(getattr(fast.graph_module, HALT_SCALE)))
+
+
+def _unit(model: str, unit: str) -> str:
+    return f"{GATES}.{model}_{unit.rsplit('.', 1)[1]}"
+
+
+def _units(model: str, fast: Any) -> dict[str, nn.Module]:
+    return {f"{model}_{name}": unit for name, unit in fast.gate_units.named_children()}
+
+
+def _mask(name: str, program: Program, wanted: list[str], recipe: GateRecipe | HaltRecipe, plain: bool) -> str | None:
+    """The input that marks padding for the units of the regions `wanted`, by its name in the cascade.
+
+    Raises:
+        StrategyError: It is prepared for this model, so the cascade's graph has no input of that kind.
+    """
+    before = program.replace(graph_module=program.history["find_regions"].graph_module)
+    found = {site_of(before, r, recipe.mask)[1] for r in program.regions if r.name in wanted}
+    masks = {node for node in found if node is not None}
+    if not masks:
+        return NO_MASK
+    node = masks.pop()
+    paths = [leaf.path for leaf in program.signature.inputs]
+    path = paths[[n.name for n in facts.placeholders(before.graph_module)].index(node)]
+    if not plain:
+        raise StrategyError(
+            "a gate of this compiled model reads an input that is prepared for it here",
+            where=name,
+            got=path,
+            hint="pass the original model, or leave prepare= and inputs= out for it",
+        )
+    return path if len(found) == 1 else recipe.mask
+
+
+@dataclass(frozen=True)
+class AdoptGates(Pass):
+    """Finds the places of a compiled model's gates in the cascade's graph; `insert_gates` follows."""
+
+    name: ClassVar[str] = "adopt_gates"
+    requires: ClassVar[frozenset[str]] = frozenset({"costs", "cuts"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"gates placed"})
+
+    carried: CarriedGates
+
+    def run(self, program: Program) -> PassResult:
+        first = len(program.gates)
+        gates = [replace(g, name=f"gate_{first + i}") for i, g in enumerate(self.carried.gates)]
+        depths = depths_of(program)
+        with _elsewhere(self.carried.model):
+            found = relocate_gates(program, tuple(gates))
+        moved = []
+        for g in found.gates[first:]:
+            _its_own(found, self.carried.model, g.region, g.carries[0].y)
+            moved.append(replace(g, depth=depths[g.carries[0].x]))
+        done = found.replace(gates=(*program.gates, *moved))
+        return PassResult(done, False, summary=f"{len(gates)} gates of {self.carried.model}")
+
+
+@dataclass(frozen=True)
+class AdoptHalting(Pass):
+    """Finds the places of a compiled model's halting chains in the cascade's graph; `insert_halting` follows."""
+
+    name: ClassVar[str] = "adopt_halting"
+    requires: ClassVar[frozenset[str]] = frozenset({"costs", "cuts"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"halting placed"})
+
+    carried: CarriedHalts
+
+    def run(self, program: Program) -> PassResult:
+        first = len(program.halts)
+        halts = []
+        for i, h in enumerate(self.carried.halts):
+            name = f"halt_{first + i}"
+            steps = tuple(replace(s, name=f"{name}_step_{k}") for k, s in enumerate(h.steps))
+            halts.append(replace(h, name=name, steps=steps))
+        depths = depths_of(program)
+        with _elsewhere(self.carried.model):
+            found = relocate_halting(program, tuple(halts))
+        moved = []
+        for h in found.halts[first:]:
+            for y in h.ys:
+                _its_own(found, self.carried.model, h.name, y)
+            moved.append(replace(h, depth=depths[h.x]))
+        done = found.replace(halts=(*program.halts, *moved))
+        return PassResult(done, False, summary=f"{len(halts)} chains of {self.carried.model}")
+
+
+def depths_of(program: Program) -> dict[str, float]:
+    """Fraction of the full model's cost up to each node."""
+    done, found = 0.0, {}
+    for n in program.graph_module.graph.nodes:
+        done += program.flops.get(n.name, 0.0)
+        found[n.name] = done / (program.total_flops or 1.0)
+    return found
+
+
+@contextlib.contextmanager
+def _elsewhere(model: str) -> Iterator[None]:
+    """A region that is not found under its model's name is that of a module that another model has too."""
+    try:
+        yield
+    except PassError as error:
+        raise _shared(model, str(error.where), "another model") from error
+
+
+def _shared(model: str, where: str, others: str) -> StrategyError:
+    return StrategyError(
+        "a layer with a gate or halting is shared by two models of the cascade",
+        where=where,
+        got=f"{model} and {others}",
+        wanted="layers of its own: what one skips the other still needs",
+        hint=f"pass the original model for {model}",
+    )
+
+
+def _its_own(program: Program, model: str, where: str, value: str) -> None:
+    """Refuses a layer that two models share: what is skipped for one would be skipped for the other.
+
+    Raises:
+        StrategyError: Another model's prediction needs it.
+    """
+    leaves = facts.output_leaves(program.graph_module)
+    count = len(program.signature.outputs)
+    given = dict(zip(program.models, [*([leaf] for leaf in leaves[count:]), leaves[:count]], strict=True))
+    node = facts.by_name(program.graph_module)[value]
+    others = [name for name, own in given.items() if name != model and node in facts.needed_for(own)]
+    if others:
+        raise _shared(model, where, ", ".join(others))

@@ -1,0 +1,86 @@
+"""The invariants of the IR for sums of strategies, over the zoo."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+
+from eecompile import CompiledModule, StrategyError, load
+from tests.compositions import SUMS, agree, as_it_was, at_random
+from tests.support import again, both, equal_bits
+from tests.zoo import ZOO
+
+# One operator for all layers, or blocks that change the shape of what they hand on: nothing to skip, nothing to halt.
+NO_REGION = {"alexnet", "lenet", "lstm", "lstmcell", "msdnet", "vgg"}
+NO_CHAIN = {*NO_REGION, "nn_encoder_sf"}  # halting needs the batch first
+SLOW = {"resnet110"}  # 54 blocks: hf_resnet is of the same kind
+MODELS = sorted(set(ZOO) - SLOW)
+NAMES = sorted(SUMS)
+CASES = [(name, NAMES[i % len(NAMES)]) for i, name in enumerate(MODELS)]  # each sum with models of several kinds
+
+
+def compiled(zoo, name: str, kind: str) -> CompiledModule:
+    return again(zoo(name).fast, SUMS[kind]())
+
+
+@pytest.mark.parametrize(("name", "kind"), CASES)
+def test_a_sum_keeps_the_invariants(zoo, name, kind):
+    entry = ZOO[name]
+    missing = NO_CHAIN if "act" in kind.split() else NO_REGION
+    if name in missing:
+        with pytest.raises(StrategyError, match=r"no region for a gate|no chain of blocks"):
+            compiled(zoo, name, kind)
+        return
+    fast = compiled(zoo, name, kind)
+    rng = random.Random(CASES.index((name, kind)))
+    for batch in {1 + CASES.index((name, kind)) % 9, 4}:
+        args, kwargs = entry.inputs(batch, seed=3)
+        as_it_was(fast)
+        with torch.no_grad():
+            want = list(fast.source_graph(*fast.program.signature.flatten(args, kwargs)))
+        for r in both(fast, *args, **kwargs):
+            equal_bits(fast.program.signature.flatten_output(r.output), want)
+            assert r.exit_index.tolist() == [len(fast.exits)] * batch
+        for _ in range(2):
+            at_random(fast, args, kwargs, rng)
+            agree(fast, args, kwargs)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_every_batch_and_every_end(zoo, kind):
+    """On one model all batches, until every exit has been taken and gates or steps have split a batch."""
+    entry = ZOO["bert"]
+    fast = compiled(zoo, "bert", kind)
+    rng = random.Random(1)
+    taken: set[int] = set()
+    split: set[float] = set()
+    for batch in range(1, 10):
+        args, kwargs = entry.inputs(batch, seed=5)
+        at_random(fast, args, kwargs, rng)
+        r = agree(fast, args, kwargs)
+        taken |= set(r.exit_index.tolist())
+        split |= {s / 4 for s in r.steps.tolist()} if fast.program.halts else set(r.gates.float().mean(0).tolist())
+    assert len(taken) > 1
+    assert any(0 < share < 1 for share in split)
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_saved_and_loaded(zoo, kind, tmp_path):
+    entry = ZOO["hf_resnet"]
+    fast = compiled(zoo, "hf_resnet", kind)
+    args, kwargs = entry.inputs(5, seed=6)
+    at_random(fast, args, kwargs, random.Random(2))
+    fast.train_trunk = False
+    fast.artifact["eval"] = zoo("hf_resnet").fast.artifact["eval"]  # what `again` leaves out
+    fast.artifact["train"] = None
+    fast.save(tmp_path / "program")
+    same = load(tmp_path / "program")
+    assert same.strategy == fast.strategy
+    with torch.no_grad():
+        want, got = fast.run(*args, **kwargs), same.run(*args, **kwargs)
+    equal_bits(got.output, want.output)
+    assert torch.equal(got.exit_index, want.exit_index)
+    assert torch.equal(got.cost, want.cost)
+    agree(same, args, kwargs)
