@@ -30,6 +30,7 @@ def calibrate_budget(
     temperature: bool = True,
     metric: Metric | None = None,
     keep_open: bool | None = None,
+    boxes: int = 1000,
     seed: int = 0,
 ) -> BudgetReport:
     """Sets the thresholds that are most accurate on `loader` at a mean cost of at most `budget`.
@@ -41,6 +42,8 @@ def calibrate_budget(
         budget: Largest mean fraction of the full model's FLOPs that a row may cost.
         method: "search", or "quota" as MSDNet has it.
         target, temperature, metric, keep_open: As in `calibrate`.
+        boxes: How many boxes of thresholds the branch and bound of "search" may look at to prove that no thresholds are
+            better (`BudgetReport.gap`); 0 leaves the proof out.
         seed: Of the split that temperatures are fitted on where logits do not all fit into memory.
 
     Raises:
@@ -55,7 +58,7 @@ def calibrate_budget(
         calibration = Calibration(fast, loader, 0.0, None, target, temperature, metric, seed, stays_open(fast, keep_open))
         data, evidence = gathered(calibration)
         solver = Solver(evidence, data.score)
-        thresholds, ratio = solver.solve(budget, method)
+        thresholds, ratio = solver.solve(budget, method, boxes)
         fast.set_thresholds([float(t) for t in thresholds.tolist()])
         return _report(calibration, data, solver, thresholds, budget, method, ratio)
     except BaseException:
@@ -92,6 +95,7 @@ def budget_curve(
     temperature: bool = True,
     metric: Metric | None = None,
     keep_open: bool | None = None,
+    boxes: int = 200,
     seed: int = 0,
 ) -> BudgetCurve:
     """Graceful degradation: for every budget the best thresholds on `loader`, judged on `test_loader`.
@@ -121,9 +125,11 @@ def budget_curve(
     for budget in sorted(budgets):
         if solver.least > budget + 1e-9:
             continue
-        thresholds, ratio = solver.solve(budget, method)
+        thresholds, ratio = solver.solve(budget, method, boxes)
         judged = {part: _judge(thresholds, *found) for part, found in parts.items()}
-        points.append({"budget": budget, "ratio": ratio, "thresholds": thresholds.tolist(), "test": None, **judged})
+        points.append(
+            {"budget": budget, "ratio": ratio, "gap": solver.gap, "thresholds": thresholds.tolist(), "test": None, **judged}
+        )
     if not points:
         solver.solve(max(budgets), method)
     full = {part: float(score[:, -1].mean()) for part, (score, _) in parts.items()}
@@ -178,6 +184,7 @@ def _report(
         full_accuracy=float(data.score[:, -1].mean()),
         least_cost=solver.least,
         ratio=ratio,
+        gap=solver.gap,
         exits=exits,
         notes=calibration.notes,
     )

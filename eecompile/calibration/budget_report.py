@@ -22,6 +22,8 @@ class BudgetReport(Report):
         accuracy: Mean score of the early answers there; `full_accuracy` that of the full model.
         least_cost: The smallest mean cost that any thresholds could have.
         ratio: Of the quota: share leaving at an exit over the share at the one before. None for the search.
+        gap: By how much the mean score of any thresholds within the budget is higher at most, on the calibration rows: 0
+            where these are proved to be the best. None where nothing is proved.
     """
 
     title: ClassVar[str] = "Budget"
@@ -36,6 +38,7 @@ class BudgetReport(Report):
     full_accuracy: float
     least_cost: float
     ratio: float | None
+    gap: float | None = None
     exits: list[CalibratedExit] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
@@ -60,6 +63,8 @@ class BudgetReport(Report):
             f"mean cost {percent(self.mean_cost, 1)} within {percent(self.budget, 1)} of the full model's FLOPs on "
             f"{self.rows} rows, {self.target} {percent(self.accuracy)} against {percent(self.full_accuracy)}"
         )
+        if self.gap is not None:
+            text += "; no thresholds do better" if self.gap == 0 else f"; none do better by more than {percent(self.gap, 2)}"
         return stacked(table(self.title, ["exit", "threshold", "leaving", "cost"], rows), text, *self.notes)
 
 
@@ -68,7 +73,7 @@ class BudgetCurve(Report):
     """Budget against score: thresholds from the calibration rows, judged on others.
 
     Attributes:
-        points: By budget: `budget`, `ratio`, `thresholds`, and mean `cost` and `accuracy` on the calibration rows
+        points: By budget: `budget`, `ratio`, `gap`, `thresholds`, and mean `cost` and `accuracy` on the calibration rows
             (`calibration`) and on the others (`test`, None where there are none).
     """
 

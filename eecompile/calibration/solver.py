@@ -2,11 +2,15 @@
 
 Two ways to choose them from the validation rows, both with a mean cost there that is at most the budget, ties counted:
 
-* "search": the most accurate vector found. The Pareto front of `calibration/search.py` with the signed loss (full score
-  less early score), then every exit's threshold in turn solved exactly within what is left of the budget, until none
-  moves. Each step looks at every threshold that the exit could have.
+* "search": the most accurate vector. The Pareto front of `calibration/search.py` with the signed loss (full score less
+  early score), then every exit's threshold in turn solved exactly within what is left of the budget, until none moves;
+  from there branch and bound over all exits at once (`calibration/proof.py`). Where that ends within its boxes, the vector
+  is proved to be the best of all; else its distance from the best is at most the gap that is told. Criteria with state
+  (patience) have no proof: their confidences depend on which exits are open.
 * "quota" (MSDNet, Huang et al. 2018, section 4): a share of the rows leaves at each exit, in a geometric series over the
-  exits; its ratio is the largest that the budget pays for, and each exit takes its quota of the surest rows left.
+  exits; its ratio is the largest that the budget pays for, and each exit takes its quota of the surest rows left. Quotas are
+  cumulative, rounded to rows. Without ties just so many rows leave, so the mean cost falls with the ratio, and bisection
+  finds the largest one (to 1e-13 of its logarithm). With ties more may leave than the quota says; the budget is still kept.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from torch import Tensor
 
 from eecompile.calibration.evidence import CLOSED, Evidence, pattern
 from eecompile.calibration.options import MOST_SEARCH_ROWS
+from eecompile.calibration.proof import Prover
 from eecompile.calibration.search import Search, candidates
 from eecompile.errors import CalibrationError
 
@@ -52,9 +57,13 @@ class Solver:
             found += [torch.where(torch.arange(self.e) == k, 0.0, closed) for k in range(self.e)]
         self.found = [(*self.evidence.measure(v), v) for v in found if not evidence.keep_open or all(pattern(v))]
         self.least = min(cost for _, cost, _ in self.found)
+        self.gap: float | None = None  # mean score by which any thresholds could be better at most; None: not known
 
-    def solve(self, budget: float, method: str) -> tuple[Tensor, float | None]:
+    def solve(self, budget: float, method: str, boxes: int = 0) -> tuple[Tensor, float | None]:
         """Thresholds `[E]` with a mean cost of at most `budget`, and the quota's ratio.
+
+        Args:
+            boxes: How many boxes of thresholds the branch and bound of "search" may look at; `gap` tells what it proved.
 
         Raises:
             CalibrationError: Nothing is as cheap as that.
@@ -66,6 +75,7 @@ class Solver:
                 wanted=f"at least {self.least:.4g} of the full model's cost",
                 hint="put an exit nearer to the input",
             )
+        self.gap = None
         if method == "quota":
             return self.quota(budget)
         fits = sorted((m for m in self.found if m[1] <= budget + 1e-9), key=lambda m: (m[0], m[1]))
@@ -77,6 +87,9 @@ class Solver:
             search = Search(self.evidence)
             filled = [self.fill(search, v, budget) for v in starts]
             best = min(filled, key=lambda v: self.evidence.measure(v))
+            if boxes:
+                proof = Prover(self.evidence, budget).prove(best, boxes)
+                best, self.gap = proof.thresholds, 0.0 if proof.exact else (proof.loss - proof.bound) / max(self.n, 1)
         return best, None
 
     def fill(self, search: Search, thresholds: Tensor, budget: float) -> Tensor:
@@ -143,17 +156,18 @@ class Solver:
         return chosen, math.exp(at)
 
     def by_ratio(self, log_ratio: float) -> Tensor:
-        """Thresholds with which a share in proportion to ratio^k leaves at exit k, of the surest rows that are left."""
+        """Thresholds with which a share in proportion to ratio^k leaves at exit k, of the surest rows that are left; those
+        that ties let leave early count for the next exit."""
         logs = torch.arange(self.e + 1, dtype=torch.float64) * log_ratio
-        wanted = torch.softmax(logs, 0).mul(self.n).round().long().tolist()
+        wanted = torch.softmax(logs, 0).cumsum(0).mul(self.n).round().long().tolist()  # by each exit
         left = torch.ones(self.n, dtype=torch.bool)
         found = torch.full((self.e,), self.evidence.never)
         confidences = self.evidence.of((True,) * self.e)
         for k in range(self.e):
             mine = confidences[left, k].sort(descending=True).values
             mine = mine[mine >= 0]
-            count = min(wanted[k], len(mine))
-            if count:
+            count = min(wanted[k] - (self.n - int(left.sum())), len(mine))
+            if count > 0:
                 found[k] = mine[count - 1].clamp(max=1.0)
             left &= ~((confidences[:, k] >= found[k]) & (found[k] <= 1))
         return found
