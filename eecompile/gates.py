@@ -107,8 +107,18 @@ class ConvGate(GateUnit):
         self.score = opening(nn.Linear(HIDDEN, 1), open_bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *state: Tensor) -> Tensor:
-        h = torch.relu(self.norm(self.conv(self.shrink(x))))
+        h = torch.relu(self.norm(self.conv(self.halved(x))))
         return torch.sigmoid(self.score(h.mean((2, 3)))).squeeze(-1)
+
+    def halved(self, x: Tensor) -> Tensor:
+        """The largest value of every 2 x 2 pixels."""
+        height, width = x.shape[2:]
+        if torch.is_grad_enabled() or height % 2 or width % 2 or x.is_cuda:
+            y: Tensor = self.shrink(x)
+            return y
+        # The same numbers; the pooling operator of the CPU also finds where they are, which takes 10 times as long.
+        rows = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
+        return torch.maximum(rows[..., ::2], rows[..., 1::2])
 
 
 class RecurrentGate(GateUnit):

@@ -1,23 +1,24 @@
-"""What the self-adaptive examples share: a program with a policy and exits, judged as it runs."""
+"""What the self-adaptive examples share: a program with a policy and exits, judged as it runs, and the figures kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import json
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
 
 from eecompile.training.batches import batches
-from examples._common import Inputs, Record, Variant, timed
+from examples._common import Record, Variant
+from examples._registry import atomic
 
 CLOSED = 2.0
 ALLOWED = 0.02
 
 
 def judged(fast: Any, loader: Iterable[Any]) -> dict[str, Any]:
-    """Accuracy, mean cost, where rows left and which gates were open, as the program runs."""
-    right, costs, left, gates = [], [], [], []
+    """Accuracy, mean cost, where rows left, which gates were open and at which widths parts ran, as the program runs."""
+    right, costs, left, gates, widths = [], [], [], [], []
     with torch.no_grad():
         for batch in batches(loader, torch.device("cpu")):
             result = fast.run(*batch.args, **batch.kwargs)
@@ -25,23 +26,48 @@ def judged(fast: Any, loader: Iterable[Any]) -> dict[str, Any]:
             costs.append(result.cost)
             left.append(result.exit_index)
             gates.append(result.gates)
+            widths += [] if result.widths is None else [result.widths]
     index, opened = torch.cat(left), torch.cat(gates).float()
     names = [*(record.name for record in fast.exits), "end"]
-    return {
+    found = {
         "accuracy": float(torch.cat(right).float().mean()),
         "cost": float(torch.cat(costs).mean()),
         "share": {name: float((index == i).float().mean()) for i, name in enumerate(names)},
         "open": {gate.region: float(share) for gate, share in zip(fast.gates, opened.mean(0), strict=True)},
         "patterns": len(opened.unique(dim=0)),
     }
+    if widths:
+        mean = torch.cat(widths).mean(0).tolist()
+        found["width"] = {width.region: share for width, share in zip(fast.widths, mean, strict=True)}
+    return found
 
 
-def told(fast: Any, parts: dict[str, Any], record: Record, label: str, original_accuracy: float) -> list[Variant]:
+def told(fast: Any, parts: Mapping[str, Any], record: Record, label: str, original_accuracy: float) -> list[Variant]:
     """The policy as trained with closed exits, and policy and exits as calibrated: a row and a variant each.
 
     Thresholds are chosen on ``parts["val"]``, so that at most `ALLOWED` is lost there; ``parts["test"]`` is run once
-    for each line.
+    for each line. All figures are kept beside the weights of `fitted`, so that a second run only measures.
     """
+    path = fast.__dict__["kept_as"].with_suffix(".judged.json")
+    if not path.exists():
+        with atomic(path) as written:
+            written.write_text(json.dumps(_judge(fast, parts)))
+    found = json.loads(path.read_text())
+    record.note(**{label: {"calibration": found["calibration"]}})
+    variants = []
+    for row in found["rows"]:
+        exits, gates = row.pop("exit_thresholds"), row["gate_thresholds"]
+
+        def before(exits: list[float] = exits, gates: list[float] = gates) -> None:
+            fast.set_thresholds(exits)
+            fast.set_gate_thresholds(gates)
+
+        full = {"original_accuracy": original_accuracy, "full_accuracy": found["full_accuracy"]}
+        variants.append(Variant(record.row(label, **full, **row), fast, before))
+    return variants
+
+
+def _judge(fast: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
     closed = [CLOSED] * len(fast.exits)
     fast.set_thresholds(closed)
     fast.set_gate_thresholds(0.0)
@@ -49,25 +75,13 @@ def told(fast: Any, parts: dict[str, Any], record: Record, label: str, original_
     fast.set_gate_thresholds(0.5)
     report = fast.calibrate(parts["val"], max_drop=ALLOWED, delta=None)
     chosen, gates = fast.thresholds.tolist(), fast.gate_thresholds.tolist()
-    record.note(calibration=report.to_dict(), exit_thresholds=chosen, gate_thresholds=gates)
-    variants = []
+    rows = []
     for how, exits, opening in (
         ("policy as trained", closed, [0.5] * len(gates)),
         (f"at most {ALLOWED:.0%} lost on val", chosen, gates),
     ):
-
-        def before(exits: list[float] = exits, opening: list[float] = opening) -> None:
-            fast.set_thresholds(exits)
-            fast.set_gate_thresholds(opening)
-
-        before()
+        fast.set_thresholds(exits)
+        fast.set_gate_thresholds(opening)
         figures = judged(fast, parts["test"])
-        row = record.row(label, thresholds=how, original_accuracy=original_accuracy, full_accuracy=full, **figures)
-        variants.append(Variant(row, fast, before))
-    return variants
-
-
-def measured(record: Record, original: nn.Module, inputs: Inputs, variants: list[Variant], rows: dict[int, int]) -> None:
-    """Times the variants at the batch sizes of ``rows``, which says how many rows each takes."""
-    record.done("judge")
-    timed(record, original, inputs, variants, tuple(rows), rows)
+        rows.append({"thresholds": how, "exit_thresholds": exits, "gate_thresholds": opening, **figures})
+    return {"full_accuracy": full, "calibration": report.to_dict(), "rows": rows}

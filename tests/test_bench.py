@@ -10,10 +10,12 @@ import pytest
 import torch
 
 from eecompile.measuring import Rounds
+from eecompile.strategies import SkipNet
 from tests.bench import __main__ as program
-from tests.bench import groups, memory, models, readme, record, saving
+from tests.bench import gates, groups, memory, models, readme, record, saving
 from tests.bench.record import Figure, Target, merge, timed
 from tests.bench.rivals import BareStages, ByHand
+from tests.support import watch
 
 FIGURE = {
     "name": str,
@@ -71,6 +73,25 @@ def test_a_group_runs_and_is_merged(tmp_path, capsys, group):
         if f["medians_ms"]:
             assert f["rounds"] == 3
             assert 0 < f["value"] < 50
+
+
+def test_gates_are_shut_for_the_rows_that_are_asked_for(tmp_path):
+    out = tmp_path / "cpu.json"
+    assert program.main(["--only", "gates", "--small", "--rounds", "3", "--threads", "1", "--out", str(out)]) == 0
+    whole = json.loads(out.read_text())
+    check(whole)
+    opened, *shut = whole["groups"]["gates"]["figures"]
+    assert opened["name"] == "ResNet-20 at 8, all gates open"
+    assert [f["detail"]["rows shut at each gate"] for f in shut] == [2, 5]
+    subject = models.resnet(8, SkipNet())
+    gates.spread_out(subject)
+    gates.shut(subject, 0.6)
+    with torch.no_grad():
+        few = watch(gates.ideal(subject, 0.6)).shapes["convolution"]
+        compiled = watch(subject.compiled).shapes["convolution"]
+    gated = [shape[0] for shape in compiled if shape[1] > 10]  # a unit's convolution has 10 channels
+    assert gated == [shape[0] for shape in few]
+    assert gated.count(3) == 14  # two in each of seven blocks
 
 
 def test_ratios():

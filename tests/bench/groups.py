@@ -20,6 +20,8 @@ GROUPS: dict[str, str] = {
     "nobody": "four open exits and nobody leaves",
     "saving": "exit mix 50/25/25 over three exits",
     "by-hand": "the same mix, early exits written by hand as rivals",
+    "gates": "gated blocks, shut for 0, 30 and 60% of the rows",
+    "gates-bert": "gated blocks, shut for 0, 30 and 60% of the rows",
     "compile": "time of eecompile() itself, step by step",
     "memory": "parameters and peak memory",
     "inductor": 'backend="inductor" against torch.compile of the original',

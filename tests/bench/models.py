@@ -81,8 +81,13 @@ class Subject:
         return self.fast(**self.inputs)
 
 
-def bert(batch: int, length: int, exits: int | Sequence[str], device: torch.device = CPU, padded: bool = False) -> Subject:
-    """BERT-base with two classes; `padded` rows are between half and all of the length, and come with their mask."""
+def bert(
+    batch: int, length: int, exits: int | Sequence[str] | Strategy, device: torch.device = CPU, padded: bool = False
+) -> Subject:
+    """BERT-base with two classes, and exits or any strategy.
+
+    `padded` rows are between half and all of the length, and come with their mask.
+    """
     torch.manual_seed(0)
     config = hf.BertConfig(num_labels=2)
     made = torch.Generator().manual_seed(2)
@@ -91,11 +96,11 @@ def bert(batch: int, length: int, exits: int | Sequence[str], device: torch.devi
         sizes = torch.randint(length // 2, length + 1, (batch, 1), generator=made)
         sizes[0] = length
         inputs["attention_mask"] = (torch.arange(length) < sizes).long()
-    strategy = MeBert(exits=exits if isinstance(exits, int) else tuple(exits))
+    strategy = exits if isinstance(exits, Strategy) else MeBert(exits=exits if isinstance(exits, int) else tuple(exits))
     return Subject(f"BERT-base {batch} x {length}", hf.BertForSequenceClassification(config), inputs, strategy, device)
 
 
-def resnet(batch: int, exits: int, device: torch.device = CPU) -> Subject:
+def resnet(batch: int, exits: int | Strategy, device: torch.device = CPU) -> Subject:
     """ResNet-20 on 32 x 32 images, its batch norms with statistics that are not those of a fresh layer."""
     torch.manual_seed(0)
     model = resnet20()
@@ -103,7 +108,8 @@ def resnet(batch: int, exits: int, device: torch.device = CPU) -> Subject:
     with torch.no_grad():
         model.train()(torch.randn(64, 3, 32, 32, generator=made))
     inputs = {"x": torch.randn(batch, 3, 32, 32, generator=made)}
-    return Subject(f"ResNet-20 at {batch}", model, inputs, Branchy(exits=exits), device)
+    strategy = exits if isinstance(exits, Strategy) else Branchy(exits=exits)
+    return Subject(f"ResNet-20 at {batch}", model, inputs, strategy, device)
 
 
 def lenet(batch: int, exits: int, device: torch.device = CPU) -> Subject:

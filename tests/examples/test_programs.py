@@ -114,6 +114,20 @@ def test_self_adaptive_images(environment: dict[str, str], tmp_path: Path) -> No
         assert set(row["speedup"]) == {"1", "32", "64"}
 
 
+def test_self_adaptive_text(environment: dict[str, str], tmp_path: Path) -> None:
+    found = json.loads(run("self_adaptive_text", environment, tmp_path, "--json").stdout)
+    alone, exits = found["rows"]
+    assert alone["share"] == {"exit_0": 0.0, "end": 1.0}
+    assert alone["gate_thresholds"] == [0.5] * len(alone["open"])
+    for row in (alone, exits):
+        kinds = {region.rpartition(":")[2] for region in row["open"]}
+        assert kinds == {"attention", "mlp"}
+        assert not any("layer.0" in region for region in row["open"])
+        assert row["accuracy"] > row["full_accuracy"] - 0.1
+        assert 0 < row["cost"] < 1.05
+        assert set(row["speedup"]) == {"1", "32", "64"}
+
+
 def test_errors_are_one_line(environment: dict[str, str], tmp_path: Path) -> None:
     """Without network and without --quick there is no data: said in a sentence, with what to do."""
     command = [sys.executable, "-m", "examples.branchy_lenet", "--out", str(tmp_path)]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from eecompile import StrategyError, eecompile, load, strategies
+from eecompile.gates import ConvGate
+from eecompile.heads import Site
 from eecompile.strategies import GateRecipe, Recipe
 from tests.support import CLOSED, again, both, close, equal_bits, gelu_of, random_thresholds, separating, watch
 from tests.zoo import ZOO
@@ -213,3 +215,15 @@ def test_thresholds_by_name_and_what_is_wrong_with_them():
     for wrong in ({"gate_9": 0.5}, [0.5], -1.0, float("nan")):
         with pytest.raises(StrategyError):
             fast.set_gate_thresholds(wrong)
+
+
+@pytest.mark.parametrize("sizes", [(3, 6, 8, 8), (2, 4, 7, 9), (1, 2, 6, 5)])
+def test_a_conv_gate_pools_alike_with_and_without_gradients(sizes):
+    torch.manual_seed(0)
+    unit = ConvGate(Site(("batch", *sizes[1:]), 0, 1, False, "float32", False)).eval()
+    x = torch.randn(sizes)
+    x[0, 0, 1, 1] = torch.nan
+    want = torch.nn.functional.max_pool2d(x, 2, ceil_mode=True)
+    with torch.no_grad():
+        equal_bits(unit.halved(x), want)
+    equal_bits(unit.halved(x), want)
