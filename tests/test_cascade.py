@@ -174,6 +174,25 @@ def test_text_is_saved_with_the_last_models_output_type(packs, tmp_path):
     equal_bits(load(tmp_path / "saved")(**kwargs), pack.fast(**kwargs))
 
 
+@pytest.mark.parametrize("dynamic", [None, {}], ids=["any length", "one length"])
+def test_a_bag_of_words_is_a_model_like_any_other(dynamic):
+    """`nn.EmbeddingBag` writes its batch as a quotient of sizes."""
+    words = cascades.seeded(cascades.Words, 1)
+    other = cascades.seeded(lambda: nn.Sequential(cascades.Words(width=64), nn.Tanh(), nn.Linear(2, 2)), 2)
+    ids = torch.randint(0, 300, (6, 20), generator=torch.Generator().manual_seed(0))
+    alone = eecompile(words, strategies.Branchy(exits=1), example_inputs=(ids,), dynamic=dynamic)
+    assert alone.program.signature.outputs[0].shape == ("batch", 2)
+    assert alone.program.signature.outputs[0].batch_axis == 0
+    both_ = eecompile([words, other], strategies.Cascade(order="given"), example_inputs=(ids,), dynamic=dynamic)
+    with torch.no_grad():
+        for batch in (1, 4, 9):
+            x = torch.randint(0, 300, (batch, 20), generator=torch.Generator().manual_seed(batch))
+            both_.set_thresholds(CLOSED)
+            equal_bits(both_(x), other(x))
+            both_.set_thresholds(random_thresholds(both_.observe(x).confidences[:-1], random.Random(1), closed=0.0))
+            same_result(*both(both_, x))
+
+
 class Deeper(nn.Module):
     """A stem and some layers, both shared with other models, and a classifier of its own."""
 

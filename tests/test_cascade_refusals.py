@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eecompile import CaptureError, EecompileError, StrategyError, eecompile, load, strategies
+from eecompile import CalibrationError, CaptureError, EecompileError, StrategyError, eecompile, load, strategies
 from eecompile.passes.lower import schedule
-from tests.support import CLOSED, both, equal_bits, same_result
+from tests.support import CLOSED, again, both, equal_bits, same_result
 
 CLASSES = 3
 
@@ -50,6 +50,13 @@ class Pair(Net):
     def forward(self, x: Tensor, scale: Tensor) -> dict[str, Tensor]:
         y = super().forward(x * scale)
         return {"hidden": y + 1, "scores": y}
+
+
+class Turned(Net):
+    """Classes first."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).t()
 
 
 X = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
@@ -215,6 +222,55 @@ def test_thresholds_carry_the_guarantee():
     assert measured.agreement >= 0.95
     assert measured.mean_cost == pytest.approx(report.expected_cost, abs=0.1)
     assert measured.mean_cost < 1.0
+
+
+def test_a_model_that_is_slower_and_worse_is_refused_with_figures():
+    """Labels that the middle model knows by heart: the last one costs more and is worse."""
+    models = three()
+    x = torch.cat([x for x, _ in batches(600, 5)])
+    with torch.no_grad():
+        y = models[1](x).argmax(1)
+        right = [float((m(x).argmax(1) == y).float().mean()) for m in models]
+    assert right[2] < right[1] == 1
+    rows = list(zip(x.split(100), y.split(100), strict=True))
+    fast = eecompile(models, "cascade", example_inputs=(X,))
+    before = fast.thresholds.tolist(), fast.temperatures.tolist()
+    for how in ({"max_drop": 0.1}, {"budget": 0.9}):
+        with pytest.raises(CalibrationError) as caught:
+            fast.calibrate(rows, **how)
+        said = str(caught.value)
+        assert "slower and worse than the one before it" in said
+        assert f"net_2: accuracy {right[2]:.2%} at " in said
+        assert "net_1: accuracy 100.00% at " in said
+    assert (fast.thresholds.tolist(), fast.temperatures.tolist()) == before
+    kept = eecompile(models, strategies.Cascade(order="given"), example_inputs=(X,))
+    assert kept.calibrate(rows, budget=0.9).accuracy > right[2]
+
+
+def test_stages_over_layers_of_one_model_must_fit(zoo):
+    """Subsets of layers: places that do not exist, and heads that cost what they could save."""
+    animal = zoo("hf_resnet")
+    args, kwargs = animal.entry.inputs(4)
+    with pytest.raises(StrategyError, match="no cut has this name"):
+        again(animal.fast, strategies.Cascade(exits=["encoder.stages.9"]).over(1))
+    with pytest.raises(StrategyError, match="head and decision cost"):
+        again(animal.fast, strategies.Cascade(exits="every-block", max_head_share=1e-6).over(1))
+    fast = again(animal.fast, strategies.Cascade(exits=(0.3, 0.6)).over(1))
+    assert len(fast.exits) == 2
+    fast.set_thresholds([0.2, CLOSED])
+    same_result(*both(fast, *args, **kwargs))
+
+
+def test_outputs_of_other_structure_are_no_obstacle_but_two_candidates_are():
+    """The last model's structure is the cascade's; a model with two possible predictions must be told which."""
+    pair = Pair(2, 16).eval()
+    call = {"x": X, "scale": torch.ones(6, 1)}
+    refused(StrategyError, "hidden", "scores", models=[pair, Net(4, 32).eval()], example_inputs=None, example_kwargs=call)
+    fast = eecompile([pair, Net(4, 32).eval()], "cascade", example_kwargs=call, prediction=["scores", None])
+    fast.set_thresholds(0.0)
+    with torch.no_grad():
+        equal_bits(fast(**call), pair(**call)["scores"])
+    refused(StrategyError, "batch on axis 1", models=[Turned(2).eval(), Net(4, 32).eval()])
 
 
 def test_compiled_models_that_cannot_be_taken_apart(tmp_path):

@@ -34,6 +34,7 @@ import torch
 from torch import Tensor
 
 from eecompile.calibration.collect import Collected, collect, combination_of, second_pass
+from eecompile.calibration.earned import check_models
 from eecompile.calibration.evidence import CLOSED, Evidence, pattern, remembered, sane
 from eecompile.calibration.gate_report import GateCalibrationReport
 from eecompile.calibration.gates import Turns, calibrate_gates
@@ -185,6 +186,7 @@ class Calibration:
                 got=f"{data.rows} rows with a label",
                 wanted=f"at least {self._needed() or 2}",
             )
+        check_models(self.fast, data.score, self.target if self.metric is None else "metric")
         return data
 
     def judged(self, data: Collected, largest_key: float) -> tuple[Collected, Evidence]:
