@@ -14,7 +14,7 @@ from eecompile.errors import StrategyError
 from eecompile.gates import GateUnit
 from eecompile.heads import Branch
 from eecompile.kernels.confidence import confidence as confidence_of
-from eecompile.passes.insert_exits import HEADS, TEMPERATURES, THRESHOLDS
+from eecompile.passes.insert_exits import COMBINATION, HEADS, TEMPERATURES, THRESHOLDS
 from eecompile.passes.insert_gates import GATE_THRESHOLDS
 from eecompile.passes.insert_halting import HALT_SCALE, closed_scale
 from eecompile.passes.place_gates import GATES
@@ -46,6 +46,12 @@ class Decisions(nn.Module):
     def heads(self) -> nn.Module:
         """The inserted heads, by exit name."""
         found: nn.Module = getattr(self.graph_module, HEADS, nn.Module())
+        return found
+
+    @property
+    def combination(self) -> nn.Module:
+        """The trained weights of the exits' ensemble: `weights` [E, E] and `bias` [E, C]; empty without."""
+        found: nn.Module = getattr(self.graph_module, COMBINATION, nn.Module())
         return found
 
     @property
@@ -176,7 +182,8 @@ class Decisions(nn.Module):
     def set_thresholds(self, thresholds: Any) -> None:
         """Sets when samples leave: one number for all exits, one for each in order, or by exit or gate name.
 
-        No recompilation: only the set of open exits picks another plan.
+        No recompilation: only the set of open exits picks another plan. Calls that run meanwhile, in other threads, go on
+        with the thresholds that they have begun with.
 
         Raises:
             StrategyError: A wrong count, an unknown name, a negative number or NaN.
@@ -187,8 +194,12 @@ class Decisions(nn.Module):
             self.set_gate_thresholds({k: v for k, v in thresholds.items() if k in gates})
             thresholds = {k: v for k, v in thresholds.items() if k not in gates}
         values = threshold_values(names, self.thresholds.tolist(), thresholds)
-        with torch.no_grad():
-            self.thresholds.copy_(torch.tensor(values, dtype=torch.float32))
+        new = torch.tensor(values, dtype=torch.float32, device=self.thresholds.device)
+        # Another tensor, not other numbers in the old one: a running graph has read the whole old one.
+        training = self.__dict__.get("_training_graphs", {}).values()
+        for gm in (self.graph_module, self.program.graph_module, *training):
+            if THRESHOLDS in gm._buffers:
+                gm._buffers[THRESHOLDS] = new
         self._changed()
 
     def set_temperatures(self, temperatures: Sequence[float]) -> None:
