@@ -9,7 +9,7 @@ into buffers (but for `head_confidence`), have no gradient, and run as Triton ke
 """
 
 from eecompile.kernels.blank import blank
-from eecompile.kernels.combine import ensemble, keep_best
+from eecompile.kernels.combine import ensemble, keep_best, weighted_ensemble
 from eecompile.kernels.confidence import confidence
 from eecompile.kernels.decide import decide
 from eecompile.kernels.gate import gate
@@ -35,4 +35,5 @@ __all__ = [
     "scatter",
     "select",
     "skip",
+    "weighted_ensemble",
 ]

@@ -109,7 +109,7 @@ class Exit:
         head_flops: Cost of head and decision for one row.
         anchor: Where to find `node` in the training capture.
         head_inputs: Names of the nodes that the head is called with.
-        combine: What it answers, given the exits before it: "last", "ensemble" or "confident".
+        combine: What it answers, given the exits before it: "last", "ensemble", "confident" or "weighted".
     """
 
     name: str

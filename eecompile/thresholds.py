@@ -24,7 +24,7 @@ class ExitRecord:
         threshold: Confidence from which a sample leaves; above 1 the exit is closed.
         head: The head's module.
         head_cost: Cost of head and decision, as a fraction of the full model's.
-        combine: What it answers, given the open exits before it: "last", "ensemble" or "confident".
+        combine: What it answers, given the open exits before it: "last", "ensemble", "confident" or "weighted".
     """
 
     name: str

@@ -91,7 +91,8 @@ class Trainable(Decisions):
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the inserted heads and gates that the model does not have itself."""
         own = {id(p) for p in self.trunk_parameters()}
-        found = {id(p): p for p in (*self.heads.parameters(), *self.gate_units.parameters())}
+        parts = (self.heads, self.combination, self.gate_units)
+        found = {id(p): p for part in parts for p in part.parameters()}
         return (p for i, p in found.items() if i not in own)
 
     def trunk_parameters(self) -> Iterator[nn.Parameter]:

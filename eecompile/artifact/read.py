@@ -31,7 +31,15 @@ from eecompile.passes import (
     run_passes,
     sites,
 )
-from eecompile.passes.insert_exits import HEADS, TEMPERATURES, THRESHOLDS, InsertExits, cut_of, relocate
+from eecompile.passes.insert_exits import (
+    HEADS,
+    TEMPERATURES,
+    THRESHOLDS,
+    EnsembleWeights,
+    InsertExits,
+    cut_of,
+    relocate,
+)
 from eecompile.program import Anchor, Exit, Place, Program
 from eecompile.signature import Signature
 from eecompile.strategies import STRATEGIES, Strategy, strategy
@@ -82,10 +90,10 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
             where=str(directory / files.MANIFEST),
             got="{} exits, {} heads, {} thresholds, temperatures of {} exits".format(*counts),
         )
+    combination = _combination(tensors)
     heads = _heads(program, data["heads"], paths, tensors)
-    program = run_passes(
-        program, [InsertExits(heads=heads, buffers=buffers), StagePass(), Lower()], facts=frozenset({"exits placed"})
-    )
+    insert = InsertExits(heads=heads, buffers=buffers, combination=combination)
+    program = run_passes(program, [insert, StagePass(), Lower()], facts=frozenset({"exits placed"}))
     assert program.marked is not None
     artifact: dict[str, Any] = {"eval": exported}
     training = None
@@ -155,6 +163,19 @@ def _known(data: dict[str, Any]) -> dict[str, Any]:
     if isinstance(known.get("parts"), list):
         known["parts"] = [_known(part) if isinstance(part, dict) else part for part in known["parts"]]
     return known
+
+
+def _combination(tensors: dict[str, Tensor]) -> EnsembleWeights | None:
+    """The trained weights of the exits' ensemble, taken out of `tensors`; None where there are none."""
+    own = {name: tensors.pop(f"combination.{name}", None) for name in ("weights", "bias")}
+    weights, bias = own["weights"], own["bias"]
+    if weights is None and bias is None:
+        return None
+    if weights is None or bias is None or weights.shape[0] != bias.shape[0]:
+        raise ArtifactError("the weights of the exits' ensemble are incomplete", got=str(sorted(own)))
+    found = EnsembleWeights(*bias.shape)
+    found.load_state_dict({"weights": weights, "bias": bias})
+    return found
 
 
 def _heads(

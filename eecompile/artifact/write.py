@@ -76,6 +76,7 @@ def _put_all(fast: Any, directory: Path, heads: dict[str, Any], entries: dict[st
         if heads[name.split(".")[0]]["kind"] != "shared" or ".score." in name
     }
     tensors |= {f"gates.{name}": t.detach().cpu().contiguous() for name, t in fast.gate_units.state_dict().items()}
+    tensors |= {f"combination.{n}": t.detach().cpu() for n, t in fast.combination.state_dict().items()}
     if program.gates:
         tensors["gate_thresholds"] = fast.gate_thresholds.detach().cpu().clone()
     if program.halts:

@@ -173,7 +173,7 @@ def collect(
 
 
 def combination_of(fast: Compiled) -> str:
-    """How the exits answer: "last", "ensemble" or "confident"."""
+    """How the exits answer: "last", "ensemble", "confident" or "weighted"."""
     return str(getattr(fast.exits[0], "combine", "last")) if fast.exits else "last"
 
 

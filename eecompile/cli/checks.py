@@ -22,7 +22,7 @@ import eecompile
 
 PACKAGES = ("torch", "accelerate", "networkx", "numpy", "rich", "safetensors", "typer")
 EXTRAS = {"scikit-learn": ("sklearn", "demo"), "transformers": ("transformers", "hf"), "pillow": ("PIL", "examples")}
-OPERATORS = ("confidence", "select", "gate", "skip", "halt", "route", "blank", "ensemble", "keep_best")
+OPERATORS = ("confidence", "select", "gate", "skip", "halt", "route", "blank", "ensemble", "keep_best", "weighted_ensemble")
 
 
 @dataclass

@@ -18,7 +18,7 @@ from eecompile.passes.equilibrium import Equilibrium
 from eecompile.passes.find_blocks import FindBlocks
 from eecompile.passes.find_cuts import FindCuts
 from eecompile.passes.find_regions import FindRegions
-from eecompile.passes.insert_exits import TEMPERATURES, THRESHOLDS, InsertExits, relocate
+from eecompile.passes.insert_exits import COMBINATION, TEMPERATURES, THRESHOLDS, InsertExits, relocate
 from eecompile.passes.insert_gates import GATE_THRESHOLDS, InsertGates, norms_name, relocate_gates
 from eecompile.passes.insert_halting import HALT_SCALE, InsertHalting, relocate_halting
 from eecompile.passes.lower import Lower
@@ -96,7 +96,8 @@ def prepare_training_graph(
     heads = {e.name: facts.attribute(program.marked, e.head) for e in program.exits}
     buffers = {name: getattr(program.marked, name) for name in (THRESHOLDS, TEMPERATURES)}
     train = train.replace(exits=relocate(train, program.exits), facts=train.facts | {"exits placed"})
-    passes: list[Pass] = [InsertExits(heads=heads, buffers=buffers)]
+    combination = getattr(program.marked, COMBINATION, None)
+    passes: list[Pass] = [InsertExits(heads=heads, buffers=buffers, combination=combination)]
     return run_passes(train, [*passes, Equilibrium()] if equilibrium else passes)
 
 

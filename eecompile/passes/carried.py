@@ -134,6 +134,9 @@ def _able(name: str, fast: Any, program: Program) -> None:
         raise refuse('capture="blocks"', 'capture="export"')
     if program.routes or getattr(program, "widths", ()):
         raise refuse("routes or widths", "exits, gates and halting only")
+    weights = fast.combination.state_dict()
+    if weights and bool(weights["bias"].any()):
+        raise refuse("trained weights of an ensemble of its exits", 'combine="ensemble", or weights trained in the cascade')
     if any(e.head_kind == "shared" for e in program.exits):
         raise refuse('head="shared"', "heads of their own")
 

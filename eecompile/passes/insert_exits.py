@@ -29,6 +29,7 @@ from eecompile.program import Anchor, Exit, Program, Refusal
 HEADS = "eecompile_heads"
 THRESHOLDS = "eecompile_thresholds"
 TEMPERATURES = "eecompile_temperatures"
+COMBINATION = "eecompile_combination"
 aten = torch.ops.aten
 assert eecompile.ops is not None
 
@@ -44,6 +45,7 @@ class InsertExits(Pass):
         buffers: Thresholds and temperatures to share instead of new ones.
         seed: Seed of the new heads' weights; the global generator is left as it was.
         brought: Exits of compiled models among a cascade's: their heads, thresholds and temperatures.
+        combination: Trained weights of the exits' ensemble to use instead of new ones.
     """
 
     name: ClassVar[str] = "insert_exits"
@@ -56,11 +58,18 @@ class InsertExits(Pass):
     buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     seed: int = 0
     brought: Brought = field(default_factory=Brought)
+    combination: nn.Module | None = None
 
     def run(self, program: Program) -> PassResult:
         heads = dict(self.heads) or self.build(program)
         gm = facts.copy(program.graph_module)
         _attach(gm, heads, self._buffers(program, gm))
+        if program.exits and program.exits[0].combine == "weighted":
+            classes = program.signature.outputs[program.prediction or 0].shape[-1]
+            assert isinstance(classes, int)  # place_exits refuses others
+            weights = self.combination or EnsembleWeights(len(program.exits), classes)
+            device = next((p.device for p in gm.parameters()), torch.device("cpu"))
+            gm.add_module(COMBINATION, weights.to(device))
         marker = _Marker(gm, program)
         for i, e in enumerate(program.exits):
             marker.add_exit(i, e, heads[e.name])
@@ -120,6 +129,21 @@ class InsertExits(Pass):
                 device = reference.device if reference is not None else None
                 heads[e.name] = branch.to(device=device, dtype=getattr(torch, site.dtype))
         return heads
+
+
+class EnsembleWeights(nn.Module):
+    """Weights and biases of the exits' geometric ensemble, as logarithms; at first the plain mean of all exits so far.
+
+    Attributes:
+        weights: float32 `[E, E]`; row m are those of exits 0 to m at exit m.
+        bias: float32 `[E, C]`.
+    """
+
+    def __init__(self, exits: int, classes: int) -> None:
+        super().__init__()
+        counts = torch.arange(1, exits + 1, dtype=torch.float32)
+        self.weights = nn.Parameter(-counts.log().unsqueeze(1).expand(exits, exits).clone())
+        self.bias = nn.Parameter(torch.zeros(exits, classes))
 
 
 def cut_of(program: Program, e: Exit) -> Any:
@@ -192,8 +216,8 @@ class _Marker:
                 logits = self._item(call, 0, f"{e.name}_logits", self.prediction)
                 self.scores.append(self._item(call, 1, f"{e.name}_score"))
             self.separate.append(logits)
-            if e.combine == "ensemble":
-                logits = self._ensemble(e.name, logits, index)
+            if e.combine in ("ensemble", "weighted"):
+                logits = self._ensemble(e, logits, index)
             judged = self.scores[-1] if e.criterion.learned else logits
             self._confidence(e.name, judged, e.criterion, index, self._mask(e, judged))
             if e.combine == "confident":
@@ -201,9 +225,16 @@ class _Marker:
         self.graph.erase_node(anchor)
         self.outputs.append(self._role(logits, "output"))
 
-    def _ensemble(self, name: str, logits: fx.Node, index: int) -> fx.Node:
-        args = (logits, self.memory, self._threshold(name, index))
-        call = self._new(self.graph.call_function(torch.ops.eecompile.ensemble.default, args), f"{name}_combination")
+    def _ensemble(self, e: Exit, logits: fx.Node, index: int) -> fx.Node:
+        name, target = e.name, torch.ops.eecompile.ensemble.default
+        args: tuple[Any, ...] = (logits, self.memory, self._threshold(name, index))
+        if e.combine == "weighted":
+            # The heads are trained by themselves: the ensemble's loss moves nothing but its own weights.
+            logits = self._new(self.graph.call_function(aten.detach.default, (logits,)), f"{name}_alone", logits)
+            given = [self._new(self.graph.get_attr(f"{COMBINATION}.{n}"), f"{name}_{n}") for n in ("weights", "bias")]
+            target = torch.ops.eecompile.weighted_ensemble.default
+            args = (logits, self.memory, *given, index, args[2])
+        call = self._new(self.graph.call_function(target, args), f"{name}_combination")
         self.memory = self._role(self._item(call, 1, f"{name}_memory"), "memory")
         return self._item(call, 0, f"{name}_combined", self.prediction)
 

@@ -188,6 +188,7 @@ def states_of(program: Program) -> tuple[str, ...]:
 DEFINED: dict[Any, tuple[Callable[..., Any], int, str]] = {
     torch.ops.eecompile.confidence.default: (ops.confidence, 1, "state"),
     torch.ops.eecompile.ensemble.default: (ops.ensemble, 1, "memory"),
+    torch.ops.eecompile.weighted_ensemble.default: (ops.weighted_ensemble, 1, "memory"),
     torch.ops.eecompile.keep_best.default: (ops.keep_best, 2, "memory"),
 }
 

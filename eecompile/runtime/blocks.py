@@ -18,9 +18,9 @@ from torch.utils import _pytree as pytree
 from eecompile.capture.adapter import mode
 from eecompile.capture.blocks import Axis, BlocksModel, Tap
 from eecompile.errors import CaptureError, UnsupportedModelError
-from eecompile.kernels.combine import ensemble, keep_best
+from eecompile.kernels.combine import ensemble, keep_best, weighted_ensemble
 from eecompile.kernels.confidence import confidence as confidence_of
-from eecompile.passes.insert_exits import TEMPERATURES, THRESHOLDS, masks_positions
+from eecompile.passes.insert_exits import COMBINATION, TEMPERATURES, THRESHOLDS, masks_positions
 from eecompile.program import Program
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome, assemble, times_of
@@ -237,6 +237,10 @@ class _Call:
             judged = score if e.criterion.learned else logits
         if e.combine == "ensemble":
             logits, self.memory = ensemble(logits, self.memory)
+            judged = judged if e.criterion.learned else logits
+        elif e.combine == "weighted":
+            own = self.program.marked.get_submodule(COMBINATION)
+            logits, self.memory = weighted_ensemble(logits, self.memory, own.weights, own.bias, index)  # type: ignore[arg-type]
             judged = judged if e.criterion.learned else logits
         found, state = confidence_of(
             judged,

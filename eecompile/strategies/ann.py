@@ -54,7 +54,4 @@ class Ann(ExitStrategy):
             return super().objective
         weights = self.weights if isinstance(self.weights, str) else list(self.weights)
         task = {"name": "adaloss", "weights": weights, "alpha": self.distillation, "memory": self.memory}
-        assert isinstance(self.criterion, Criterion)  # __post_init__ resolved it
-        if not self.criterion.learned:
-            return task
-        return {"name": "sum", "parts": [task, {"name": "exit_score"}], "factors": [1.0, 1.0]}
+        return self.with_parts(task)

@@ -35,7 +35,7 @@ class ExitRecipe:
         threshold: Confidence from which a sample leaves, before calibration; one or one per exit.
         mask: Name of the input that marks padding, None to find it.
         max_head_share: An exit whose head costs more than this fraction of what it can save is refused.
-        combine: What an exit answers, given the exits before it: "last", "ensemble" or "confident".
+        combine: What an exit answers, given the exits before it: "last", "ensemble", "confident" or "weighted".
     """
 
     where: Where
@@ -240,7 +240,8 @@ class ExitStrategy(Strategy):
         distillation: Share of the loss that is distilled from the model's own output, 0 to 1.
         trunk: Train the trunk too unless `fit(trunk=...)` says otherwise.
         combine: What an exit answers, given the open exits before it: "last" (its own head), "ensemble" (geometric mean
-            of all so far, Zero Time Waste) or "confident" (the surest so far). The model's own end answers for itself.
+            of all so far, Zero Time Waste), "weighted" (the same with trained weights and class biases) or "confident" (the
+            surest so far). The model's own end answers for itself.
     """
 
     inserts: ClassVar[Mapping[str, str]] = {"exits": "exits"}
@@ -300,10 +301,14 @@ class ExitStrategy(Strategy):
         task: dict[str, Any] = {"name": "weighted_cross_entropy", "weights": weights}
         if self.distillation > 0:
             task = {"name": "distillation", "alpha": self.distillation, "weights": weights}
-        assert isinstance(self.criterion, Criterion)
-        if not self.criterion.learned:
-            return task
-        return {"name": "sum", "parts": [task, {"name": "exit_score"}], "factors": [1.0, 1.0]}
+        return self.with_parts(task)
+
+    def with_parts(self, task: dict[str, Any]) -> dict[str, Any]:
+        """The task's objective and what else the exits have to learn: scores, weights of their ensemble."""
+        assert isinstance(self.criterion, Criterion)  # __post_init__ resolved it
+        parts = [task, *([{"name": "exit_score"}] if self.criterion.learned else [])]
+        parts += [{"name": "ensemble"}] if self.combine == "weighted" else []
+        return task if len(parts) == 1 else {"name": "sum", "parts": parts, "factors": [1.0] * len(parts)}
 
     @property
     def joint(self) -> bool:

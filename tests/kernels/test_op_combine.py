@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eecompile.errors import StrategyError
-from eecompile.kernels.combine import check_combination, ensemble, keep_best
+from eecompile.kernels.combine import check_combination, ensemble, keep_best, weighted_ensemble
 
 ops = torch.ops.eecompile
 OPEN, SHUT = torch.tensor(0.5), torch.tensor(2.0)
@@ -126,3 +126,61 @@ def test_names():
     assert check_combination("ensemble") == "ensemble"
     with pytest.raises(StrategyError, match="unknown combination of exits"):
         check_combination("vote")
+
+
+def weights(exits, classes, seed=9):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(exits, exits, generator=g) * 0.5, torch.randn(exits, classes, generator=g)
+
+
+@pytest.mark.parametrize("shape", [(1, 2), (5, 7), (4, 3, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_the_weighted_ensemble_is_the_papers_formula(shape, dtype):
+    """q_m(i) in proportion to b_m(i) times the product over j <= m of p_j(i) to the power w_mj."""
+    exits = [logits(shape, s, dtype) for s in range(4)]
+    log_w, log_b = weights(4, shape[-1])
+    state = None
+    for m, z in enumerate(exits):
+        out, state = ops.weighted_ensemble(z, state, log_w, log_b, m)
+        assert out.dtype == dtype
+        p = torch.stack([torch.softmax(e.double(), -1) for e in exits[: m + 1]], -1)
+        q = log_b[m].double().exp() * (p ** log_w[m, : m + 1].double().exp()).prod(-1)
+        got = torch.softmax(out.double(), -1)
+        torch.testing.assert_close(
+            got, q / q.sum(-1, keepdim=True), atol=2e-2 if dtype == torch.bfloat16 else 1e-5, rtol=1e-2
+        )
+    assert state.shape == (*shape[:-1], 4, shape[-1])
+
+
+def test_untrained_weights_are_the_plain_ensemble():
+    from eecompile.passes.insert_exits import EnsembleWeights
+
+    own = EnsembleWeights(3, 5)
+    state = plain = None
+    for m in range(3):
+        z = logits((6, 5), m)
+        got, state = weighted_ensemble(z, state, own.weights, own.bias, m)
+        want, plain = ensemble(z, plain)
+        torch.testing.assert_close(torch.softmax(got, -1), torch.softmax(want, -1))
+
+
+def test_closed_exits_and_logits_that_are_no_numbers_do_not_enter_the_weighted_ensemble():
+    a, b, c = (logits((3, 4), s) for s in range(3))
+    log_w, log_b = weights(3, 4)
+    _, held = ops.weighted_ensemble(a, None, log_w, log_b, 0, OPEN)
+    _, skipped = ops.weighted_ensemble(b, held, log_w, log_b, 1, SHUT)
+    assert torch.equal(skipped, held)
+    b[1, 2] = math.nan
+    out, state = ops.weighted_ensemble(b, held, log_w, log_b, 1, OPEN)
+    assert bool(out[1].isnan().any())
+    assert not bool(out[[0, 2]].isnan().any())
+    assert torch.equal(state[1, 1], torch.zeros(4))
+    out, _ = ops.weighted_ensemble(c, state, log_w, log_b, 2, OPEN)
+    assert not bool(out.isnan().any())
+
+
+def test_gradients_of_the_weighted_ensemble():
+    z, log_w, log_b = logits((3, 4), 1, torch.float64), *(t.double() for t in weights(3, 4))
+    _, state = weighted_ensemble(logits((3, 4), 0, torch.float64), None, log_w, log_b, 0)
+    given = [t.clone().requires_grad_() for t in (z, log_w, log_b)]
+    torch.autograd.gradcheck(lambda *t: ops.weighted_ensemble(t[0], state, t[1], t[2], 1)[0], given)

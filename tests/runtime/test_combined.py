@@ -27,9 +27,9 @@ MODELS = ("bert", "resnet110", "gpt2_lm")
 CASES = [
     (model, combine, criterion)
     for model in MODELS
-    for combine in ("ensemble", "confident")
+    for combine in ("ensemble", "confident", "weighted")
     for criterion in ("max_probability", "patience", "learned")
-    if not (combine == "confident" and criterion == "patience" and model != "bert")
+    if not (combine != "ensemble" and criterion == "patience" and model != "bert")
 ]
 
 
@@ -42,6 +42,10 @@ def combined(zoo):
         if key not in kept:
             head = strategies.Branchy(exits=ZOO[name].exits, combine=combine, criterion=criterion)
             kept[key] = again(zoo(name).fast, head)
+            generator = torch.Generator().manual_seed(0)
+            with torch.no_grad():
+                for p in kept[key].combination.parameters():
+                    p.add_(torch.randn(p.shape, generator=generator) * 0.3)
         return kept[key]
 
     return get
@@ -90,7 +94,7 @@ def test_the_answer_is_that_of_the_open_exits(combined):
 
 
 def test_the_models_own_end_answers_for_itself(combined, zoo):
-    for combine in ("ensemble", "confident"):
+    for combine in ("ensemble", "confident", "weighted"):
         fast = combined("vit", combine)
         args, kwargs = ZOO["vit"].inputs(5, seed=1)
         with torch.no_grad():
@@ -111,7 +115,7 @@ def test_the_surest_exits_confidence_never_falls(combined):
     assert bool((found[1:] >= found[:-1]).all())
 
 
-@pytest.mark.parametrize("combine", ["ensemble", "confident"])
+@pytest.mark.parametrize("combine", ["ensemble", "confident", "weighted"])
 def test_saved_and_loaded(combined, zoo, combine, tmp_path):
     fast = combined("vit", combine)
     args, kwargs = ZOO["vit"].inputs(5, seed=1)
@@ -125,7 +129,7 @@ def test_saved_and_loaded(combined, zoo, combine, tmp_path):
             same_result(a, b)
 
 
-@pytest.mark.parametrize("combine", ["ensemble", "confident"])
+@pytest.mark.parametrize("combine", ["ensemble", "confident", "weighted"])
 def test_models_captured_as_blocks(zoo, combine):
     animal = zoo("bert")
     args, kwargs = animal.entry.inputs(6, seed=4)

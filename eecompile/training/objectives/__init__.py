@@ -10,6 +10,7 @@ itself) and labels, and gives one differentiable scalar. Outputs are `[B, C]` or
 | weighted_cross_entropy | sum of w_k CE(output_k, labels), w normalised to 1 (BranchyNet 2016) |
 | distillation | (1 - alpha) CE + alpha T^2 KL(last / T, output_k / T) (Hinton et al. 2015) |
 | adaloss | cross entropy or distillation, weights inverse to each one's running mean (Hu et al. 2019) |
+| ensemble | mean CE of what exits answer together; trains its weights alone (Zero Time Waste, Wolczyk et al. 2021) |
 | exit_score | BCE of the learned exit score against "this exit is right" (BERxiT, Xin et al. 2021) |
 | ponder | mean ponder cost of adaptive computation time (Graves 2016) |
 | depth_targets | cross entropy at every depth, and of the choice of depth against targets (Elbayad et al. 2020) |
@@ -31,7 +32,7 @@ from eecompile.training.objectives.base import (
     weighted,
 )
 from eecompile.training.objectives.depth import DepthTargets
-from eecompile.training.objectives.exits import Distillation, Exits, ExitScore, WeightedCrossEntropy
+from eecompile.training.objectives.exits import Distillation, Ensemble, Exits, ExitScore, WeightedCrossEntropy
 from eecompile.training.objectives.gates import GateCost, Priced, Reinforce
 from eecompile.training.objectives.general import Loss, PerExitLoss, Sum
 from eecompile.training.objectives.ponder import Ponder
@@ -43,6 +44,7 @@ register(
     Exits,
     WeightedCrossEntropy,
     Distillation,
+    Ensemble,
     ExitScore,
     GateCost,
     Reinforce,
@@ -57,6 +59,7 @@ __all__ = [
     "AdaLoss",
     "DepthTargets",
     "Distillation",
+    "Ensemble",
     "ExitScore",
     "Exits",
     "GateCost",

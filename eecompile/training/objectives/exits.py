@@ -130,6 +130,29 @@ class ExitScore(Objective):
 
 
 @dataclass(frozen=True)
+class Ensemble(Objective):
+    """Mean cross entropy of what the exits answer together: trains the weights of `combine="weighted"` alone.
+
+    The heads' own outputs reach the ensemble detached, as in the second phase of Zero Time Waste (Wolczyk et al. 2021), so
+    this part of a sum moves nothing else.
+    """
+
+    name: ClassVar[str] = "ensemble"
+
+    def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
+        outputs = outputs_of(result)
+        if result.separate is None:
+            raise EecompileError(
+                "there is no ensemble to train", where=where, got='combine="last"', wanted='combine="weighted"'
+            )
+        labels = check_labels(outputs[-1], labels, where)
+        return torch.stack([cross_entropy(output, labels) for output in outputs[:-1]]).mean()
+
+    def final(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
+        return outputs_of(result)[-1].sum() * 0
+
+
+@dataclass(frozen=True)
 class Exits(Objective):
     """What strategies with exits ask for: weighted cross entropy, with a share of distillation, plus exit
     scores.
