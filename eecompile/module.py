@@ -106,7 +106,11 @@ class CompiledModule(Anytime):
         return self._result(self._execute(flat, True, allowance))
 
     def observe(self, *args: Any, **kwargs: Any) -> Result:
-        """Like `run`, but with every exit computed, in eval mode and without gradients."""
+        """Like `run`, but with every exit computed, in eval mode and without gradients.
+
+        `gates` and `steps` are still what `run` would tell: a row that left passes no later gate. `gate_scores` are there
+        for every row; with exits closed first (`set_thresholds(2.0)`) every gate decides about every row.
+        """
         flat = self.program.signature.flatten(args, kwargs)
         with torch.no_grad(), self._mode(False):
             return self._result(self._reference().run(flat))

@@ -121,6 +121,7 @@ class Program:
         seconds: Measured time of each node for one row, by name, where it was asked for.
         models: Names of the models of a cascade, the last one being the full model; empty for a single model. The
             captured graph gives the predictions of the others behind the full model's output leaves.
+        block_pattern: The repeated unit that the user named, None for the best one found.
         places: Where compiled models among them have exits of their own.
         full_flops: Cost of the full model for one row, where the graph holds other models too.
         facts: What has been established so far; passes declare what they need and give.
@@ -137,6 +138,7 @@ class Program:
     marked: fx.GraphModule | None = None
     front_end: Literal["export", "blocks"] = "export"
     models: tuple[str, ...] = ()
+    block_pattern: str | None = None
     places: tuple[Place, ...] = ()
     prediction: int | None = None
     flops: Mapping[str, float] = field(default_factory=dict)

@@ -270,7 +270,7 @@ def test_outputs_of_other_structure_are_no_obstacle_but_two_candidates_are():
     fast.set_thresholds(0.0)
     with torch.no_grad():
         equal_bits(fast(**call), pair(**call)["scores"])
-    refused(StrategyError, "batch on axis 1", models=[Turned(2).eval(), Net(4, 32).eval()])
+    refused(StrategyError, "6 classes", "turned", models=[Turned(2).eval(), Net(4, 32).eval()])
 
 
 def test_compiled_models_that_cannot_be_taken_apart(tmp_path):

@@ -76,7 +76,7 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     program = Program(graph_module, graph_module, signature, prediction=data["prediction"], models=models)
     places = [Place(p["name"], Anchor(**p["value"]), Anchor(**p["after"])) for p in data.get("places", ())]
     program = program.replace(places=tuple(places))
-    program = run_passes(program, [*prepared(models), Annotate(), FindBlocks(), FindCuts()])
+    program = run_passes(program, [*prepared(models), Annotate(), FindBlocks(data.get("blocks")), FindCuts()])
     tensors = _tensors(paths["heads"])
     if data.get("gates") is not None:
         program = insert_saved_gates(program, data["gates"], tensors)

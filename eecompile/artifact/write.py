@@ -33,6 +33,12 @@ def write(fast: Any, path: str | Path) -> None:
             'a program of capture="blocks" cannot be saved: it runs the Python model itself',
             hint="save the model's weights and compile again, or make the model exportable",
         )
+    if fast.artifact.get("eval") is None:
+        raise ArtifactError(
+            "this program cannot be saved: the export that it was made from is not there",
+            got="a compiled module that was put together from a graph",
+            hint="compile the model with eecompile(...), which keeps it",
+        )
     directory = files.free_place(Path(path))
     if fast.strategy.joint and "train" not in fast.artifact:
         fast.train_mode_capture()
@@ -47,6 +53,7 @@ def write(fast: Any, path: str | Path) -> None:
         "signature": program.signature.to_dict(),
         "prediction": program.prediction,
         "models": list(program.models),
+        "blocks": program.block_pattern,
         "places": [asdict(p) for p in program.places],
         "exits": [_exit(e) for e in program.exits],
         "heads": heads,

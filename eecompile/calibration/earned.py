@@ -19,8 +19,8 @@ def check_models(fast: Any, score: Tensor, what: str) -> None:
     Raises:
         CalibrationError: With the score and the cost of both. `Cascade(order="given")` takes the models as they are.
     """
-    program = getattr(fast, "program", None)
-    models = tuple(getattr(program, "models", ()))
+    program: Any = getattr(fast, "program", None)
+    models = () if program is None else program.models
     if not models or fast.strategy.together.get("order") == "given":
         return
     cuts = [e.cut for e in program.exits]

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import fx, nn
 
+from eecompile.capture.memory import written_attributes
 from eecompile.errors import CaptureError, UnsupportedModelError
 from eecompile.signature import Signature
 
@@ -233,4 +234,21 @@ def raise_problems(problems: Sequence[str], where: str) -> None:
             where=where,
             got="; ".join(problems),
             hint='use capture="blocks", or remove the Python branch on the number of rows',
+        )
+
+
+def writes_nothing(graph_module: fx.GraphModule) -> None:
+    """Refuses a model that writes its own buffers in eval mode: rows that left would not be in what is written.
+
+    Raises:
+        UnsupportedModelError: With the names of the buffers.
+    """
+    names = written_attributes(graph_module)
+    if names:
+        raise UnsupportedModelError(
+            "the model writes its own buffers in eval mode",
+            where=", ".join(names),
+            got="a state that moves on with every call, from the rows of the whole batch",
+            wanted="a forward that leaves buffers as they are in eval mode: rows that left early are in no later layer",
+            hint="write them in train mode only (if self.training: ...)",
         )

@@ -212,6 +212,8 @@ def from_exported(
 ) -> Captured:
     """A captured graph from a program that was exported behind the flat adapter."""
     graph_module = flat_graph(exported, "m", call.paths)
+    if not training:
+        check.writes_nothing(graph_module)
     placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     names: dict[Any, str] = {}
     for node, path, axis in zip(placeholders, call.paths, axes, strict=True):

@@ -33,6 +33,7 @@ def capture_program(
     """
     spec = exported.call_spec.in_spec
     graph_module, paths = program_graph(exported)
+    check.writes_nothing(graph_module)
     inputs = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
     symbols = [d.node.expr for n in inputs for d in getattr(n.meta["val"], "shape", ())[:1] if isinstance(d, torch.SymInt)]
     if not symbols:

@@ -88,7 +88,7 @@ def prepare_training_graph(
     assert program.marked is not None
     train = Program(graph_module, graph_module, signature, prediction=program.prediction, models=program.models)
     train = train.replace(places=program.places)
-    train = run_passes(train, [Normalize(), Annotate(), FindBlocks(), FindCuts()])
+    train = run_passes(train, [Normalize(), Annotate(), FindBlocks(program.block_pattern), FindCuts()])
     if program.gates or program.halts:
         units = dict(program.marked.get_submodule(GATES).named_children())
         given = {name: getattr(program.marked, name, None) for name in (GATE_THRESHOLDS, HALT_SCALE)}

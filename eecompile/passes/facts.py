@@ -12,6 +12,7 @@ import torch
 from torch import fx
 
 from eecompile.capture.axes import counts_rows
+from eecompile.capture.memory import memory as memory
 from eecompile.errors import PassError
 from eecompile.program import Anchor, Live
 from eecompile.signature import Signature
@@ -143,23 +144,6 @@ def writers(node: fx.Node) -> list[fx.Node]:
         if any(a is not None for a in aliases):  # what it gives is the same memory
             found += writers(u)
     return found
-
-
-def memory(node: fx.Node) -> fx.Node:
-    """The node whose memory a value is a view of: itself where it is none."""
-    while node.op == "call_function":
-        if node.target is operator.getitem:
-            viewed: Any = node.args[0]
-        elif isinstance(node.target, torch._ops.OpOverload):
-            arguments = node.target._schema.arguments
-            given = dict(zip((a.name for a in arguments), node.args, strict=False)) | dict(node.kwargs)
-            viewed = next((given.get(a.name) for a in arguments if a.alias_info is not None), None)
-        else:
-            return node
-        if not isinstance(viewed, fx.Node):
-            return node
-        node = viewed
-    return node
 
 
 def own_leaves(graph_module: fx.GraphModule, signature: Signature) -> list[fx.Node]:

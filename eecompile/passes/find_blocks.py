@@ -55,6 +55,7 @@ class FindBlocks(Pass):
     pattern: str | None = None
 
     def run(self, program: Program) -> PassResult:
+        program = program.replace(block_pattern=self.pattern)
         nodes = list(program.graph_module.graph.nodes)
         batch = facts.Batch(program.graph_module, program.signature)
         trunk = facts.trunk_nodes(program.graph_module, batch)

@@ -12,6 +12,7 @@ import sympy
 import torch
 from torch import fx
 
+from eecompile.capture.memory import written
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.program import Program
@@ -97,12 +98,8 @@ def _drop_dead(graph_module: fx.GraphModule) -> int:
 
 def _writes_own(node: fx.Node) -> bool:
     """Whether an in-place operator writes to memory of the graph's own, not to an input or a buffer of the model."""
-    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    schema = node.target._schema.arguments
-    given = dict(zip((a.name for a in schema), node.args, strict=False)) | dict(node.kwargs)
-    written = [given.get(a.name) for a in schema if a.alias_info is not None and a.alias_info.is_write]
-    return bool(written) and all(isinstance(w, fx.Node) and facts.memory(w).op == "call_function" for w in written)
+    found = written(node)
+    return bool(found) and all(facts.memory(w).op == "call_function" for w in found)
 
 
 class _Unknown(Exception):

@@ -34,13 +34,13 @@ class Share(Pass):
     def run(self, program: Program) -> PassResult:
         trial = facts.copy(program.graph_module)
         _functionalize(trial, None)
-        names = _merge(trial)
+        names = _merge(trial, facts.Batch(trial, program.signature))
         if not names:
             return PassResult(program, False, summary="the models share no work")
         gm = facts.copy(program.graph_module)
         before = len(gm.graph.nodes)
         _functionalize(gm, names)
-        _merge(gm)
+        _merge(gm, facts.Batch(gm, program.signature))
         facts.tidy(gm)
         count = before - len(gm.graph.nodes)
         return PassResult(program.replace(graph_module=gm), True, summary=f"{count} nodes computed once instead of again")
@@ -69,14 +69,17 @@ def _is_view(n: fx.Node) -> bool:
     return any(a.alias_info is not None and not a.alias_info.is_write for a in n.target._schema.arguments)
 
 
-def _merge(gm: fx.GraphModule) -> set[str]:
-    """Replaces every later copy of a computation by the first; the names of all that were equal."""
+def _merge(gm: fx.GraphModule, batch: facts.Batch) -> set[str]:
+    """Replaces every later copy of a computation by the first; the names of all that were equal.
+
+    Values that fold the batch into another axis stay apart: they cannot be gathered, so they cannot be handed on.
+    """
     first: dict[Any, fx.Node] = {}
     equal: set[str] = set()
     for n in list(gm.graph.nodes):
         if n.op == "get_attr":
             key: Any = ("attribute", id(facts.attribute(gm, str(n.target))))
-        elif n.op == "call_function" and _pure(n):
+        elif n.op == "call_function" and _pure(n) and not isinstance(batch.axis(n), str):
             key = _key(n)
         else:
             continue

@@ -24,6 +24,7 @@ GROUPS: dict[str, str] = {
     "gates-bert": "gated blocks, shut for 0, 30 and 60% of the rows",
     "compile": "time of eecompile() itself, step by step",
     "memory": "parameters and peak memory",
+    "deadlines": "calls under deadlines, idle and beside a busy process: late by more than 5%",
     "inductor": 'backend="inductor" against torch.compile of the original',
 }
 
