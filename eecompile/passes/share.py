@@ -72,14 +72,18 @@ def _is_view(n: fx.Node) -> bool:
 def _merge(gm: fx.GraphModule, batch: facts.Batch) -> set[str]:
     """Replaces every later copy of a computation by the first; the names of all that were equal.
 
-    Values that fold the batch into another axis stay apart: they cannot be gathered, so they cannot be handed on.
+    Values that fold the batch into another axis stay apart: they cannot be gathered, so they cannot be handed on. So do
+    those made from the size of the batch alone, such as the offsets of bags: row 3 of four is another one than row 3 of nine.
     """
+    rows = _from_rows(gm)
     first: dict[Any, fx.Node] = {}
     equal: set[str] = set()
     for n in list(gm.graph.nodes):
         if n.op == "get_attr":
             key: Any = ("attribute", id(facts.attribute(gm, str(n.target))))
-        elif n.op == "call_function" and _pure(n) and not isinstance(batch.axis(n), str):
+        elif n.op == "call_function" and _pure(n):
+            if isinstance(batch.axis(n), str) or (batch.carries(n) and n not in rows):
+                continue
             key = _key(n)
         else:
             continue
@@ -92,6 +96,15 @@ def _merge(gm: fx.GraphModule, batch: facts.Batch) -> set[str]:
         if n.op == "call_function" and not facts.is_symbolic_number(n):
             equal |= {leader.name, n.name}
     return equal
+
+
+def _from_rows(gm: fx.GraphModule) -> set[fx.Node]:
+    """Values that depend on what is in the inputs, not on their sizes alone."""
+    found: set[fx.Node] = set()
+    for n in gm.graph.nodes:
+        if n.op == "placeholder" or (not facts.is_symbolic_number(n) and any(a in found for a in n.all_input_nodes)):
+            found.add(n)
+    return found
 
 
 def _pure(n: fx.Node) -> bool:
