@@ -73,7 +73,7 @@ def _merge(gm: fx.GraphModule, batch: facts.Batch) -> set[str]:
     """Replaces every later copy of a computation by the first; the names of all that were equal.
 
     Values that fold the batch into another axis stay apart: they cannot be gathered, so they cannot be handed on. So do
-    those made from the size of the batch alone, such as the offsets of bags: row 3 of four is another one than row 3 of nine.
+    those made from the size of the batch alone, such as the offsets of bags: row 3 of 4 is not that of 9.
     """
     rows = _from_rows(gm)
     first: dict[Any, fx.Node] = {}
