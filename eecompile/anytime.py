@@ -21,7 +21,7 @@ from eecompile.errors import StrategyError
 from eecompile.program import Result
 from eecompile.runtime.limits import NAMES, Allowance, Limits, deepest, no_exit, own_names
 from eecompile.runtime.outcome import Executor, Outcome
-from eecompile.runtime.timing import StageTimes
+from eecompile.runtime.timing import END, StageTimes
 from eecompile.trainable import Trainable
 
 
@@ -52,7 +52,9 @@ class Anytime(Trainable):
     def _results(self, flat: Sequence[Tensor], allowance: Allowance) -> Iterator[Result]:
         with closing(self._chosen.stream(flat, allowance)) as outcomes:
             for outcome in outcomes:
-                yield self._result(outcome)
+                result = self._result(outcome)
+                self._close(outcome, allowance, result)
+                yield result
 
     def interrupt(self) -> int:
         """Stops every call of this module that is running now, in whatever thread, behind its next exit.
@@ -87,8 +89,21 @@ class Anytime(Trainable):
         flat = self.program.signature.flatten(args, kwargs)
         with torch.no_grad():
             for _ in range(rounds):
-                self._chosen.measure(flat)
+                outcome = self._chosen.measure(flat)
+                if outcome is not None:
+                    self._result(outcome)
+                    self._close(outcome, None)
         return self._chosen.times
+
+    def _close(self, outcome: Outcome, allowance: Allowance | None, result: Result | None = None) -> None:
+        """Ends the measurement of a call, now that the caller has everything; it may be late by then."""
+        if outcome.closing is None:
+            return
+        times = self._chosen.times
+        now = times.clock()
+        times.add(END, outcome.closing[1], now - outcome.closing[0])
+        if result is not None and allowance is not None and allowance.deadline is not None:
+            result.late = result.late or now > allowance.deadline
 
     def _evaluates(self, what: str) -> None:
         if self.training:
@@ -137,12 +152,18 @@ class Within:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         allowance = self.fast._resolved(self.limits)
         signature = self.fast.program.signature
-        return signature.restore(self.fast._chosen.run(signature.flatten(args, kwargs), False, allowance).leaves)
+        outcome = self.fast._chosen.run(signature.flatten(args, kwargs), False, allowance)
+        output = signature.restore(outcome.leaves)
+        self.fast._close(outcome, allowance)
+        return output
 
     def run(self, *args: Any, **kwargs: Any) -> Result:
         allowance = self.fast._resolved(self.limits)
         flat = self.fast.program.signature.flatten(args, kwargs)
-        return self.fast._result(self.fast._chosen.run(flat, True, allowance))
+        outcome = self.fast._chosen.run(flat, True, allowance)
+        result = self.fast._result(outcome)
+        self.fast._close(outcome, allowance, result)
+        return result
 
     def stream(self, *args: Any, **kwargs: Any) -> Iterator[Result]:
         allowance = self.fast._resolved(self.limits)

@@ -89,7 +89,10 @@ class CompiledModule(Anytime):
         """
         allowance = self._allowance(kwargs) if kwargs else None
         flat = self.program.signature.flatten(args, kwargs)
-        return self.program.signature.restore(self._execute(flat, False, allowance).leaves)
+        outcome = self._execute(flat, False, allowance)
+        output = self.program.signature.restore(outcome.leaves)
+        self._close(outcome, allowance)
+        return output
 
     def run(self, *args: Any, **kwargs: Any) -> Result:
         """The output with exit index, confidence and cost of every row.
@@ -103,7 +106,10 @@ class CompiledModule(Anytime):
         """
         allowance = self._allowance(kwargs) if kwargs else None
         flat = self.program.signature.flatten(args, kwargs)
-        return self._result(self._execute(flat, True, allowance))
+        outcome = self._execute(flat, True, allowance)
+        result = self._result(outcome)
+        self._close(outcome, allowance, result)
+        return result
 
     def observe(self, *args: Any, **kwargs: Any) -> Result:
         """Like `run`, but with every exit computed, in eval mode and without gradients.

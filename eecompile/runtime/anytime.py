@@ -11,7 +11,7 @@ from typing import Protocol
 
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome
-from eecompile.runtime.timing import Piece, StageTimes
+from eecompile.runtime.timing import END, Piece, StageTimes
 
 Pause = tuple[int, int]
 """Index of the piece that would come next, and the rows that are still in."""
@@ -55,7 +55,6 @@ class Watch:
         self.at, self.rows = 0, run.size
         self.stops = run.stops
         self.steps = run.walk()
-        self.end: Piece = (-2, -2)  # what comes after the last piece: putting the output together
 
     def piece(self, at: int) -> Piece:
         return (self.stops[at - 1] if at else -1, self.stops[at])
@@ -81,7 +80,7 @@ class Watch:
             return "budget"
         if deadline is not None:
             piece = self.piece(self.at)
-            needed = self.times.predict(piece, self.rows) + self.times.predict(self.end, self.run.size)
+            needed = self.times.predict(piece, self.rows) + self.times.predict(END, self.run.size)
             if self.times.clock() + needed > deadline:
                 self.times.refused(piece)
                 return "deadline"
@@ -95,8 +94,8 @@ class Watch:
     def outcome(self) -> Outcome:
         started = self.times.clock()
         outcome = self.run.outcome()
-        self.times.add(self.end, self.run.size, self.times.clock() - started)
         outcome.late = self.late()
+        outcome.closing = (started, self.run.size)
         return outcome
 
 

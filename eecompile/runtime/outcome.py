@@ -33,6 +33,8 @@ class Outcome:
         final: [B] bool: rows that left by themselves; None for all of them.
         stopped: Why the call was stopped before every row was final: "deadline", "budget" or "interrupt".
         late: Whether the output came after the deadline, or costs more than the budget.
+        closing: Where the call was timed: when the output began to be put together, on the executor's clock, and the rows of
+            the call. Whoever hands the output to the user ends that measurement.
         reports: `program.reports` by name, batch first; those for training from the marked graph only.
     """
 
@@ -46,6 +48,7 @@ class Outcome:
     final: Tensor | None = None
     stopped: str | None = None
     late: bool = False
+    closing: tuple[float, int] | None = None
     reports: dict[str, Tensor] = field(default_factory=dict)
 
 
@@ -63,8 +66,8 @@ class Executor(Protocol):
         """The output after each open exit, until every row is final."""
         ...
 
-    def measure(self, flat: Sequence[Tensor]) -> None:
-        """Runs every piece once on all rows, for `times`."""
+    def measure(self, flat: Sequence[Tensor]) -> Outcome | None:
+        """Runs every piece once on all rows, for `times`; the outcome, where putting it together is timed too."""
         ...
 
     def interrupt(self) -> int:

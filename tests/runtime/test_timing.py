@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from eecompile.runtime.timing import FORGET_AFTER, MARGIN_FEW, MARGIN_RATE, WINDOW, StageTimes
+from eecompile.runtime.timing import FORGET_AFTER, MARGIN_FEW, MARGIN_RATE, RECENT, SLOWEST, WINDOW, StageTimes
 
 
 def times() -> StageTimes:
@@ -14,11 +14,35 @@ def times() -> StageTimes:
 def test_a_prediction_is_exceeded_by_few():
     t = times()
     for i in range(WINDOW):
-        t.add((-1, 0), 8, 1.0 + i / WINDOW)
+        t.add((-1, 0), 8, 1.0 + (i * 97 % WINDOW) / WINDOW)  # in no order: nothing drifts
     high = t.predict((-1, 0), 8)
-    assert 1.0 + (WINDOW - 4) / WINDOW <= high < 1.0 + (WINDOW - 1) / WINDOW  # two of 128 may be anything
+    assert 1.0 + (WINDOW - 4) / WINDOW <= high / t.drift < 1.0 + (WINDOW - 1) / WINDOW  # two of 256 may be anything
     t.add((-1, 0), 8, 50.0)
-    assert t.predict((-1, 0), 8) < 2.0
+    assert t.predict((-1, 0), 8) / t.drift < 2.0
+
+
+def test_a_machine_that_has_just_become_slow_is_believed_at_once():
+    """The quantile of 256 measurements knows nothing yet: the last ones, of whatever piece, tell."""
+    t = times()
+    for _ in range(60):
+        for piece in ((-1, 0), (0, 1), (1, 2)):
+            t.add(piece, 8, 1.0)
+    assert t.predict((1, 2), 8) == 1.0
+    for _ in range(RECENT):
+        t.add((-1, 0), 8, 2.5)
+    assert t.drift == 2.5
+    assert t.predict((1, 2), 8) == 2.5
+    for _ in range(2 * WINDOW):  # it has become usual: the quantile knows
+        for piece in ((-1, 0), (0, 1), (1, 2)):
+            t.add(piece, 8, 2.5)
+    assert t.drift == 1.0
+    assert t.predict((1, 2), 8) == 2.5
+    for _ in range(RECENT):
+        t.add((0, 1), 8, 1e3)
+    assert t.drift == SLOWEST
+    for _ in range(RECENT):
+        t.add((0, 1), 8, 0.1)
+    assert t.drift == 1.0, "a quick spell shortens nothing"
 
 
 def test_few_measurements_get_a_margin():
