@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from eecompile.program import Gate, Halt, Program
 
 
-def costs_of(program: Program, open_exits: Sequence[bool], scored: Sequence[bool] = ()) -> list[float]:
+def costs_of(program: Program, open_exits: Sequence[bool], scored: Sequence[bool] = (), routed: bool = False) -> list[float]:
     """Fraction of the full model's FLOPs of a row that leaves at each exit and, last, at the model's own end.
 
     Work runs if the model's own output or an open exit needs it, heads of open exits included. The figure for a closed
-    exit is what a row would cost that left there. Every gate counts as open; `scored` says which need a score.
+    exit is what a row would cost that left there. Every gate counts as open; `scored` says which need a score. Every row
+    counts as on the model's own way between branches; `routed` says whether the router runs. Of the heads that a router
+    sends rows to, only the row's own counts.
     """
+    one_head = any(r.to_exits for r in program.routes)
     total = program.total_flops or 1.0
     spent, found = 0.0, []
     closed: list[tuple[tuple[int, ...], float]] = []  # work that no open exit needs
@@ -20,6 +23,7 @@ def costs_of(program: Program, open_exits: Sequence[bool], scored: Sequence[bool
         spent += stage.flops
         mine = (g for g, s in zip(program.gates, scored, strict=True) if s and g.stage == k)
         spent += sum(g.unit_flops for g in mine if runs(g, open_exits))
+        spent += sum(r.unit_flops for r in program.routes if routed and r.stage == k)
         for exits, cost in stage.only_for:
             if any(open_exits[e] for e in exits):
                 spent += cost
@@ -31,7 +35,7 @@ def costs_of(program: Program, open_exits: Sequence[bool], scored: Sequence[bool
         here = program.exits[k].head_flops
         alone = sum(cost for exits, cost in closed if k in exits)
         found.append((spent + here + alone) / total)
-        spent += here if open_exits[k] else 0.0
+        spent += here if open_exits[k] and not one_head else 0.0
     return found
 
 

@@ -25,6 +25,7 @@ class Criterion:
     name: ClassVar[str] = ""
     stateful: ClassVar[bool] = False
     learned: ClassVar[bool] = False
+    routed: ClassVar[bool] = False
     default_threshold: ClassVar[float] = 0.9
 
     reduce: str = "min"
@@ -105,7 +106,17 @@ class Learned(Criterion):
     default_threshold: ClassVar[float] = 0.9
 
 
-CRITERIA: dict[str, type[Criterion]] = {c.name: c for c in (MaxProbability, Entropy, Margin, Energy, Patience, Learned)}
+@dataclass(frozen=True)
+class Routed(Criterion):
+    """No property of the exit's output: the router's probability that the row needs at most this exit."""
+
+    name: ClassVar[str] = "routed"
+    routed: ClassVar[bool] = True
+    default_threshold: ClassVar[float] = 0.5
+
+
+KINDS = (MaxProbability, Entropy, Margin, Energy, Patience, Learned, Routed)
+CRITERIA: dict[str, type[Criterion]] = {c.name: c for c in KINDS}
 
 
 def criterion(spec: str | Criterion | dict[str, Any]) -> Criterion:

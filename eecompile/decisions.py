@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from eecompile.costs import costs_of, runs
 from eecompile.criteria import MaxProbability
@@ -18,17 +18,15 @@ from eecompile.passes.insert_exits import COMBINATION, HEADS, TEMPERATURES, THRE
 from eecompile.passes.insert_gates import GATE_THRESHOLDS
 from eecompile.passes.insert_halting import HALT_SCALE, closed_scale
 from eecompile.passes.place_gates import GATES
-from eecompile.program import Halt, Program
+from eecompile.program import Halt
+from eecompile.routing import Routing
 from eecompile.thresholds import ExitRecord, GateRecord, WidthRecord, threshold_values
 
 NEVER = 2.0  # a halting threshold that nothing reaches
 
 
-class Decisions(nn.Module):
-    """What `CompiledModule` tells of its exits and gates."""
-
-    program: Program
-    graph_module: fx.GraphModule
+class Decisions(Routing):
+    """What `CompiledModule` tells of its exits, gates and routes."""
 
     @property
     def thresholds(self) -> Tensor:
@@ -223,7 +221,7 @@ class Decisions(nn.Module):
         """[E + 1] float32: fraction of the full model's FLOPs of a row that leaves at each exit, open heads and the scores
         of gates included; every gate counts as open."""
         scored = tuple(0 < t <= 1 for t in self.gate_thresholds.tolist())
-        key = (tuple(bool(o) for o in open_exits), scored)
+        key = (tuple(bool(o) for o in open_exits), scored, self.router_runs(open_exits))
         cache = self.__dict__["_costs"]
         if key not in cache:
             cache[key] = torch.tensor(costs_of(self.program, *key), dtype=torch.float32)
@@ -242,7 +240,12 @@ class Decisions(nn.Module):
         criterion = self.program.exits[0].criterion if self.program.exits else MaxProbability()
         for k, logits in enumerate(outputs):
             last = k == len(outputs) - 1
-            kind = MaxProbability(reduce=criterion.reduce) if last and criterion.learned else criterion
+            own = last and (criterion.learned or criterion.routed)
+            kind = MaxProbability(reduce=criterion.reduce) if own else criterion
+            if kind.routed:  # what the router says has nothing to do with the exit's output
+                assert scores is not None
+                found.append(scores[k])
+                continue
             judged = scores[k].unsqueeze(-1) if scores is not None and kind.learned else logits
             value, state = confidence_of(
                 judged,
@@ -255,22 +258,36 @@ class Decisions(nn.Module):
             found.append(value.fmax(found[-1]) if surest and found and not last else value)
         return tuple(found)
 
-    def spent(self, exit_index: Tensor, gates: Tensor | None, steps: Sequence[Tensor] = ()) -> Tensor:
-        """[B] float32: fraction of the full model's FLOPs spent on each row, skipped regions left out.
+    def spent(
+        self,
+        exit_index: Tensor,
+        gates: Tensor | None,
+        steps: Sequence[Tensor] = (),
+        ways: Tensor | None = None,
+    ) -> Tensor:
+        """[B] float32: fraction of the full model's FLOPs spent on each row, what was left out not counted.
 
         Args:
             exit_index: [B] int64.
             gates: [B, G] 1 for open, differentiable or not; None without gates.
             steps: Of every chain that halts [B, K], 1 for a step that ran.
+            ways: [B, K] how much of each way of a router to branches, differentiable or not; None without.
         """
-        return self._spent(exit_index, gates, steps, [t <= 1.0 for t in self.thresholds.tolist()])
+        return self._all_spent(exit_index, gates, steps, ways, [t <= 1.0 for t in self.thresholds.tolist()])
 
-    def end_cost(self, gates: Tensor, steps: Sequence[Tensor] = ()) -> Tensor:
-        """[B] float32: as `spent` of rows that go to the end, `gates` [B, G] as they decided: with every exit closed, or
-        in a cascade open, so that all models run."""
+    def end_cost(self, size: int, gates: Tensor | None, steps: Sequence[Tensor] = (), ways: Tensor | None = None) -> Tensor:
+        """[B] float32: as `spent` of rows that go to the end, gates and routes as they were decided: with every exit closed,
+        or in a cascade open, so that all models run."""
         ends = len(self.program.exits)
         every = bool(self.program.models)  # the gates of a cascade's earlier models have a price too
-        return self._spent(torch.full(gates.shape[:1], ends, device=gates.device), gates, steps, [every] * ends)
+        index = torch.full((size,), ends, device=self.thresholds.device)
+        return self._all_spent(index, gates, steps, ways, [every] * ends)
+
+    def _all_spent(
+        self, exit_index: Tensor, gates: Tensor | None, steps: Sequence[Tensor], ways: Tensor | None, open_exits: list[bool]
+    ) -> Tensor:
+        cost = self._spent(exit_index, gates, steps, open_exits)
+        return cost if ways is None else cost - self.saved_by(ways, exit_index)
 
     def gates_free(self, gates: Tensor) -> Tensor:
         """[B, G] bool: where the gate's own score decided; see `Result.gates_free`. `gates` [B, G], 1 for open."""

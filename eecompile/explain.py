@@ -31,6 +31,22 @@ class Explanation(Report):
         return Pretty(self.data) if render is None else render(self)
 
 
+def _routes(fast: Any) -> dict[str, Any] | None:
+    """The router, its routes, and what `evaluate` saw of them last; None without one."""
+    if not fast.program.routes:
+        return None
+    (route,) = fast.program.routes
+    return {
+        "at": route.at,
+        "over": None if route.to_exits else list(route.over),
+        "unit": fast.route_units.unit.kind,
+        "unit_cost": route.unit_flops / (fast.program.total_flops or 1.0),
+        "depth": route.depth,
+        "routes": [vars(r) for r in fast.routes],
+        "last_evaluated": fast.route_load,
+    }
+
+
 def explain(fast: Any) -> Explanation:
     """Collects what is known about a compiled module."""
     program = fast.program
@@ -83,6 +99,7 @@ def explain(fast: Any) -> Explanation:
                 for g in fast.gates
             ],
             "widths": [vars(w) for w in fast.widths],
+            "routes": _routes(fast),
             "cuts": [
                 {
                     "name": c.name,

@@ -144,13 +144,18 @@ class CompiledModule(Anytime):
         if gates is not None and not training:  # nothing runs of a cascade's model while its exits are closed
             gates = gates * self._running([t <= 1.0 for t in self.thresholds.tolist()])
         steps = self.steps_of(outcome.reports, outcome.exit_index)
+        route = self.taken(outcome.reports, outcome.exit_index)
+        mixed = training and self.gate_mode == "soft"
+        ways = None if route is None else self.ways_of(outcome.reports, route, mixed)
+        size = len(outcome.exit_index)
         result = Result(
             output=self.program.signature.restore(outcome.leaves),
             exit_index=outcome.exit_index,
             confidence=outcome.confidence if outcome.confidence is not None else torch.zeros(()),
-            cost=self.spent(outcome.exit_index, gates, steps),
+            cost=self.spent(outcome.exit_index, gates, steps, ways),
             gates=gates if gates is None or training else gates >= 0.5,
             gate_scores=self._told(outcome, ".score") if self.program.gates and outcome.outputs is not None else None,
+            route=route,
             steps=self._steps(gates),
             final=torch.ones_like(outcome.exit_index, dtype=torch.bool) if outcome.final is None else outcome.final,
             stopped=outcome.stopped,
@@ -161,12 +166,19 @@ class CompiledModule(Anytime):
         if steps:
             self._tell_halting(result, [outcome.reports[h.name] for h in self.program.halts], steps)
         if gates is not None and outcome.outputs is not None:
-            result.end_cost, result.gates_free = self.end_cost(gates, steps), self.gates_free(gates)
+            result.gates_free = self.gates_free(gates)
+        if (gates is not None or ways is not None) and outcome.outputs is not None:
+            result.end_cost = self.end_cost(size, gates, steps, ways)
+        if route is not None and outcome.outputs is not None:
+            result.route_weights = outcome.reports[f"{self.program.routes[0].name}.weights"]
+            result.route_costs = self.route_costs()
         if outcome.outputs is not None and outcome.confidences is not None:
             result.outputs = outcome.outputs
             result.confidences = tuple(torch.nan_to_num(c, nan=0.0) for c in outcome.confidences)
             result.separate = outcome.separate
             result.scores = None if outcome.scores is None else tuple(s.flatten() for s in outcome.scores)
+            if self.program.exits and self.program.exits[0].routed:  # not a function of the outputs: kept as they are
+                result.scores = result.confidences[:-1]
         return result
 
     def _tell_halting(self, result: Result, ledgers: Sequence[Tensor], steps: Sequence[Tensor]) -> None:

@@ -29,12 +29,12 @@ from eecompile.records import (
     Refusal,
     Region,
     Report,
-    Route,
     Stage,
     Width,
 )
+from eecompile.route_records import Route, Way
 from eecompile.signature import Signature
-from eecompile.strategies.base import GateRecipe, HaltRecipe
+from eecompile.strategies.base import GateRecipe, HaltRecipe, RouteRecipe
 
 __all__ = [
     "Anchor",
@@ -57,6 +57,7 @@ __all__ = [
     "Route",
     "Snapshot",
     "Stage",
+    "Way",
     "Width",
 ]
 
@@ -155,6 +156,7 @@ class Program:
     halts: tuple[Halt, ...] = ()
     halt_recipes: tuple[HaltRecipe, ...] = ()
     routes: tuple[Route, ...] = ()
+    route_recipe: RouteRecipe | None = None
     stages: tuple[Stage, ...] = ()
     facts: frozenset[str] = frozenset()
     refusals: tuple[Refusal, ...] = ()
@@ -199,8 +201,12 @@ class Result:
             open or shut, `min_open` forces it open, or an earlier shut gate shuts it.
         widths: [B, W] float32, where widths are chosen: the share of the channels that each part in `fast.widths` ran with
             for the row; 0 where it was skipped or the row had left before.
-        end_cost: [B] float32, with `gate_scores`: the cost of each row with its gates as they decided and all exits closed,
-            differentiable in train mode.
+        end_cost: [B] float32, in train mode and of `fast.observe`, where there are gates or branches: the cost of each row
+            with its gates and its route as they were decided and all exits closed, differentiable in train mode.
+        route: [B] int64, where there is a router: the exit that the row was sent to, or the branch that it took, -1 where
+            it had left before. In train mode as decisions were taken meanwhile.
+        route_weights: [B, K] float32, in train mode and of `fast.observe`: the probability of every route, differentiable.
+        route_costs: [K] float32, with `route_weights`: cost of a row on each route.
         steps: [B] or [B, S] int64: steps taken, where the strategy halts, summed over several chains; where gates are on
             whole blocks [B], how many of those ran.
         ponder: [B] or [B, S] float32: ponder cost N + R, differentiable in train mode.
@@ -223,6 +229,9 @@ class Result:
     gates_free: torch.Tensor | None = None
     widths: torch.Tensor | None = None
     end_cost: torch.Tensor | None = None
+    route: torch.Tensor | None = None
+    route_weights: torch.Tensor | None = None
+    route_costs: torch.Tensor | None = None
     steps: torch.Tensor | None = None
     ponder: torch.Tensor | None = None
     final: torch.Tensor | None = None

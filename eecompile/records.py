@@ -110,6 +110,7 @@ class Exit:
         anchor: Where to find `node` in the training capture.
         head_inputs: Names of the nodes that the head is called with.
         combine: What it answers, given the exits before it: "last", "ensemble", "confident" or "weighted".
+        routed: Name of the node `[B, E]` with a router's confidences, where one sends rows here; else empty.
     """
 
     name: str
@@ -125,6 +126,12 @@ class Exit:
     head_kind: str = ""
     mask_input: str | None = None
     combine: str = "last"
+    routed: str = ""
+
+    @property
+    def reads(self) -> tuple[str, ...]:
+        """Names of all nodes that head and decision need."""
+        return (*self.head_inputs, self.routed) if self.routed else self.head_inputs
 
 
 @dataclass(frozen=True)
@@ -317,15 +324,6 @@ class Halt:
     stage: int = 0
     group: int = 0
     only_for: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True)
-class Route:
-    """A place where each row is sent into one of several branches."""
-
-    name: str
-    node: str
-    branches: tuple[str, ...]
 
 
 @dataclass(frozen=True)

@@ -89,9 +89,9 @@ class Trainable(Decisions):
         return loss
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the inserted heads and gates that the model does not have itself."""
+        """Parameters of the inserted heads, gates, routers and branches that the model does not have itself."""
         own = {id(p) for p in self.trunk_parameters()}
-        parts = (self.heads, self.combination, self.gate_units)
+        parts = (self.heads, self.combination, self.gate_units, self.route_units)
         found = {id(p): p for part in parts for p in part.parameters()}
         return (p for i, p in found.items() if i not in own)
 

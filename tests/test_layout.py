@@ -16,12 +16,13 @@ MOST_LINES = 400
 LAYERS = [
     {"errors", "measuring"},
     {"kernels", "ops"},
-    {"signature", "criteria", "heads", "gates", "strategies", "records", "program", "prediction", "thresholds"},
+    {"signature", "criteria", "heads", "gates", "routers", "strategies", "route_records"}
+    | {"records", "program", "prediction", "thresholds"},
     {"capture"},
     {"passes"},
     {"runtime", "costs"},
     {"training", "calibration"},
-    {"module", "decisions", "trainable", "api", "members", "artifact", "anytime", "benchmark", "explain"},
+    {"module", "decisions", "routing", "trainable", "api", "members", "artifact", "anytime", "benchmark", "explain"},
     {"inspect"},
     {"__init__"},  # the package's front: names of every layer, each imported when it is first asked for
     {"cli", "__main__"},

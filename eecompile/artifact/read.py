@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 import eecompile.ops
 from eecompile.artifact import files
 from eecompile.artifact.read_gates import insert_saved_gates
+from eecompile.artifact.read_routes import insert_saved_routes
 from eecompile.capture.export import flat_graph
 from eecompile.capture.exported import program_graph
 from eecompile.criteria import criterion
@@ -81,6 +82,11 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     if data.get("gates") is not None:
         program = insert_saved_gates(program, data["gates"], tensors)
     exits = tuple(_exit(e) for e in data["exits"])
+    if data.get("routes") is not None:
+        customs = {
+            name.removeprefix("branch "): _plain(_exported(p)) for name, p in paths.items() if name.startswith("branch ")
+        }
+        program = insert_saved_routes(program.replace(exits=exits), data["routes"], tensors, customs)
     program = program.replace(exits=relocate(program, exits))
     buffers = {THRESHOLDS: tensors.pop("thresholds"), TEMPERATURES: tensors.pop("temperatures")}
     counts = (len(exits), len(data["heads"]), buffers[THRESHOLDS].numel(), buffers[TEMPERATURES].numel() - 1)

@@ -17,8 +17,10 @@ from eecompile.artifact import files
 from eecompile.errors import ArtifactError
 from eecompile.gates import describe as describe_unit
 from eecompile.heads import Branch, describe
+from eecompile.passes import facts
 from eecompile.passes.insert_halting import HALT_SCALE
-from eecompile.program import Exit
+from eecompile.program import Exit, Way
+from eecompile.routers import describe as describe_router
 
 
 def write(fast: Any, path: str | Path) -> None:
@@ -58,6 +60,7 @@ def write(fast: Any, path: str | Path) -> None:
         "exits": [_exit(e) for e in program.exits],
         "heads": heads,
         "gates": _gates(fast),
+        "routes": _routes(fast),
         "stages": [s.flops for s in program.stages],
         "notes": list(fast.notes),
     }
@@ -88,6 +91,11 @@ def _put_all(fast: Any, directory: Path, heads: dict[str, Any], entries: dict[st
         tensors["gate_thresholds"] = fast.gate_thresholds.detach().cpu().clone()
     if program.halts:
         tensors["halt_scale"] = getattr(fast.graph_module, HALT_SCALE).detach().cpu().clone()
+    for name, t in fast.route_units.state_dict().items():
+        if not _way(program, name.split(".")[0]).custom:
+            tensors[f"routes.{name}"] = t.detach().cpu().contiguous()
+    if len(fast.route_margins):
+        tensors["route_margins"] = fast.route_margins.detach().cpu().clone()
     tensors["thresholds"] = fast.thresholds.detach().cpu().clone()
     tensors["temperatures"] = fast.temperatures.detach().cpu().clone()
     weights = {name: t.clone() for name, t in tensors.items()}  # shared storage has no place in a safetensors file
@@ -99,6 +107,26 @@ def _put_all(fast: Any, directory: Path, heads: dict[str, Any], entries: dict[st
         if heads[e.name]["kind"] == "custom":
             branch = fast.branch(e.name)
             entries[f"head {e.name}"] = files.put(directory, f"head_{e.name}", ".pt2", partial(_custom, branch, fast))
+
+    for way in (w for r in program.routes for w in r.ways if w.custom):
+        entries[f"branch {way.name}"] = files.put(
+            directory, f"branch_{way.name}", ".pt2", partial(_custom_branch, fast, way)
+        )
+
+
+def _routes(fast: Any) -> dict[str, Any] | None:
+    """The router, its unit and what it was inserted by, as JSON data; None without one."""
+    program = fast.program
+    if program.route_recipe is None:
+        return None
+    records = [asdict(r) for r in program.routes]
+    return {"recipe": program.route_recipe.to_dict(), "records": records, "unit": describe_router(fast.route_units.unit)}
+
+
+def _way(program: Any, name: str) -> Way:
+    """The branch with this name; the router's unit counts as one that is no module of the user's."""
+    found: Way = next((w for r in program.routes for w in r.ways if w.name == name), Way(name, "", "", (), (), 0.0))
+    return found
 
 
 def _exit(e: Exit) -> dict[str, Any]:
@@ -152,20 +180,37 @@ def _custom(branch: Branch, fast: Any, path: Path) -> None:
     """A user's head: exported, since its class may not be there when the program is loaded."""
     e = next(e for e in fast.program.exits if fast.branch(e.name) is branch)
     node = next(n for n in fast.program.source.graph.nodes if n.name == e.node)
-    value = node.meta["val"]
     live = next(v for c in fast.program.cuts if c.after == e.after for v in c.live if v.node == e.node)
-    sizes = [3 if i == live.batch_axis else s if isinstance(s, int) else 8 for i, s in enumerate(live.shape)]
-    example = torch.zeros(sizes, dtype=value.dtype)
-    free = {i: torch.export.Dim.AUTO for i, s in enumerate(live.shape) if isinstance(s, str)}
-    head = copy.deepcopy(branch.head).cpu().eval()
+    _exported(branch.head, live.shape, live.batch_axis, node.meta["val"].dtype, "head", e.name, path)
+
+
+def _custom_branch(fast: Any, way: Way, path: Path) -> None:
+    """A user's branch: exported as a user's head is."""
+    (route,) = fast.program.routes
+    node = next(n for n in fast.program.source.graph.nodes if n.name == route.x)
+    batch = facts.Batch(fast.program.source, fast.program.signature)
+    axis = batch.axis(node)
+    module = getattr(fast.route_units, way.name)
+    _exported(module, batch.sizes(node), axis, node.meta["val"].dtype, "branch", way.name, path)
+
+
+def _exported(module: nn.Module, sizes: Any, batch_axis: Any, dtype: torch.dtype, kind: str, where: str, path: Path) -> None:
+    """Writes a module of the user's that takes one value.
+
+    Raises:
+        ArtifactError: torch.export cannot trace it.
+    """
+    shape = [3 if i == batch_axis else s if isinstance(s, int) else 8 for i, s in enumerate(sizes)]
+    example = torch.zeros(shape, dtype=dtype)
+    free = {i: torch.export.Dim.AUTO for i, s in enumerate(sizes) if isinstance(s, str)}
     try:
-        exported = torch.export.export(head, (example,), dynamic_shapes=(free,), strict=False)
+        exported = torch.export.export(copy.deepcopy(module).cpu().eval(), (example,), dynamic_shapes=(free,), strict=False)
     except Exception as error:  # torch.export raises many unrelated types
         raise ArtifactError(
-            "a custom head cannot be exported, so the program cannot be saved",
-            where=e.name,
+            f"a custom {kind} cannot be exported, so the program cannot be saved",
+            where=where,
             got=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-            hint="use a built-in head, or one whose forward torch.export can trace",
+            hint=f"use a {'built-in head' if kind == 'head' else 'light version'}, or one that torch.export can trace",
         ) from error
     exported._example_inputs = None
     files.save_program(exported, path)

@@ -86,7 +86,7 @@ def calibrate(
             in (0, 1). None: no guarantee, the cheapest thresholds whose drop on this data is at most
             `max_drop`.
         target: "accuracy" (against the labels) or "agreement" (with the full model; needs no labels).
-        temperature: Whether temperatures are fitted. Exits with a patience or a learned criterion keep 1.
+        temperature: Whether temperatures are fitted. Exits with a patience, a learned or a routed criterion keep 1.
         metric: `(prediction, labels) -> [B]` in [0, 1], higher is better, for a task that is not
             classification.
         keep_open: Whether every exit stays open (threshold at most 1), so that a call may be stopped there. None: what
@@ -215,7 +215,7 @@ class Calibration:
         for k in range(logits.shape[1]):
             criterion = self.fast.exits[k].criterion if k < len(self.fast.exits) else None
             z, y = logits[mine, k], labels[mine]
-            if criterion is not None and (criterion.stateful or criterion.learned):
+            if criterion is not None and (criterion.stateful or criterion.learned or criterion.routed):
                 new.append(1.0)
                 continue
             new.append(fit_temperature(z, y))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from eecompile.calibration.collect import combination_of
 from eecompile.calibration.risk import rows_needed
 from eecompile.errors import CalibrationError, near
-from eecompile.training.full import gate_names
+from eecompile.training.full import branches, gate_names
 from eecompile.training.protocol import Compiled
 from eecompile.training.scores import Metric
 
@@ -17,6 +17,13 @@ LEAST_SEARCH_ROWS = 30
 
 
 def check_options(fast: Compiled, max_drop: float, delta: float | None, target: str, metric: Metric | None) -> None:
+    if branches(fast):
+        raise CalibrationError(
+            "the margins of a router between branches are not calibrated",
+            got=", ".join(getattr(fast, "route_names", ())),
+            wanted="a router to exits, or gates",
+            hint="fast.set_route_margins(0.2) sends fewer rows to branches; fast.evaluate gives accuracy and cost of each",
+        )
     if not fast.exits and not gate_names(fast):
         raise CalibrationError(
             "there are no exits or gates to calibrate", hint="compile with a strategy that inserts exits or gates"

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 STRATEGIES = ("act", "ann", "anytime", "branchy", "cascade", "depth_adaptive", "mebert", "self_adaptive", "skipnet")
 HEADS = ("auto", "conv", "identity", "linear", "mlp", "pooler", "shared")
-CRITERIA = ("max_probability", "entropy", "margin", "energy", "patience", "learned")
+CRITERIA = ("max_probability", "entropy", "margin", "energy", "patience", "learned", "routed")
 FORMATS = ("tree", "table", "code", "diff", "dot", "mermaid", "json")
 EXECUTORS = ("auto", "reference", "compact")
 BACKENDS = ("eager", "inductor")
@@ -25,6 +25,8 @@ LEVELS = (
     "insert_gates",
     "place_halting",
     "insert_halting",
+    "place_routes",
+    "insert_routes",
     "place_exits",
     "insert_exits",
     "equilibrium",

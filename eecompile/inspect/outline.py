@@ -14,6 +14,7 @@ from torch import fx
 from eecompile.errors import EecompileError, near
 from eecompile.passes import facts
 from eecompile.passes.place_gates import GATES
+from eecompile.passes.place_routes import ROUTES
 from eecompile.passes.stage import inserted
 from eecompile.program import Block, Live, Program
 
@@ -240,7 +241,7 @@ def _working(gm: fx.GraphModule) -> list[fx.Node]:
 def _decides(n: fx.Node) -> bool:
     """Whether a node belongs to a gate or a chain that halts: its unit, its decision, the choice behind a region."""
     if n.op == "call_module":
-        return str(n.target).startswith(f"{GATES}.")
+        return str(n.target).startswith((f"{GATES}.", f"{ROUTES}."))
     return n.op == "call_function" and str(n.target).startswith("eecompile.")
 
 

@@ -16,7 +16,7 @@ def tables(fast: Any, outline: Outline, whole: bool) -> RenderableType:
     """`format="table"`: the level's blocks and, for the whole program, everything else that is known."""
     parts: list[RenderableType] = [blocks(outline)]
     if whole:
-        parts += [exits(fast), *gates(fast), cuts(fast), *refusals(fast), passes(fast)]
+        parts += [exits(fast), *gates(fast), *routes(fast), cuts(fast), *refusals(fast), passes(fast)]
     return Group(*parts)
 
 
@@ -69,6 +69,24 @@ def widths(fast: Any) -> list[Table]:
         shares = write.shares(w)
         channels = ", ".join("/".join(map(str, sizes)) for sizes in w.channels)
         made.add_row(w.name, Text(w.region), shares, channels, f"{w.gates[0]} to {w.gates[-1]}", write.percent(w.saves))
+    return [made]
+
+
+def routes(fast: Any) -> list[Table]:
+    """One table, none without a router; with the load that `evaluate` saw last, if it has been called."""
+    if not fast.routes:
+        return []
+    (route,) = fast.program.routes
+    where = "" if route.to_exits else f", branches over {route.region}"
+    made = _table(f"routes: a router at {route.at}{where}", "route", "to", "margin", "cost", "leaves out", "rows", "right")
+    seen = {share["name"]: share for share in fast.route_load or ()}
+    for r in fast.routes:
+        margin = "closed" if not r.is_open else "-" if r.margin is None else f"{r.margin:.4g}"
+        share = seen.get(r.name)
+        load = "-" if share is None else write.percent(share["share"])
+        right = "-" if share is None or share["accuracy"] is None else write.percent(share["accuracy"])
+        cells = (r.to, margin, write.percent(r.cost), f"{len(r.left_out)} blocks" if r.left_out else "", load, right)
+        made.add_row(Text(r.name), *cells)
     return [made]
 
 

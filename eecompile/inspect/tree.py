@@ -60,6 +60,7 @@ class _Grown:
                 mark = " (the prediction)" if i == program.prediction else ""
                 tree.add(Text.assemble(("output ", "dim"), leaf.describe() + mark))
             self._gates(tree)
+            self._routes(tree)
             self._executor(tree)
             self._refusals(tree, program.refusals)
             self._passes(tree)
@@ -70,8 +71,9 @@ class _Grown:
         head = Text.assemble((fast.title, "bold"), f", {fast.strategy.name}: ")
         count = len(fast.exits)
         gates = len(fast.gates)
-        inserted = [f"{count} exit{'' if count == 1 else 's'}"] if count or not gates else []
+        inserted = [f"{count} exit{'' if count == 1 else 's'}"] if count or not (gates or fast.routes) else []
         inserted += [f"{gates} gate{'' if gates == 1 else 's'}"] if gates else []
+        inserted += [f"{len(fast.routes)} routes"] if fast.routes else []
         head.append(f"{', '.join(inserted)}, {write.flops(fast.program.total_flops)} a row")
         if not self.whole:
             level = self.outline.level
@@ -131,6 +133,26 @@ class _Grown:
             )
             for w in self.fast.widths:
                 branch.add(Text.assemble((w.name, "bold magenta"), f" {write.width(w)}"))
+
+    def _routes(self, tree: Tree) -> None:
+        fast = self.fast
+        if not fast.routes:
+            return
+        (route,) = fast.program.routes
+        unit = f"{fast.route_units.unit.kind} unit of {write.percent(route.unit_flops / (fast.program.total_flops or 1.0))}"
+        where = "to exits" if route.to_exits else f"to branches over {route.region}"
+        branch = tree.add(Text.assemble(("router ", "dim"), f"at {route.at}, {unit}, {where}"))
+        seen = {share["name"]: share for share in fast.route_load or ()}
+        for r in fast.routes:
+            state = Text("open", "green") if r.is_open else Text("closed", "yellow")
+            line = Text.assemble((r.name, "bold magenta"), ": ", state, f", a row costs {write.percent(r.cost)}")
+            if r.margin and r.is_open:
+                line.append(f", taken from {r.margin:.4g} above the others")
+            if r.left_out:
+                line.append(f", without {', '.join(r.left_out)}")
+            if r.name in seen:
+                line.append(f"; {write.percent(seen[r.name]['share'])} of the rows that were evaluated")
+            branch.add(line)
 
     def _executor(self, tree: Tree) -> None:
         fast = self.fast

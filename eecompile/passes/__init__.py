@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from eecompile.capture.export import Captured
+from eecompile.errors import StrategyError
 from eecompile.passes import facts
 from eecompile.passes.adopt_blocks import AdoptBlocks, StageBlocks
 from eecompile.passes.annotate import Annotate
@@ -21,11 +22,13 @@ from eecompile.passes.find_regions import FindRegions
 from eecompile.passes.insert_exits import COMBINATION, TEMPERATURES, THRESHOLDS, InsertExits, relocate
 from eecompile.passes.insert_gates import GATE_THRESHOLDS, InsertGates, norms_name, relocate_gates
 from eecompile.passes.insert_halting import HALT_SCALE, InsertHalting, relocate_halting
+from eecompile.passes.insert_routes import ROUTE_MARGINS, InsertRoutes, relocate_routes
 from eecompile.passes.lower import Lower
 from eecompile.passes.normalize import Normalize
 from eecompile.passes.place_exits import PlaceExits
 from eecompile.passes.place_gates import GATES, PlaceGates
 from eecompile.passes.place_halting import PlaceHalting
+from eecompile.passes.place_routes import ROUTES, PlaceRoutes
 from eecompile.passes.share import Share
 from eecompile.passes.stage import StagePass
 from eecompile.passes.verify import Verify
@@ -50,6 +53,13 @@ def insertion(recipe: Recipe, captured: Captured, seed: int, brought: Brought | 
     """What puts a recipe into the graph and lowers it. Each primitive has passes of its own; absent ones add none."""
     brought = brought or Brought()
     passes: list[Pass] = []
+    routing: list[Pass] = []
+    if recipe.routes is not None:
+        if captured.front_end != "export":
+            raise StrategyError(
+                "a router needs the graph of the model", got=f"capture={captured.front_end!r}", wanted="export"
+            )
+        routing = [PlaceRoutes(recipe.routes, captured.flat_example), InsertRoutes(recipe.routes, seed=seed)]
     if recipe.gates is not None:
         passes += [
             FindRegions(),
@@ -67,7 +77,10 @@ def insertion(recipe: Recipe, captured: Captured, seed: int, brought: Brought | 
     for halts in brought.halts:
         scale = torch.full((1,), halts.scale)
         passes += [AdoptHalting(halts), InsertHalting(halts.recipe, units=halts.units, scale=scale)]
-    passes.append(PlaceExits(recipe.exits, captured.flat_example, brought))
+    if recipe.routes is not None and recipe.routes.branches:  # exits come behind: they may not lie among the branches
+        passes += [*([FindRegions()] if recipe.gates is None and recipe.halting is None else []), *routing]
+        routing = []
+    passes += [PlaceExits(recipe.exits, captured.flat_example, brought), *routing]
     if recipe.exits is not None:
         passes.append(InsertExits(recipe.exits.head, recipe.exits.threshold, seed=seed, brought=brought))
     else:  # no exit, but the marked graph still selects and tells what it did
@@ -93,6 +106,12 @@ def prepare_training_graph(
         units = dict(program.marked.get_submodule(GATES).named_children())
         given = {name: getattr(program.marked, name, None) for name in (GATE_THRESHOLDS, HALT_SCALE)}
         train = inserted_again(train, program, units, given)
+    if program.route_recipe is not None:
+        modules = dict(program.marked.get_submodule(ROUTES).named_children())
+        margins = getattr(program.marked, ROUTE_MARGINS, None)
+        # the router's places only; its exits are set below
+        train = relocate_routes(train.replace(exits=program.exits), program.routes)
+        train = run_passes(train, [InsertRoutes(program.route_recipe, modules=modules, margins=margins)])
     heads = {e.name: facts.attribute(program.marked, e.head) for e in program.exits}
     buffers = {name: getattr(program.marked, name) for name in (THRESHOLDS, TEMPERATURES)}
     train = train.replace(exits=relocate(train, program.exits), facts=train.facts | {"exits placed"})
@@ -134,6 +153,7 @@ __all__ = [
     "InsertExits",
     "InsertGates",
     "InsertHalting",
+    "InsertRoutes",
     "Lower",
     "Normalize",
     "Pass",
@@ -141,6 +161,7 @@ __all__ = [
     "PlaceExits",
     "PlaceGates",
     "PlaceHalting",
+    "PlaceRoutes",
     "Share",
     "StageBlocks",
     "StagePass",

@@ -1,7 +1,8 @@
-"""A gated region taken out of the graph, to run on the rows whose gate is open.
+"""A gated region, or the branches of a router, taken out of the graph to run on their own rows.
 
 All open: the region runs on what it is given, nothing is copied. All shut: nothing runs. Else its inputs are gathered
-along their batch axes, and what it gives is written over what goes past it.
+along their batch axes, and what it gives is written over what goes past it. Of branches each runs on the rows that were
+sent there; one that has them all runs on what it is given.
 """
 
 from __future__ import annotations
@@ -17,10 +18,13 @@ from eecompile.kernels.skip import is_open
 from eecompile.passes import facts
 from eecompile.passes.extract import Extractor, extract
 from eecompile.passes.find_regions import exclusive
+from eecompile.passes.routed import Routed
 from eecompile.passes.widened import Chains, Widened
-from eecompile.program import Gate, Halt, HaltStep, Program
+from eecompile.program import Gate, Halt, HaltStep, Program, Route, Way
 
 OPEN, SHUT, DYNAMIC = "open", "shut", "dynamic"
+ONLY = "only "  # and the index of the one way that a router leaves open
+Conditional = Gate | HaltStep | Route
 
 
 # Operators that run as their definitions once a program is lowered: the definitions are quicker to call.
@@ -61,9 +65,11 @@ class Gated(nn.Module):
         return tuple(x.index_copy(axis, rows, y) for x, y, axis in zip(past, values, self.out_axes, strict=True))
 
 
-def conditionals(program: Program) -> tuple[Gate | HaltStep, ...]:
-    """Everything that runs on some rows only: gated regions, then all steps of chains that halt but the first."""
-    return (*program.gates, *(s for h in program.halts for s in h.steps if s.carries))
+def conditionals(program: Program) -> tuple[Conditional, ...]:
+    """Everything that runs on some rows only: gated regions, then all steps of chains that halt but the first, then the
+    branches of a router."""
+    steps = (s for h in program.halts for s in h.steps if s.carries)
+    return (*program.gates, *steps, *(r for r in program.routes if r.ways))
 
 
 class GatedRegions:
@@ -80,24 +86,27 @@ class GatedRegions:
         self.nodes: list[list[fx.Node]] = []
         self.chains = Chains(program, names)
         for i, g in enumerate(self.gates):
-            ys = [names[c.y] for c in g.carries]
-            stops = {names[c.x] for c in g.carries} | {names[g.decision]}
+            if isinstance(g, Route):
+                ys, stops, ends = [names[w.value] for w in g.ways], {names[g.x], names[g.reads]}, [g.node]
+            else:
+                ys, ends = [names[c.y] for c in g.carries], [c.node for c in g.carries]
+                stops = {names[c.x] for c in g.carries} | {names[g.decision]}
             if g.name in self.chains.part_of:  # all widths are computed where the last gate's value is chosen
                 chain = self.chains.part_of[g.name]
                 if g.name != chain.gates[-1].name:
                     self.nodes.append([])
                     continue
-                ys, stops = [names[g.carries[0].node]], set(chain.stops)
+                ys, stops = [names[ends[0]]], set(chain.stops)
             found = exclusive(nodes, position, ys, stops)
             if g.name in self.chains.part_of:
                 found.remove(ys[0])
             self.nodes.append(found)
             self.inside |= dict.fromkeys(found, i)
-            self.ends |= {names[c.node]: i for c in g.carries}
+            self.ends |= {names[end]: i for end in ends}
 
     def plain(self, how: Sequence[str]) -> dict[fx.Node, fx.Node]:
         """Outputs of chains whose halting is closed, and the value that the model as it was has there."""
-        steps = dict(zip((g.name for g in self.gates), how, strict=True))
+        steps = dict(zip((g.name for g in self.gates), how, strict=True)) if self.halts else {}
         return {
             self.names[h.output]: self.names[h.ys[0 if h.repeated else -1]]
             for h in self.halts
@@ -106,7 +115,8 @@ class GatedRegions:
 
     def end(self, i: int) -> fx.Node:
         """The first node that hands on something of region i: all of the region is computed there."""
-        return self.names[self.gates[i].carries[0].node]
+        g = self.gates[i]
+        return self.names[g.node if isinstance(g, Route) else g.carries[0].node]
 
     def body(
         self, i: int, part: Extractor, name: str, outputs: Sequence[fx.Node] | None = None
@@ -116,7 +126,12 @@ class GatedRegions:
         Args:
             outputs: What it gives instead of the values that gate i carries on.
         """
-        ys = [self.names[c.y] for c in self.gates[i].carries] if outputs is None else list(outputs)
+        gate = self.gates[i]
+        if outputs is None:
+            assert not isinstance(gate, Route)  # of which each way is a body of its own
+            ys = [self.names[c.y] for c in gate.carries]
+        else:
+            ys = list(outputs)
         needed = set(self.nodes[i]) if outputs is None else facts.needed_for(ys)
         mine = [n for n in self.nodes[i] if n not in part.env and n in needed]
         within = set(mine)
@@ -139,6 +154,9 @@ class GatedRegions:
             needed: In line, what is not among these is left out.
         """
         gate = self.gates[i]
+        if isinstance(gate, Route):
+            self._copy_route(part, i, gate, how[i])
+            return
         skips = [self.names[c.node] for c in gate.carries]
         if gate.name in self.chains.part_of:
             part.env[skips[0]] = self._copy_chain(part, i, how)
@@ -171,6 +189,7 @@ class GatedRegions:
     def _copy_chain(self, part: Extractor, i: int, how: Sequence[str]) -> fx.Node:
         """The value of a region with widths: at one width for all rows, or at each row's own."""
         gate = self.gates[i]
+        assert not isinstance(gate, Route)  # only gates have widths
         chain = self.chains.part_of[gate.name]
         states = [how[i - len(chain.gates) + 1 + k] for k in range(len(chain.gates))]
         lowest, highest = states.count(OPEN), len(states) - states.count(SHUT)
@@ -202,9 +221,48 @@ class GatedRegions:
         call = part.graph.call_module(target, (decisions, past, *(part.resolve(n) for n in inputs)))
         return part.item(call, 0, self.names[gate.carries[0].node])
 
+    def _copy_route(self, part: Extractor, i: int, route: Route, how: str) -> None:
+        """Writes branches into `part`: the only open one in line, or all of them as one conditional submodule."""
+        node = self.names[route.node]
+        if how != DYNAMIC:
+            value = self.names[route.ways[int(how.removeprefix(ONLY))].value]
+            needed = facts.needed_for([value])
+            for n in self.nodes[i]:
+                if n in needed:
+                    part.copy_unless_outer(n)
+            part.env[node] = part.resolve(value)
+            return
+        made = [
+            self._light(i, route, w) or self.body(i, part, f"Branch_{w.name}", [self.names[w.value]]) for w in route.ways
+        ]
+        inputs = list(dict.fromkeys(n for _, given in made for n in given))
+        takes = [[inputs.index(n) for n in given] for _, given in made]
+        target = f"{route.name}_branches"
+        axes = [self._axis(n, route) for n in inputs]
+        part.modules[target] = Routed([body for body, _ in made], takes, axes, route.batch_axis)
+        given = (part.resolve(self.names[route.choice]), *(part.resolve(n) for n in inputs))
+        part.env[node] = part.item(part.graph.call_module(target, given), 0, node)
+
+    def _light(self, i: int, route: Route, way: Way) -> tuple[fx.GraphModule, list[fx.Node]] | None:
+        """A light version is a body as it is, unless what it reads is computed among the branches."""
+        module = facts.attribute(self.gm, way.module) if way.module else None
+        inputs = [self.names[route.x], *(self.names[s] for s in way.sides)]
+        if not isinstance(module, fx.GraphModule) or way.custom or set(inputs) & set(self.nodes[i]):
+            return None
+        return module, inputs
+
     def show_in(self, part: Extractor, i: int) -> None:
-        """Writes region i into `part` as a submodule that computes every row, followed by its `skip`s."""
+        """Writes region i into `part` as a submodule that computes every row, followed by its `skip`s or its `route`."""
         gate = self.gates[i]
+        if isinstance(gate, Route):
+            for way in gate.ways:
+                value = self.names[way.value]
+                body, inputs = self.body(i, part, f"Branch_{way.name}", [value])
+                part.modules[f"{gate.name}_{way.name}"] = body
+                call = part.graph.call_module(f"{gate.name}_{way.name}", tuple(part.resolve(n) for n in inputs))
+                part.env[value] = part.item(call, 0, value)
+            part.copy(self.names[gate.node])
+            return
         chain = self.chains.part_of.get(gate.name)
         values = [self.names[c.y] for c in gate.carries] if chain is None else chain.computed
         body, inputs = self.body(i, part, f"Region{i}", None if chain is None else values)
@@ -217,7 +275,7 @@ class GatedRegions:
             for c in g.carries:
                 part.copy(self.names[c.node])
 
-    def _axis(self, n: fx.Node, gate: Gate | HaltStep) -> int | None:
+    def _axis(self, n: fx.Node, gate: Conditional) -> int | None:
         axis = self.batch.axis(n)
         if isinstance(axis, str):
             raise PassError(
@@ -243,3 +301,13 @@ def pattern(gates: Sequence[Gate], thresholds: Sequence[float]) -> tuple[str, ..
         other = known[g.needs]
         known[g.name] = SHUT if SHUT in (own, other) else own if other == OPEN else DYNAMIC
     return tuple(known[g.name] for g in gates)
+
+
+def routing_pattern(routes: Sequence[Route], margins: Sequence[float]) -> tuple[str, ...]:
+    """Of a router to branches: dynamic, or the only way that is open."""
+    found: list[str] = []
+    for r in routes:
+        if r.ways:
+            ways = [k for k, m in enumerate(margins) if m <= 1]
+            found.append(f"{ONLY}{ways[0]}" if len(ways) == 1 else DYNAMIC)
+    return tuple(found)

@@ -219,11 +219,20 @@ class _Marker:
             if e.combine in ("ensemble", "weighted"):
                 logits = self._ensemble(e, logits, index)
             judged = self.scores[-1] if e.criterion.learned else logits
-            self._confidence(e.name, judged, e.criterion, index, self._mask(e, judged))
+            if e.criterion.routed:
+                self._sent(e, index)
+            else:
+                self._confidence(e.name, judged, e.criterion, index, self._mask(e, judged))
             if e.combine == "confident":
                 logits = self._surest(e.name, logits, index)
         self.graph.erase_node(anchor)
         self.outputs.append(self._role(logits, "output"))
+
+    def _sent(self, e: Exit, index: int) -> None:
+        """The router's confidence for this exit: nothing of the head is in it."""
+        column = self.graph.call_function(aten.select.int, (self.nodes[e.routed], 1, index))
+        column.meta["val"] = self.nodes[e.routed].meta["val"][:, index]
+        self.confidences.append(self._role(self._new(column, f"{e.name}_confidence"), "confidence"))
 
     def _ensemble(self, e: Exit, logits: fx.Node, index: int) -> fx.Node:
         name, target = e.name, torch.ops.eecompile.ensemble.default
@@ -278,7 +287,7 @@ class _Marker:
                 final = self.graph.call_function(aten.movedim.int, (final, self.axis, 0))
                 self._new(final, "prediction_rows")
             criterion = exits[-1].criterion if exits else MaxProbability()
-            if criterion.learned:  # there is no score behind the last layer
+            if criterion.learned or criterion.routed:  # there is no score behind the last layer
                 criterion = MaxProbability(reduce=criterion.reduce)
             mask = self._mask(exits[-1], final) if exits else None
             self._confidence("model", final, criterion, len(exits), mask)

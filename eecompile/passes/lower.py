@@ -36,6 +36,9 @@ class Segment:
         takes_states: How many states come in behind the live values: the first so many of those handed on.
         gives_states: How many states the decision hands on: `(logits, confidence, *states)`. That of the criterion
             comes first, then that of the combination of exits.
+        head: Where a router sends rows to the exit at its end, so that only their head runs: `head(*values)` gives
+            `(logits,)`. The decision is then the confidence alone, and the head's inputs come behind the live values.
+        head_axes: Batch axis of each of the head's inputs.
     """
 
     module: fx.GraphModule
@@ -46,11 +49,13 @@ class Segment:
     reports: tuple[int, ...]
     takes_states: int
     gives_states: int
+    head: fx.GraphModule | None = None
+    head_axes: tuple[int | None, ...] = ()
 
     @property
     def decision(self) -> int:
         """How many values of the decision come first."""
-        return 2 + self.gives_states
+        return 1 if self.head is not None else 2 + self.gives_states
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,13 @@ def _segment(
     states: dict[str, fx.Node | None] = {r: part.graph.placeholder(r) for r in taken}
     layout.copy_interval(part, start, stop, how, needed)
     decision: list[fx.Node] = []
-    if decides:
+    head: Extractor | None = None
+    reads: list[fx.Node] = []
+    if decides and not at_end and program.exits[stop].routed:
+        reads = [layout.names[n] for n in program.exits[stop].head_inputs]
+        head = _routed_head(gm, reads, stop)
+        decision = [part.copy(n) for n in gm.graph.nodes if inserted(n) and _routed_confidence(n, stop)]
+    elif decides:
         decision = _decision(gm, part, -1 if at_end else stop, states, carried)
     leaves = layout.produced(start, stop)
     given = [part.resolve(layout.leaves[i]) for i in leaves]
@@ -144,7 +155,8 @@ def _segment(
     else:
         handed = layout.live(stop, later, how)
     defined(part.graph)
-    module = part.finish([*decision, *given, *(part.resolve(n) for n in handed)], f"Segment{start + 1}to{stop}")
+    last = [part.resolve(n) for n in (*handed, *reads)]
+    module = part.finish([*decision, *given, *last], f"Segment{start + 1}to{stop}")
     return Segment(
         module=module,
         exit=None if at_end else stop,
@@ -153,8 +165,30 @@ def _segment(
         leaves=tuple(leaves),
         reports=reports,
         takes_states=len(taken),
-        gives_states=0 if at_end else len(decision) - 2,
+        gives_states=0 if at_end or head is not None else len(decision) - 2,
+        head=None if head is None else head.finish(_output_of(gm, head, stop), f"Head{stop}"),
+        head_axes=tuple(v.batch_axis for v in layout.as_live(reads)),
     )
+
+
+def _routed_confidence(n: fx.Node, mark: int) -> bool:
+    return n.meta["eecompile"] == mark and n.meta.get("eecompile_role") == "confidence"
+
+
+def _routed_head(gm: fx.GraphModule, reads: list[fx.Node], mark: int) -> Extractor:
+    """The head of an exit that rows are sent to, without the decision, from its inputs on."""
+    part = Extractor(gm)
+    for n in reads:
+        part.placeholder(n)
+    for n in gm.graph.nodes:
+        if inserted(n) and n.meta["eecompile"] == mark and n.op != "get_attr" and not _routed_confidence(n, mark):
+            part.copy(n)
+    return part
+
+
+def _output_of(gm: fx.GraphModule, head: Extractor, mark: int) -> list[fx.Node]:
+    roles = ((n, n.meta.get("eecompile_role")) for n in gm.graph.nodes if inserted(n) and n.meta["eecompile"] == mark)
+    return [head.env[n] for n, role in roles if role == "output"]
 
 
 def _reported(

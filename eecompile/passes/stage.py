@@ -40,6 +40,10 @@ class StagePass(Pass):
         program = program.replace(
             gates=tuple(_staged_gate(g, layout, by_exit) for g in program.gates),
             halts=tuple(_staged(h, layout, by_exit) for h in program.halts),
+            routes=tuple(
+                replace(r, stage=layout.stage_of(r.weights), way_stage=layout.stage_of(r.node) if r.node else 0)
+                for r in program.routes
+            ),
             reports=tuple(replace(r, stage=layout.stage_of(r.node)) for r in program.reports),
         )
         # whether a row takes a step is known before an exit that lies in between: who leaves there does not take it
@@ -84,7 +88,9 @@ class Layout:
         given = list(self.gm.graph.output_node().args[0])[:count]  # type: ignore[arg-type]
         # the leaves as the trunk gives them, before selection and blanking
         self.leaves = [self._trunk_leaf(g) for g in given]
-        self.own = facts.needed_for([*self.leaves, self.prediction()])
+        # where rows go between branches: `route` reads it off what is admitted, and lowering groups rows by it
+        self.choices = {self.names[r.choice]: self.names[r.node] for r in program.routes if r.ways}
+        self.own = facts.needed_for([*self.leaves, self.prediction(), *self.choices])
 
     def _trunk_leaf(self, given: Any) -> fx.Node:
         node = given
@@ -120,8 +126,8 @@ class Layout:
             how: Per gate "open", "shut" or "dynamic": chains whose halting is closed need no scores.
         """
         plain = {} if how is None else self.regions.plain(how)
-        own = self.own if not plain else facts.needed_for([*self.leaves, self.prediction()], plain)
-        heads = [self.names[n] for k in exits for n in self.program.exits[k].head_inputs]
+        own = self.own if not plain else facts.needed_for([*self.leaves, self.prediction(), *self.choices], plain)
+        heads = [self.names[n] for k in exits for n in self.program.exits[k].reads]
         beside = [n for n in heads if n not in own]  # none, but in a cascade of models
         return own | facts.needed_for(beside, plain) if beside else own
 
@@ -167,9 +173,10 @@ class Layout:
         p = self.bounds[exit_index]
         wanted = range(exit_index + 1, len(self.bounds)) if later is None else later
         exits = self.program.exits
-        heads = {self.names[n] for k in wanted for n in exits[k].head_inputs}
+        heads = {self.names[n] for k in wanted for n in exits[k].reads}
         # predictions per position leave padding out of the confidence, to the very end
         heads |= {self.names[e.mask_input] for e in exits if e.mask_input and self.positions}
+        heads |= {choice for choice, node in self.choices.items() if self.position[node] > p}
         needed = self.needed(wanted, how)  # work of a closed exit does not run: what only it reads need not survive
         out = []
         for n in self.trunk[: p + 1]:
@@ -253,7 +260,7 @@ def _staged_graph(program: Program, layout: Layout, stages: tuple[Stage, ...]) -
             leaves.append(layout.prediction())
         handed = [layout.names[v.node] for v in stage.outputs] if stage.exit is not None else []
         if stage.exit is not None:  # a head may read what nobody needs afterwards
-            handed += [layout.names[n] for n in program.exits[stage.exit].head_inputs]
+            handed += [layout.names[n] for n in program.exits[stage.exit].reads]
         given = list(dict.fromkeys([*handed, *leaves, *layout.reported(k - 1, k)]))
         passed = [n for n in given if n in taken]
         given = [n for n in given if n not in taken]

@@ -1,4 +1,4 @@
-"""How gates decide while they are trained: the marked graph with other decisions in place of `gate` and `skip`.
+"""How gates and routers decide while they are trained: other decisions in place of `gate`, `skip` and `route`'s choice.
 
 | mode | decision | gradient of the score |
 |---|---|---|
@@ -6,7 +6,10 @@
 | soft | none: `score * y + (1 - score) * x` | that of the blend; the first phase of SkipNet (Wang et al. 2018) |
 | sample | Bernoulli(score) | none: REINFORCE uses the log probability of `Result.gates` under `Result.gate_scores` |
 | gumbel | hard, with logistic noise on the score's logit | straight through the noisy score (Jang et al. 2017) |
+| uniform | each way equally likely | none: so that every branch is trained on all kinds of rows |
 | open | open, whatever score and threshold | none: for objectives that read the scores beside every depth's prediction |
+
+A router's scores are the probabilities of its K ways, and "open" is the model's own; closed ways are never taken.
 
 A gate whose threshold is 0 or above 1 stays open or shut in every mode but "open", and `min_open` forces it open as in
 `gate`. A curriculum keeps the first gates open and lets ever more of the last ones decide (BlockDrop, Wu et al. 2018).
@@ -14,7 +17,7 @@ A gate whose threshold is 0 or above 1 stays open or shut in every mode but "ope
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, fx
@@ -48,6 +51,10 @@ def with_decisions(gm: fx.GraphModule, mode: str, kept_open: int = 0) -> fx.Grap
             n.target = always if n.args[2] < kept_open else decide
         elif mode == "soft" and n.target is torch.ops.eecompile.skip.default:
             n.target = blend
+        elif n.target is torch.ops.eecompile.route.default and mode in WAYS:
+            n.args[0].target = WAYS[mode]
+            if mode == "soft":
+                n.target = mixture
     new.recompile()
     return new
 
@@ -78,11 +85,17 @@ def always(score: Tensor, thresholds: Tensor, index: int, opened: Tensor | None 
     return torch.ones_like(score, dtype=torch.float32)
 
 
+def uniform(score: Tensor, thresholds: Tensor, index: int, opened: Tensor | None = None, least: int = 0) -> Tensor:
+    """1 or 0, equally likely."""
+    return _bounded(torch.bernoulli(torch.full_like(score, 0.5, dtype=torch.float32)), thresholds[index], opened, least)
+
+
 DECISIONS: dict[str, Callable[..., Tensor]] = {
     "hard": torch.ops.eecompile.gate.default,
     "soft": soft,
     "sample": sample,
     "gumbel": gumbel,
+    "uniform": uniform,
     "open": always,
 }
 MODES = tuple(DECISIONS)
@@ -101,3 +114,52 @@ def blend(gate: Tensor, y: Tensor, x: Tensor, batch_axis: int = 0) -> Tensor:
     """`gate * y + (1 - gate) * x`, rows along `batch_axis`."""
     weight = per_row(gate, y, batch_axis).to(y.dtype)
     return weight * y + (1 - weight) * x
+
+
+# --- routers: [B, K] whose largest entry is a row's way, from the probabilities `weights` [B, K] and `margins` [K]
+
+
+def soft_ways(weights: Tensor, margins: Tensor) -> Tensor:
+    """The probabilities themselves, those of open ways."""
+    p = weights.clamp_min(EPSILON) * (margins <= 1)
+    return p / p.sum(1, keepdim=True)
+
+
+def sampled_ways(weights: Tensor, margins: Tensor) -> Tensor:
+    """1 for a way drawn with these probabilities, else 0."""
+    drawn = torch.multinomial(soft_ways(weights.detach(), margins), 1)
+    return torch.zeros_like(weights).scatter(1, drawn, 1.0).detach()
+
+
+def uniform_ways(weights: Tensor, margins: Tensor) -> Tensor:
+    """1 for one of the open ways, each as likely as the others, else 0."""
+    return sampled_ways(torch.ones_like(weights), margins)
+
+
+def gumbel_ways(weights: Tensor, margins: Tensor) -> Tensor:
+    """The probabilities with Gumbel noise on their logarithms (Jang et al. 2017)."""
+    p = soft_ways(weights, margins)
+    noise = -torch.log(-torch.log(torch.rand_like(p).clamp(EPSILON, 1 - EPSILON)))
+    closed = torch.where(margins <= 1, 0.0, -torch.inf)
+    return torch.softmax(p.clamp_min(EPSILON).log() + noise + closed, 1)
+
+
+def own_way(weights: Tensor, margins: Tensor) -> Tensor:
+    """1 for the last way, the model's own."""
+    last = torch.tensor([weights.shape[1] - 1], device=weights.device)
+    return torch.zeros_like(weights).index_fill(1, last, 1.0)
+
+
+WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "soft": soft_ways,
+    "sample": sampled_ways,
+    "uniform": uniform_ways,
+    "gumbel": gumbel_ways,
+    "open": own_way,
+}
+
+
+def mixture(weights: Tensor, branches: Sequence[Tensor], batch_axis: int) -> Tensor:
+    """`sum_k weights[:, k] * branches[k]`, rows along `batch_axis`."""
+    parts = [per_row(weights[:, k], b, batch_axis).to(b.dtype) * b for k, b in enumerate(branches)]
+    return torch.stack(parts).sum(0)

@@ -7,6 +7,7 @@ from torch import fx, nn
 
 from eecompile.passes import facts
 from eecompile.passes.place_gates import GATES
+from eecompile.passes.place_routes import ROUTES
 from eecompile.passes.stage import inserted
 
 
@@ -18,7 +19,7 @@ def frozen_trunk(marked: fx.GraphModule, trunk: set[int]) -> fx.GraphModule:
     """
     gm = facts.copy(marked)
     for n in list(gm.graph.nodes):
-        if n.op == "call_module" and not inserted(n) and not str(n.target).startswith(GATES):  # captured as blocks
+        if n.op == "call_module" and not inserted(n) and not str(n.target).startswith((GATES, ROUTES)):  # captured as blocks
             setattr(gm, str(n.target), gm.get_submodule(str(n.target)).freeze())  # type: ignore[operator]
         if n.op != "get_attr" or inserted(n):
             continue

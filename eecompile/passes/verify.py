@@ -14,12 +14,13 @@ from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.insert_exits import THRESHOLDS
 from eecompile.passes.insert_gates import GATE_THRESHOLDS
 from eecompile.passes.insert_halting import HALT_SCALE, closed_scale
+from eecompile.passes.insert_routes import CLOSED, ROUTE_MARGINS
 from eecompile.program import Program
 
 
 @dataclass(frozen=True)
 class Verify(Pass):
-    """With all exits closed and all gates open, marked and staged graph give the captured graph's output bit for bit.
+    """With exits closed, gates open and rows on the model's own way, marked and staged graph give its output bit for bit.
 
     Args:
         example: Flat inputs; None checks nothing but the graphs' own rules.
@@ -37,7 +38,8 @@ class Verify(Pass):
         marked, staged = program.marked, program.graph_module
         thresholds, gates = getattr(marked, THRESHOLDS), getattr(marked, GATE_THRESHOLDS, torch.empty(0))
         scale = getattr(marked, HALT_SCALE, torch.empty(0))
-        scale_before = scale.clone()
+        margins = getattr(marked, ROUTE_MARGINS, torch.empty(0))
+        scale_before, margins_before = scale.clone(), margins.clone()
         before, gates_before = thresholds.clone(), gates.clone()
         flags = {m: m.training for m in marked.modules()}
         marked.eval()
@@ -46,6 +48,7 @@ class Verify(Pass):
         try:
             thresholds.fill_(2.0)
             gates.fill_(0.0)
+            margins[:-1].fill_(CLOSED)
             scale.fill_(closed_scale(program))
             with torch.no_grad(), _steady(program):
                 want = program.source(*self.example)[:count]
@@ -55,11 +58,13 @@ class Verify(Pass):
                 thresholds.copy_(before)
                 gates.copy_(gates_before)
                 scale.copy_(scale_before)
+                margins.copy_(margins_before)
                 _equal(marked(*self.example), staged(*self.example), "staged graph")
         finally:
             thresholds.copy_(before)
             gates.copy_(gates_before)
             scale.copy_(scale_before)
+            margins.copy_(margins_before)
             for m, flag in flags.items():
                 m.training = flag
         return PassResult(program, False, summary="closed exits and open gates give the captured graph's output bit for bit")

@@ -15,18 +15,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eecompile.passes.gated import DYNAMIC, OPEN, conditionals, halting_pattern, pattern
+from eecompile.passes.gated import DYNAMIC, ONLY, OPEN, conditionals, halting_pattern, pattern, routing_pattern
 from eecompile.passes.insert_exits import THRESHOLDS
 from eecompile.passes.insert_gates import GATE_THRESHOLDS
 from eecompile.passes.insert_halting import HALT_SCALE, closed_scale
+from eecompile.passes.insert_routes import ROUTE_MARGINS
 from eecompile.passes.lower import Segment, schedule
-from eecompile.program import Halt, Program
+from eecompile.program import Halt, HaltStep, Program
 from eecompile.runtime.anytime import run_within, stream_of
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome, assemble, nothing, times_of
 from eecompile.runtime.reference import reached
 from eecompile.runtime.runnable import EagerSegment, compiled
-from eecompile.runtime.survivors import Survivors
+from eecompile.runtime.survivors import Logits, Survivors, taken
 
 Call = Callable[..., tuple[Tensor, ...]]
 
@@ -38,6 +39,22 @@ class Step:
     segment: Segment
     call: Call
     axes: tuple[int | None, ...]  # batch axis of each live value that it hands on
+    head: Call | None = None
+
+    def logits(self, values: Sequence[Tensor]) -> Logits:
+        """Those of the exit at the end: there, or computed for the rows that are sent to it."""
+        if self.head is None:
+            return values[0]
+        call, axes = self.head, self.segment.head_axes
+        given = values[len(values) - len(axes) :]
+
+        def of(at: Tensor | None) -> Tensor:
+            rows = given
+            if at is not None:
+                rows = [t if a is None else t.index_select(a, at) for t, a in zip(given, axes, strict=True)]
+            return call(*rows)[0]
+
+        return of
 
 
 class CompactExecutor:
@@ -69,6 +86,8 @@ class CompactExecutor:
         if self.program.halts:
             scale = float(getattr(self.program.marked, HALT_SCALE))
             gates += halting_pattern(self.program.halts, scale == closed_scale(self.program))
+        if any(r.ways for r in self.program.routes):
+            gates += routing_pattern(self.program.routes, getattr(self.program.marked, ROUTE_MARGINS).tolist())
         # One assignment, so that a running call sees old or new thresholds, not a mixture.
         self._current = (values, tuple(i for i, t in enumerate(values) if t <= 1.0), gates)
 
@@ -91,8 +110,9 @@ class CompactExecutor:
         return found
 
     def _step(self, segment: Segment) -> Step:
-        call: Call = EagerSegment(segment.module) if self.backend == "eager" else compiled(segment.module)
-        return Step(segment, call, tuple(v.batch_axis for v in segment.outputs))
+        ready: Callable[..., Call] = EagerSegment if self.backend == "eager" else compiled
+        head = None if segment.head is None else ready(segment.head)
+        return Step(segment, ready(segment.module), tuple(v.batch_axis for v in segment.outputs), head)
 
     def run(self, flat: Sequence[Tensor], want_confidence: bool = False, allowance: Allowance | None = None) -> Outcome:
         call = self._begin(flat, want_confidence)
@@ -156,7 +176,7 @@ class _Run:
         self.interrupted = False
         self.stopped: str | None = None
         # exit, logits and confidence of the last decision, and who of those rows stayed (None: all)
-        self.last: tuple[int, Tensor, Tensor, Tensor | None] | None = None
+        self.last: tuple[int, Logits, Tensor, Tensor | None] | None = None
         self.reports: dict[str, Tensor] = {}
 
     @property
@@ -184,15 +204,16 @@ class _Run:
             if segment.reports:
                 self._keep_reports(segment, values[at:])
                 at += len(segment.reports)
-            live, state = values[at:], values[2 : segment.decision]
-            stay = self.in_.decide(segment.exit, values[0], values[1], self.thresholds[segment.exit])
+            live, state = values[at : at + len(step.axes)], values[2 : segment.decision]
+            logits, confidence = step.logits(values), values[0 if step.head is not None else 1]
+            stay = self.in_.decide(segment.exit, logits, confidence, self.thresholds[segment.exit])
             if stay is not None:
                 rows = stay.numel()
                 if rows == 0:
                     return
                 live = [self.in_.gather(t, axis, stay) for t, axis in zip(live, step.axes, strict=True)]
                 state = tuple(s.index_select(0, stay) for s in state)
-            self.last = (segment.exit, values[0], values[1], stay)
+            self.last = (segment.exit, logits, confidence, stay)
             yield i + 1, rows
 
     def stop(self, why: str) -> None:
@@ -208,9 +229,8 @@ class _Run:
         """Rows that are still in have the output of the exit that they have just passed."""
         assert self.last is not None
         exit_index, logits, confidence, stay = self.last
-        if stay is not None:
-            logits, confidence = logits.index_select(0, stay), confidence.index_select(0, stay)
-        survivors.finish(logits, confidence, at=exit_index)
+        confidence = confidence if stay is None else confidence.index_select(0, stay)
+        survivors.finish(taken(logits, stay), confidence, at=exit_index)
 
     def outcome(self) -> Outcome:
         outcome = assemble(self.program, self.flat, self.in_, self.leaves, self.want_confidence)
@@ -268,11 +288,16 @@ class _Run:
         known |= {
             s.name: (exit_index >= s.stage).float() * (how == OPEN)
             for s, how in steps
-            if how != DYNAMIC or s.name not in self.reports
+            if isinstance(s, HaltStep) and (how != DYNAMIC or s.name not in self.reports)
         }
         for h in self.program.halts:
             if h.name not in self.reports:
                 known[h.name] = closed_ledger(h, exit_index)
+        for r in self.program.routes:  # one way is open, or nobody got to the branches; or no exit is open
+            if r.name not in self.reports:
+                way = int(self.gates[-1].removeprefix(ONLY)) if r.ways and self.gates[-1] != DYNAMIC else 0
+                shape = (len(exit_index), len(self.program.exits)) if r.to_exits else (len(exit_index),)
+                known[r.name] = torch.full(shape, way, device=exit_index.device)
         return known
 
 

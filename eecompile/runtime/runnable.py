@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from eecompile.errors import MissingDependencyError
 from eecompile.passes import facts
 from eecompile.passes.gated import Gated
+from eecompile.passes.routed import Routed
 from eecompile.passes.widened import Widened
 from eecompile.runtime.reuse import reusable
 
@@ -105,7 +106,7 @@ class EagerSegment:
         for gated in module.modules():
             if isinstance(gated, Gated):
                 gated.call = EagerSegment(gated.body)
-            elif isinstance(gated, Widened):
+            elif isinstance(gated, Widened | Routed):
                 gated.prepare(EagerSegment)
         self.source = module
         self.module, self.attributes = lifted(module, reuse=True)
@@ -128,10 +129,10 @@ def compiled(module: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
     """A segment through `torch.compile` with a dynamic batch: one graph for every number of survivors above one."""
     if not hasattr(torch, "compile"):
         raise MissingDependencyError("this torch has no torch.compile", hint='use backend="eager"')
-    gates: list[Gated | Widened] = [m for m in module.modules() if isinstance(m, Gated)]
-    for widened in (m for m in module.modules() if isinstance(m, Widened)):
-        widened.prepare(partial(torch.compile, dynamic=True, fullgraph=True))
-        gates.append(widened)
+    gates: list[Gated | Widened | Routed] = [m for m in module.modules() if isinstance(m, Gated)]
+    for several in (m for m in module.modules() if isinstance(m, Widened | Routed)):
+        several.prepare(partial(torch.compile, dynamic=True, fullgraph=True))
+        gates.append(several)
     for gated in gates:  # how many rows are open is known on the host only: the graph breaks around a region
         if isinstance(gated, Gated):
             gated.call = torch.compile(gated.body, dynamic=True, fullgraph=True)

@@ -2,8 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
+
+Logits = Tensor | Callable[[Tensor | None], Tensor]
+"""[n, ..., C], or what computes them for some of the n rows, given their positions `[m]` (None: all)."""
+
+
+def taken(logits: Logits, at: Tensor | None) -> Tensor:
+    """The logits at some positions, None for all."""
+    if callable(logits) and not isinstance(logits, Tensor):
+        return logits(at)
+    return logits if at is None else logits.index_select(0, at)
 
 
 class Survivors:
@@ -22,11 +34,11 @@ class Survivors:
         self.confidence: Tensor | None = None
         self.final: Tensor | None = None  # [B] bool, only where a call was stopped
 
-    def decide(self, exit_index: int, logits: Tensor, confidence: Tensor, threshold: float) -> Tensor | None:
+    def decide(self, exit_index: int, logits: Logits, confidence: Tensor, threshold: float) -> Tensor | None:
         """Lets the rows that are sure leave.
 
         Args:
-            logits: [n, ..., C] of the rows that are still in.
+            logits: [n, ..., C] of the rows that are still in, or what computes those of the rows that leave.
             confidence: [n]; NaN is never sure.
 
         Returns:
@@ -41,24 +53,25 @@ class Survivors:
         self.rows = stay if self.rows is None else self.rows[stay]
         return stay
 
-    def _write(self, exit_index: int, logits: Tensor, confidence: Tensor, sure: Tensor | None) -> None:
+    def _write(self, exit_index: int, logits: Logits, confidence: Tensor, sure: Tensor | None) -> None:
         if sure is None and self.rows is None:  # everybody at the first decision: nothing to gather
-            self.prediction, self.confidence = logits, confidence
+            self.prediction, self.confidence = taken(logits, None), confidence
             self.exit_index = torch.full((self.size,), exit_index, dtype=torch.int64, device=self.device)
             return
-        rows, taken, surest = self.rows, logits, confidence
+        rows, at, surest = self.rows, None, confidence
         if sure is not None:
             at = torch.nonzero(sure).view(-1)
             rows = at if self.rows is None else self.rows[at]
-            taken, surest = logits.index_select(0, at), confidence.index_select(0, at)
+            surest = confidence.index_select(0, at)
+        given = taken(logits, at)
         assert rows is not None
         if self.prediction is None:
-            self.prediction = logits.new_empty((self.size, *logits.shape[1:]))
+            self.prediction = given.new_empty((self.size, *given.shape[1:]))
             # Rows that no exit takes end at the model's own end.
             self.exit_index = torch.full((self.size,), self.end, dtype=torch.int64, device=self.device)
             self.confidence = torch.zeros((self.size,), dtype=torch.float32, device=self.device)
         assert self.exit_index is not None and self.confidence is not None
-        self.prediction = self.prediction.index_copy_(0, rows, taken)
+        self.prediction = self.prediction.index_copy_(0, rows, given)
         self.exit_index.index_fill_(0, rows, exit_index)
         self.confidence.index_copy_(0, rows, surest.detach())
 

@@ -17,6 +17,7 @@ from eecompile.strategies.cascade import Cascade
 from eecompile.strategies.combined import Combined
 from eecompile.strategies.depth_adaptive import DepthAdaptive
 from eecompile.strategies.mebert import MeBert
+from eecompile.strategies.router import Router, RouteRecipe
 from eecompile.strategies.self_adaptive import SelfAdaptive
 from eecompile.strategies.skipnet import SkipNet
 
@@ -69,6 +70,8 @@ __all__ = [
     "HaltRecipe",
     "MeBert",
     "Recipe",
+    "RouteRecipe",
+    "Router",
     "SelfAdaptive",
     "SkipNet",
     "Strategy",

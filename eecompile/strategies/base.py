@@ -12,10 +12,11 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from eecompile.criteria import Criterion, criterion
+from eecompile.criteria import Criterion, Routed, criterion
 from eecompile.errors import StrategyError
 from eecompile.heads import HeadSpec
 from eecompile.kernels.combine import check_combination
+from eecompile.strategies.router import Router, RouteRecipe, router
 
 Where = int | str | float | Sequence[str | float]
 PLAIN = {"name": "exits"}  # the task's loss alone: what strategies without exits ask for
@@ -121,6 +122,7 @@ class Recipe:
     exits: ExitRecipe | None = None
     gates: GateRecipe | None = None
     halting: HaltRecipe | None = None
+    routes: RouteRecipe | None = None
     equilibrium: bool = False
 
 
@@ -131,7 +133,7 @@ class TrainingStage:
     Attributes:
         name: As reports show it.
         share: Share of the epochs of `fit`, relative to the other stages.
-        gate_mode: How gates decide meanwhile: "soft", "hard", "sample", "gumbel" or "open".
+        gate_mode: How gates and routers decide meanwhile: "soft", "hard", "sample", "gumbel", "uniform" or "open".
         objective: Added to the task's objective, as JSON data; None for the task alone.
         kept_open: Share of the gates, the first ones, that stay open meanwhile: a curriculum from the last gate on.
     """
@@ -210,7 +212,7 @@ class Strategy:
         out: dict[str, Any] = {"name": self.name}
         for f in fields(self):
             v = getattr(self, f.name)
-            if isinstance(v, Criterion):
+            if isinstance(v, Criterion | Router):
                 v = v.to_dict()
             elif isinstance(v, nn.Module) or callable(v):
                 v = "custom"
@@ -242,9 +244,11 @@ class ExitStrategy(Strategy):
         combine: What an exit answers, given the open exits before it: "last" (its own head), "ensemble" (geometric mean
             of all so far, Zero Time Waste), "weighted" (the same with trained weights and class biases) or "confident" (the
             surest so far). The model's own end answers for itself.
+        router: Sends rows straight to one of the exits, in place of a criterion, or into branches of the model; a `Router`
+            or its options.
     """
 
-    inserts: ClassVar[Mapping[str, str]] = {"exits": "exits"}
+    inserts: ClassVar[Mapping[str, str]] = {"exits": "exits", "routes": "router"}
 
     exits: Where = 3
     head: HeadSpec = "auto"
@@ -256,15 +260,19 @@ class ExitStrategy(Strategy):
     distillation: float = 0.0
     trunk: bool = False
     combine: str = "last"
+    router: Router | Mapping[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
         check_combination(self.combine)
         object.__setattr__(self, "criterion", criterion(self.criterion))
+        object.__setattr__(self, "router", router(self.router))
+        self._check_router()
         for name in ("exits", "threshold", "weights"):
             v = getattr(self, name)
             if isinstance(v, Sequence) and not isinstance(v, str):
                 object.__setattr__(self, name, tuple(v))
-        if isinstance(self.exits, bool) or (isinstance(self.exits, int) and self.exits < 1):
+        least = 0 if isinstance(self.router, Router) and not self.router.to_exits else 1
+        if isinstance(self.exits, bool) or (isinstance(self.exits, int) and self.exits < least):
             raise StrategyError("a strategy needs at least one exit", got=self.exits, wanted="an integer >= 1")
         if isinstance(self.exits, float):
             object.__setattr__(self, "exits", (self.exits,))
@@ -280,10 +288,47 @@ class ExitStrategy(Strategy):
         if not 0.0 <= self.distillation <= 1.0:
             raise StrategyError("distillation= is a share of the loss", got=self.distillation, wanted="0 to 1")
 
+    def _check_router(self) -> None:
+        """With a router to exits no criterion decides."""
+        assert isinstance(self.criterion, Criterion)
+        to_exits = isinstance(self.router, Router) and self.router.to_exits
+        if isinstance(self.criterion, Routed) and not to_exits:
+            raise StrategyError(
+                'the criterion "routed" needs a router', got="router=None", hint='router=strategies.Router(to="exits")'
+            )
+        if isinstance(self.router, Router) and getattr(self, "two_stage", False):
+            raise StrategyError("a router has stages of training of its own", got="two_stage=True", wanted="two_stage=False")
+        if not to_exits or isinstance(self.criterion, Routed):
+            return
+        usual: Any = next(f.default for f in fields(self) if f.name == "criterion")
+        if self.criterion != criterion(usual) or self.combine != "last":
+            raise StrategyError(
+                "a router sends each row to one exit, so no criterion decides and no exits answer together",
+                got=f"criterion={self.criterion.name!r}, combine={self.combine!r}",
+                hint="leave them out",
+            )
+        object.__setattr__(self, "criterion", Routed(self.criterion.reduce))
+
+    def over(self, models: int) -> Strategy:
+        self._check_models(models)
+        return super().over(models)
+
+    def _check_models(self, models: int) -> None:
+        if models > 1 and isinstance(self.router, Router):
+            raise StrategyError(
+                "a router chooses between the parts of one model",
+                got=f"{models} models",
+                hint='branches that are whole models: Branchy(router=Router(to={"small": model}, over=("input", "output")))',
+            )
+
     def recipe(self) -> Recipe:
         assert isinstance(self.criterion, Criterion)  # __post_init__ resolved it
         threshold = self.criterion.default_threshold if self.threshold is None else self.threshold
+        routes = self.router.recipe() if isinstance(self.router, Router) else None
+        if self.exits == 0:
+            return Recipe(routes=routes)
         return Recipe(
+            routes=routes,
             exits=ExitRecipe(
                 self.exits,
                 self.head,
@@ -292,7 +337,7 @@ class ExitStrategy(Strategy):
                 self.mask,
                 self.max_head_share,
                 self.combine,
-            )
+            ),
         )
 
     @property
@@ -311,8 +356,23 @@ class ExitStrategy(Strategy):
         return task if len(parts) == 1 else {"name": "sum", "parts": parts, "factors": [1.0] * len(parts)}
 
     @property
+    def stages(self) -> tuple[TrainingStage, ...]:
+        return tuple(TrainingStage(*stage) for stage in self.router.training) if isinstance(self.router, Router) else ()
+
+    @property
     def joint(self) -> bool:
         return self.trunk
 
 
-__all__ = ["ExitRecipe", "ExitStrategy", "GateRecipe", "HaltRecipe", "Recipe", "Strategy", "TrainingStage", "Where"]
+__all__ = [
+    "ExitRecipe",
+    "ExitStrategy",
+    "GateRecipe",
+    "HaltRecipe",
+    "Recipe",
+    "RouteRecipe",
+    "Router",
+    "Strategy",
+    "TrainingStage",
+    "Where",
+]

@@ -65,6 +65,7 @@ class Cascade(ExitStrategy):
                 if getattr(self, name) is not None:
                     raise StrategyError(f"{name}= is for a cascade of several models", got="one model")
             return replace(self, exits=2) if self.exits == PREDICTIONS else self
+        self._check_models(models)
         if self.exits != PREDICTIONS or self.head != "auto":
             raise StrategyError(
                 "exits= and head= are for a cascade over the layers of one model",

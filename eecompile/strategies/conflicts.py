@@ -12,7 +12,7 @@ from eecompile.errors import StrategyError
 from eecompile.strategies.base import PLAIN, ExitStrategy, Strategy
 from eecompile.strategies.cascade import Cascade
 
-PRIMITIVES = ("exits", "gates", "halting")
+PRIMITIVES = ("exits", "gates", "halting", "routes")
 # Objectives that hold the task's loss; a sum has one of them.
 TASKS = ("exits", "weighted_cross_entropy", "distillation", "adaloss", "zero_time_waste", "depth_targets", "per_exit_loss")
 # What the exits of one program share. A cascade's and those inside of its models agree on it.
@@ -146,7 +146,9 @@ def clause(part: Strategy, kind: str) -> Clause | None:
 
 def staging(part: Strategy) -> Clause:
     """The option that says how training is divided."""
-    return Clause(part, next((o for o in ("shares", "curriculum", "targets", "mode") if hasattr(part, o)), "stages"))
+    return Clause(
+        part, next((o for o in ("shares", "curriculum", "targets", "mode", "router") if hasattr(part, o)), "stages")
+    )
 
 
 def terms(objective: Mapping[str, Any]) -> list[tuple[float, dict[str, Any]]]:

@@ -13,9 +13,10 @@ from torch import Tensor
 from eecompile.errors import EecompileError
 from eecompile.training.batches import batches, device_of, empty_loader
 from eecompile.training.curve import degradation, first_exit, sweep
-from eecompile.training.full import full_prediction, gate_names
+from eecompile.training.full import branches, full_prediction, gate_names
 from eecompile.training.protocol import Compiled
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
+from eecompile.training.route_report import RouteShare, route_shares
 from eecompile.training.scores import Metric, agreement, check_labels, measure, right
 
 
@@ -83,6 +84,7 @@ class EvaluationReport(Report):
         curve: Points (threshold, accuracy, cost, share leaving early), where they were asked for.
         degradation: Points (budget, accuracy, cost, share stopped), where they were asked for.
         gates: Every gate, where there are some. Costs of exits count them as open; `mean_cost` counts what was run.
+        routes: Every route, where there is a router: load, cost, accuracy.
     """
 
     title: ClassVar[str] = "Evaluation"
@@ -99,6 +101,7 @@ class EvaluationReport(Report):
     curve: list[dict[str, Any]] | None = field(default=None)
     degradation: list[dict[str, Any]] | None = field(default=None)
     gates: list[GateShare] = field(default_factory=list)
+    routes: list[RouteShare] = field(default_factory=list)
 
     @property
     def unearned(self) -> list[ExitRow]:
@@ -108,9 +111,8 @@ class EvaluationReport(Report):
     def to_dict(self) -> dict[str, Any]:
         return {
             "title": self.title,
-            **{key: json_safe(value) for key, value in vars(self).items() if key not in ("rows", "gates")},
-            "rows": [json_safe(vars(row)) for row in self.rows],
-            "gates": [json_safe(vars(gate)) for gate in self.gates],
+            **{key: json_safe(value) for key, value in vars(self).items() if key not in TABLES},
+            **{key: [json_safe(vars(row)) for row in getattr(self, key)] for key in TABLES},
         }
 
     def __rich__(self) -> RenderableType:
@@ -150,6 +152,13 @@ class EvaluationReport(Report):
         if self.gates:
             shares = [[g.name, g.region, number(g.threshold), percent(g.open, 1), percent(g.saved, 1)] for g in self.gates]
             parts.insert(1, table("Gates", ["gate", "region", "threshold", "rows let in", "saved"], shares))
+        if self.routes:
+            heads = ["route", "to", "rows", "cost of those", "right of those", "the full model on those"]
+            sent = [
+                [r.name, r.to, percent(r.share, 1), percent(r.cost, 1), shown(r.accuracy), shown(r.full_accuracy)]
+                for r in self.routes
+            ]
+            parts.insert(1, table("Routes", heads, sent))
         if self.curve is not None:
             points = [
                 [number(p["threshold"]), shown(p["accuracy"]), percent(p["cost"], 1), percent(p["early"], 1)]
@@ -164,6 +173,9 @@ class EvaluationReport(Report):
             ]
             parts.append(table("Degradation", ["no row costs more than", self.score, "mean cost", "stopped"], points))
         return stacked(*parts)
+
+
+TABLES = ("rows", "gates", "routes")
 
 
 def evaluate(
@@ -194,11 +206,11 @@ def evaluate(
         EecompileError: An empty loader; labels of a wrong dtype, shape or range; some batches with labels and
             others without; a metric that does not give one finite number per row.
     """
-    if curve is not False and gate_names(fast):
+    if curve is not False and (gate_names(fast) or branches(fast)):
         raise EecompileError(
-            "there is no trade-off curve over exits where gates skip blocks",
-            got="curve=, with gates",
-            hint="calibrate gives the settings of the gates with their costs, `report.curve`",
+            "there is no trade-off curve over exits where rows leave something else out too",
+            got="curve=, with gates or branches",
+            hint="calibrate gives the settings of gates and routers with their costs, `report.curve`",
         )
     device = device_of(fast)
     seen = Seen(metric)
@@ -225,6 +237,7 @@ class Seen:
         self.valid: list[Tensor] = []
         self.full: list[Tensor] = []
         self.gates: list[Tensor] = []
+        self.route: list[Tensor] = []
         self.has_labels: bool | None = None
 
     def add(self, result: Any, labels: Any, where: str, full: Tensor) -> None:
@@ -257,6 +270,8 @@ class Seen:
             self.same.append(torch.stack([agreement(o, full, checked) for o in outputs], 1).cpu())
         if result.gates is not None:
             self.gates.append(result.gates.double().cpu())
+        if result.route is not None:
+            self.route.append(result.route.cpu())
         self.valid.append(valid)
         self.index.append(result.exit_index.cpu())
         self.cost.append(result.cost.double().cpu())
@@ -280,7 +295,7 @@ class Seen:
         for k in range(ends):
             leaving = index == k
             cost_without = accuracy_without = None
-            if k < ends - 1 and is_open[k] and not stateful and not self.gates:
+            if k < ends - 1 and is_open[k] and not stateful and not self.gates and not branches(fast):
                 others = torch.tensor([2.0 if j == k else t for j, t in enumerate(thresholds)])
                 elsewhere = first_exit(confidences[:, :-1], others)
                 known = fast.costs(tuple(o and j != k for j, o in enumerate(is_open))).double()
@@ -319,7 +334,17 @@ class Seen:
             curve=points,
             degradation=None if budgets is False else degradation(fast, index, scores, valid, budgets),
             gates=self._gates(fast),
+            routes=self._routes(fast, index, cost, scores, valid),
         )
+
+    def _routes(self, fast: Any, index: Tensor, cost: Tensor, scores: Tensor | None, valid: Tensor) -> list[RouteShare]:
+        if not self.route:
+            return []
+        given = None if scores is None else scores.gather(1, index[:, None])[:, 0]
+        full = torch.cat(self.full) if self.full else None
+        found = route_shares(fast, torch.cat(self.route), cost, given, full, valid)
+        fast.route_load = [vars(share) for share in found]  # for `explain`
+        return found
 
     def _gates(self, fast: Any) -> list[GateShare]:
         if not self.gates:

@@ -15,15 +15,20 @@ def gate_names(fast: Any) -> list[str]:
     return [record.name for record in getattr(fast, "gates", ())]
 
 
+def branches(fast: Any) -> bool:
+    """Whether a router sends rows into branches."""
+    return any(r.ways for r in getattr(getattr(fast, "program", None), "routes", ()))
+
+
 def skips(fast: Any) -> bool:
-    """Whether rows may leave something out on the way to the model's own end: gates, or chains that halt."""
-    return bool(gate_names(fast)) or bool(getattr(getattr(fast, "program", None), "halts", ()))
+    """Whether rows may leave something out on the way to the model's own end: gates, chains that halt, or branches."""
+    return bool(gate_names(fast)) or bool(getattr(getattr(fast, "program", None), "halts", ())) or branches(fast)
 
 
 def full_prediction(fast: Any, batch: Batch, result: Result) -> Tensor:
     """The full model's prediction for a batch that `fast.observe` gave `result` for.
 
-    Without gates and halting that is the last of its outputs; with them the full model runs once more.
+    Without gates, halting and branches that is the last of its outputs; with them the full model runs once more.
     """
     assert result.outputs is not None
     if not skips(fast):

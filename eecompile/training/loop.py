@@ -28,10 +28,11 @@ from eecompile.training.plan import Event, Plan, Position, StagePlan
 from eecompile.training.progress import Bar
 from eecompile.training.protocol import Compiled
 from eecompile.training.report import EpochRow, FitReport, GateRow
+from eecompile.training.route_report import RouteRow
 from eecompile.training.settings import settings, trained_tensors
 from eecompile.training.stages import gates_deciding
 from eecompile.training.state import decode, encode, random_state, reseed, restore_random_state
-from eecompile.training.step import Step, gated, scored
+from eecompile.training.step import Step, gated, routed, scored
 from eecompile.training.workers import make_accelerator, shard
 
 _END = object()
@@ -89,6 +90,7 @@ class Loop:
             rows=self.rows,
             exits=[record.name for record in self.fast.exits],
             gates=gate_names(self.fast),
+            routes=list(getattr(self.fast, "route_names", ())),
             score="accuracy" if self.plan.metric is None else "metric",
             objective=self.plan.objective.to_dict(),
             steps=self.at.step,
@@ -156,9 +158,10 @@ class Loop:
             lr=float(raw.param_groups[0]["lr"]),
             seconds=0.0,
             gates=GateRow.of(self.at.gates()),
+            routes=RouteRow.of(self.at.route_sums, self.at.loss_rows),
         )
         if self.val_loader is not None:
-            row.val_loss, row.val_scores, row.val_gates = self._validate(self.val_loader, stage)
+            self._validate(self.val_loader, stage, row)
         row.seconds = time.perf_counter() - started
         self.rows.append(row)
         self.at.next_epoch()
@@ -169,7 +172,7 @@ class Loop:
             self._interrupted()
 
     def _step(self, batch: Batch) -> float:
-        loss, scores, rows, gates = self.module(batch)
+        loss, scores, rows, gates, routes = self.module(batch)
         value = float(loss.detach())
         alone = self.accelerator.num_processes == 1  # otherwise every rank finds out from the common gradient
         if alone and not math.isfinite(value):
@@ -186,7 +189,7 @@ class Loop:
         if self.scheduler is not None:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.at.add(value, scores, rows, gates)
+        self.at.add(value, scores, rows, gates, routes)
         return value
 
     def _next(self, items: Any) -> Any:
@@ -208,7 +211,8 @@ class Loop:
             restore_random_state(self.restored["random"], self.device)
             self.restored = None
 
-    def _validate(self, loader: Iterable[Any], stage: StagePlan) -> tuple[float, list[float] | None, GateRow | None]:
+    def _validate(self, loader: Iterable[Any], stage: StagePlan, row: EpochRow) -> None:
+        """Fills in what `row` tells of the validation data."""
         seen = Position()
         for batch in batches(loader, self.device):
             where = f"batch {batch.index} of val_loader"
@@ -217,14 +221,16 @@ class Loop:
                 measure = self.objective if stage.heads else self.objective.final
                 loss = float(measure(result, batch.labels, where=where))
                 scores, n = scored(result, batch.labels, self.plan.metric, self.objective, where)
+                sent = routed(self.fast, result, batch.labels, self.plan.metric, self.objective, where)
             rows = torch.tensor([result.exit_index.shape[0], n], dtype=torch.float64)
-            seen.add(loss, torch.tensor(scores or [], dtype=torch.float64), rows, gated(self.fast, result))
+            seen.add(loss, torch.tensor(scores or [], dtype=torch.float64), rows, gated(self.fast, result), sent)
             if self.interrupt.requested:
                 self._interrupted()
         self.fast.train()
         if seen.loss_rows == 0:
             raise empty_loader("val_loader")
-        return seen.loss_sum / seen.loss_rows, seen.scores(), GateRow.of(seen.gates())
+        row.val_loss, row.val_scores = seen.loss_sum / seen.loss_rows, seen.scores()
+        row.val_gates, row.val_routes = GateRow.of(seen.gates()), RouteRow.of(seen.route_sums, seen.loss_rows)
 
     def _watch(self, row: EpochRow) -> None:
         """Early stopping on the validation loss; NaN is never better."""

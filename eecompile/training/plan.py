@@ -95,6 +95,7 @@ class Position:
         score_rows: Rows that have a label.
         gate_sums: Where there are gates: sum over the rows of the cost, of every gate's decision while training, and of its
             decision by threshold.
+        route_sums: Where there is a router: what `step.routed` tells, summed over the rows.
     """
 
     stage: int = 0
@@ -106,15 +107,16 @@ class Position:
     score_sums: list[float] | None = None
     score_rows: float = 0.0
     gate_sums: list[float] | None = None
+    route_sums: list[float] | None = None
     best_loss: float | None = None
     best_epoch: int | None = None
     bad_epochs: int = 0
     stage_done: bool = False
     stopped_early: bool = False
 
-    def add(self, loss: float, scores: Tensor, rows: Tensor, gates: Tensor) -> None:
-        """`scores` `[E + 1]` and `gates` `[1 + 2 G]` summed over the rows, or empty; `rows` `[2]`: rows, and rows with a
-        label."""
+    def add(self, loss: float, scores: Tensor, rows: Tensor, gates: Tensor, routes: Tensor) -> None:
+        """`scores` `[E + 1]`, `gates` `[1 + 2 G]` and `routes` `[1 + 4 K]` summed over the rows, or empty; `rows` `[2]`:
+        rows, and rows with a label."""
         total, labelled = (float(n) for n in rows.tolist())
         self.loss_sum += loss * total
         self.loss_rows += int(total)
@@ -124,6 +126,9 @@ class Position:
             self.score_rows += labelled
         if gates.numel():
             self.gate_sums = [a + b for a, b in zip(self.gate_sums or [0.0] * gates.numel(), gates.tolist(), strict=True)]
+        if routes.numel():
+            before = self.route_sums or [0.0] * routes.numel()
+            self.route_sums = [a + b for a, b in zip(before, routes.tolist(), strict=True)]
 
     def scores(self) -> list[float] | None:
         if self.score_sums is None or self.score_rows == 0:
@@ -147,11 +152,11 @@ class Position:
 
     def _clear(self) -> None:
         self.loss_sum, self.loss_rows, self.score_sums, self.score_rows = 0.0, 0, None, 0.0
-        self.gate_sums = None
+        self.gate_sums = self.route_sums = None
 
     def packed(self) -> Tensor:
         """The sums as one float64 tensor, to be added over processes."""
-        scores, gates = self.score_sums or [], self.gate_sums or []
+        scores, gates = self.score_sums or [], [*(self.gate_sums or []), *(self.route_sums or [])]
         head = [self.loss_sum, float(self.loss_rows), self.score_rows]
         return torch.tensor(head + scores + gates, dtype=torch.float64)
 
@@ -159,4 +164,9 @@ class Position:
         loss_sum, loss_rows, score_rows, *sums = total.tolist()
         self.loss_sum, self.loss_rows, self.score_rows = loss_sum, int(loss_rows), score_rows
         split = len(self.score_sums or [])
-        self.score_sums, self.gate_sums = sums[:split] or None, sums[split:] or None
+        last = split + len(self.gate_sums or [])
+        self.score_sums, self.gate_sums, self.route_sums = (
+            sums[:split] or None,
+            sums[split:last] or None,
+            sums[last:] or None,
+        )

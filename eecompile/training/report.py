@@ -12,6 +12,9 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from eecompile.training.route_report import ADVICE as ROUTE_ADVICE
+from eecompile.training.route_report import RouteRow, collapsed
+
 
 class Report(ABC):
     """Base of the reports of fit, evaluate and calibrate."""
@@ -123,6 +126,8 @@ class EpochRow:
         val_scores: As `scores`, on the validation loader.
         gates: What the gates did while training, None without gates.
         val_gates: On the validation loader, where they decide by their thresholds.
+        routes: Where the router sent rows while training, None without one.
+        val_routes: On the validation loader.
     """
 
     stage: str
@@ -136,6 +141,8 @@ class EpochRow:
     val_scores: list[float] | None = None
     gates: GateRow | None = None
     val_gates: GateRow | None = None
+    routes: RouteRow | None = None
+    val_routes: RouteRow | None = None
 
     @classmethod
     def read(cls, data: dict[str, Any]) -> EpochRow:
@@ -144,6 +151,9 @@ class EpochRow:
         for name in ("gates", "val_gates"):
             if data.get(name) is not None:
                 setattr(row, name, GateRow(**data[name]))
+        for name in ("routes", "val_routes"):
+            if data.get(name) is not None:
+                setattr(row, name, RouteRow(**data[name]))
         return row
 
 
@@ -155,6 +165,7 @@ class FitReport(Report):
         rows: One per epoch, those before a resume included.
         exits: Names of the exits, in the order of `scores`.
         gates: Names of the gates.
+        routes: Names of the router's routes, the model's own last.
         score: What `scores` hold: "accuracy" or "metric".
         objective: The objective, as a dict.
         steps: Optimiser steps in all.
@@ -170,6 +181,7 @@ class FitReport(Report):
     rows: list[EpochRow] = field(default_factory=list)
     exits: list[str] = field(default_factory=list)
     gates: list[str] = field(default_factory=list)
+    routes: list[str] = field(default_factory=list)
     score: str = "accuracy"
     objective: dict[str, Any] = field(default_factory=dict)
     steps: int = 0
@@ -181,22 +193,25 @@ class FitReport(Report):
 
     @property
     def curve(self) -> list[dict[str, Any]]:
-        """The trade-off as training went: epoch, stage, cost and score of the model with its gates, validation data where
-        there is some. Empty without gates."""
+        """The trade-off as training went: epoch, stage, cost and score of the model with its gates and routes, validation
+        data where there is some. Empty without gates and routes."""
         found = []
         for row in self.rows:
-            validated = row.val_gates is not None
-            gates, scores = (row.val_gates, row.val_scores) if validated else (row.gates, row.scores)
-            if gates is not None:
-                score = scores[-1] if scores else None
-                found.append({"epoch": row.epoch, "stage": row.stage, "cost": gates.cost, "score": score})
+            validated = row.val_gates is not None or row.val_routes is not None
+            gates, routes = (row.val_gates, row.val_routes) if validated else (row.gates, row.routes)
+            scores = row.val_scores if validated else row.scores
+            if gates is not None or routes is not None:
+                score = routes.score if routes is not None else scores[-1] if scores else None
+                cost = gates.cost if gates is not None else routes.cost if routes is not None else None
+                found.append({"epoch": row.epoch, "stage": row.stage, "cost": cost, "score": score})
         return found
 
     @property
     def collapse(self) -> str | None:
-        """How the gates had collapsed by the end; None where they had not."""
+        """How the gates or the router had collapsed by the end; None where they had not."""
         last = (self.rows[-1].val_gates or self.rows[-1].gates) if self.rows else None
-        return None if last is None else last.collapse
+        gates = None if last is None else last.collapse
+        return gates or collapsed(self.rows[-1] if self.rows else None, self.routes)
 
     @property
     def stuck(self) -> dict[str, str]:
@@ -218,6 +233,7 @@ class FitReport(Report):
         names = [*self.exits, "model"]
         validated = any(row.val_loss is not None for row in self.rows)
         gated = [] if not self.gates else ["cost", *(self.gates if len(self.gates) <= WIDE else ["open gates"])]
+        gated += [] if not self.routes else ["cost", *(f"to {name}" for name in self.routes)]
         columns = ["stage", "epoch", "steps", "loss", *(["val loss"] if validated else []), *names, *gated, "lr", "s"]
         rows = []
         for row in self.rows:
@@ -232,6 +248,7 @@ class FitReport(Report):
                     *([number(row.val_loss)] if validated else []),
                     *(shown or ["-"] * len(names)),
                     *_gates_shown(row, len(self.gates)),
+                    *_routes_shown(row, len(self.routes), self.score),
                     number(row.lr, 3),
                     f"{row.seconds:.1f}",
                 ]
@@ -245,8 +262,15 @@ class FitReport(Report):
             notes.append(f"checkpoint: {self.checkpoint}")
         if self.gates:
             notes.append("cost: mean fraction of the full model's FLOPs; of each gate the share of rows that it lets in")
+        if self.routes:
+            notes.append(
+                "cost: mean fraction of the full model's FLOPs; of each route the rows that took it, and right of those"
+            )
         lines = ["; ".join(notes)]
-        if self.collapse is not None:
+        lost = collapsed(self.rows[-1] if self.rows else None, self.routes)
+        if lost is not None:
+            lines.append(f"Warning: the router collapsed: {lost}. {ROUTE_ADVICE}")
+        elif self.collapse is not None:
             lines.append(f"Warning: the gates collapsed: {self.collapse}. {ADVICE}")
         elif self.stuck:
             ways = ", ".join(f"{name} always {way}" for name, way in self.stuck.items())
@@ -264,3 +288,12 @@ def _gates_shown(row: EpochRow, count: int) -> list[str]:
     if count > WIDE:
         return [percent(gates.cost, 1), percent(sum(gates.open) / count, 0)]
     return [percent(gates.cost, 1), *(percent(s, 0) for s in gates.open)]
+
+
+def _routes_shown(row: EpochRow, count: int, score: str) -> list[str]:
+    routes = row.val_routes or row.routes
+    if not count or routes is None:
+        return ["-"] * (count + 1 if count else 0)
+    shown = percent if score == "accuracy" else number
+    pairs = zip(routes.share, routes.accuracy, strict=True)
+    return [percent(routes.cost, 1), *(f"{percent(s, 0)} ({shown(a, 1)})" for s, a in pairs)]

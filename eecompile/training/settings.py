@@ -20,7 +20,8 @@ def trained_tensors(fast: Compiled, plan: Plan) -> dict[str, Tensor]:
         wanted |= {id(p) for p in fast.head_parameters()}
     if any(stage.trunk for stage in plan.stages):
         wanted |= {id(p) for p in fast.trunk_parameters()}
-    fixed = {id(fast.thresholds), id(fast.temperatures), id(getattr(fast, "gate_thresholds", None))}
+    fixed = {id(fast.thresholds), id(fast.temperatures)}
+    fixed |= {id(getattr(fast, name, None)) for name in ("gate_thresholds", "route_margins")}
     found: dict[str, Tensor] = {name: p for name, p in fast.named_parameters() if id(p) in wanted}
     return found | {name: b for name, b in fast.named_buffers() if id(b) not in fixed}
 

@@ -41,12 +41,12 @@ def stages_of(
                 )
             task = None
         for stage in asked:
-            if stage.objective is not None and stage.objective["name"] == "reinforce" and isinstance(task, PerExitLoss):
+            if stage.objective is not None and "reinforce" in stage.objective["name"] and isinstance(task, PerExitLoss):
                 raise EecompileError(
                     "REINFORCE rewards the likelihood of class labels",
                     where=f"stage {stage.name!r}",
                     got=f"loss={task.function_name}",
-                    hint="leave that stage out: SkipNet(shares=(0.5, 0.5, 0))",
+                    hint='leave that stage out: SkipNet(shares=(0.5, 0.5, 0)), Router(estimator="straight_through")',
                 )
         counts = shared(epochs, [stage.share for stage in asked])
         return tuple(

@@ -27,17 +27,18 @@ class Step(nn.Module):
         self.fast = cast(Any, fast)
         self.objective, self.metric, self.final_only = objective, metric, final_only
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         """Loss (0-dim), summed scores `[E + 1]` float64 (empty without labels), `[rows, rows with a label]`, and what
-        `gated` tells."""
+        `gated` and `routed` tell."""
         result: Result = self.fast.run(*batch.args, **batch.kwargs)
         measured = self.objective.final if self.final_only else self.objective
         loss = measured(result, batch.labels, where=batch.where)
         with torch.no_grad():
             sums, labelled = scored(result, batch.labels, self.metric, self.objective, batch.where)
+            sent = routed(self.fast, result, batch.labels, self.metric, self.objective, batch.where)
         rows = outputs_of(result)[-1].shape[0]
         counts = torch.tensor([rows, labelled], dtype=torch.float64)
-        return loss, torch.tensor(sums or [], dtype=torch.float64), counts, gated(self.fast, result)
+        return loss, torch.tensor(sums or [], dtype=torch.float64), counts, gated(self.fast, result), sent
 
 
 def gated(fast: Any, result: Result) -> Tensor:
@@ -50,6 +51,46 @@ def gated(fast: Any, result: Result) -> Tensor:
     threshold = fast.gate_thresholds
     decided = (~(result.gate_scores.detach().float() < threshold) & (threshold <= 1)).double().sum(0)
     return torch.cat((told, ran, decided)).cpu()
+
+
+def routed(fast: Any, result: Result, labels: Any, metric: Metric | None, objective: Objective, where: str) -> Tensor:
+    """`[1 + 4 K]` float64, empty without a router: over the rows the cost, and for each of K routes the rows that took it
+    in this run, those among them with a label, their score, and the rows that it would have been decided for."""
+    if result.route is None or result.route_weights is None:
+        return torch.empty(0, dtype=torch.float64)
+    outputs = [output.detach() for output in outputs_of(result)]
+    to_exits = fast.program.routes[0].to_exits
+    rows, count = len(result.route), result.route_weights.shape[1]
+    score, valid = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.bool)
+    if metric is not None or (labels is not None and classifies(objective)):
+        every = []
+        for output in outputs if to_exits else outputs[-1:]:
+            if metric is not None:
+                every.append(measure(metric, output, labels, rows, where).cpu())
+                valid = torch.ones(rows, dtype=torch.bool)
+            else:
+                value, real = right(output, check_labels(output, labels, where))
+                every.append(value.cpu())
+                valid = real.cpu()
+        at = result.route.cpu() if to_exits else torch.zeros(rows, dtype=torch.long)
+        score = torch.stack(every, 1).gather(1, at.unsqueeze(1)).squeeze(1)
+    took = torch.nn.functional.one_hot(result.route.cpu().clamp_min(0), count) * (result.route.cpu() >= 0).unsqueeze(1)
+    took = took.double()
+    ready = valid.double().unsqueeze(1)
+    cost = (result.end_cost if result.end_cost is not None else fast.route_costs()[result.route]).detach().double()
+    told = [cost.cpu().sum().reshape(1), took.sum(0), (took * ready).sum(0), (took * ready * score.unsqueeze(1)).sum(0)]
+    told.append(decided(fast, result).double().cpu())
+    return torch.cat(told)
+
+
+def decided(fast: Any, result: Result) -> Tensor:
+    """[K] rows that each route is decided for by the router's probabilities as they are, whatever training does."""
+    weights = result.route_weights
+    assert weights is not None and result.route is not None
+    if fast.program.routes[0].to_exits:
+        return torch.nn.functional.one_hot(result.route, weights.shape[1]).sum(0)
+    there = (result.route >= 0).unsqueeze(1)
+    return (torch.nn.functional.one_hot((weights.detach() - fast.route_margins).argmax(1), weights.shape[1]) * there).sum(0)
 
 
 def scored(

@@ -16,6 +16,9 @@ itself) and labels, and gives one differentiable scalar. Outputs are `[B, C]` or
 | depth_targets | cross entropy at every depth, and of the choice of depth against targets (Elbayad et al. 2020) |
 | gate_cost | price x mean cost of gated rows, the price steered towards a target cost |
 | reinforce | policy gradient of sampled gates: task reward - price x cost, baseline, entropy (SkipNet 2018) |
+| route_exits | expected loss + price x cost over the exits that a router may send a row to |
+| route_cost | price x mean cost of routed rows, and an even load (Switch Transformer, Fedus et al. 2021) |
+| route_reinforce | policy gradient of sampled branches |
 | sum | any of them added, with weights; also written "a+b" |
 | per_exit_loss | a function `(output, labels) -> scalar` of the user, for tasks that are not classification |
 """
@@ -38,6 +41,7 @@ from eecompile.training.objectives.general import Loss, PerExitLoss, Sum
 from eecompile.training.objectives.ponder import Ponder
 from eecompile.training.objectives.price import Price, Steering
 from eecompile.training.objectives.registry import OBJECTIVES, objective, register
+from eecompile.training.objectives.routes import RouteCost, RouteExits, RouteReinforce
 
 register(
     AdaLoss,
@@ -51,6 +55,9 @@ register(
     DepthTargets,
     PerExitLoss,
     Ponder,
+    RouteCost,
+    RouteExits,
+    RouteReinforce,
     Sum,
 )
 
@@ -70,6 +77,9 @@ __all__ = [
     "Price",
     "Priced",
     "Reinforce",
+    "RouteCost",
+    "RouteExits",
+    "RouteReinforce",
     "Steering",
     "Sum",
     "WeightedCrossEntropy",

@@ -137,6 +137,16 @@ class Reinforce(Priced):
         price = self.priced(cost)
         if not torch.is_grad_enabled():
             return price * cost.mean()
+        likelihood, entropy = self.likelihood(result, where)
+        last = outputs_of(result)[-1].detach()
+        labels = check_labels(last, labels, where)
+        reward = self.task_reward(last, labels) - price * cost
+        labelled = right(last, labels)[1]
+        advantage = torch.where(labelled, reward - self._baseline(reward[labelled], reward), 0.0)
+        return -(advantage * likelihood).mean() - self.entropy * entropy.mean()
+
+    def likelihood(self, result: Result, where: str) -> tuple[Tensor, Tensor]:
+        """[B] log probability of the decisions as they were drawn, and [B] their entropy."""
         if result.gates is None or result.gate_scores is None or result.gates.requires_grad:
             raise EecompileError(
                 "REINFORCE needs sampled decisions",
@@ -144,18 +154,12 @@ class Reinforce(Priced):
                 got="decisions with a gradient",
                 hint='fast.gate_mode = "sample", or the objective gate_cost',
             )
-        last = outputs_of(result)[-1].detach()
-        labels = check_labels(last, labels, where)
-        reward = self.task_reward(last, labels) - price * cost
-        labelled = right(last, labels)[1]
-        advantage = torch.where(labelled, reward - self._baseline(reward[labelled], reward), 0.0)
         free = torch.ones_like(result.gates) if result.gates_free is None else result.gates_free.float()
         score = result.gate_scores.float().clamp(EPSILON, 1 - EPSILON)
         log_p, log_q = score.log(), (1 - score).log()
         chosen = torch.where(result.gates > 0.5, log_p, log_q)
-        likelihood = (chosen * free).sum(1)
         entropy = -((score * log_p + (1 - score) * log_q) * free).sum(1)
-        return -(advantage * likelihood).mean() - self.entropy * entropy.mean()
+        return (chosen * free).sum(1), entropy
 
     def task_reward(self, last: Tensor, labels: Tensor) -> Tensor:
         """`[B]`, of the model's own output with the gates as they were drawn; `labels` are checked."""

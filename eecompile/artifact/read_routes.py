@@ -1,0 +1,86 @@
+"""The router of a saved program, put back where it was, with its branches."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from eecompile.errors import ArtifactError
+from eecompile.passes import FindRegions, InsertRoutes, run_passes
+from eecompile.passes.insert_routes import light_of, relocate_routes
+from eecompile.program import Anchor, Program, Route, Way
+from eecompile.routers import rebuild
+from eecompile.strategies.router import RouteRecipe
+
+
+def insert_saved_routes(
+    program: Program, data: dict[str, Any], tensors: dict[str, Tensor], customs: Mapping[str, nn.Module]
+) -> Program:
+    """Inserts the router that a manifest describes; takes its weights out of `tensors`.
+
+    Args:
+        customs: Branches that were modules of the user's.
+
+    Raises:
+        ArtifactError: The weights do not fit, or a branch is missing.
+    """
+    options = dict(data["recipe"])
+    branches = tuple((name, what) for name, what in options.pop("branches"))
+    over = options.pop("over")
+    recipe = RouteRecipe(**options, branches=branches, over=None if over is None else (over[0], over[1]))
+    routes = tuple(_route(r) for r in data["records"])
+    if any(w.left_out for r in routes for w in r.ways):
+        program = run_passes(program, [FindRegions()])
+    program = relocate_routes(program, routes)
+    (route,) = program.routes
+    modules: dict[str, nn.Module] = {"unit": rebuild(data["unit"])}
+    for way in (w for w in route.ways if w.module):
+        if way.custom and way.name not in customs:
+            raise ArtifactError("a branch is missing", where=way.name, got=", ".join(customs) or "none")
+        modules[way.name] = _single(customs[way.name]) if way.custom else light_of(program, route, way)
+    for name, module in modules.items():
+        if name not in customs:
+            _fill(module, name, tensors)
+    margins = tensors.pop("route_margins", None)
+    return run_passes(program, [InsertRoutes(recipe, modules=modules, margins=margins)])
+
+
+def _fill(module: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:
+    prefix = f"routes.{name}."
+    own = {k.removeprefix(prefix): tensors.pop(k) for k in list(tensors) if k.startswith(prefix)}
+    wrong = sorted(set(own) ^ set(module.state_dict()))
+    if wrong:
+        raise ArtifactError("the weights do not fit the router", where=name, got=wrong[:5])
+    if not isinstance(module, fx.GraphModule):  # a light version has the dtypes of the model
+        module.to(dtype=next((t.dtype for t in own.values() if t.is_floating_point()), None))
+    module.load_state_dict(own)
+
+
+def _single(module: nn.Module) -> nn.Module:
+    """An exported module gives a tuple of one; a branch gives the tensor."""
+    assert isinstance(module, fx.GraphModule)
+    output = module.graph.output_node()
+    output.args = (output.args[0][0],)  # type: ignore[index]
+    module.recompile()
+    return module
+
+
+def _route(data: dict[str, Any]) -> Route:
+    fields = dict(data)
+    fields["ways"] = tuple(_way(w) for w in fields["ways"])
+    fields["anchors"] = _anchors(fields["anchors"])
+    fields["over"] = (fields["over"][0], fields["over"][1])
+    return Route(**fields)
+
+
+def _way(data: dict[str, Any]) -> Way:
+    fields = dict(data)
+    fields["side_anchors"] = _anchors(fields["side_anchors"])
+    fields["sides"], fields["left_out"] = tuple(fields["sides"]), tuple(fields["left_out"])
+    return Way(**fields)
+
+
+def _anchors(found: Any) -> tuple[Anchor | None, ...]:
+    return tuple(None if a is None else Anchor(**a) for a in found)

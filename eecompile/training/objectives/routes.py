@@ -1,0 +1,144 @@
+"""What a router is trained by besides the task: the price of the routes, and an even load.
+
+Costs are fractions of the full model's FLOPs. To exits no decision is taken while training: every exit is computed, and
+the loss is summed over all routes under the router's probabilities, which is exact. To branches a decision is taken, and
+its gradient is straight through, of noisy or mixed probabilities (`gate_cost` does the same for gates), or by REINFORCE.
+
+The load-balancing loss is that of the Switch Transformer (Fedus et al. 2021), `K * sum_k f_k * P_k` with the share f_k of
+rows that take route k and its mean probability P_k: 1 where both are even, more where one route has most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from eecompile.errors import EecompileError
+from eecompile.program import Result
+from eecompile.training.objectives.base import outputs_of
+from eecompile.training.objectives.depth import losses_of
+from eecompile.training.objectives.gates import GateCost, Priced, Reinforce, cost_of
+from eecompile.training.scores import check_labels
+
+EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class RouteExits(Priced):
+    """Loss and cost of every exit under the router's probabilities: `mean_b sum_k P_k (loss_k + price * cost_k)`.
+
+    The losses are those of the exits as they are, without a gradient: heads are trained by the task's objective.
+
+    Args:
+        balance: Weight of the load-balancing loss.
+        target, price, rate, gain, ceiling: See `Steering`.
+    """
+
+    name: ClassVar[str] = "route_exits"
+
+    target: float | None = None
+    price: float = 0.1
+    balance: float = 0.0
+
+    def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
+        outputs, weights, costs = outputs_of(result), *routes_of(result, where)
+        if weights.shape[1] != len(outputs):
+            raise EecompileError(
+                "the router does not send rows to exits", where=where, got=f"{weights.shape[1]} branches",
+                hint="the objective route_cost",
+            )  # fmt: skip
+        labels = check_labels(outputs[-1], labels, where)
+        losses = torch.stack([losses_of(output.detach(), labels) for output in outputs], 1)  # [B, E + 1]
+        now = self.priced((weights.detach() * costs).sum(1))
+        loss = (weights * (losses + now * costs)).sum(1).mean()
+        return loss + self.balance * uneven(weights, result.route)
+
+    def options(self) -> tuple[str, ...]:
+        return (*super().options(), "balance")
+
+
+@dataclass(frozen=True)
+class RouteCost(GateCost):
+    """`price * mean(cost)` and the load-balancing loss: for decisions between branches that have a gradient.
+
+    Args:
+        balance: Weight of the load-balancing loss.
+        target, price, rate, gain, ceiling: See `Steering`.
+    """
+
+    name: ClassVar[str] = "route_cost"
+
+    target: float | None = None
+    price: float = 0.1
+    balance: float = 0.0
+
+    def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
+        weights, _ = routes_of(result, where)
+        return super().__call__(result, labels, where=where) + self.balance * uneven(weights, result.route)
+
+    def options(self) -> tuple[str, ...]:
+        return (*super().options(), "balance")
+
+
+@dataclass(frozen=True)
+class RouteReinforce(Reinforce):
+    """Policy gradient of sampled branches, as `Reinforce` has it for gates, and the load-balancing loss.
+
+    Args:
+        balance: Weight of the load-balancing loss.
+        reward, entropy, memory: As in `Reinforce`; the entropy is that of the K routes of a row, in nats.
+        target, price, rate, gain, ceiling: See `Steering`.
+    """
+
+    name: ClassVar[str] = "route_reinforce"
+
+    target: float | None = None
+    price: float = 0.1
+    balance: float = 0.0
+
+    def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
+        weights, _ = routes_of(result, where)
+        return super().__call__(result, labels, where=where) + self.balance * uneven(weights, result.route)
+
+    def likelihood(self, result: Result, where: str) -> tuple[Tensor, Tensor]:
+        if cost_of(result, where).requires_grad:
+            raise EecompileError(
+                "REINFORCE needs sampled decisions",
+                where=where,
+                got="decisions with a gradient",
+                hint='fast.gate_mode = "sample", or the objective route_cost',
+            )
+        weights, _ = routes_of(result, where)
+        assert result.route is not None
+        p = weights.clamp(EPSILON, 1)
+        chosen = p.log().gather(1, result.route.clamp_min(0).unsqueeze(1)).squeeze(1)
+        return chosen * (result.route >= 0), -(p * p.log()).sum(1)
+
+    def options(self) -> tuple[str, ...]:
+        return (*super().options(), "balance")
+
+
+def routes_of(result: Result, where: str) -> tuple[Tensor, Tensor]:
+    """Probabilities [B, K] and costs [K] of the routes."""
+    if result.route_weights is None or result.route_costs is None:
+        raise EecompileError(
+            "there is no router to train",
+            where=where,
+            got="a result without routes",
+            wanted="a strategy with a router, and a result of train mode",
+            hint="Branchy(router=Router()), fast.train()",
+        )
+    return result.route_weights, result.route_costs
+
+
+def uneven(weights: Tensor, route: Tensor | None) -> Tensor:
+    """The load-balancing loss, 0-dim; rows that had left before the branches count for nothing."""
+    assert route is not None
+    there = route >= 0
+    count = there.sum().clamp_min(1)
+    share = torch.nn.functional.one_hot(route[there], weights.shape[1]).sum(0) / count
+    mean = (weights * there.unsqueeze(1)).sum(0) / count
+    return weights.shape[1] * (share * mean).sum()

@@ -1,0 +1,111 @@
+"""Dynamic routing: ResNet-20 on CIFAR-10, with a router behind its first stage that estimates how hard an image is.
+
+To a light version: easy images skip every block of the last two stages that can be skipped, in a copy of those stages
+that is fine-tuned for it; the others take the model's own way, whose weights never change. To exits: each image is sent
+straight to one of three answers, and only that one's head is computed for it. Rows are grouped by route.
+
+An epoch is a fresh draw of rows from the training part, so that training takes minutes. Whether the router knows easy
+rows from hard ones is told by comparing with a router that knows nothing: `by_chance` is what sending as many rows to
+each route at random would reach on the same rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from eecompile import CompiledModule, eecompile
+from eecompile.strategies import Branchy, Router
+from examples import datasets
+from examples._common import Options, Record, Variant, accuracy, fitted, main, resnet_trunk, rows_in, rows_of, timed
+from examples.branchy_resnet import Branch
+from examples.skipnet_cifar import drawn
+
+ROWS, ROWS_QUICK = 6400, 96  # of an epoch
+HELD_OUT = {"val": 2500, "test": 10_000}
+SIZES = (1, 64)
+AT, END, EXITS = "stage1.2", "stage3.2", ("stage2.0", "stage3.0")
+AT_QUICK, END_QUICK, EXITS_QUICK = "stage1", "stage3", ("stage2",)  # of ResNet-8, one block a stage
+EPOCHS = {"light": 40, "exits": 24}
+
+
+def strategies(quick: bool) -> dict[str, Branchy]:
+    """The two ways to route, by what the router sends rows to."""
+    at, end, exits = (AT_QUICK, END_QUICK, EXITS_QUICK) if quick else (AT, END, EXITS)
+    # ResNet-8 has no block to leave out behind its first stage: there the branches begin at the input
+    light = {"at": "input", "over": ("input", end), "unit": "linear"} if quick else {"at": at}
+    branches = Router(to={"light": 0.01}, target_cost=0.8, warm_up=0.5, **light)  # type: ignore[arg-type]
+    return {
+        "light": Branchy(router=branches),
+        "exits": Branchy(exits=exits, head=Branch, router=Router(at=at, to="exits", target_cost=0.75)),
+    }
+
+
+def example(options: Options, record: Record) -> None:
+    """From training to timing."""
+    quick = options.quick
+    trunk = resnet_trunk(quick=quick, seed=options.seed)
+    every = datasets.loader(
+        "cifar10:train", batch_size=32 if quick else 64, standin=quick, seed=options.seed, augmented=not quick
+    )
+    train = drawn(every, ROWS_QUICK if quick else ROWS, options.seed)
+    limits = {"val": None, "test": None} if quick else HELD_OUT
+    held_out = {part: datasets.loader(f"cifar10:{part}", standin=quick, limit=n) for part, n in limits.items()}
+    x: Tensor = next(iter(held_out["val"]))[0][:8]
+    programs: dict[str, CompiledModule] = {}
+    fits: dict[str, Any] = {}
+    for name, strategy in strategies(quick).items():
+        fast = programs[name] = eecompile(trunk.model, strategy, example_inputs=(x,))
+        epochs = 2 if quick else EPOCHS[name]
+        fits[name] = fitted(
+            fast, train, f"routing-{name}", options, trunk, epochs=epochs, lr=3e-3, scheduler="cosine", bf16=not quick
+        )
+    sizes = {"train": rows_in(train)} | {part: rows_in(loader) for part, loader in held_out.items()}
+    model = f"{type(trunk.model).__name__}, {sum(p.numel() for p in trunk.model.parameters()):,} parameters"
+    record.note(data="CIFAR-10", rows_of_data=sizes, model=model, trunk=trunk.to_dict(), fit=fits)
+    record.done("train")
+    original = accuracy(trunk.model, held_out["test"])
+    variants = [judged(fast, held_out, record, name, original) for name, fast in programs.items()]
+    record.done("judge")
+    timed(record, trunk.model, rows_of(held_out["test"], 2), variants, SIZES)
+
+
+def judged(
+    fast: CompiledModule, held_out: dict[str, DataLoader[Any]], record: Record, name: str, original_accuracy: float
+) -> Variant:
+    """A line of the record for where the router sends rows as it was trained."""
+    judgement = fast.evaluate(held_out["test"])
+    row = record.row(
+        f"CIFAR-10, ResNet-20, router to {'a light version' if name == 'light' else 'exits'}",
+        thresholds="as trained",
+        original_accuracy=original_accuracy,
+        full_accuracy=judgement.full_accuracy,
+        accuracy=judgement.accuracy,
+        cost=judgement.mean_cost,
+        share={r.name: r.share for r in judgement.routes},
+        by_chance=by_chance(fast, held_out["test"], [r.share for r in judgement.routes]),
+        evaluation=judgement.to_dict(),
+    )
+    return Variant(row, fast)
+
+
+def by_chance(fast: CompiledModule, loader: DataLoader[Any], shares: list[float]) -> float:
+    """Accuracy where the same share of rows takes each route, whichever they are: the mean of the routes' accuracies on
+    all rows, weighted by these shares."""
+    found = 0.0
+    if fast.exits:
+        rows = fast.evaluate(loader).rows
+        return sum(share * float(row.accuracy_if_all or 0.0) for share, row in zip(shares, rows, strict=True))
+    names = [r.name for r in fast.routes]
+    before = fast.route_margins.tolist()
+    for name, share in zip(names, shares, strict=True):
+        fast.set_route_margins([0.0 if other == name else 2.0 for other in names])
+        found += share * float(fast.evaluate(loader).accuracy or 0.0)
+    fast.set_route_margins(before)
+    return found
+
+
+if __name__ == "__main__":
+    main("routing", __doc__, example)
