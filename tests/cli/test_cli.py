@@ -193,3 +193,28 @@ def test_several_models_are_rewritten_as_a_cascade(tmp_path: Path) -> None:
     assert found("run", out, "--data", "digits:test", "--rows", "3")
     done = call("rewrite", *models, *given, "-o", str(tmp_path / "other"), code=2)
     assert "does not run on the example" in done.stderr  # the small one reads 4 x 4
+
+
+def test_three_models_and_a_sum_of_strategies(tmp_path: Path) -> None:
+    """`rewrite A B C --strategy cascade`, and heads inside of the models besides."""
+    (tmp_path / "nets.py").write_text(
+        MODEL + "\ndef sized(width, seed):\n"
+        "    torch.manual_seed(seed)\n"
+        "    model = Net()\n"
+        "    model.stem = nn.Conv2d(1, width, 3, padding=1)\n"
+        "    blocks = (nn.Sequential(nn.Conv2d(width, width, 3, padding=1), nn.ReLU()) for _ in range(5))\n"
+        "    model.blocks = nn.Sequential(*blocks)\n"
+        "    model.out = nn.Linear(width, 10)\n"
+        "    return model.eval()\n"
+        "a, b, c = sized(4, 1), sized(8, 2), sized(16, 3)\n"
+    )
+    models = tuple(f"{tmp_path}/nets.py:{n}" for n in "abc")
+    given = ("--input", "x=float32[4,1,8,8]", "-o", str(tmp_path / "program"))
+    made = found("rewrite", *models, *given, "--strategy", "cascade")
+    assert [e["after"] for e in made["exits"]] == ["net_0", "net_1"]
+    made = found("rewrite", *models, *given, "--strategy", "cascade+branchy")
+    cuts = [e["after"] for e in made["exits"]]
+    assert [c for c in cuts if "." not in c] == ["net_0", "net_1"]
+    assert {c.split(".")[0] for c in cuts} == {"net_0", "net_1", "net_2"}
+    done = call("rewrite", *models, *given, "--strategy", "branchy+anytime", code=2)
+    assert "branchy(exits=3) + anytime(exits='everywhere')" in " ".join(done.stderr.split())
