@@ -207,8 +207,8 @@ class Result:
             it had left before. In train mode as decisions were taken meanwhile.
         route_weights: [B, K] float32, in train mode and of `fast.observe`: the probability of every route, differentiable.
         route_costs: [K] float32, with `route_weights`: cost of a row on each route.
-        steps: [B] or [B, S] int64: steps taken, where the strategy halts, summed over several chains; where gates are on
-            whole blocks [B], how many of those ran.
+        steps: [B] or [B, S] int64 ([B, 1] where no row reached the end of the chain): steps taken, where the strategy halts,
+            summed over several chains; where gates are on whole blocks [B], how many of those ran.
         ponder: [B] or [B, S] float32: ponder cost N + R, differentiable in train mode.
         final: [B] bool; rows that left by themselves. The others were stopped at `exit_index` by a deadline, a budget or
             an interrupt, or are still on their way in a stream.

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eecompile import CompiledModule, StrategyError, load
-from tests.compositions import SUMS, agree, as_it_was, at_random
+from tests.compositions import SEQUENCES, SUMS, agree, as_it_was, at_random
 from tests.support import again, both, equal_bits
 from tests.zoo import ZOO
 
@@ -22,7 +22,7 @@ CASES = [(name, NAMES[i % len(NAMES)]) for i, name in enumerate(MODELS)]  # each
 
 
 def compiled(zoo, name: str, kind: str) -> CompiledModule:
-    return again(zoo(name).fast, SUMS[kind]())
+    return again(zoo(name).fast, {**SUMS, **SEQUENCES}[kind]())
 
 
 @pytest.mark.parametrize(("name", "kind"), CASES)
@@ -48,7 +48,7 @@ def test_a_sum_keeps_the_invariants(zoo, name, kind):
             agree(fast, args, kwargs)
 
 
-@pytest.mark.parametrize("kind", NAMES)
+@pytest.mark.parametrize("kind", [*NAMES, *SEQUENCES])
 def test_every_batch_and_every_end(zoo, kind):
     """On one model all batches, until every exit has been taken and gates or steps have split a batch."""
     entry = ZOO["bert"]
@@ -61,7 +61,7 @@ def test_every_batch_and_every_end(zoo, kind):
         at_random(fast, args, kwargs, rng)
         r = agree(fast, args, kwargs)
         taken |= set(r.exit_index.tolist())
-        split |= {s / 4 for s in r.steps.tolist()} if fast.program.halts else set(r.gates.float().mean(0).tolist())
+        split |= {s / 4 for s in r.steps.flatten().tolist()} if fast.program.halts else set(r.gates.float().mean(0).tolist())
     assert len(taken) > 1
     assert any(0 < share < 1 for share in split)
 
