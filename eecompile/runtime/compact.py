@@ -302,8 +302,8 @@ class _Run:
 
 
 def closed_ledger(halt: Halt, exit_index: Tensor) -> Tensor:
-    """[B, 3] what the ledger of a closed chain says: all steps, or the first of a block that would be repeated. [B, 1, 3] where
-    every position halts by itself."""
+    """[B, 3] what the ledger of a closed chain says: all steps, or the first of a block that would be repeated. Where every
+    position halts by itself [B, 1, 3]."""
     steps = 1.0 if halt.repeated else float(len(halt.steps))
     row = torch.tensor([1.0, steps, steps + 1.0], device=exit_index.device)
     found = (exit_index >= halt.stage).float().unsqueeze(1) * row
