@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,7 @@ from dataclasses import dataclass
 import torch
 
 from eecompile import CompiledModule, eecompile, strategies
+from eecompile.measuring import Bystanders
 from tests.bench import models
 from tests.bench.groups import Context
 from tests.bench.record import Figure, Target
@@ -32,11 +34,16 @@ def run(context: Context) -> list[Figure]:
         with busy() if load != "idle" else contextlib.nullcontext(), torch.no_grad():
             fast.stage_times.forget()
             fast.measure_stages(**subject.inputs, rounds=10 if context.small else 60)
+            bystanders = Bystanders()
+            bystanders.start()
             swept = [sweep(fast, subject.inputs, d, calls) for d in deadlines(fast, steps)]
+            share = bystanders.share()
         late = sum(s.late for s in swept) / (calls * steps)
         beyond = sum(s.beyond for s in swept) / (calls * steps)
         target = Target(1.0 if context.small else 0.02)
         figure = Figure(f"{subject.name}, {load}", late, "of the calls late", rounds=calls * steps, target=target)
+        mine = 0.0 if load == "idle" else 1 / (os.cpu_count() or 1)  # of the process that keeps a core busy
+        figure.others = None if share is None else max(share - mine, 0.0)
         figure.detail = {
             "deadlines, ms": [s.deadline for s in swept],
             "mean exit": [s.exit for s in swept],
