@@ -4,6 +4,9 @@ A policy reads the state behind the first block once and says which of the other
 branches let images leave before the end. Trunk, policy and branches are trained together, the last blocks free to be
 dropped first. Thresholds of policy and branches are chosen on the validation part, the policy's among a dozen settings that
 are run; the test part is run once for each line.
+
+The policy ends with one choice for all images, and the trunk learns that choice: with every block open, which calibration
+compares with and which training hardly sees towards its end, it is 11 points worse.
 """
 
 from __future__ import annotations

@@ -4,6 +4,9 @@ A policy reads the state behind the first block once and says which attention an
 classifiers let reviews leave before the end. The fine-tuned trunk, policy and classifiers are trained together on reviews
 that the trunk has not seen, the last halves free to be dropped first. Thresholds are chosen on the validation part, the
 policy's among a dozen settings that are run; the test part is run once for each line.
+
+Calibration takes every other batch for the policy and the others for the classifiers: 200 reviews each are too few, and the
+2% of the validation part are 5.5 points on the test part. The policy ends with nearly one choice for all reviews.
 """
 
 from __future__ import annotations
