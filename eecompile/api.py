@@ -57,7 +57,8 @@ def eecompile(
         example_kwargs: Keyword arguments of that call; values that are no tensors are burned in.
         prediction: Which output holds the class scores, by name or index; found by itself where only one can.
             For a cascade also a list, one entry for each model.
-        executor: "auto", "compact" (survivors only) or "reference" (computes everything; the truth).
+        executor: "auto", "compact" (survivors only), "reference" (computes everything; the truth), "device" (one CUDA graph
+            that takes all decisions itself; not verified on a GPU yet) or "simulate" (the device's program on any machine).
         backend: "eager", or "inductor" for stages through `torch.compile` with a dynamic batch.
         batch_axis: Axis of the batch in every tensor input, or by input name (None: that input has no batch).
         capture: "export" (one graph), or "blocks" for models that cannot be traced: exits at module boundaries.

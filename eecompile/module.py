@@ -12,18 +12,23 @@ from torch import Tensor, fx, nn
 from eecompile import explain as explaining
 from eecompile.anytime import Anytime
 from eecompile.artifact.write import write
-from eecompile.errors import EecompileError, MissingDependencyError, StrategyError, near
+from eecompile.errors import CaptureError, EecompileError, StrategyError, near
 from eecompile.program import History, Program, Result
 from eecompile.runtime.blocks import BlocksExecutor
 from eecompile.runtime.compact import CompactExecutor
+from eecompile.runtime.device.check import NoSync
+from eecompile.runtime.device.checking import check
+from eecompile.runtime.device.cuda import CudaExecutor
+from eecompile.runtime.device.executor import DeviceExecutor, Options, SimulateExecutor
+from eecompile.runtime.device.nodes import DeviceProgram
+from eecompile.runtime.device.support import VERIFIED, support
 from eecompile.runtime.devices import move_constants, other_device
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Executor, Outcome
 from eecompile.runtime.reference import ReferenceExecutor
 from eecompile.strategies.base import Strategy
 
-EXECUTORS = ("auto", "reference", "compact")
-LATER = ("device", "simulate")
+EXECUTORS = ("auto", "reference", "compact", "simulate", "device")
 BACKENDS = ("eager", "inductor")
 
 
@@ -72,6 +77,7 @@ class CompiledModule(Anytime):
         self.__dict__["_training_graphs"] = {}
         self.__dict__["_executors"] = {}
         self.__dict__["_lock"] = threading.RLock()
+        self.__dict__["_device_options"] = Options()
         self.__dict__["_costs"] = {}
         self.__dict__["_full"] = []
         self.train_trunk = strategy.joint
@@ -226,19 +232,71 @@ class CompiledModule(Anytime):
 
     @executor.setter
     def executor(self, name: str) -> None:
-        if name in LATER:
-            raise MissingDependencyError(
-                f"executor {name!r} is not part of this version", wanted="reference, compact or auto"
-            )
         self._valid("executor", name, EXECUTORS)
-        self.__dict__["_asked"] = name
-        # On CPU the compact executor is the one that saves work; the reference computes everything.
-        self.__dict__["_chosen"] = self._executor("compact" if name == "auto" else name)
+        found = self._executor(self._automatic()[0] if name == "auto" else name)
+        self.__dict__["_asked"], self.__dict__["_chosen"] = name, found
 
     @property
     def executor_reason(self) -> str:
         asked = self.__dict__["_asked"]
-        return f"asked for {asked!r}" if asked != "auto" else "auto takes it on every device in this version"
+        why = self._automatic()[1] if asked == "auto" else f"asked for {asked!r}"
+        return f"{why}; {self._chosen.support.reason}" if isinstance(self._chosen, CudaExecutor) else why
+
+    def _automatic(self) -> tuple[str, str]:
+        """What "auto" is here, and why."""
+        found = support(self.thresholds.device)
+        if found.way == "none" or self.program.front_end == "blocks":
+            return "compact", "auto takes it: it computes the survivors only"
+        if not VERIFIED:
+            return "compact", "auto takes it: the device executor has not been verified on a GPU yet"
+        if found.way == "bound":
+            return "compact", f"auto takes it: {found.reason}"
+        return "device", "auto takes it on this device"
+
+    @property
+    def device_options(self) -> Options:
+        """How device programs are built: buckets, structure, how many are kept. Setting it drops those that are there."""
+        found: Options = self.__dict__["_device_options"]
+        return found
+
+    @device_options.setter
+    def device_options(self, options: Options) -> None:
+        self.__dict__["_device_options"] = options
+        for executor in self.__dict__["_executors"].values():
+            if isinstance(executor, DeviceExecutor):
+                executor.options = options
+                executor.reset()
+
+    def device_program(self, *args: Any, **kwargs: Any) -> DeviceProgram:
+        """What a call with these inputs is on a device that takes all decisions itself, as data: `print(it.describe())`."""
+        executor = self._executor("simulate")
+        assert isinstance(executor, DeviceExecutor)
+        return executor.device_program(self._given(args, kwargs))[0]
+
+    def check_no_sync(self, *args: Any, **kwargs: Any) -> NoSync:
+        """Looks for anything in the device program that would need the host between input and output. Needs no GPU.
+
+        Args:
+            args: A call, for its shapes; without one, the example that the model was compiled with.
+
+        Returns:
+            A report with `.ok` and `.problems`: node, reason and line of the model's code of each.
+
+        Raises:
+            UnsupportedModelError: The model was captured as blocks.
+            CaptureError: A loaded program, which has no example, and no call was given.
+        """
+        self._executor("simulate")  # says why where it cannot
+        return check(self.program, self._given(args, kwargs), self.device_options)
+
+    def _given(self, args: Any, kwargs: Any) -> Sequence[Tensor]:
+        """A call's flat inputs; those of the example for none."""
+        if args or kwargs:
+            return self.program.signature.flatten(args, kwargs)
+        example: tuple[Tensor, ...] | None = self.__dict__["example"]
+        if example is None:
+            raise CaptureError("a loaded program has no example inputs", hint="pass a call's arguments")
+        return [t.to(self.thresholds.device) for t in example]
 
     @property
     def backend(self) -> str:
@@ -257,6 +315,10 @@ class CompiledModule(Anytime):
             if key not in executors:
                 if name == "reference":
                     executors[key] = ReferenceExecutor(self.program)
+                elif name == "simulate":
+                    executors[key] = SimulateExecutor(self.program, self.device_options)
+                elif name == "device":
+                    executors[key] = CudaExecutor(self.program, self.device_options)
                 elif self.program.front_end == "blocks":
                     executors[key] = BlocksExecutor(self.program)
                 else:
@@ -266,7 +328,7 @@ class CompiledModule(Anytime):
 
     def _changed(self) -> None:
         for executor in self.__dict__["_executors"].values():
-            if isinstance(executor, CompactExecutor | BlocksExecutor):
+            if isinstance(executor, CompactExecutor | BlocksExecutor | DeviceExecutor):
                 executor.thresholds_changed()
 
     def _reference(self) -> ReferenceExecutor:

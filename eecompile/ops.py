@@ -4,7 +4,7 @@ The names below are the plain torch definitions. They copy nothing that they nee
 them directly; in graphs stand the operators of the same names, each with a fake implementation and a
 gradient.
 
-`decide`, `gather`, `scatter`, `pool_gate` and `head_confidence` are what executors are made of: they write
+`decide`, `gather`, `scatter`, `open_rows`, `pool_gate` and `head_confidence` are what executors are made of: they write
 into buffers (but for `head_confidence`), have no gradient, and run as Triton kernels where those can run.
 """
 
@@ -16,6 +16,7 @@ from eecompile.kernels.gate import gate
 from eecompile.kernels.gather import gather, scatter
 from eecompile.kernels.halt import halt
 from eecompile.kernels.head_confidence import head_confidence
+from eecompile.kernels.open_rows import open_rows
 from eecompile.kernels.route import route
 from eecompile.kernels.select import select
 from eecompile.kernels.skip import pool_gate, skip
@@ -30,6 +31,7 @@ __all__ = [
     "halt",
     "head_confidence",
     "keep_best",
+    "open_rows",
     "pool_gate",
     "route",
     "scatter",

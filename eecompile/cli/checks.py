@@ -22,7 +22,9 @@ import eecompile
 
 PACKAGES = ("torch", "accelerate", "networkx", "numpy", "rich", "safetensors", "typer")
 EXTRAS = {"scikit-learn": ("sklearn", "demo"), "transformers": ("transformers", "hf"), "pillow": ("PIL", "examples")}
-OPERATORS = ("confidence", "select", "gate", "skip", "halt", "route", "blank", "ensemble", "keep_best", "weighted_ensemble")
+OPERATORS = tuple(
+    "confidence select gate skip halt route blank ensemble keep_best weighted_ensemble decide open_rows".split()
+)
 
 
 @dataclass
@@ -136,17 +138,15 @@ def executors() -> Iterator[Check]:
     """Which executors run here."""
     import torch
 
-    from eecompile.module import EXECUTORS, LATER
+    from eecompile.runtime.device.support import VERIFIED, support
 
-    what = {"reference": "computes everything and selects", "compact": "computes the survivors only"}
-    for name in EXECUTORS:
-        if name != "auto":
-            yield Check(f"executor {name}", "ok", what.get(name, "available"))
-    for name in LATER:
-        why = "not part of this version"
-        if name == "device" and not torch.cuda.is_available():
-            why += ", and it needs a CUDA device"
-        yield Check(f"executor {name}", "no", why)
+    yield Check("executor reference", "ok", "computes everything and selects")
+    yield Check("executor compact", "ok", "computes the survivors only")
+    yield Check("executor simulate", "ok", "runs device programs on any machine, to check them")
+    found = support(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    states = {"graph": "ok", "bound": "ok", "none": "no"}
+    said = found.reason if found.way != "bound" else f"{found.reason}; it launches by a bound on the survivors instead"
+    yield Check("executor device", states[found.way], said if VERIFIED else f"{said}; not verified on a GPU yet")
 
 
 def end_to_end() -> Iterator[Check]:
@@ -205,14 +205,14 @@ def _agreed(fast: Any, x: Any) -> str:
     middle = float(fast.observe(x).confidences[0].sort().values[len(x) // 2])
     fast.set_thresholds([middle] + [2.0] * (len(fast.exits) - 1))  # half of the rows leave at the first exit
     results = []
-    for name in ("reference", "compact"):
+    for name in ("reference", "compact", "simulate"):
         fast.executor = name
         with torch.no_grad():
             results.append(fast.run(x))
-    first, second = results
-    if not torch.equal(first.exit_index, second.exit_index):
+    first, *others = results
+    if not all(torch.equal(first.exit_index, r.exit_index) for r in others):
         return "wrong: rows leave elsewhere"
-    if not torch.allclose(first.output, second.output, atol=1e-5):
+    if not all(torch.allclose(first.output, r.output, atol=1e-5) for r in others):
         return "wrong: outputs differ"
     leaving = int((first.exit_index < len(fast.exits)).sum())
     if leaving != len(x) // 2:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from eecompile.errors import MissingDependencyError, StrategyError, near
-from eecompile.kernels import confidence, decide, gather, halt, head_confidence, skip
+from eecompile.kernels import condition, confidence, decide, gather, halt, head_confidence, open_rows, skip
 from eecompile.kernels._triton import HAVE_TRITON, INTERPRETED, extern_libs, triton
 
 TARGETS = {
@@ -152,6 +152,23 @@ def _pool_gate(dtype: str) -> Case:
     return Case("pool_gate", dtype, skip.pool_gate_kernel, types, constants)
 
 
+def _open_rows(dtype: str) -> Case:
+    types = {
+        "decision": f"*{dtype}",
+        **_pointers("*i32", "count buckets control"),
+        "positions": "*i64",
+        **_pointers("i32", "capacity K"),
+    }
+    constants = {"stride": 1, "N": 1024, "MAX_K": 16}
+    return Case("open_rows", dtype, open_rows.open_rows_kernel, types, constants)
+
+
+def _condition(compare: bool) -> Case:
+    types = {"numbers": "*i32", **_pointers("i32", "element below"), "handle": "u64"}
+    label = "below" if compare else "number"
+    return Case("condition", label, condition.condition_kernel, types, {"COMPARE": compare}, 1, conditional=True)
+
+
 def _halt(dtype: str, first: bool, last: bool) -> Case:
     types = {
         **_pointers(f"*{dtype}", "score state"),
@@ -211,6 +228,10 @@ def cases() -> list[Case]:
         _skip("i64", "fp32"),
         _skip("i16", "i1"),
         _pool_gate("bf16"),
+        _open_rows("fp32"),
+        _open_rows("i1"),
+        _condition(compare=False),
+        _condition(compare=True),
         _halt("bf16", first=False, last=False),
         _halt("fp32", first=True, last=False),
         _head("bf16", "max_probability"),
@@ -249,7 +270,7 @@ def compile_case(case: Case, target: str) -> Figures:
     options["num_stages"] = case.num_stages if nvidia else 2
     if case.conditional and nvidia:
         options["extern_libs"] = extern_libs()
-    elif case.conditional:
+    elif "CONDITION" in constants:
         constants["CONDITION"] = False  # ROCm has no conditional nodes
     signature = {name: case.types.get(name, "constexpr") for name in case.function.arg_names}
     signature = {k: v.removesuffix(":16") if isinstance(v, str) else v for k, v in signature.items()}
@@ -291,7 +312,8 @@ def compile_all(targets: Sequence[str] = (), kernels: Sequence[str] = ()) -> Ite
     for case in listed:
         if not kernels or case.kernel in kernels:
             for target in targets or TARGETS:
-                yield compile_case(case, target)
+                if case.kernel != "condition" or target.startswith("sm_"):  # ROCm has no conditional nodes
+                    yield compile_case(case, target)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

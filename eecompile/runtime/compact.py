@@ -15,17 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eecompile.passes.gated import DYNAMIC, ONLY, OPEN, conditionals, halting_pattern, pattern, routing_pattern
-from eecompile.passes.insert_exits import THRESHOLDS
-from eecompile.passes.insert_gates import GATE_THRESHOLDS
-from eecompile.passes.insert_halting import HALT_SCALE, closed_scale
-from eecompile.passes.insert_routes import ROUTE_MARGINS
 from eecompile.passes.lower import Segment, schedule
-from eecompile.program import Halt, HaltStep, Program
+from eecompile.program import Program
 from eecompile.runtime.anytime import run_within, stream_of
+from eecompile.runtime.known import current, with_known
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome, assemble, nothing, times_of
-from eecompile.runtime.reference import reached
 from eecompile.runtime.runnable import EagerSegment, compiled
 from eecompile.runtime.survivors import Logits, Survivors, taken
 
@@ -79,17 +74,8 @@ class CompactExecutor:
 
     def thresholds_changed(self) -> None:
         """Reads the thresholds again; plans for sets of open exits that were seen before are kept."""
-        values = [float(t) for t in getattr(self.program.marked, THRESHOLDS).tolist()]
-        gates: tuple[str, ...] = ()
-        if self.program.gates:
-            gates = pattern(self.program.gates, getattr(self.program.marked, GATE_THRESHOLDS).tolist())
-        if self.program.halts:
-            scale = float(getattr(self.program.marked, HALT_SCALE))
-            gates += halting_pattern(self.program.halts, scale == closed_scale(self.program))
-        if any(r.ways for r in self.program.routes):
-            gates += routing_pattern(self.program.routes, getattr(self.program.marked, ROUTE_MARGINS).tolist())
         # One assignment, so that a running call sees old or new thresholds, not a mixture.
-        self._current = (values, tuple(i for i, t in enumerate(values) if t <= 1.0), gates)
+        self._current = current(self.program)
 
     def reset(self) -> None:
         with self._lock:
@@ -269,42 +255,5 @@ class _Run:
 
     def _told(self, outcome: Outcome) -> Outcome:
         if self.want_confidence and self.program.reports:
-            outcome.reports = self.reports | self._known(outcome.exit_index)
-            begins = {s.name: s.stage for h in self.program.halts for s in h.steps if s.stage}
-            for name in begins.keys() & self.reports.keys():  # told before an exit where rows left
-                outcome.reports[name] = reached(outcome.reports[name], outcome.exit_index, begins[name])
+            outcome.reports = with_known(self.program, self.gates, self.reports, outcome.exit_index)
         return outcome
-
-    def _known(self, exit_index: Tensor) -> dict[str, Tensor]:
-        """Decisions of gates that are open or shut whatever the input, and zeros for what nobody reached."""
-        known = {
-            g.name: (exit_index >= g.stage).float() * (how == OPEN)
-            for g, how in zip(self.program.gates, self.gates, strict=False)
-            if how != DYNAMIC or g.name not in self.reports
-        }
-        steps = zip(
-            conditionals(self.program)[len(self.program.gates) :], self.gates[len(self.program.gates) :], strict=False
-        )
-        known |= {
-            s.name: (exit_index >= s.stage).float() * (how == OPEN)
-            for s, how in steps
-            if isinstance(s, HaltStep) and (how != DYNAMIC or s.name not in self.reports)
-        }
-        for h in self.program.halts:
-            if h.name not in self.reports:
-                known[h.name] = closed_ledger(h, exit_index)
-        for r in self.program.routes:  # one way is open, or nobody got to the branches; or no exit is open
-            if r.name not in self.reports:
-                way = int(self.gates[-1].removeprefix(ONLY)) if r.ways and self.gates[-1] != DYNAMIC else 0
-                shape = (len(exit_index), len(self.program.exits)) if r.to_exits else (len(exit_index),)
-                known[r.name] = torch.full(shape, way, device=exit_index.device)
-        return known
-
-
-def closed_ledger(halt: Halt, exit_index: Tensor) -> Tensor:
-    """[B, 3] what the ledger of a closed chain says: all steps, or the first of a block that would be repeated. Where every
-    position halts by itself [B, 1, 3]."""
-    steps = 1.0 if halt.repeated else float(len(halt.steps))
-    row = torch.tensor([1.0, steps, steps + 1.0], device=exit_index.device)
-    found = (exit_index >= halt.stage).float().unsqueeze(1) * row
-    return found.unsqueeze(1) if halt.per_token else found

@@ -118,6 +118,16 @@ class EagerSegment:
         result: tuple[Tensor, ...] = forward(*self.attributes, *inputs)
         return result
 
+    def forward_only(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The segment without gradients: operators write over operands whatever the mode is."""
+        forward, attributes = self.forward, self.attributes
+
+        def call(*inputs: Tensor | None) -> tuple[Tensor, ...]:
+            given: tuple[Tensor, ...] = forward(*attributes, *inputs)
+            return given
+
+        return call
+
     def differentiable(self) -> Callable[..., tuple[Tensor, ...]]:
         """The code that leaves every operand as it was, built when gradients are first asked for."""
         if self._differentiable is None:

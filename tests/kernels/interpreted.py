@@ -14,7 +14,7 @@ import pytest
 import torch
 from triton.runtime import interpreter
 
-from eecompile.kernels import confidence, decide, gather, halt, head_confidence, skip
+from eecompile.kernels import confidence, decide, gather, halt, head_confidence, open_rows, skip
 from eecompile.kernels._lists import COUNTER, control_size
 from eecompile.kernels._triton import INTERPRETED, LAUNCHES
 
@@ -295,6 +295,30 @@ def test_pool_gate(n: int, capacity: int, P: int, D: int, dtype: torch.dtype) ->
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
     if n > 1:
         assert 1 in got[2]  # a NaN opens
+
+
+# --- open_rows ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["bool", "float32", "bfloat16"])
+@pytest.mark.parametrize(("n", "capacity"), [(0, 1), (1, 1), (1, 63), (63, 63), (1000, 1023), (1400, 1500)])
+def test_open_rows(n: int, capacity: int, kind: str) -> None:
+    g = torch.Generator().manual_seed(n)
+    decision = torch.rand(2 * capacity, generator=g)[::2].round()
+    decision[:: max(capacity // 3, 1)] = NAN
+    decision = decision > 0.5 if kind == "bool" else decision.to(getattr(torch, kind))
+    count = torch.tensor([n], dtype=torch.int32)
+    found = []
+    for function in (open_rows.launch_open_rows, open_rows.open_rows):
+        positions = torch.full((capacity,), -9)
+        control = torch.full((control_size(capacity),), -9, dtype=torch.int32)
+        with launched("open_rows") if function is open_rows.launch_open_rows else contextlib.nullcontext():
+            function(decision, count, BUCKETS, positions, control)
+        found.append((positions, control[:COUNTER]))
+    for got, wanted in zip(*found, strict=True):
+        assert torch.equal(got, wanted)
+    opened = [i for i in range(n) if not (kind != "bool" and float(decision[i]) < 0.5) and (kind != "bool" or decision[i])]
+    assert found[0][0][: len(opened)].tolist() == opened
 
 
 # --- halt -----------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 from eecompile.kernels._triton import HAVE_TRITON
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ["confidence", "decide", "gather", "scatter", "skip", "pool_gate", "halt", "head_confidence"]
+KERNELS = ["confidence", "decide", "gather", "scatter", "skip", "pool_gate", "open_rows", "halt", "head_confidence"]
 
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="no Triton on this platform")
 

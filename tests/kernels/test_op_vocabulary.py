@@ -244,6 +244,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
             torch.randn(4, 2, 3), None, i32, torch.randn(3), torch.zeros(1), torch.tensor([0.5]), 0, buckets,
             torch.zeros(4), *lists(),
         ),
+        "open_rows": (c[0], i32, buckets, torch.zeros(4).long(), torch.zeros(8, dtype=torch.int32)),
         "head_confidence": (torch.randn(4, 3), torch.randn(9, 3), None, torch.ones(())),
     }  # fmt: skip
 
@@ -254,7 +255,7 @@ def test_operator(name: str) -> None:
     torch.library.opcheck(getattr(OPS, name).default, samples()[name])
 
 
-@pytest.mark.parametrize("name", ["decide", "gather", "scatter", "pool_gate", "head_confidence"])
+@pytest.mark.parametrize("name", ["decide", "gather", "scatter", "open_rows", "pool_gate", "head_confidence"])
 def test_executors_operators_need_no_value_on_the_host(name: str) -> None:
     """Their definitions too: under fake tensors a value that is read on the host raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode

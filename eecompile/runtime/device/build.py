@@ -1,0 +1,332 @@
+"""Turns a schedule into a device program for one set of input shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from eecompile.errors import PassError
+from eecompile.kernels._lists import control_size
+from eecompile.passes.lower import Schedule, Segment
+from eecompile.program import Program
+from eecompile.runtime.device.emit import Emitter, Rows, mutates
+from eecompile.runtime.device.fuse import Decision, ended, fused, with_head
+from eecompile.runtime.device.nodes import (
+    EVERYBODY,
+    Advance,
+    Body,
+    Buffer,
+    Copy,
+    Decide,
+    DeviceProgram,
+    Gather,
+    If,
+    Node,
+    Scatter,
+    Structure,
+    Switch,
+    While,
+)
+from eecompile.runtime.device.parts import Parts, split, used_in
+from eecompile.runtime.device.shapes import Shapes
+
+
+@dataclass(frozen=True)
+class Value:
+    """A live value between two stages.
+
+    Attributes:
+        axis: Of its rows, None without rows.
+        ordered: Whether its rows are those of the batch, in order; else those of the stage before.
+    """
+
+    name: str
+    axis: int | None
+    ordered: bool
+
+
+@dataclass(frozen=True)
+class StageCode:
+    """What is the same for every bucket of a stage."""
+
+    number: int
+    segment: Segment
+    decision: Decision
+    parts: Parts
+    used: frozenset[str]  # inputs that something reads
+    aliases: bool  # whether what passes through it unchanged need not be handed on again
+
+
+def default_buckets(batch: int) -> tuple[int, ...]:
+    """1, 2, 4, ... below the batch, and the batch."""
+    return (*(1 << i for i in range((batch - 1).bit_length())), batch)
+
+
+def build(
+    program: Program,
+    schedule: Schedule,
+    flat: Sequence[Tensor],
+    *,
+    buckets: Sequence[int] | None = None,
+    structure: Structure = "nested",
+    last: int | None = None,
+) -> DeviceProgram:
+    """The device program of a schedule that was made with `decide_at_end`.
+
+    Args:
+        flat: Inputs, for their shapes, dtypes and device.
+        buckets: Sizes that stages run at, ascending; those above the batch are left out, the batch is added.
+        structure: See `DeviceProgram`.
+        last: An open exit that every row leaves at, at the latest; None for the model's own end.
+    """
+    index, axis = program.signature.batch_input
+    batch = int(flat[index].shape[axis])
+    sizes = default_buckets(batch) if buckets is None else (*(b for b in buckets if b < batch), batch)
+    return _Builder(program, schedule, flat, batch, sizes, structure, last).build()
+
+
+class _Builder:
+    def __init__(
+        self,
+        program: Program,
+        schedule: Schedule,
+        flat: Sequence[Tensor],
+        batch: int,
+        buckets: tuple[int, ...],
+        structure: Structure,
+        last: int | None,
+    ) -> None:
+        self.program, self.batch, self.buckets, self.structure = program, batch, buckets, structure
+        self.last = len(program.exits) if last is None else last
+        stops = [s.exit for s in schedule.segments]
+        segments = [with_head(s) for s in schedule.segments]
+        self.segments = segments if last is None else segments[: stops.index(last) + 1]
+        self.inputs = tuple(f"input.{i}" for i in range(len(flat)))
+        self.shapes = Shapes(flat, self.inputs)
+        self.emit = Emitter(self.shapes, batch, buckets)
+        self.leaves: list[str | None] = [None] * len(program.signature.outputs)
+        self.reports: list[tuple[str, str]] = []
+        self.prediction: tuple[int, ...] = ()
+        # One row at a time needs no list of survivors, no gathering and no buffers: names are handed on.
+        self.direct = structure == "nested" and buckets == (1,)
+
+    def build(self) -> DeviceProgram:
+        axes = [leaf.batch_axis for leaf in self.program.signature.inputs]
+        live = [Value(n, a, True) for n, a in zip(self.inputs, axes, strict=True)]
+        codes, lives = [], [live]
+        for k, segment in enumerate(self.segments):
+            code = self._code(k, segment, lives[-1])
+            codes.append(code)
+            lives.append(self._handed_on(code, lives[-1]))
+        first, _ = self._stage(codes[0], lives[0], self.batch)
+        rest = self._nested(codes, lives, 1) if self.structure == "nested" else self._machine(codes, lives)
+        return DeviceProgram(
+            nodes=(*first, *rest),
+            buffers=tuple(self.emit.buffers.values()),
+            modules=tuple(self.emit.modules),
+            inputs=self.inputs,
+            batch=self.batch,
+            buckets=self.buckets,
+            structure=self.structure,
+            leaves=tuple(self.leaves),
+            prediction=self.prediction,
+            reports=tuple(self.reports),
+            last=self.last,
+        )
+
+    # ------------------------------------------------------------------ stages
+
+    def _code(self, k: int, segment: Segment, live: Sequence[Value]) -> StageCode:
+        """Shapes, buffers and modules of a stage; they do not depend on the bucket."""
+        final = k == len(self.segments) - 1
+        axis = self.program.signature.outputs[self.program.prediction or 0].batch_axis or 0
+        decision = ended(segment, axis) if final else fused(segment)
+        parts = split(decision.module, f"s{k}.")
+        self.emit.add_modules(parts)
+        self.shapes.run(parts, [v.name for v in live])
+        code = StageCode(k, segment, decision, parts, used_in(parts), not mutates(parts))
+        self._result_buffers(code)
+        if not final:
+            for name in ("survivors", "positions"):
+                self.emit.buffer(Buffer(f"{name}.{k}", (self.batch,), torch.int64))
+            self.emit.buffer(Buffer(f"control.{k}", (control_size(self.batch),), torch.int32, 0, once=True))
+            if decision.criterion == "patience":
+                self.emit.buffer(Buffer("state", (self.batch, 2), torch.int64, (-1, 0)))
+        return code
+
+    def _result_buffers(self, code: StageCode) -> None:
+        result = code.parts.outputs[0]
+        shape, dtype = self.shapes.shape(result), self.shapes.dtype(result)
+        if code.number == 0:
+            self.prediction = shape
+            self.emit.buffer(Buffer("output", shape, dtype))
+            self.emit.buffer(Buffer("exit_index", (self.batch,), torch.int64, self.last))
+            self.emit.buffer(Buffer("confidence", (self.batch,), torch.float32))
+        elif (shape, dtype) != (self.prediction, self.emit.buffers["output"].dtype):
+            raise PassError(
+                "the device program needs the same prediction from every exit",
+                where=f"segment {code.number}",
+                got=f"{dtype} {list(shape)}",
+                wanted=f"{self.emit.buffers['output'].dtype} {list(self.prediction)}",
+                hint='set fast.executor = "compact"',
+            )
+        leaves, reports, _ = self._outputs(code)
+        for i, name in leaves:
+            dtype = self.shapes.dtype(name)
+            fill = math.nan if dtype.is_floating_point or dtype.is_complex else 0
+            self.leaves[i] = f"leaf.{i}"
+            self.emit.buffer(Buffer(f"leaf.{i}", self.shapes.shape(name), dtype, fill))
+        for i, name in reports:
+            told = self.program.reports[i].name
+            self.reports.append((told, f"report.{told}"))
+            self.emit.buffer(Buffer(f"report.{told}", self.shapes.shape(name), self.shapes.dtype(name), 0))
+
+    def _outputs(self, code: StageCode) -> tuple[list[tuple[int, str]], list[tuple[int, str]], tuple[str, ...]]:
+        """Output leaves and reports that a stage computes, with their names, and what it hands on."""
+        s, given = code.segment, code.parts.outputs[2 + code.decision.gives_states :]
+        leaves = list(zip(s.leaves, given, strict=False))
+        reports = list(zip(s.reports, given[len(leaves) :], strict=False))
+        return leaves, reports, given[len(leaves) + len(reports) :]
+
+    def _handed_on(self, code: StageCode, live: Sequence[Value]) -> list[Value]:
+        """The live values behind a stage, as the next one finds them."""
+        if code.number == len(self.segments) - 1:
+            return []
+        taken = dict(zip(code.parts.inputs, live, strict=True))
+        states = code.parts.outputs[2 : 2 + code.decision.gives_states]
+        named = [(n, v.batch_axis) for n, v in zip(self._outputs(code)[2], code.segment.outputs, strict=True)]
+        following = self.segments[code.number + 1]
+        in_kernel = code.decision.criterion == "patience"
+        wants = 0 if in_kernel else following.takes_states
+        named += [(n, 0) for n in states[:wants]]
+        found: list[Value] = []
+        for i, (name, axis) in enumerate(named):
+            before = taken.get(name)
+            if before is not None and code.aliases and (axis is None or before.ordered or self.direct):
+                found.append(before)
+            elif code.number == 0 or self.direct:
+                found.append(Value(name if before is None else before.name, axis, True))
+            else:
+                buffer = f"live.{code.number}.{i}"
+                self.emit.buffer(Buffer(buffer, self.shapes.shape(name), self.shapes.dtype(name)))
+                self.shapes.values[buffer] = self.shapes.values[name]
+                found.append(Value(buffer, axis, False))
+        if in_kernel and following is self.segments[-1]:  # where everybody leaves, the segment judges
+            self.shapes.put("state", (self.batch, 2), torch.int64)
+            found += [Value("state", 0, True)] * following.takes_states
+        return found
+
+    def _stage(self, code: StageCode, live: Sequence[Value], rows: int) -> tuple[Body, str]:
+        """A stage at one size, up to its decision; and the control that it leaves."""
+        k = code.number
+        nodes: list[Node] = []
+        control = f"control.{k - 1}" if k else EVERYBODY
+        in_order = k == 0 or self.direct
+        named: dict[str, str] = {}
+        groups: dict[str, list[tuple[str, str, int]]] = {}
+        for value, target in zip(live, code.parts.inputs, strict=True):
+            if value.axis is None or in_order:
+                named[target] = value.name
+            elif target in code.used:
+                index = f"survivors.{k - 1}" if value.ordered else f"positions.{k - 1}"
+                groups.setdefault(index, []).append((value.name, target, value.axis))
+        for index, group in groups.items():
+            sources, targets, axes = zip(*group, strict=True)
+            nodes.append(Gather(sources, targets, axes, index, control, rows))
+        nodes += self.emit.parts(code.parts, named, Rows(rows, control))
+        nodes += self._told(code, named, control)
+        result, judged = (named.get(n, n) for n in code.parts.outputs[:2])
+        own = f"survivors.{k - 1}" if k else None
+        if k == len(self.segments) - 1:
+            nodes += self._finish(result, judged, own, control)
+            return tuple(nodes), control
+        after = f"control.{k}"
+        state = "state" if code.decision.criterion == "patience" else None
+        exit_index = code.segment.exit
+        assert exit_index is not None
+        nodes.append(
+            Decide(
+                judged,
+                result,
+                own,
+                control,
+                exit_index,
+                code.decision.criterion,
+                code.decision.patience,
+                state,
+                f"survivors.{k}",
+                f"positions.{k}",
+                after,
+                rows,
+            )
+        )
+        if k and not self.direct:
+            nodes += self._kept(code, live, named, rows)
+        return tuple(nodes), after
+
+    def _told(self, code: StageCode, named: dict[str, str], control: str) -> list[Node]:
+        """Output leaves and reports go to their rows."""
+        leaves, reports, _ = self._outputs(code)
+        outputs = self.program.signature.outputs
+        given = [(name, f"leaf.{i}", outputs[i].batch_axis) for i, name in leaves]
+        given += [(name, f"report.{self.program.reports[i].name}", 0) for i, name in reports]
+        nodes: list[Node] = []
+        for name, target, axis in given:
+            source = named.get(name, name)
+            if axis is None or code.number == 0:
+                nodes.append(Copy(source, target))
+            else:
+                nodes.append(Scatter((source,), (target,), (axis,), f"survivors.{code.number - 1}", control))
+        return nodes
+
+    def _finish(self, result: str, confidence: str, rows: str | None, control: str) -> list[Node]:
+        """Whoever is left takes what is there."""
+        if rows is None:
+            return [Copy(result, "output"), Copy(confidence, "confidence")]
+        return [Scatter((result, confidence), ("output", "confidence"), (0, 0), rows, control)]
+
+    def _kept(self, code: StageCode, live: Sequence[Value], named: dict[str, str], rows: int) -> list[Node]:
+        """What survives goes to the program's buffers: memory of one bucket's body is unknown to the next stage."""
+        states = code.parts.outputs[2 : 2 + code.decision.gives_states]
+        names = [*self._outputs(code)[2], *states]
+        nodes: list[Node] = []
+        for value, name in zip(self._handed_on(code, live), names, strict=False):
+            if value.name.startswith(f"live.{code.number}."):
+                nodes.append(Copy(named.get(name, name), value.name, value.axis, None if value.axis is None else rows))
+        return nodes
+
+    # ------------------------------------------------------------------ structures
+
+    def _nested(self, codes: Sequence[StageCode], lives: Sequence[Sequence[Value]], k: int) -> Body:
+        """Stage k and those behind it, within the condition that anybody gets there."""
+        if k == len(codes):
+            return ()
+        control = f"control.{k - 1}"
+        if self.direct:
+            body, _ = self._stage(codes[k], lives[k], 1)
+            return (If(control, (*body, *self._nested(codes, lives, k + 1))),)
+        switch = Switch(control, tuple(self._stage(codes[k], lives[k], b)[0] for b in self.buckets))
+        behind = self._nested(codes, lives, k + 1)
+        return (If(control, (switch, *behind)),) if behind else (switch,)  # nobody left is no bucket either
+
+    def _machine(self, codes: Sequence[StageCode], lives: Sequence[Sequence[Value]]) -> Body:
+        """One loop over a switch of all stages and buckets."""
+        width, done = len(self.buckets), (len(codes) - 1) * len(self.buckets)
+        if len(codes) == 1:
+            return ()
+        self.emit.buffer(Buffer("state_number", (1,), torch.int32))
+        bodies: list[Body] = []
+        for k in range(1, len(codes)):
+            for b in self.buckets:
+                body, control = self._stage(codes[k], lives[k], b)
+                if k == len(codes) - 1:
+                    advance = Advance(control, "state_number", done, done)
+                else:
+                    advance = Advance(control, "state_number", k * width, done)
+                bodies.append((*body, advance))
+        start = Advance("control.0", "state_number", 0, done)
+        return start, While("state_number", done, (Switch("state_number", tuple(bodies), element=0),))

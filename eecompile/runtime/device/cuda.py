@@ -1,0 +1,153 @@
+"""The device executor: a call is one launch of one CUDA graph, and nothing waits for it.
+
+A program is captured once for a set of input shapes and open exits. Each stream that calls has a copy of its own, with its
+own buffers, so that calls on several streams may be in flight at once. Results are copied out of the buffers on the
+caller's stream and stay on the device.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from eecompile.errors import MissingDependencyError
+from eecompile.kernels.condition import launch_condition
+from eecompile.kernels.decide import launch_decide
+from eecompile.program import Program
+from eecompile.runtime.device.executor import DeviceExecutor, Options
+from eecompile.runtime.device.fallback import Bound, EventMailbox
+from eecompile.runtime.device.graphs import CAPTURING, ConditionalGraph
+from eecompile.runtime.device.machine import Calls, Machine, allocated, constants
+from eecompile.runtime.device.nodes import Decide, DeviceProgram, If, Switch, While
+from eecompile.runtime.device.support import support
+from eecompile.runtime.device.warm import Warm
+
+WARM_UPS = 2  # the second finds what the first has loaded, tuned and allocated
+
+
+class Capture(Machine):
+    """Puts every node of a program into a graph that is being captured."""
+
+    def __init__(self, program: DeviceProgram, memory: dict[str, Tensor], calls: Calls, graph: ConditionalGraph) -> None:
+        super().__init__(program, memory, calls)
+        self.graph = graph
+        self.set: dict[str, int] = {}  # handles that the decision just before has set, by control
+
+    def decide(self, node: Decide) -> None:
+        if isinstance(self.following, If) and self.following.control == node.control:
+            # One launch less: the decision's kernel sets the condition itself.
+            handle = self.set[node.control] = self.graph.handle()
+            launch_decide(*(*self.decision(node), False, handle))
+        else:
+            launch_decide(*self.decision(node))
+
+    def if_(self, node: If) -> None:
+        handle = self.set.pop(node.control, None)
+        if handle is None:
+            handle = self.graph.handle()
+            launch_condition(self.values[node.control], node.element, handle)
+        self.graph.if_(handle, lambda: self.body(node.body))
+
+    def switch(self, node: Switch) -> None:
+        handle = self.graph.handle()
+        launch_condition(self.values[node.control], node.element, handle)
+        self.graph.switch(handle, [lambda body=body: self.body(body) for body in node.bodies])  # type: ignore[misc]
+
+    def while_(self, node: While) -> None:
+        handle = self.graph.handle(default=1)
+
+        def round() -> None:
+            self.body(node.body)
+            launch_condition(self.values[node.control], node.element, handle, below=node.done)
+
+        self.graph.while_(handle, round)
+
+
+class Instance:
+    """A captured program with buffers of its own, for calls on one stream."""
+
+    def __init__(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor], memory: dict[str, Tensor]) -> None:
+        device = flat[0].device
+        self.program = program
+        self.inputs = [t.detach().clone(memory_format=torch.preserve_format) for t in flat]
+        self.memory = memory | constants(program, device) | allocated(program.buffers, device)
+        self.graph = ConditionalGraph(device)
+        with CAPTURING:
+            self.graph.stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(self.graph.stream):
+                for _ in range(WARM_UPS):
+                    Warm(program, self.memory, calls).run(self.inputs)
+            torch.cuda.synchronize(device)
+            with self.graph.capture():
+                machine = Capture(program, self.memory, calls, self.graph)
+                machine.run(self.inputs)
+            self.kept = machine  # memory that bodies read must outlive the graph
+        self.buffers = {b.name: self.memory[b.name] for b in program.buffers}
+        self.results = (
+            "output",
+            "exit_index",
+            "confidence",
+            *(n for n in program.leaves if n),
+            *dict(program.reports).values(),
+        )
+
+    def run(self, flat: Sequence[Tensor]) -> dict[str, Tensor]:
+        """One launch on the current stream."""
+        for own, given in zip(self.inputs, flat, strict=True):
+            own.copy_(given, non_blocking=True)
+        self.graph.replay()
+        return {name: self.buffers[name].clone() for name in self.results}
+
+
+class CudaExecutor(DeviceExecutor):
+    """Runs device programs on a CUDA device, without the host from input to output."""
+
+    name = "device"
+
+    def __init__(self, program: Program, options: Options | None = None) -> None:
+        self.support = support(_device(program))
+        if self.support.way == "none":
+            raise MissingDependencyError(
+                "the device executor cannot run here",
+                got=self.support.reason,
+                hint='move the program with fast.to("cuda"), or take executor="compact"; "simulate" runs the same device '
+                "program on any machine",
+            )
+        self._instances: OrderedDict[tuple[int, int], tuple[weakref.ref[DeviceProgram], Instance]] = OrderedDict()
+        super().__init__(program, options)
+
+    def reset(self) -> None:
+        with self._lock:
+            self._instances.clear()
+        super().reset()
+
+    def execute(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> dict[str, Tensor]:
+        if self.support.way == "bound":
+            memory = self.memory() | constants(program, flat[0].device) | allocated(program.buffers, flat[0].device)
+            machine = Bound(program, memory, calls, EventMailbox())
+            machine.run(flat)
+            return {b.name: machine.values[b.name] for b in program.buffers}
+        return self._instance(program, calls, flat).run(flat)
+
+    def _instance(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> Instance:
+        stream = torch.cuda.current_stream(flat[0].device).cuda_stream
+        key = (id(program), stream)
+        with self._lock:
+            found = self._instances.get(key)
+            if found is None or found[0]() is not program:
+                found = weakref.ref(program), Instance(program, calls, flat, self.memory())
+                self._instances[key] = found
+                while len(self._instances) > self.options.kept:
+                    self._instances.popitem(last=False)
+            self._instances.move_to_end(key)
+        return found[1]
+
+
+def _device(program: Program) -> torch.device:
+    """Where a program's parameters are."""
+    tensor = next(iter(program.source.parameters()), None)
+    return torch.device("cpu") if tensor is None else tensor.device

@@ -1,0 +1,201 @@
+"""Executors that run device programs: one for each set of input shapes and open exits, kept and bounded."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eecompile.errors import StrategyError, UnsupportedModelError
+from eecompile.passes.insert_exits import TEMPERATURES as TEMPERATURE_BUFFER
+from eecompile.passes.insert_exits import THRESHOLDS as THRESHOLD_BUFFER
+from eecompile.passes.lower import schedule
+from eecompile.program import Program
+from eecompile.runtime.device.build import build
+from eecompile.runtime.device.machine import Calls, Machine, Simulator, allocated, constants
+from eecompile.runtime.device.nodes import TEMPERATURES, THRESHOLDS, DeviceProgram, Structure
+from eecompile.runtime.known import current, with_known
+from eecompile.runtime.limits import Allowance
+from eecompile.runtime.outcome import Outcome, nothing, times_of
+from eecompile.runtime.runnable import EagerSegment
+
+KEPT = 8
+"""Programs that an executor keeps; the one that was not used for longest goes."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How device programs are built.
+
+    Args:
+        buckets: Numbers of rows that stages run at, ascending; None for powers of two.
+        structure: "nested" or "machine"; see `DeviceProgram`.
+        kept: Programs kept at a time.
+    """
+
+    buckets: tuple[int, ...] | None = None
+    structure: Structure = "nested"
+    kept: int = KEPT
+
+    def __post_init__(self) -> None:
+        if self.buckets is not None and (
+            list(self.buckets) != sorted(set(self.buckets)) or any(b < 1 for b in self.buckets) or not self.buckets
+        ):
+            raise StrategyError(
+                "buckets are ascending numbers of rows", got=self.buckets, wanted="for example (1, 4, 16, 64)"
+            )
+        if self.structure not in ("nested", "machine"):
+            raise StrategyError(
+                "unknown structure of a device program", got=repr(self.structure), wanted="nested or machine"
+            )
+        if self.kept < 1:
+            raise StrategyError("an executor keeps at least one program", got=self.kept)
+
+
+class DeviceExecutor:
+    """Runs a program through device programs; what runs their nodes is a subclass's business.
+
+    Args:
+        program: A scheduled program with a captured graph.
+    """
+
+    name: str
+
+    def __init__(self, program: Program, options: Options | None = None) -> None:
+        if program.front_end == "blocks":
+            raise UnsupportedModelError(
+                "a device program needs the whole model as a graph",
+                got='capture="blocks"',
+                wanted='capture="export"',
+                hint='set fast.executor = "compact"',
+            )
+        self.program, self.options = program, options or Options()
+        self.times = times_of(program)
+        self._kept: OrderedDict[Any, tuple[DeviceProgram, Calls]] = OrderedDict()
+        self._lock = threading.Lock()
+        self.thresholds_changed()
+
+    def thresholds_changed(self) -> None:
+        """Reads which exits are open; their thresholds are read by the kernels."""
+        self._current = current(self.program)
+
+    def reset(self) -> None:
+        with self._lock:
+            self._kept.clear()
+        self.times.forget()
+        self.thresholds_changed()
+
+    def device_program(self, flat: Sequence[Tensor], last: int | None = None) -> tuple[DeviceProgram, Calls]:
+        """The program for these inputs and the exits that are open now, built at first use.
+
+        Args:
+            last: The exit that a budget ends at; None for the model's own end.
+        """
+        _, open_exits, gates = self._current
+        key = (tuple((t.shape, t.stride(), t.dtype, t.device) for t in flat), open_exits, gates, last)
+        with self._lock:
+            found = self._kept.get(key)
+            if found is None:
+                lowered = schedule(self.program, open_exits, True, gates)
+                made = build(
+                    self.program, lowered, flat, buckets=self.options.buckets, structure=self.options.structure, last=last
+                )
+                with torch.no_grad():
+                    found = made, [EagerSegment(m).forward_only() for m in made.modules]
+                self._kept[key] = found
+                while len(self._kept) > self.options.kept:
+                    self._kept.popitem(last=False)
+            self._kept.move_to_end(key)
+        return found
+
+    def run(self, flat: Sequence[Tensor], want_confidence: bool, allowance: Allowance | None = None) -> Outcome:
+        self._differentiates(flat)
+        last, over = (None, False) if allowance is None else (allowance.deepest, allowance.over)
+        if allowance is not None and allowance.deadline is not None:
+            raise self._whole("a deadline")
+        gates = self._current[2]
+        program, calls = self.device_program(flat, last)
+        with torch.no_grad():
+            outcome = self._outcome(program, flat, self.execute(program, calls, flat), gates)
+            if last is not None:
+                self._stopped(outcome, last, over)
+        return outcome
+
+    def execute(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> dict[str, Tensor]:
+        """Runs the program; gives the values of its buffers, which nothing writes to again."""
+        raise NotImplementedError
+
+    def memory(self) -> dict[str, Tensor]:
+        """Buffers of the compiled module that kernels read."""
+        marked = self.program.marked
+        return {THRESHOLDS: getattr(marked, THRESHOLD_BUFFER), TEMPERATURES: getattr(marked, TEMPERATURE_BUFFER)}
+
+    def _outcome(
+        self, program: DeviceProgram, flat: Sequence[Tensor], found: dict[str, Tensor], gates: tuple[str, ...]
+    ) -> Outcome:
+        signature, at = self.program.signature, self.program.prediction or 0
+        axis = signature.outputs[at].batch_axis
+        leaves = []
+        for i, leaf in enumerate(signature.outputs):
+            name = program.leaves[i]
+            if i == at:
+                leaves.append(found["output"].movedim(0, axis) if axis else found["output"])
+            else:
+                leaves.append(nothing(leaf, signature, flat, flat[0].device) if name is None else found[name])
+        index, confidence = found["exit_index"], torch.nan_to_num(found["confidence"], nan=0.0)
+        reports = {told: found[buffer] for told, buffer in program.reports}
+        outcome = Outcome(leaves, index, confidence, reports=reports)
+        outcome.reports = with_known(self.program, gates, reports, index)
+        return outcome
+
+    def _stopped(self, outcome: Outcome, last: int, over: bool) -> None:
+        """Which rows a budget stopped. Says it without asking the device: a row is final where it was sure."""
+        assert outcome.confidence is not None
+        sure = outcome.confidence >= self.memory()[THRESHOLDS][last]
+        outcome.final = (outcome.exit_index < last) | sure
+        outcome.stopped, outcome.late = "budget", over
+
+    def _differentiates(self, flat: Sequence[Tensor]) -> None:
+        if torch.is_grad_enabled() and any(t.requires_grad for t in flat):
+            raise StrategyError(
+                f"the {self.name} executor gives no gradients",
+                got="an input that requires a gradient",
+                hint='call under torch.no_grad(), or set fast.executor = "compact"',
+            )
+
+    def _whole(self, what: str) -> StrategyError:
+        return StrategyError(
+            f"{what} needs the host between exits, and the {self.name} executor runs from input to output without it",
+            hint='set fast.executor = "compact"; a budget works here too',
+        )
+
+    def stream(self, flat: Sequence[Tensor], allowance: Allowance) -> Generator[Outcome, None, None]:
+        raise self._whole("a stream")
+
+    def measure(self, flat: Sequence[Tensor]) -> None:
+        raise self._whole("a measurement of stages")
+
+    def interrupt(self) -> int:
+        """Nothing that runs on the device by itself can be stopped."""
+        return 0
+
+
+class SimulateExecutor(DeviceExecutor):
+    """Runs device programs on any machine, decision by decision as a GPU would."""
+
+    name = "simulate"
+
+    def execute(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> dict[str, Tensor]:
+        device = flat[0].device
+        memory = self.memory() | constants(program, device) | allocated(program.buffers, device)
+        for b in program.buffers:  # nobody may read what nobody wrote
+            if b.fill is None:
+                memory[b.name].fill_(float("nan") if b.dtype.is_floating_point else -1)
+        machine: Machine = Simulator(program, memory, calls)
+        machine.run(flat)
+        return {b.name: machine.values[b.name] for b in program.buffers}

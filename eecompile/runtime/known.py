@@ -1,0 +1,84 @@
+"""What is known before a call runs: which exits and gates are open whatever the input, and what they report."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from eecompile.passes.gated import DYNAMIC, ONLY, OPEN, conditionals, halting_pattern, pattern, routing_pattern
+from eecompile.passes.insert_exits import THRESHOLDS
+from eecompile.passes.insert_gates import GATE_THRESHOLDS
+from eecompile.passes.insert_halting import HALT_SCALE, closed_scale
+from eecompile.passes.insert_routes import ROUTE_MARGINS
+from eecompile.program import Halt, HaltStep, Program
+from eecompile.runtime.reference import reached
+
+Current = tuple[list[float], tuple[int, ...], tuple[str, ...]]
+"""Thresholds of all exits, indices of the open ones, and the pattern of gates, halting steps and routes."""
+
+
+def current(program: Program) -> Current:
+    """Reads a program's thresholds."""
+    values = [float(t) for t in getattr(program.marked, THRESHOLDS).tolist()]
+    gates: tuple[str, ...] = ()
+    if program.gates:
+        gates = pattern(program.gates, getattr(program.marked, GATE_THRESHOLDS).tolist())
+    if program.halts:
+        scale = float(getattr(program.marked, HALT_SCALE))
+        gates += halting_pattern(program.halts, scale == closed_scale(program))
+    if any(r.ways for r in program.routes):
+        gates += routing_pattern(program.routes, getattr(program.marked, ROUTE_MARGINS).tolist())
+    return values, tuple(i for i, t in enumerate(values) if t <= 1.0), gates
+
+
+def with_known(
+    program: Program, gates: Sequence[str], reports: Mapping[str, Tensor], exit_index: Tensor
+) -> dict[str, Tensor]:
+    """What a call told, and what needed no telling.
+
+    Args:
+        gates: The pattern of the call.
+        reports: What the call told.
+        exit_index: [B] int64.
+    """
+    found = {**reports, **_known(program, gates, reports, exit_index)}
+    begins = {s.name: s.stage for h in program.halts for s in h.steps if s.stage}
+    for name in begins.keys() & reports.keys():  # told before an exit where rows left
+        found[name] = reached(found[name], exit_index, begins[name])
+    return found
+
+
+def _known(program: Program, gates: Sequence[str], reports: Mapping[str, Tensor], exit_index: Tensor) -> dict[str, Tensor]:
+    """Decisions of gates that are open or shut whatever the input, and zeros for what nobody reached."""
+    known = {
+        g.name: (exit_index >= g.stage).float() * (how == OPEN)
+        for g, how in zip(program.gates, gates, strict=False)
+        if how != DYNAMIC or g.name not in reports
+    }
+    count = len(program.gates)
+    known |= {
+        s.name: (exit_index >= s.stage).float() * (how == OPEN)
+        for s, how in zip(conditionals(program)[count:], gates[count:], strict=False)
+        if isinstance(s, HaltStep) and (how != DYNAMIC or s.name not in reports)
+    }
+    for h in program.halts:
+        if h.name not in reports:
+            known[h.name] = closed_ledger(h, exit_index)
+    for r in program.routes:  # one way is open, or nobody got to the branches; or no exit is open
+        if r.name not in reports:
+            way = int(gates[-1].removeprefix(ONLY)) if r.ways and gates[-1] != DYNAMIC else 0
+            shape = (len(exit_index), len(program.exits)) if r.to_exits else (len(exit_index),)
+            known[r.name] = torch.full(shape, way, device=exit_index.device)
+    return known
+
+
+def closed_ledger(halt: Halt, exit_index: Tensor) -> Tensor:
+    """[B, 3] what the ledger of a closed chain says: all steps, or the first of a block that would be repeated. Where every
+    position halts by itself [B, 1, 3]."""
+    steps = 1.0 if halt.repeated else float(len(halt.steps))
+    figures = (1.0, steps, steps + 1.0)
+    row = torch.stack([torch.full((), v, device=exit_index.device) for v in figures])  # no copy from the host
+    found = (exit_index >= halt.stage).float().unsqueeze(1) * row
+    return found.unsqueeze(1) if halt.per_token else found
