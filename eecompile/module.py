@@ -12,16 +12,13 @@ from torch import Tensor, fx, nn
 from eecompile import explain as explaining
 from eecompile.anytime import Anytime
 from eecompile.artifact.write import write
-from eecompile.errors import CaptureError, EecompileError, StrategyError, near
+from eecompile.device_programs import DevicePrograms
+from eecompile.errors import EecompileError, StrategyError, near
 from eecompile.program import History, Program, Result
 from eecompile.runtime.blocks import BlocksExecutor
 from eecompile.runtime.compact import CompactExecutor
-from eecompile.runtime.device.check import NoSync
-from eecompile.runtime.device.checking import check
 from eecompile.runtime.device.cuda import CudaExecutor
 from eecompile.runtime.device.executor import DeviceExecutor, Options, SimulateExecutor
-from eecompile.runtime.device.nodes import DeviceProgram
-from eecompile.runtime.device.support import VERIFIED, support
 from eecompile.runtime.devices import move_constants, other_device
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Executor, Outcome
@@ -32,7 +29,7 @@ EXECUTORS = ("auto", "reference", "compact", "simulate", "device")
 BACKENDS = ("eager", "inductor")
 
 
-class CompiledModule(Anytime):
+class CompiledModule(DevicePrograms, Anytime):
     """A model with early exits. `fast(x)` returns what `model(x)` returns; `fast.run(x)` says how.
 
     Args:
@@ -241,62 +238,6 @@ class CompiledModule(Anytime):
         asked = self.__dict__["_asked"]
         why = self._automatic()[1] if asked == "auto" else f"asked for {asked!r}"
         return f"{why}; {self._chosen.support.reason}" if isinstance(self._chosen, CudaExecutor) else why
-
-    def _automatic(self) -> tuple[str, str]:
-        """What "auto" is here, and why."""
-        found = support(self.thresholds.device)
-        if found.way == "none" or self.program.front_end == "blocks":
-            return "compact", "auto takes it: it computes the survivors only"
-        if not VERIFIED:
-            return "compact", "auto takes it: the device executor has not been verified on a GPU yet"
-        if found.way == "bound":
-            return "compact", f"auto takes it: {found.reason}"
-        return "device", "auto takes it on this device"
-
-    @property
-    def device_options(self) -> Options:
-        """How device programs are built: buckets, structure, how many are kept. Setting it drops those that are there."""
-        found: Options = self.__dict__["_device_options"]
-        return found
-
-    @device_options.setter
-    def device_options(self, options: Options) -> None:
-        self.__dict__["_device_options"] = options
-        for executor in self.__dict__["_executors"].values():
-            if isinstance(executor, DeviceExecutor):
-                executor.options = options
-                executor.reset()
-
-    def device_program(self, *args: Any, **kwargs: Any) -> DeviceProgram:
-        """What a call with these inputs is on a device that takes all decisions itself, as data: `print(it.describe())`."""
-        executor = self._executor("simulate")
-        assert isinstance(executor, DeviceExecutor)
-        return executor.device_program(self._given(args, kwargs))[0]
-
-    def check_no_sync(self, *args: Any, **kwargs: Any) -> NoSync:
-        """Looks for anything in the device program that would need the host between input and output. Needs no GPU.
-
-        Args:
-            args: A call, for its shapes; without one, the example that the model was compiled with.
-
-        Returns:
-            A report with `.ok` and `.problems`: node, reason and line of the model's code of each.
-
-        Raises:
-            UnsupportedModelError: The model was captured as blocks.
-            CaptureError: A loaded program, which has no example, and no call was given.
-        """
-        self._executor("simulate")  # says why where it cannot
-        return check(self.program, self._given(args, kwargs), self.device_options)
-
-    def _given(self, args: Any, kwargs: Any) -> Sequence[Tensor]:
-        """A call's flat inputs; those of the example for none."""
-        if args or kwargs:
-            return self.program.signature.flatten(args, kwargs)
-        example: tuple[Tensor, ...] | None = self.__dict__["example"]
-        if example is None:
-            raise CaptureError("a loaded program has no example inputs", hint="pass a call's arguments")
-        return [t.to(self.thresholds.device) for t in example]
 
     @property
     def backend(self) -> str:

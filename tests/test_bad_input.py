@@ -145,7 +145,7 @@ def test_executors_and_backends_that_are_none(fast):
     assert (fast.executor, fast.backend) == ("compact", "eager")
 
 
-@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+@pytest.mark.parametrize("criterion", sorted(set(CRITERIA) - {"routed"}))  # which needs a router
 @pytest.mark.parametrize("capture", ["export", "blocks"])
 def test_numbers_that_are_none_never_leave_early(fast, capture, criterion):
     """At a threshold of 0 every row leaves at the first exit, but for those whose logits are NaN or infinite."""

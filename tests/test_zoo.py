@@ -8,12 +8,14 @@ import pytest
 import torch
 
 from eecompile.program import Result
+from eecompile.runtime.device.executor import Options
 from tests.support import (
     CLOSED,
     Fingerprint,
     both,
     close,
     equal_bits,
+    executor,
     random_thresholds,
     same_result,
     shares_parameters,
@@ -112,3 +114,24 @@ def test_a_row_gets_the_same_alone_as_in_its_batch(zoo, name):
     alone = fast.run(*one_args, **one_kwargs)
     assert alone.exit_index.item() == whole.exit_index[2].item()
     close(fast.prediction_of(alone.output), fast.prediction_of(whole.output)[2:3])
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_device_program_agrees_with_the_reference(zoo, name):
+    """Simulated: bucket by bucket, with rows that only fill up. And nothing in it needs the host."""
+    fast = zoo(name).fast
+    rng = random.Random(MODELS.index(name))
+    sizes = (1, 2 + MODELS.index(name) % 32)
+    for batch in sizes:
+        args, kwargs = zoo(name).entry.inputs(batch, seed=4)
+        confidences = fast.observe(*args, **kwargs).confidences[:-1]
+        for structure in ("nested", "machine") if batch == sizes[1] else ("nested",):
+            fast.set_thresholds(random_thresholds(confidences, rng, closed=0.1))
+            fast.device_options = Options(structure=structure)
+            with torch.no_grad(), executor(fast, "reference"):
+                want = fast.run(*args, **kwargs)
+            with torch.no_grad(), executor(fast, "simulate"):
+                same_result(fast.run(*args, **kwargs), want)
+    report = fast.check_no_sync(*args, **kwargs)
+    assert report.ok, str(report)
+    assert report.bodies > len(fast.exits)

@@ -11,6 +11,8 @@ from torch import fx
 from eecompile.errors import UnsupportedModelError
 from eecompile.passes import facts
 from eecompile.passes.gated import Gated
+from eecompile.passes.routed import Routed
+from eecompile.passes.widened import Widened
 
 
 @dataclass(frozen=True)
@@ -47,14 +49,13 @@ def split(module: fx.GraphModule, prefix: str) -> Parts:
     """The pieces of a module with a flat tuple of outputs, in the order in which they run."""
     nodes = [n for n in module.graph.nodes if n.op not in ("output", "placeholder", "get_attr")]
     wanted = [a for a in module.graph.output_node().args[0] if isinstance(a, fx.Node)]  # type: ignore[union-attr]
-    calls = {n: g for n in nodes if n.op == "call_module" and type(g := facts.attribute(module, str(n.target))) is Gated}
+    calls = {n: g for n in nodes if n.op == "call_module" and isinstance(g := facts.attribute(module, str(n.target)), Gated)}
     for n in nodes:
-        if n.op == "call_module" and n not in calls:
-            kind = type(facts.attribute(module, str(n.target))).__name__
+        if n.op == "call_module" and isinstance(facts.attribute(module, str(n.target)), Widened | Routed):
             raise UnsupportedModelError(
                 "the device program does not know this kind of conditional code yet",
                 where=n.name,
-                got=kind,
+                got=type(facts.attribute(module, str(n.target))).__name__.lower(),
                 wanted="exits, gates and halting; widths and branches of routers run in reference and compact",
                 hint='set fast.executor = "compact"',
             )
