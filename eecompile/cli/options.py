@@ -75,7 +75,10 @@ Criterion = Annotated[
 StrategyOptions = Annotated[
     list[str] | None,
     typer.Option(
-        "--option", help="key=value for the strategy, repeatable; values are read as JSON.", rich_help_panel=HOW_BUILT
+        "--option",
+        help="key=value for the strategy, repeatable; values are read as JSON: router=exits sends each row straight to one "
+        """exit, 'router={"at": "layer1", "to": {"light": 0.5}}' some rows through half of the blocks behind layer1.""",
+        rich_help_panel=HOW_BUILT,
     ),
 ]
 Prediction = Annotated[

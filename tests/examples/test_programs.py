@@ -128,6 +128,25 @@ def test_self_adaptive_text(environment: dict[str, str], tmp_path: Path) -> None
         assert set(row["speedup"]) == {"1", "32", "64"}
 
 
+def test_routing(environment: dict[str, str], tmp_path: Path) -> None:
+    found = json.loads(run("routing", environment, tmp_path, "--json").stdout)
+    assert [(row["what"].split()[-1], row["thresholds"]) for row in found["rows"]] == [
+        ("version", "as trained"),
+        ("version", "at most 2% lost on validation"),
+        ("exits", "as trained"),
+        ("exits", "at most 2% lost on validation"),
+    ]
+    for row in found["rows"]:
+        assert sum(row["share"].values()) == pytest.approx(1)
+        assert list(row["share"]) == (["light", "full"] if "light" in row["what"] else ["exit_0", "model"])
+        assert 0 < row["by_chance"] <= 1
+        assert row["full_accuracy"] > 0.85
+        assert set(row["speedup"]) == {"1", "64"}
+    costs = [setting["cost"] for setting in found["margins"]]
+    assert costs == sorted(costs), "the fewer rows take the light way, the more they cost"
+    assert found["rows"][1]["accuracy"] > found["rows"][1]["full_accuracy"] - 0.1
+
+
 def test_errors_are_one_line(environment: dict[str, str], tmp_path: Path) -> None:
     """Without network and without --quick there is no data: said in a sentence, with what to do."""
     command = [sys.executable, "-m", "examples.branchy_lenet", "--out", str(tmp_path)]
