@@ -30,7 +30,7 @@ SIZES = (1, 64)
 MOST_LOST = 0.02
 AT, END, EXITS = "stage1.2", "stage3.2", ("stage2.0", "stage3.0")
 AT_QUICK, END_QUICK, EXITS_QUICK = "stage1", "stage3", ("stage2",)  # of ResNet-8, one block a stage
-EPOCHS = {"light": 40, "exits": 24}
+EPOCHS = {"light": 40, "exits": 16}
 
 
 def strategies(quick: bool) -> dict[str, Branchy]:
@@ -41,7 +41,7 @@ def strategies(quick: bool) -> dict[str, Branchy]:
     branches = Router(to={"light": 0.01}, target_cost=0.8, warm_up=0.5, **light)  # type: ignore[arg-type]
     return {
         "light": Branchy(router=branches),
-        "exits": Branchy(exits=exits, head=Branch, router=Router(at=at, to="exits", target_cost=0.75)),
+        "exits": Branchy(exits=exits, head=Branch, router=Router(at=at, to="exits", price=1.0)),
     }
 
 
