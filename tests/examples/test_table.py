@@ -21,10 +21,10 @@ def test_readme_is_up_to_date() -> None:
 def test_results_are_whole(path: Path) -> None:
     """Made by the command they name, on real data, with everything that a reader needs to judge them."""
     record = json.loads(path.read_text())
-    assert record["command"] == f"python -m examples.{path.stem}"
+    assert record["command"] in (f"python -m examples.{path.stem}", f"python -m examples.{path.stem} --threads 1")
     assert record["machine"]["versions"]["torch"]
     one_thread = "sweep" in record  # a sweep over deadlines, one image at a time
-    assert record["machine"]["threads"] in ((1, 2) if one_thread else (2,))
+    assert record["machine"]["threads"] in ((1, 2) if one_thread else (1,) if "--threads 1" in record["command"] else (2,))
     for row in record["rows"]:
         assert 0 < row["accuracy"] <= 1
         assert one_thread or row["speedup"]
