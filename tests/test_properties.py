@@ -124,7 +124,7 @@ def test_every_criterion_at_every_exit_of_one_model(spec: Spec, luck: int) -> No
     _, first = compiled(spec, strategies.Branchy(exits="blocks.*", max_head_share=1e9, head="linear"))
     rng = random.Random(luck)
     first.set_thresholds(0.125)
-    for name in criteria.CRITERIA:
+    for name in sorted(set(criteria.CRITERIA) - {"routed"}):  # which needs a router
         strategy = strategies.Branchy(exits="blocks.*", max_head_share=1e9, head="linear", criterion=name)
         fast = again(first, strategy)
         for n in (1, rng.randint(2, 9)):
