@@ -107,7 +107,7 @@ class _Builder:
         self.segments = segments if last is None else segments[: stops.index(last) + 1]
         self.inputs = tuple(f"input.{i}" for i in range(len(flat)))
         self.shapes = Shapes(flat, self.inputs)
-        self.emit = Emitter(self.shapes, batch, buckets)
+        self.emit = Emitter(batch, buckets)
         self.leaves: list[str | None] = [None] * len(program.signature.outputs)
         self.reports: list[tuple[str, str]] = []
         self.prediction: tuple[int, ...] = ()
@@ -122,7 +122,7 @@ class _Builder:
             code = self._code(k, segment, lives[-1])
             codes.append(code)
             lives.append(self._handed_on(code, lives[-1]))
-        first, _ = self._stage(codes[0], lives[0], self.batch)
+        first = self._stage(codes[0], lives, self.batch)
         rest = self._nested(codes, lives, 1) if self.structure == "nested" else self._machine(codes, lives)
         return DeviceProgram(
             nodes=(*first, *rest),
@@ -220,15 +220,19 @@ class _Builder:
             found += [Value("state", 0, True)] * following.takes_states
         return found
 
-    def _stage(self, code: StageCode, live: Sequence[Value], rows: int) -> tuple[Body, str]:
-        """A stage at one size, up to its decision; and the control that it leaves."""
+    def _stage(self, code: StageCode, lives: Sequence[Sequence[Value]], rows: int) -> Body:
+        """A stage at one size, up to its decision.
+
+        Args:
+            lives: Live values before each stage and behind the last.
+        """
         k = code.number
         nodes: list[Node] = []
         control = f"control.{k - 1}" if k else EVERYBODY
         in_order = k == 0 or self.direct
         named: dict[str, str] = {}
         groups: dict[str, list[tuple[str, str, int]]] = {}
-        for value, target in zip(live, code.parts.inputs, strict=True):
+        for value, target in zip(lives[k], code.parts.inputs, strict=True):
             if value.axis is None or in_order:
                 named[target] = value.name
             elif target in code.used:
@@ -242,9 +246,7 @@ class _Builder:
         result, judged = (named.get(n, n) for n in code.parts.outputs[:2])
         own = f"survivors.{k - 1}" if k else None
         if k == len(self.segments) - 1:
-            nodes += self._finish(result, judged, own, control)
-            return tuple(nodes), control
-        after = f"control.{k}"
+            return (*nodes, *self._finish(result, judged, own, control))
         state = "state" if code.decision.criterion == "patience" else None
         exit_index = code.segment.exit
         assert exit_index is not None
@@ -260,13 +262,13 @@ class _Builder:
                 state,
                 f"survivors.{k}",
                 f"positions.{k}",
-                after,
+                f"control.{k}",
                 rows,
             )
         )
         if k and not self.direct:
-            nodes += self._kept(code, live, named, rows)
-        return tuple(nodes), after
+            nodes += self._kept(code, lives[k + 1], named, rows)
+        return tuple(nodes)
 
     def _told(self, code: StageCode, named: dict[str, str], control: str) -> list[Node]:
         """Output leaves and reports go to their rows."""
@@ -289,12 +291,12 @@ class _Builder:
             return [Copy(result, "output"), Copy(confidence, "confidence")]
         return [Scatter((result, confidence), ("output", "confidence"), (0, 0), rows, control)]
 
-    def _kept(self, code: StageCode, live: Sequence[Value], named: dict[str, str], rows: int) -> list[Node]:
+    def _kept(self, code: StageCode, behind: Sequence[Value], named: dict[str, str], rows: int) -> list[Node]:
         """What survives goes to the program's buffers: memory of one bucket's body is unknown to the next stage."""
         states = code.parts.outputs[2 : 2 + code.decision.gives_states]
         names = [*self._outputs(code)[2], *states]
         nodes: list[Node] = []
-        for value, name in zip(self._handed_on(code, live), names, strict=False):
+        for value, name in zip(behind, names, strict=False):
             if value.name.startswith(f"live.{code.number}."):
                 nodes.append(Copy(named.get(name, name), value.name, value.axis, None if value.axis is None else rows))
         return nodes
@@ -307,26 +309,21 @@ class _Builder:
             return ()
         control = f"control.{k - 1}"
         if self.direct:
-            body, _ = self._stage(codes[k], lives[k], 1)
-            return (If(control, (*body, *self._nested(codes, lives, k + 1))),)
-        switch = Switch(control, tuple(self._stage(codes[k], lives[k], b)[0] for b in self.buckets))
+            return (If(control, (*self._stage(codes[k], lives, 1), *self._nested(codes, lives, k + 1))),)
+        switch = Switch(control, tuple(self._stage(codes[k], lives, b) for b in self.buckets))
         behind = self._nested(codes, lives, k + 1)
         return (If(control, (switch, *behind)),) if behind else (switch,)  # nobody left is no bucket either
 
     def _machine(self, codes: Sequence[StageCode], lives: Sequence[Sequence[Value]]) -> Body:
         """One loop over a switch of all stages and buckets."""
-        width, done = len(self.buckets), (len(codes) - 1) * len(self.buckets)
         if len(codes) == 1:
             return ()
+        width, last = len(self.buckets), len(codes) - 1
         self.emit.buffer(Buffer("state_number", (1,), torch.int32))
-        bodies: list[Body] = []
-        for k in range(1, len(codes)):
-            for b in self.buckets:
-                body, control = self._stage(codes[k], lives[k], b)
-                if k == len(codes) - 1:
-                    advance = Advance(control, "state_number", done, done)
-                else:
-                    advance = Advance(control, "state_number", k * width, done)
-                bodies.append((*body, advance))
-        start = Advance("control.0", "state_number", 0, done)
-        return start, While("state_number", done, (Switch("state_number", tuple(bodies), element=0),))
+
+        def behind(k: int) -> Advance:
+            """Stage k + 1 comes next. Behind the last one, which decides nothing, any number of rows ends the loop."""
+            return Advance(f"control.{min(k, last - 1)}", "state_number", k * width, last * width)
+
+        bodies = tuple((*self._stage(codes[k], lives, b), behind(k)) for k in range(1, last + 1) for b in self.buckets)
+        return behind(0), While("state_number", last * width, (Switch("state_number", bodies, element=0),))

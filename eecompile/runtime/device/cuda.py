@@ -41,7 +41,8 @@ class Capture(Machine):
         if isinstance(self.following, If) and self.following.control == node.control:
             # One launch less: the decision's kernel sets the condition itself.
             handle = self.set[node.control] = self.graph.handle()
-            launch_decide(*(*self.decision(node), False, handle))
+            arguments = (*self.decision(node), False, handle)
+            launch_decide(*arguments)
         else:
             launch_decide(*self.decision(node))
 
@@ -72,7 +73,6 @@ class Instance:
 
     def __init__(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor], memory: dict[str, Tensor]) -> None:
         device = flat[0].device
-        self.program = program
         self.inputs = [t.detach().clone(memory_format=torch.preserve_format) for t in flat]
         self.memory = memory | constants(program, device) | allocated(program.buffers, device)
         self.graph = ConditionalGraph(device)
@@ -86,7 +86,6 @@ class Instance:
                 machine = Capture(program, self.memory, calls, self.graph)
                 machine.run(self.inputs)
             self.kept = machine  # memory that bodies read must outlive the graph
-        self.buffers = {b.name: self.memory[b.name] for b in program.buffers}
         self.results = (
             "output",
             "exit_index",
@@ -100,7 +99,7 @@ class Instance:
         for own, given in zip(self.inputs, flat, strict=True):
             own.copy_(given, non_blocking=True)
         self.graph.replay()
-        return {name: self.buffers[name].clone() for name in self.results}
+        return {name: self.memory[name].clone() for name in self.results}
 
 
 class CudaExecutor(DeviceExecutor):

@@ -11,7 +11,6 @@ from torch import fx
 from eecompile.kernels._lists import control_size
 from eecompile.runtime.device.nodes import Body, Buffer, Call, Clone, Gather, If, Node, OpenRows, Scatter, Switch
 from eecompile.runtime.device.parts import Conditional, Parts
-from eecompile.runtime.device.shapes import Shapes
 
 
 @dataclass(frozen=True)
@@ -25,8 +24,8 @@ class Rows:
 class Emitter:
     """What the nodes of a program share: its buffers and modules."""
 
-    def __init__(self, shapes: Shapes, batch: int, buckets: Sequence[int]) -> None:
-        self.shapes, self.batch, self.buckets = shapes, batch, tuple(buckets)
+    def __init__(self, batch: int, buckets: Sequence[int]) -> None:
+        self.batch, self.buckets = batch, tuple(buckets)
         self.buffers: dict[str, Buffer] = {}
         self.modules: list[fx.GraphModule] = []
         self._index: dict[int, int] = {}
@@ -101,13 +100,10 @@ class Emitter:
 
 def mutates(parts: Parts) -> bool:
     """Whether any operator of a module in pieces writes to what it is given."""
-    for piece in parts.pieces:
-        if isinstance(piece, Conditional):
-            if mutates(piece.inside):
-                return True
-        elif any(_writes(n) for n in piece.module.graph.nodes):
-            return True
-    return False
+    return any(
+        mutates(p.inside) if isinstance(p, Conditional) else any(_writes(n) for n in p.module.graph.nodes)
+        for p in parts.pieces
+    )
 
 
 def _writes(n: fx.Node) -> bool:

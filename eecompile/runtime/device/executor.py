@@ -19,7 +19,7 @@ from eecompile.program import Program
 from eecompile.runtime.device.build import build
 from eecompile.runtime.device.machine import Calls, Machine, Simulator, allocated, constants
 from eecompile.runtime.device.nodes import TEMPERATURES, THRESHOLDS, DeviceProgram, Structure
-from eecompile.runtime.known import current, with_known
+from eecompile.runtime.known import Current, current, with_known
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome, nothing, times_of
 from eecompile.runtime.runnable import EagerSegment
@@ -96,7 +96,10 @@ class DeviceExecutor:
         Args:
             last: The exit that a budget ends at; None for the model's own end.
         """
-        _, open_exits, gates = self._current
+        return self._program_for(self._current, flat, last)
+
+    def _program_for(self, now: Current, flat: Sequence[Tensor], last: int | None) -> tuple[DeviceProgram, Calls]:
+        _, open_exits, gates = now
         key = (tuple((t.shape, t.stride(), t.dtype, t.device) for t in flat), open_exits, gates, last)
         with self._lock:
             found = self._kept.get(key)
@@ -118,10 +121,10 @@ class DeviceExecutor:
         last, over = (None, False) if allowance is None else (allowance.deepest, allowance.over)
         if allowance is not None and allowance.deadline is not None:
             raise self._whole("a deadline")
-        gates = self._current[2]
-        program, calls = self.device_program(flat, last)
+        now = self._current  # read once: another thread may set thresholds meanwhile
+        program, calls = self._program_for(now, flat, last)
         with torch.no_grad():
-            outcome = self._outcome(program, flat, self.execute(program, calls, flat), gates)
+            outcome = self._outcome(program, flat, self.execute(program, calls, flat), now[2])
             if last is not None:
                 self._stopped(outcome, last, over)
         return outcome
