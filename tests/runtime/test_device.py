@@ -1,55 +1,27 @@
-"""Device programs: sums of strategies, the fallback without conditional nodes, what is kept, what is refused."""
+"""Device programs: sums of strategies, what is kept, the fallback without conditional nodes, and what a capture asks for."""
 
 from __future__ import annotations
 
+import contextlib
 import random
-from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor
 
-from eecompile import MissingDependencyError, StrategyError, eecompile, strategies
-from eecompile.errors import UnsupportedModelError
-from eecompile.passes.lower import schedule
 from eecompile.runtime.device import cuda as cuda_module
-from eecompile.runtime.device.build import build, default_buckets
-from eecompile.runtime.device.check import lint, source_of, suspicious
+from eecompile.runtime.device.build import default_buckets
 from eecompile.runtime.device.cuda import Capture
 from eecompile.runtime.device.executor import Options
 from eecompile.runtime.device.fallback import Bound
-from eecompile.runtime.device.machine import allocated, constants
-from eecompile.runtime.device.nodes import Call, Copy, Decide, Gather, If, Scatter, Switch, While
+from eecompile.runtime.device.machine import Simulator, allocated, constants
+from eecompile.runtime.device.nodes import Call, Copy, Decide, Gather, If, Switch, While
 from eecompile.runtime.device.warm import Warm
-from eecompile.runtime.device.watched import HostValueError, Watched
 from tests.compositions import SEQUENCES, SUMS, at_random
-from tests.support import again, close, executor, random_thresholds, same_result
+from tests.runtime.devices import reference, simulated, spread
+from tests.support import again, close, executor, same_result
 from tests.zoo import ZOO
-
-
-@pytest.fixture(scope="module")
-def bert():
-    entry = ZOO["bert"]
-    args, kwargs = entry.inputs(6)
-    return eecompile(entry.model(), strategies.Branchy(exits=3), example_inputs=args, example_kwargs=kwargs)
-
-
-def spread(fast, batch: int, seed: int = 0):
-    """Inputs, with thresholds at which rows leave everywhere."""
-    args, kwargs = ZOO["bert"].inputs(batch, seed=seed)
-    confidences = fast.observe(*args, **kwargs).confidences[:-1]
-    fast.set_thresholds(random_thresholds(confidences, random.Random(seed), closed=0.0))
-    return kwargs
-
-
-def reference(fast, **kwargs):
-    with torch.no_grad(), executor(fast, "reference"):
-        return fast.run(**kwargs)
-
-
-def simulated(fast, **kwargs):
-    with torch.no_grad(), executor(fast, "simulate"):
-        return fast.run(**kwargs)
 
 
 @pytest.mark.parametrize("kind", [*SUMS, *SEQUENCES])
@@ -238,134 +210,37 @@ def test_a_capture_sets_every_condition(bert, structure, monkeypatch):
     bert.device_options = Options()
 
 
-# ------------------------------------------------------------------------------------------------ the checker
+def test_a_captured_program_reads_thresholds_that_are_set_later(bert, monkeypatch):
+    """With a graph that is replayed by the simulator, on the memory that was captured."""
+    kwargs = spread(bert, 5)
+    simulate = bert._executor("simulate")
+    flat = bert.program.signature.flatten((), kwargs)
+    program, calls = simulate.device_program(flat)
 
+    class Graph:
+        def __init__(self, device):
+            self.stream = Mock()
 
-class Counts(nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        kept = torch.nonzero(x.sum(1) > 0)
-        return x[kept[:, 0]].sum() + x
+        def __getattr__(self, name):
+            return {"if_": lambda handle, body: body(), "switch": lambda handle, bodies: [b() for b in bodies]}[name]
 
+        def handle(self, default=None):
+            return 1
 
-def test_operators_that_wait_are_named():
-    module = fx.symbolic_trace(Counts())
-    x = torch.randn(3, 2)
-    traced = torch.fx.experimental.proxy_tensor.make_fx(module, tracing_mode="symbolic")(x)
-    found = {n.name: reason for n, reason in suspicious(traced)}
-    assert any("nonzero" in reason for reason in found.values())
-    with torch._subclasses.fake_tensor.FakeTensorMode() as mode:
-        fake = mode.from_tensor(x)
-        with pytest.raises(HostValueError, match="needs a value on the host"):
-            Watched(traced).run(fake)
+        def capture(self):
+            return contextlib.nullcontext()
 
-
-def test_random_numbers_and_masks_are_named():
-    def f(x: Tensor) -> Tensor:
-        y = torch.rand_like(x) + x
-        return y[y > 0].sum() + torch.index_put(x, [x > 0], torch.zeros(()))
-
-    with torch._subclasses.fake_tensor.FakeTensorMode(shape_env=torch.fx.experimental.symbolic_shapes.ShapeEnv()):
-        graph = torch.fx.experimental.proxy_tensor.make_fx(f, tracing_mode="symbolic", _allow_non_fake_inputs=True)
-        traced = graph(torch.randn(4))
-    reasons = [reason for _, reason in suspicious(traced)]
-    assert sum("random" in r for r in reasons) == 1
-    assert sum("mask" in r for r in reasons) == 1  # filling by a mask needs no count
-
-
-def test_lint_finds_what_cuda_would_refuse(bert):
-    bert.set_thresholds(0.5)
-    program = bert.device_program(**ZOO["bert"].inputs(4)[1])
-    assert lint(program) == []
-    first = next(i for i, n in enumerate(program.nodes) if isinstance(n, Decide))
-    without = (*program.nodes[:first], *program.nodes[first + 1 :])
-    assert any("nobody has written" in what for what in lint(replace(program, nodes=without)))
-    empty = (*program.nodes, If("control.0", ()))
-    assert any("empty body" in what for what in lint(replace(program, nodes=empty)))
-    unknown = (*program.nodes, Copy("nothing", "output"))
-    assert any("not known" in what for what in lint(replace(program, nodes=unknown)))
-    stuck = (*program.nodes, While("exit_index", 3, (Scatter((), (), (), "survivors.0", "control.0"),)))
-    assert any("never changes" in what for what in lint(replace(program, nodes=stuck)))
-    assert any("no buffer output" in w for w in lint(replace(program, buffers=program.buffers[1:])))
-
-
-def test_a_problem_says_where_in_the_models_code(bert):
-    sources = [source_of(n) for n in bert.source_graph.graph.nodes if n.op == "call_function"]
-    assert sum('modeling_bert.py", line' in s for s in sources) > 10
-
-
-def test_the_report_is_data_and_text(bert):
-    report = bert.check_no_sync()
-    assert report.to_dict()["ok"] is True
-    assert "no synchronisation: ok" in str(report)
-    assert len(report.programs) == 2  # the example's batch, and one row
-
-
-# ------------------------------------------------------------------------------------------------ bad input
-
-
-def test_what_needs_the_host_between_exits_is_refused(bert):
-    kwargs = spread(bert, 2)
-    with executor(bert, "simulate"):
-        with pytest.raises(StrategyError, match="a deadline needs the host"):
-            bert.run(**kwargs, deadline_ms=5.0)
-        with pytest.raises(StrategyError, match="a stream needs the host"):
-            list(bert.stream(**kwargs))
-        with pytest.raises(StrategyError, match="measurement"):
-            bert.measure_stages(**kwargs)
-        assert bert.interrupt() == 0
-
-
-@pytest.mark.parametrize(
-    ("options", "said"),
-    [
-        ({"buckets": (4, 2)}, "ascending"),
-        ({"buckets": ()}, "ascending"),
-        ({"buckets": (0, 2)}, "ascending"),
-        ({"structure": "flat"}, "unknown structure"),
-        ({"kept": 0}, "at least one"),
-    ],
-)
-def test_options_that_make_no_sense(options, said):
-    with pytest.raises(StrategyError, match=said):
-        Options(**options)
-
-
-def test_no_device_here_is_an_error_with_a_way_out(bert):
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    with pytest.raises(MissingDependencyError, match="simulate"):
-        bert.executor = "device"
-    assert bert.executor == "compact"
-
-
-def test_blocks_have_no_device_program():
-    entry = ZOO["bert"]
-    _, kwargs = entry.inputs(4)
-    fast = eecompile(entry.model(), strategies.Branchy(exits=1), example_kwargs=kwargs, capture="blocks")
-    with pytest.raises(UnsupportedModelError, match="whole model as a graph"):
-        fast.executor = "simulate"
-
-
-def test_widths_are_refused_with_the_reason():
-    entry = ZOO["bert"]
-    args, kwargs = entry.inputs(4)
-    fast = eecompile(
-        entry.model(), strategies.SelfAdaptive(widths=(0.5, 1.0), open_bias=0.0), example_inputs=args, example_kwargs=kwargs
-    )
-    with torch.no_grad(), executor(fast, "simulate"), pytest.raises(UnsupportedModelError, match="widened"):
-        fast.run(**kwargs)
-
-
-def test_inputs_that_want_gradients_are_refused():
-    entry = ZOO["lenet"]
-    (x,), _ = entry.inputs(4)
-    fast = eecompile(entry.model(), strategies.Branchy(exits=1), example_inputs=(x,))
-    with executor(fast, "simulate"), pytest.raises(StrategyError, match="no gradients"):
-        fast.run(x.requires_grad_())
-
-
-def test_a_schedule_can_be_built_for_any_batch(bert):
-    lowered = schedule(bert.program, (0, 1, 2), True, ())
-    program = build(bert.program, lowered, bert.program.signature.flatten((), ZOO["bert"].inputs(3)[1]))
-    assert program.batch == 3
-    assert program.bytes > 0
+    monkeypatch.setattr(cuda_module, "ConditionalGraph", Graph)
+    monkeypatch.setattr(cuda_module, "launch_decide", Mock())
+    monkeypatch.setattr(cuda_module, "launch_condition", Mock())
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", Mock())
+    with torch.no_grad():
+        instance = cuda_module.Instance(program, calls, flat, simulate.memory())
+        instance.graph.replay = lambda: Simulator(program, instance.memory, calls).run(instance.inputs)
+        for seed in (0, 1):
+            spread(bert, 5, seed=seed)
+            found = instance.run(flat, simulate.memory())
+            assert torch.equal(found["exit_index"], reference(bert, **kwargs).exit_index)
+    spread(bert, 5)

@@ -69,12 +69,18 @@ class Capture(Machine):
 
 
 class Instance:
-    """A captured program with buffers of its own, for calls on one stream."""
+    """A captured program with buffers of its own, for calls on one stream.
 
-    def __init__(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor], memory: dict[str, Tensor]) -> None:
+    Args:
+        read: Thresholds and temperatures. A graph reads where it was captured to read, and thresholds are replaced when they
+            are set, not written over: it has copies, which every call brings up to date.
+    """
+
+    def __init__(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor], read: dict[str, Tensor]) -> None:
         device = flat[0].device
         self.inputs = [t.detach().clone(memory_format=torch.preserve_format) for t in flat]
-        self.memory = memory | constants(program, device) | allocated(program.buffers, device)
+        self.read = {name: t.clone() for name, t in read.items()}
+        self.memory = self.read | constants(program, device) | allocated(program.buffers, device)
         self.graph = ConditionalGraph(device)
         with CAPTURING:
             self.graph.stream.wait_stream(torch.cuda.current_stream(device))
@@ -94,10 +100,12 @@ class Instance:
             *dict(program.reports).values(),
         )
 
-    def run(self, flat: Sequence[Tensor]) -> dict[str, Tensor]:
+    def run(self, flat: Sequence[Tensor], read: dict[str, Tensor]) -> dict[str, Tensor]:
         """One launch on the current stream."""
         for own, given in zip(self.inputs, flat, strict=True):
             own.copy_(given, non_blocking=True)
+        for name, own in self.read.items():
+            own.copy_(read[name], non_blocking=True)
         self.graph.replay()
         return {name: self.memory[name].clone() for name in self.results}
 
@@ -130,7 +138,7 @@ class CudaExecutor(DeviceExecutor):
             machine = Bound(program, memory, calls, EventMailbox())
             machine.run(flat)
             return {b.name: machine.values[b.name] for b in program.buffers}
-        return self._instance(program, calls, flat).run(flat)
+        return self._instance(program, calls, flat).run(flat, self.memory())
 
     def _instance(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> Instance:
         stream = torch.cuda.current_stream(flat[0].device).cuda_stream

@@ -1,0 +1,28 @@
+"""What the tests of device programs call."""
+
+from __future__ import annotations
+
+import random
+
+import torch
+
+from tests.support import executor, random_thresholds
+from tests.zoo import ZOO
+
+
+def spread(fast, batch: int, seed: int = 0):
+    """Inputs, with thresholds at which rows leave everywhere."""
+    args, kwargs = ZOO["bert"].inputs(batch, seed=seed)
+    confidences = fast.observe(*args, **kwargs).confidences[:-1]
+    fast.set_thresholds(random_thresholds(confidences, random.Random(seed), closed=0.0))
+    return kwargs
+
+
+def reference(fast, **kwargs):
+    with torch.no_grad(), executor(fast, "reference"):
+        return fast.run(**kwargs)
+
+
+def simulated(fast, **kwargs):
+    with torch.no_grad(), executor(fast, "simulate"):
+        return fast.run(**kwargs)
