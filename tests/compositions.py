@@ -65,19 +65,24 @@ def at_random(fast: CompiledModule, args: Any, kwargs: Any, rng: random.Random) 
     fast.set_thresholds([CLOSED if c else v for c, v in zip(closed, values, strict=True)])
 
 
+def same_in_all(fast: CompiledModule, got: Any, want: Any) -> None:
+    """Two results of a call that say the same of everything, up to rounding."""
+    assert torch.equal(got.exit_index, want.exit_index)
+    torch.testing.assert_close(got.confidence, want.confidence, atol=1e-5, rtol=0)
+    torch.testing.assert_close(got.cost, want.cost, atol=1e-6, rtol=0)
+    close(got.output, want.output)
+    if fast.gates:
+        assert torch.equal(got.gates, want.gates)
+    if fast.program.halts:
+        # [B, 1] where no row reached the end of a chain in which every position halts by itself
+        assert torch.equal(got.steps.expand_as(want.steps), want.steps)
+        torch.testing.assert_close(got.ponder.expand_as(want.ponder), want.ponder)
+
+
 def agree(fast: CompiledModule, args: Any, kwargs: Any) -> Any:
     """Compact says what the reference says, of everything; gives the compact result."""
     compact, reference = both(fast, *args, **kwargs)
-    assert torch.equal(compact.exit_index, reference.exit_index)
-    torch.testing.assert_close(compact.confidence, reference.confidence, atol=1e-5, rtol=0)
-    torch.testing.assert_close(compact.cost, reference.cost, atol=1e-6, rtol=0)
-    close(compact.output, reference.output)
-    if fast.gates:
-        assert torch.equal(compact.gates, reference.gates)
-    if fast.program.halts:
-        # [B, 1] where no row reached the end of a chain in which every position halts by itself
-        assert torch.equal(compact.steps.expand_as(reference.steps), reference.steps)
-        torch.testing.assert_close(compact.ponder.expand_as(reference.ponder), reference.ponder)
+    same_in_all(fast, compact, reference)
     with torch.no_grad():
         close(fast(*args, **kwargs), reference.output)
     return compact

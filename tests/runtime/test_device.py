@@ -18,7 +18,7 @@ from eecompile.runtime.device.fallback import Bound
 from eecompile.runtime.device.machine import Simulator, allocated, constants
 from eecompile.runtime.device.nodes import Call, Copy, Decide, Gather, If, Switch, While
 from eecompile.runtime.device.warm import Warm
-from tests.compositions import SEQUENCES, SUMS, at_random
+from tests.compositions import SEQUENCES, SUMS, at_random, same_in_all
 from tests.runtime.devices import reference, simulated, spread
 from tests.support import again, close, executor, same_result
 from tests.zoo import ZOO
@@ -34,15 +34,7 @@ def test_gates_halting_and_exits_agree_with_the_reference(bert, kind):
         args, kwargs = ZOO["bert"].inputs(batch, seed=6)
         for _ in range(2):
             at_random(fast, args, kwargs, rng)
-            got, want = simulated(fast, **kwargs), reference(fast, **kwargs)
-            assert torch.equal(got.exit_index, want.exit_index)
-            torch.testing.assert_close(got.confidence, want.confidence, atol=1e-5, rtol=0)
-            torch.testing.assert_close(got.cost, want.cost, atol=1e-6, rtol=0)
-            close(got.output, want.output)
-            if fast.gates:
-                assert torch.equal(got.gates, want.gates)
-            if fast.program.halts:
-                assert torch.equal(got.steps.expand_as(want.steps), want.steps)
+            same_in_all(fast, simulated(fast, **kwargs), reference(fast, **kwargs))
     assert fast.check_no_sync().ok
 
 
