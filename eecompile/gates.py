@@ -14,8 +14,7 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor, nn
 
-from eecompile.errors import StrategyError, near
-from eecompile.heads import Site, mean_over_positions
+from eecompile.heads import Site, fitting, mean_over_positions
 
 OPEN_BIAS = 2.0
 HIDDEN = 10  # of the recurrent gate, as in the paper
@@ -251,16 +250,7 @@ def unit_class(kind: str, site: Site, where: str) -> type[GateUnit]:
     """
     if kind == "auto":
         kind = "conv" if site.kind == "map" else "linear"
-    if kind not in UNITS:
-        raise StrategyError("unknown gate unit", where=where, got=repr(kind), wanted=near(kind, [*UNITS, "auto"]))
-    if site.kind not in UNITS[kind].fits:
-        raise StrategyError(
-            f"gate unit {kind!r} does not fit the value at this place",
-            where=where,
-            got=f"{site.kind} {list(site.sizes)}",
-            wanted=" or ".join(UNITS[kind].fits),
-        )
-    return UNITS[kind]
+    return fitting("gate unit", UNITS, kind, site, where)
 
 
 def describe(unit: nn.Module) -> dict[str, Any]:

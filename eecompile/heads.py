@@ -7,9 +7,9 @@ predict per position. `mask` `[B, S]` marks real positions of a sequence, None w
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -218,12 +218,46 @@ class IdentityHead(Head):
 
 
 HEADS: dict[str, type[Head]] = {h.kind: h for h in (LinearHead, ConvHead, MLPHead, PoolerHead, IdentityHead)}
+Fits = TypeVar("Fits", bound=nn.Module)
 HeadSpec = str | nn.Module | Callable[[Site], nn.Module]
 
 
 def default_kind(site: Site) -> str:
     """What `head="auto"` takes: the conv branch on maps, one linear layer elsewhere."""
     return "conv" if site.kind == "map" else "linear"
+
+
+def fitting(
+    what: str,
+    kinds: Mapping[str, type[Fits]],
+    kind: str,
+    site: Site,
+    where: str,
+    others: Sequence[str] = ("auto",),
+    hint: str | None = None,
+) -> type[Fits]:
+    """The class with this name, if it takes a value of the site's shape.
+
+    Args:
+        what: What the classes are, for people: "head", "gate unit".
+        others: Names that are known besides.
+        hint: What to do where it does not fit.
+
+    Raises:
+        StrategyError: Unknown, or it does not fit.
+    """
+    if kind not in kinds:
+        raise StrategyError(f"unknown {what}", where=where, got=repr(kind), wanted=near(kind, [*kinds, *others]))
+    fits: Sequence[str] = kinds[kind].fits  # type: ignore[attr-defined]
+    if site.kind not in fits:
+        raise StrategyError(
+            f"{what} {kind!r} does not fit the value at this place",
+            where=where,
+            got=f"{site.kind} {list(site.sizes)}",
+            wanted=" or ".join(fits),
+            hint=hint,
+        )
+    return kinds[kind]
 
 
 def build_head(spec: HeadSpec, site: Site, where: str) -> nn.Module:
@@ -234,23 +268,14 @@ def build_head(spec: HeadSpec, site: Site, where: str) -> nn.Module:
     """
     if isinstance(spec, str):
         kind = default_kind(site) if spec == "auto" else spec
-        if kind not in HEADS:
-            raise StrategyError("unknown head", where=where, got=repr(spec), wanted=near(kind, [*HEADS, "auto", "shared"]))
-        if site.kind not in HEADS[kind].fits:
-            raise StrategyError(
-                f"head {kind!r} does not fit the value at this place",
-                where=where,
-                got=f"{site.kind} {list(site.sizes)}",
-                wanted=" or ".join(HEADS[kind].fits),
-                hint="give a module or a factory as head=",
-            )
+        made = fitting("head", HEADS, kind, site, where, ("auto", "shared"), "give a module or a factory as head=")
         if site.positions and kind in ("conv", "pooler"):
             raise StrategyError(
                 f"head {kind!r} gives one prediction for a row, the model gives one per position",
                 where=where,
                 wanted="linear, mlp or shared",
             )
-        return HEADS[kind](site)
+        return made(site)
     if isinstance(spec, nn.Module):
         return copy.deepcopy(spec)
     module = spec(site)

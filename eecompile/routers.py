@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from eecompile.errors import StrategyError, near
-from eecompile.heads import Site, mean_over_positions
+from eecompile.heads import Site, fitting, mean_over_positions
 
 
 class RouterUnit(nn.Module):
@@ -128,17 +127,8 @@ def unit_class(kind: str, site: Site, where: str) -> type[RouterUnit]:
     """
     if kind == "auto":
         kind = "conv" if site.kind == "map" else "mlp"
-    if kind not in UNITS:
-        raise StrategyError("unknown router unit", where=where, got=repr(kind), wanted=near(kind, [*UNITS, "auto"]))
-    if site.kind not in UNITS[kind].fits:
-        raise StrategyError(
-            f"router unit {kind!r} does not fit the value at this place",
-            where=where,
-            got=f"{site.kind} {list(site.sizes)}",
-            wanted=" or ".join(UNITS[kind].fits),
-            hint="at= names a cut whose value the router can read; eecompile inspect MODEL shows them",
-        )
-    return UNITS[kind]
+    hint = "at= names a cut whose value the router can read; eecompile inspect MODEL shows them"
+    return fitting("router unit", UNITS, kind, site, where, hint=hint)
 
 
 def describe(unit: RouterUnit) -> dict[str, Any]:
