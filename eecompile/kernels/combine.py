@@ -46,11 +46,9 @@ def ensemble(logits: Tensor, state: Tensor | None, threshold: Tensor | None = No
     Returns:
         Logits of the ensemble, shape and dtype of `logits`, and the new state.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_p = torch.log_softmax(logits.to(dtype), -1)
-    usable = ~log_p.isnan().any(-1, keepdim=True)
+    log_p, usable = _log_probabilities(logits)
     if state is None:
-        state = _blank(logits, dtype, 0.0)
+        state = _blank(logits, log_p.dtype, 0.0)
     added = torch.cat((log_p, torch.ones_like(log_p[..., :1])), -1).masked_fill(~usable, 0.0)
     new = state + added
     mean = (new[..., :-1] / new[..., -1:].clamp(min=1)).to(logits.dtype)
@@ -109,17 +107,21 @@ def weighted_ensemble(
     Returns:
         Log-probabilities of the ensemble, shape and dtype of `logits`, and the new state.
     """
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    log_p = torch.log_softmax(logits.to(dtype), -1)
-    usable = ~log_p.isnan().any(-1, keepdim=True)
+    log_p, usable = _log_probabilities(logits)
     if state is None:
-        state = logits.new_zeros((*logits.shape[:-1], log_weights.shape[0], logits.shape[-1]), dtype=dtype)
+        state = logits.new_zeros((*logits.shape[:-1], log_weights.shape[0], logits.shape[-1]), dtype=log_p.dtype)
     mine = log_p.clamp(min=LEAST).masked_fill(~usable, 0.0).unsqueeze(-2)
     new = torch.cat((state[..., :index, :], mine, state[..., index + 1 :, :]), -2)
-    weights = log_weights[index, : index + 1].exp().to(dtype).unsqueeze(-1)
-    together = (weights * new[..., : index + 1, :]).sum(-2) + log_bias[index].to(dtype)
+    weights = log_weights[index, : index + 1].exp().to(log_p.dtype).unsqueeze(-1)
+    together = (weights * new[..., : index + 1, :]).sum(-2) + log_bias[index].to(log_p.dtype)
     output = torch.where(usable, torch.log_softmax(together, -1).to(logits.dtype), logits)
     return output, new if threshold is None else torch.where(threshold > 1, state, new)
+
+
+def _log_probabilities(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """`[..., C]` in the precision of the arithmetic, and `[..., 1]` bool: which of them can be read."""
+    log_p = torch.log_softmax(logits.to(torch.promote_types(logits.dtype, torch.float32)), -1)
+    return log_p, ~log_p.isnan().any(-1, keepdim=True)
 
 
 def _blank(logits: Tensor, dtype: torch.dtype, last: float) -> Tensor:

@@ -27,21 +27,35 @@ EPSILON = 1e-6
 
 
 @dataclass(frozen=True)
-class RouteExits(Priced):
-    """Loss and cost of every exit under the router's probabilities: `mean_b sum_k P_k (loss_k + price * cost_k)`.
-
-    The losses are those of the exits as they are, without a gradient: heads are trained by the task's objective.
+class Balanced(Priced):
+    """The options of every objective of a router.
 
     Args:
         balance: Weight of the load-balancing loss.
         target, price, rate, gain, ceiling: See `Steering`.
     """
 
-    name: ClassVar[str] = "route_exits"
-
     target: float | None = None
     price: float = 0.1
     balance: float = 0.0
+
+    def options(self) -> tuple[str, ...]:
+        return (*super().options(), "balance")
+
+    def unevenness(self, result: Result, where: str) -> Tensor:
+        """The load-balancing loss with its weight, 0-dim."""
+        weights, _ = routes_of(result, where)
+        return self.balance * uneven(weights, result.route)
+
+
+@dataclass(frozen=True)
+class RouteExits(Balanced):
+    """Loss and cost of every exit under the router's probabilities: `mean_b sum_k P_k (loss_k + price * cost_k)`.
+
+    The losses are those of the exits as they are, without a gradient: heads are trained by the task's objective.
+    """
+
+    name: ClassVar[str] = "route_exits"
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
         outputs, weights, costs = outputs_of(result), *routes_of(result, where)
@@ -54,54 +68,34 @@ class RouteExits(Priced):
         losses = torch.stack([losses_of(output.detach(), labels) for output in outputs], 1)  # [B, E + 1]
         now = self.priced((weights.detach() * costs).sum(1))
         loss = (weights * (losses + now * costs)).sum(1).mean()
-        return loss + self.balance * uneven(weights, result.route)
-
-    def options(self) -> tuple[str, ...]:
-        return (*super().options(), "balance")
+        return loss + self.unevenness(result, where)
 
 
 @dataclass(frozen=True)
-class RouteCost(GateCost):
-    """`price * mean(cost)` and the load-balancing loss: for decisions between branches that have a gradient.
-
-    Args:
-        balance: Weight of the load-balancing loss.
-        target, price, rate, gain, ceiling: See `Steering`.
-    """
+class RouteCost(Balanced, GateCost):
+    """`price * mean(cost)` and the load-balancing loss: for decisions between branches that have a gradient."""
 
     name: ClassVar[str] = "route_cost"
 
-    target: float | None = None
-    price: float = 0.1
-    balance: float = 0.0
-
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
-        weights, _ = routes_of(result, where)
-        return super().__call__(result, labels, where=where) + self.balance * uneven(weights, result.route)
-
-    def options(self) -> tuple[str, ...]:
-        return (*super().options(), "balance")
+        # the router is asked for first: without one there is nothing to price
+        balance = self.unevenness(result, where)
+        return GateCost.__call__(self, result, labels, where=where) + balance
 
 
 @dataclass(frozen=True)
-class RouteReinforce(Reinforce):
+class RouteReinforce(Balanced, Reinforce):
     """Policy gradient of sampled branches, as `Reinforce` has it for gates, and the load-balancing loss.
 
     Args:
-        balance: Weight of the load-balancing loss.
         reward, entropy, memory: As in `Reinforce`; the entropy is that of the K routes of a row, in nats.
-        target, price, rate, gain, ceiling: See `Steering`.
     """
 
     name: ClassVar[str] = "route_reinforce"
 
-    target: float | None = None
-    price: float = 0.1
-    balance: float = 0.0
-
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
-        weights, _ = routes_of(result, where)
-        return super().__call__(result, labels, where=where) + self.balance * uneven(weights, result.route)
+        balance = self.unevenness(result, where)
+        return Reinforce.__call__(self, result, labels, where=where) + balance
 
     def likelihood(self, result: Result, where: str) -> tuple[Tensor, Tensor]:
         if cost_of(result, where).requires_grad:
@@ -116,9 +110,6 @@ class RouteReinforce(Reinforce):
         p = weights.clamp(EPSILON, 1)
         chosen = p.log().gather(1, result.route.clamp_min(0).unsqueeze(1)).squeeze(1)
         return chosen * (result.route >= 0), -(p * p.log()).sum(1)
-
-    def options(self) -> tuple[str, ...]:
-        return (*super().options(), "balance")
 
 
 def routes_of(result: Result, where: str) -> tuple[Tensor, Tensor]:
