@@ -273,7 +273,7 @@ class Decisions(Routing):
             steps: Of every chain that halts [B, K], 1 for a step that ran.
             ways: [B, K] how much of each way of a router to branches, differentiable or not; None without.
         """
-        return self._all_spent(exit_index, gates, steps, ways, [t <= 1.0 for t in self.thresholds.tolist()])
+        return self._all_spent(exit_index, gates, steps, ways, self.open_exits)
 
     def end_cost(self, size: int, gates: Tensor | None, steps: Sequence[Tensor] = (), ways: Tensor | None = None) -> Tensor:
         """[B] float32: as `spent` of rows that go to the end, gates and routes as they were decided: with every exit closed,
@@ -345,7 +345,7 @@ class Decisions(Routing):
     def steps_of(self, reports: Mapping[str, Tensor], exit_index: Tensor) -> list[Tensor]:
         """Of every chain that halts [B, K], 1 for a step that ran: the first one for every row that reached it."""
         found = []
-        open_exits = [t <= 1.0 for t in self.thresholds.tolist()]
+        open_exits = self.open_exits
         for h in self.program.halts:
             first = (exit_index >= h.steps[0].stage).float()
             ran = torch.stack([reports[s.name].float() if s.carries else first for s in h.steps], 1)

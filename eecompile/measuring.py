@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import statistics
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,6 +32,18 @@ class Bystanders:
             return None
         seconds = max(time.perf_counter() - then, 1e-9) * (os.cpu_count() or 1)
         return min(1.0, max(0.0, (now - busy - (_own() - own)) / seconds))
+
+
+@contextlib.contextmanager
+def busy() -> Iterator[None]:
+    """Another process keeps one core busy meanwhile."""
+    other = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    try:
+        time.sleep(0.5)
+        yield
+    finally:
+        other.kill()
+        other.wait()
 
 
 def _own() -> float:

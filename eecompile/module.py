@@ -145,7 +145,7 @@ class CompiledModule(DevicePrograms, Anytime):
         training = outcome.outputs is not None and self.training
         gates = self._told(outcome, "") if self.program.gates else None
         if gates is not None and not training:  # nothing runs of a cascade's model while its exits are closed
-            gates = gates * self._running([t <= 1.0 for t in self.thresholds.tolist()])
+            gates = gates * self._running(self.open_exits)
         steps = self.steps_of(outcome.reports, outcome.exit_index)
         route = self.taken(outcome.reports, outcome.exit_index)
         mixed = training and self.gate_mode == "soft"

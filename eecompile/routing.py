@@ -51,6 +51,11 @@ class Routing(nn.Module):
     def thresholds(self) -> Tensor:
         raise NotImplementedError
 
+    @property
+    def open_exits(self) -> list[bool]:
+        """Which exits rows may leave at."""
+        return [t <= 1.0 for t in self.thresholds.tolist()]
+
     def costs(self, open_exits: Sequence[bool]) -> Tensor:
         raise NotImplementedError
 
@@ -83,7 +88,7 @@ class Routing(nn.Module):
         (route,) = self.program.routes
         costs = self.route_costs().tolist()
         if route.to_exits:
-            is_open = [*(t <= 1 for t in self.thresholds.tolist()), True]
+            is_open = [*self.open_exits, True]
             return tuple(RouteRecord(n, "exit", c, o) for n, c, o in zip(self.route_names, costs, is_open, strict=True))
         margins = self.route_margins.tolist()
         return tuple(
@@ -126,7 +131,7 @@ class Routing(nn.Module):
     def route_costs(self) -> Tensor:
         """[K] float32: fraction of the full model's FLOPs of a row on each route, with the exits that are open now."""
         (route,) = self.program.routes
-        costs = self.costs([t <= 1 for t in self.thresholds.tolist()])
+        costs = self.costs(self.open_exits)
         if route.to_exits:
             return costs
         every = torch.eye(len(route.ways), device=costs.device)

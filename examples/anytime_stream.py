@@ -10,10 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import statistics
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,6 +18,7 @@ from torch import Tensor
 
 from eecompile import CompiledModule, eecompile
 from eecompile.kernels.combine import COMBINATIONS, ensemble, keep_best
+from eecompile.measuring import busy
 from eecompile.strategies import Anytime
 from examples import datasets, models, stages
 from examples._common import Observed, Options, Recipe, Record, Trunk, fitted, image_data, main, observed, rows_in, trunk
@@ -28,7 +26,6 @@ from examples._common import Observed, Options, Recipe, Record, Trunk, fitted, i
 TRAIN, VAL, TEST, EPOCHS = 6_000, 1_000, 2_000, 2
 STREAMS, CALLS, DEADLINES = 100, 250, 7
 LATE = 1.05  # a call is late that takes more than this times its deadline
-BUSY = "while True: pass"
 
 
 def mobilenet(options: Options) -> Trunk:
@@ -163,18 +160,6 @@ def sweep(fast: CompiledModule, images: Tensor, labels: Tensor, deadline: float,
         "calls": calls,
         "deadline_ms": deadline,
     }
-
-
-@contextlib.contextmanager
-def busy() -> Iterator[None]:
-    """A second process that keeps one core busy."""
-    other = subprocess.Popen([sys.executable, "-c", BUSY])
-    try:
-        time.sleep(0.5)
-        yield
-    finally:
-        other.kill()
-        other.wait()
 
 
 if __name__ == "__main__":

@@ -13,13 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Subset
 
 from eecompile import eecompile
 from eecompile.strategies import DepthAdaptive
 from examples import datasets
 from examples._common import Options, Record, Variant, fitted, main, minilm_trunk, rows_of, timed
 from examples._depths import Depths, depths
+from examples._parts import imdb_parts
 
 ROWS = {"seen": 4_000, "train": 1_280, "val": 500, "test": 1_000}  # seen: by the trunk, which learns from others here
 ROWS_QUICK = {"seen": 0, "train": 256, "val": 128, "test": 128}
@@ -47,18 +47,6 @@ class MeanClassifier(nn.Module):
         mean = (states * weight).sum(1) / weight.sum(1).clamp(min=1)
         y: Tensor = self.classifier(torch.relu(self.hidden(self.norm(mean))))
         return y
-
-
-def loaders(quick: bool, seed: int) -> dict[str, DataLoader[Any]]:
-    """The part of IMDB that is used."""
-    rows = ROWS_QUICK if quick else ROWS
-    fresh = datasets.TokenDataset(datasets.tokens("train", rows["seen"] + rows["train"], standin=quick))
-    chosen = Subset(fresh, range(rows["seen"], rows["seen"] + rows["train"]))
-    generator = torch.Generator().manual_seed(seed)
-    found: dict[str, DataLoader[Any]] = {"train": DataLoader(chosen, 16, shuffle=True, generator=generator)}
-    for part in ("val", "test"):
-        found[part] = datasets.loader(f"minilm_imdb:{part}", limit=rows[part], standin=quick, batch_size=50)
-    return found
 
 
 def program(model: nn.Module, mode: str, trains_model: bool, example: dict[str, Any]) -> Any:
@@ -94,7 +82,7 @@ def example(options: Options, record: Record) -> None:
     """From training to timing."""
     quick = options.quick
     rows = ROWS_QUICK if quick else ROWS
-    parts = loaders(quick, options.seed)
+    parts = imdb_parts(rows, quick=quick, seed=options.seed)
     trunk = minilm_trunk(quick=quick, seed=options.seed)
     record.note(data="IMDB", rows_of_data=rows, tokens=datasets.SEQUENCE, price=PRICE, allowed=ALLOWED)
     record.note(model="MiniLM-L6 (all-minilm-l6-v2) with a classifier on the mean", trunk=trunk.to_dict())

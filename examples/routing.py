@@ -19,10 +19,9 @@ from torch.utils.data import DataLoader
 
 from eecompile import CompiledModule, eecompile
 from eecompile.strategies import Branchy, Router
-from examples import datasets
 from examples._common import Options, Record, Variant, accuracy, fitted, main, resnet_trunk, rows_in, rows_of, timed
+from examples._parts import cifar_parts
 from examples.branchy_resnet import Branch
-from examples.skipnet_cifar import drawn
 
 ROWS, ROWS_QUICK = 6400, 96  # of an epoch
 HELD_OUT = {"val": 2000, "test": 4000}
@@ -49,12 +48,7 @@ def example(options: Options, record: Record) -> None:
     """From training to timing."""
     quick = options.quick
     trunk = resnet_trunk(quick=quick, seed=options.seed)
-    every = datasets.loader(
-        "cifar10:train", batch_size=32 if quick else 64, standin=quick, seed=options.seed, augmented=not quick
-    )
-    train = drawn(every, ROWS_QUICK if quick else ROWS, options.seed)
-    limits = {"val": None, "test": None} if quick else HELD_OUT
-    held_out = {part: datasets.loader(f"cifar10:{part}", standin=quick, limit=n) for part, n in limits.items()}
+    train, held_out = cifar_parts(ROWS_QUICK if quick else ROWS, HELD_OUT, quick=quick, seed=options.seed)
     x: Tensor = next(iter(held_out["val"]))[0][:8]
     programs: dict[str, CompiledModule] = {}
     fits: dict[str, Any] = {}

@@ -13,13 +13,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader, Subset
-
 from eecompile import eecompile
 from eecompile.strategies import SelfAdaptive
 from examples import datasets
 from examples._common import Options, Record, fitted, main, minilm_trunk, rows_of, timed
+from examples._parts import imdb_parts
 from examples._policies import told
 
 ROWS = {"seen": 4_000, "train": 2_560, "val": 400, "test": 1_000}  # seen: by the trunk, which learns from others here
@@ -29,28 +27,17 @@ STRATEGY = SelfAdaptive(exits=2, always_on=("*layer.0*",), target_cost=0.65, cur
 STRATEGY_QUICK = SelfAdaptive(exits=1, always_on=("*layer.0*",), target_cost=0.8, curriculum=1)
 
 
-def loaders(quick: bool, seed: int) -> dict[str, DataLoader[Any]]:
-    """The part of IMDB that is used."""
-    rows = ROWS_QUICK if quick else ROWS
-    fresh = datasets.TokenDataset(datasets.tokens("train", rows["seen"] + rows["train"], standin=quick))
-    chosen = Subset(fresh, range(rows["seen"], rows["seen"] + rows["train"]))
-    generator = torch.Generator().manual_seed(seed)
-    found: dict[str, DataLoader[Any]] = {"train": DataLoader(chosen, 16, shuffle=True, generator=generator)}
-    for part in ("val", "test"):
-        found[part] = datasets.loader(f"minilm_imdb:{part}", limit=rows[part], standin=quick, batch_size=50)
-    return found
-
-
 def example(options: Options, record: Record) -> None:
     """From training to timing."""
     quick = options.quick
-    parts = loaders(quick, options.seed)
+    rows = ROWS_QUICK if quick else ROWS
+    parts = imdb_parts(rows, quick=quick, seed=options.seed)
     trunk = minilm_trunk(quick=quick, seed=options.seed)
     some = {key: value[:4] for key, value in next(iter(parts["val"])).items() if key != "labels"}
     fast = eecompile(trunk.model, STRATEGY_QUICK if quick else STRATEGY, example_kwargs=some)
     training = {**TRAINING, **({"epochs": 1} if quick else {})}
     fit = fitted(fast, parts["train"], "self-adaptive-imdb", options, trunk, scheduler="cosine", **training)
-    record.note(data="IMDB", rows_of_data=ROWS_QUICK if quick else ROWS, tokens=datasets.SEQUENCE)
+    record.note(data="IMDB", rows_of_data=rows, tokens=datasets.SEQUENCE)
     record.note(model="MiniLM-L6 (all-minilm-l6-v2)", strategy=str(fast.strategy), trunk=trunk.to_dict(), fit=fit)
     record.note(gates=[{"region": g.region, "saves": g.saves} for g in fast.gates])
     record.done("train")

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, RandomSampler
+from torch.utils.data import DataLoader
 
 from eecompile import CompiledModule, eecompile
 from eecompile.strategies import SkipNet
-from examples import datasets
 from examples._common import Options, Record, Variant, accuracy, fitted, main, resnet_trunk, rows_in, rows_of, timed
+from examples._parts import cifar_parts
 
 ROWS, ROWS_QUICK = 5120, 96  # of an epoch
 HELD_OUT = {"val": 1500, "test": 4000}  # rows: calibration runs the model once for each of a dozen settings
@@ -27,23 +26,11 @@ PROMISES: dict[str, dict[str, Any] | None] = {
 }
 
 
-def drawn(loader: DataLoader[Any], rows: int, seed: int) -> DataLoader[Any]:
-    """The same data, `rows` of them drawn anew for every pass."""
-    generator = torch.Generator().manual_seed(seed)
-    sampler = RandomSampler(loader.dataset, num_samples=rows, generator=generator)  # type: ignore[arg-type]
-    return DataLoader(loader.dataset, batch_size=loader.batch_size, sampler=sampler, collate_fn=loader.collate_fn)
-
-
 def example(options: Options, record: Record) -> None:
     """From training to timing."""
     quick = options.quick
     trunk = resnet_trunk(quick=quick, seed=options.seed)
-    every = datasets.loader(
-        "cifar10:train", batch_size=32 if quick else 64, standin=quick, seed=options.seed, augmented=not quick
-    )
-    train = drawn(every, ROWS_QUICK if quick else ROWS, options.seed)
-    limits = {"val": None, "test": None} if quick else HELD_OUT
-    held_out = {part: datasets.loader(f"cifar10:{part}", standin=quick, limit=n) for part, n in limits.items()}
+    train, held_out = cifar_parts(ROWS_QUICK if quick else ROWS, HELD_OUT, quick=quick, seed=options.seed)
     x: Tensor = next(iter(held_out["val"]))[0][:8]
     strategy = SkipNet(target_cost=0.6, shares=(1, 3, 2), estimator="gumbel", open_bias=1.0)
     fast = eecompile(trunk.model, strategy, example_inputs=(x,))

@@ -4,23 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 
 from eecompile import CompiledModule, eecompile, strategies
-from eecompile.measuring import Bystanders
+from eecompile.measuring import Bystanders, busy
 from tests.bench import models
 from tests.bench.groups import Context
 from tests.bench.record import Figure, Target
 
 CALLS, STEPS = 250, 7
 LATE = 1.05  # a call is late that takes more than this times its deadline
-BUSY = "x = 1.0\nwhile True:\n    for _ in range(1000):\n        x = x * 1.0000001"
 
 
 def run(context: Context) -> list[Figure]:
@@ -85,15 +81,3 @@ def sweep(fast: CompiledModule, inputs: dict[str, torch.Tensor], deadline: float
         late += over
         beyond += over and int(r.exit_index) > 0
     return Swept(deadline, late, beyond, depth)
-
-
-@contextlib.contextmanager
-def busy() -> Iterator[None]:
-    """A second process that keeps one core busy."""
-    other = subprocess.Popen([sys.executable, "-c", BUSY])
-    try:
-        time.sleep(0.5)
-        yield
-    finally:
-        other.kill()
-        other.wait()
