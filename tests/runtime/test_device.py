@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from eecompile import strategies
 from eecompile.runtime.device import cuda as cuda_module
 from eecompile.runtime.device.build import default_buckets
 from eecompile.runtime.device.cuda import Capture
@@ -20,7 +21,7 @@ from eecompile.runtime.device.nodes import Call, Copy, Decide, Gather, If, Switc
 from eecompile.runtime.device.warm import Warm
 from tests.compositions import SEQUENCES, SUMS, at_random, same_in_all
 from tests.runtime.devices import reference, simulated, spread
-from tests.support import again, close, executor, same_result
+from tests.support import again, close, executor, random_thresholds, same_result
 from tests.zoo import ZOO
 
 
@@ -36,6 +37,17 @@ def test_gates_halting_and_exits_agree_with_the_reference(bert, kind):
             at_random(fast, args, kwargs, rng)
             same_in_all(fast, simulated(fast, **kwargs), reference(fast, **kwargs))
     assert fast.check_no_sync().ok
+
+
+def test_a_router_to_exits_agrees_with_the_reference(bert):
+    """Here every head of a stage runs; where rows leave is the router's word."""
+    router = strategies.Router(at="bert.embeddings", to="exits")
+    fast = again(bert, strategies.Branchy(exits=3, router=router))
+    for batch in (1, 7):
+        _, kwargs = ZOO["bert"].inputs(batch, seed=8)
+        confidences = fast.observe(**kwargs).confidences[:-1]
+        fast.set_thresholds(random_thresholds(confidences, random.Random(batch), closed=0.0))
+        same_in_all(fast, simulated(fast, **kwargs), reference(fast, **kwargs))
 
 
 @pytest.mark.parametrize("buckets", [None, (1, 4), (3,), (2, 5, 7)])
