@@ -4,11 +4,12 @@ The names below are the plain torch definitions. They copy nothing that they nee
 them directly; in graphs stand the operators of the same names, each with a fake implementation and a
 gradient.
 
-`decide`, `gather`, `scatter`, `open_rows`, `pool_gate` and `head_confidence` are what executors are made of: they write
-into buffers (but for `head_confidence`), have no gradient, and run as Triton kernels where those can run.
+`decide`, `tick`, `gather`, `scatter`, `open_rows`, `pool_gate` and `head_confidence` are what executors are made of:
+they write into buffers (but for `head_confidence`), have no gradient, and run as Triton kernels where those can run.
 """
 
 from eecompile.kernels.blank import blank
+from eecompile.kernels.clock import tick
 from eecompile.kernels.combine import ensemble, keep_best, weighted_ensemble
 from eecompile.kernels.confidence import confidence
 from eecompile.kernels.decide import decide
@@ -37,5 +38,6 @@ __all__ = [
     "scatter",
     "select",
     "skip",
+    "tick",
     "weighted_ensemble",
 ]

@@ -98,6 +98,44 @@ if HAVE_TRITON:
         return value, tl.where(usable, arg.to(tl.int64), -1), tl.where(usable, count, 0)
 
     @triton.jit
+    def judged(
+        logits,
+        temperatures,
+        state,
+        i,
+        row,
+        live,
+        opened,
+        stride_row,
+        stride_column,
+        C,
+        exit,
+        patience,
+        CRITERION: tl.constexpr,
+        R: tl.constexpr,
+        K: tl.constexpr,
+    ):
+        """Confidence at an exit of live rows `i` [R], which are samples `row`. Patience keeps its state per sample, and
+        writes it where the exit is `opened`."""
+        if CRITERION == "given":
+            return tl.load(logits + i * stride_row, mask=live, other=0.0).to(tl.float32)
+        temperature = 1.0
+        if CRITERION != "patience":
+            temperature = tl.load(temperatures + exit)
+        top, second, total, moment, arg, bad = row_statistics(
+            logits, i, live, stride_row, stride_column, C, temperature, R, K
+        )
+        if CRITERION == "patience":
+            previous = tl.load(state + row * 2, mask=live, other=-1)
+            agreed = tl.load(state + row * 2 + 1, mask=live, other=0)
+            value, previous, agreed = agreement(previous, agreed, arg, top, bad, patience)
+            tl.store(state + row * 2, previous, mask=opened)
+            tl.store(state + row * 2 + 1, agreed, mask=opened)
+        else:
+            value = criterion_value(top, second, total, moment, bad, C, CRITERION)
+        return value
+
+    @triton.jit
     def last_block_done(counter, blocks):
         """Whether this block is the last of `blocks` to come here. What the others wrote is then
         visible."""

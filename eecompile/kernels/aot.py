@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from eecompile.errors import MissingDependencyError, StrategyError, near
-from eecompile.kernels import condition, confidence, decide, gather, halt, head_confidence, open_rows, skip
+from eecompile.kernels import clock, condition, confidence, decide, gather, halt, head_confidence, open_rows, skip
 from eecompile.kernels._triton import HAVE_TRITON, INTERPRETED, extern_libs, triton
 
 TARGETS = {
@@ -66,10 +66,17 @@ def _pointers(dtype: str, names: str) -> Types:
     return dict.fromkeys(names.split(), dtype)
 
 
-def _decide(dtype: str, criterion: str, tile: tuple[int, int], conditional: bool = False, final: bool = False) -> Case:
+def _decide(
+    dtype: str,
+    criterion: str,
+    tile: tuple[int, int],
+    conditional: bool = False,
+    final: bool = False,
+    source: str = clock.NONE,
+) -> Case:
     types = {
         **_pointers(f"*{dtype}", "logits result output"),
-        **_pointers("*i64", "rows state exit_index survivors positions"),
+        **_pointers("*i64", "rows state exit_index survivors positions clock predicted"),
         **_pointers("*i32", "count buckets control"),
         **_pointers("*fp32", "thresholds temperatures confidence"),
         **_pointers("i32", "stride_row result_row C W capacity K exit patience"),
@@ -82,6 +89,7 @@ def _decide(dtype: str, criterion: str, tile: tuple[int, int], conditional: bool
         "FINAL": final,
         "IDENTITY": False,
         "CONDITION": conditional,
+        "CLOCK": source,
         "R": tile[0],
         "BLOCK_C": tile[1],
         "BLOCK_W": tile[1],
@@ -89,6 +97,7 @@ def _decide(dtype: str, criterion: str, tile: tuple[int, int], conditional: bool
         "MAX_K": 16,
     }
     label = f"{criterion} {dtype} {tile[0]}x{tile[1]}" + (" final" if final else " graph" if conditional else "")
+    label += "" if source == clock.NONE else " deadline"
     return Case("decide", label, decide.decide_kernel, types, constants, 8 if tile[1] > 1024 else 4, 3, conditional)
 
 
@@ -163,6 +172,11 @@ def _open_rows(dtype: str) -> Case:
     return Case("open_rows", dtype, open_rows.open_rows_kernel, types, constants)
 
 
+def _clock() -> Case:
+    types = {"clock": "*i64", "element": "i32"}
+    return Case("clock", "tick", clock.clock_kernel, types, {"CLOCK": clock.DEVICE}, 1)
+
+
 def _condition(compare: bool) -> Case:
     types = {"numbers": "*i32", **_pointers("i32", "element below"), "handle": "u64"}
     label = "below" if compare else "number"
@@ -221,6 +235,8 @@ def cases() -> list[Case]:
         _decide("fp16", "patience", (1, 1024), conditional=True),
         _decide("bf16", "margin", (1, 4096)),
         _decide("fp32", "energy", (1, 1024), final=True),
+        _decide("bf16", "max_probability", (1, 1024), conditional=True, source=clock.DEVICE),
+        _decide("fp32", "patience", (16, 16), source=clock.DEVICE),
         _confidence("fp32", "entropy", (1, 1024)),
         _confidence("bf16", "patience", (16, 64)),
         _move("gather", ("i64", "i64", "i32", "i16")),
@@ -230,6 +246,7 @@ def cases() -> list[Case]:
         _pool_gate("bf16"),
         _open_rows("fp32"),
         _open_rows("i1"),
+        _clock(),
         _condition(compare=False),
         _condition(compare=True),
         _halt("bf16", first=False, last=False),
@@ -272,6 +289,8 @@ def compile_case(case: Case, target: str) -> Figures:
         options["extern_libs"] = extern_libs()
     elif "CONDITION" in constants:
         constants["CONDITION"] = False  # ROCm has no conditional nodes
+    if not nvidia and constants.get("CLOCK") == clock.DEVICE:
+        constants["CLOCK"] = clock.HOST  # for the same reason the host tells the time there
     signature = {name: case.types.get(name, "constexpr") for name in case.function.arg_names}
     signature = {k: v.removesuffix(":16") if isinstance(v, str) else v for k, v in signature.items()}
     source = ASTSource(case.function, signature, constexprs=constants, attrs=_divisible(case.function, case.types))
@@ -325,12 +344,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     figures = []
     if not options.json:
-        print(f"{'kernel':16} {'case':34} {'target':8} {'registers':>9} {'shared':>7} {'spilled':>7}")
+        print(f"{'kernel':16} {'case':44} {'target':8} {'registers':>9} {'shared':>7} {'spilled':>7}")
     for f in compile_all(options.target, options.kernel):
         figures.append(f)
         if not options.json:
             print(
-                f"{f.kernel:16} {f.label:34} {f.target:8} {f.registers:9} {f.shared:7} {f.spilled:7}",
+                f"{f.kernel:16} {f.label:44} {f.target:8} {f.registers:9} {f.shared:7} {f.spilled:7}",
                 flush=True,
             )
     if options.json:

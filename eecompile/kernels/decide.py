@@ -14,6 +14,13 @@ Arithmetic in float32 whatever the dtype of the logits (float32, float16, bfloat
 for bit. Ties and NaN as in `confidence`; at the end a NaN confidence is reported as 0. Patience keeps its
 state per sample. Nothing else is written: what belongs to samples that stay, and rows past n, keep what
 they hold.
+
+With a `clock` (see `clock`) every live row's result and confidence are written, those that stay have the
+best output so far, NaN as 0; and where the next stage, at the bucket of the survivors, would be `overdue`,
+
+    clock[STOPPED] = exit;  control = 0, K, 0: nobody goes on
+
+The lists and `exit_index` are as ever: they tell who left here by itself and who was stopped.
 """
 # mypy: disable-error-code="no-untyped-def"
 # (arguments of device functions have no Python types)
@@ -24,7 +31,7 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import StrategyError
-from eecompile.kernels._lists import control_size, write_lists
+from eecompile.kernels._lists import ALIVE, BUCKET, LIVE, control_size, write_lists
 from eecompile.kernels._triton import (
     HAVE_TRITON,
     LAUNCHES,
@@ -36,6 +43,7 @@ from eecompile.kernels._triton import (
     tl,
     triton,
 )
+from eecompile.kernels.clock import HOST, NONE, STOPPED, overdue
 from eecompile.kernels.confidence import CRITERIA
 from eecompile.kernels.confidence import confidence as _confidence
 
@@ -61,6 +69,8 @@ def decide(
     positions: Tensor,
     control: Tensor,
     final: bool = False,
+    clock: Tensor | None = None,
+    predicted: Tensor | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> None:
     """The definition, in plain torch, without a value on the host.
@@ -85,12 +95,14 @@ def decide(
         positions: `[capacity]` int64; written.
         control: `[control_size(capacity)]` int32; written.
         final: Whether this is the model's own end: everyone leaves.
+        clock: `[clock.SIZE]` int64; written where the program is stopped. None for no deadline, and at the end.
+        predicted: `[K]` int64, nanoseconds of what comes next in each bucket; with `clock`.
         dtype: Arithmetic; float32 everywhere but in tests.
 
     Raises:
         StrategyError: Unknown criterion, or shapes that do not fit.
     """
-    _check(logits, result, criterion, state, output, survivors, positions, control)
+    _check(logits, result, criterion, state, output, survivors, positions, control, buckets, predicted)
     capacity, samples = result.shape[0], output.shape[0]
     index = torch.arange(capacity, device=result.device)
     inside = index < count[0]
@@ -109,15 +121,20 @@ def decide(
     writer = torch.full((samples + 1,), -1, device=rows.device, dtype=torch.int64)
     writer.scatter_(0, torch.where(inside, rows, samples), index)
     writer, leaver = writer[:samples], torch.cat((leave, leave.new_zeros(1)))[writer[:samples]]
-    source = writer.clamp_min(0)
+    source, told = writer.clamp_min(0), leaver if clock is None else writer >= 0
     if criterion == "patience" and state is not None:
         state.copy_(torch.where((writer >= 0)[:, None], new[source], state))
-    output.copy_(torch.where(leaver[:, None], result[source], output))
+    output.copy_(torch.where(told[:, None], result[source], output))
     exit_index.masked_fill_(leaver, exit)
-    confidence.copy_(torch.where(leaver, value.nan_to_num(nan=0.0)[source].float(), confidence))
+    confidence.copy_(torch.where(told, value.nan_to_num(nan=0.0)[source].float(), confidence))
     if final:
         return
     write_lists(inside & ~leave, rows, buckets, survivors, positions, control)
+    if clock is not None and predicted is not None:
+        late = overdue(clock, predicted, control[ALIVE], control[BUCKET])
+        clock[STOPPED].masked_fill_(late, exit)
+        for element, nobody in ((LIVE, 0), (BUCKET, buckets.numel()), (ALIVE, 0)):
+            control[element].masked_fill_(late, nobody)
 
 
 def _check(
@@ -129,6 +146,8 @@ def _check(
     survivors: Tensor,
     positions: Tensor,
     control: Tensor,
+    buckets: Tensor,
+    predicted: Tensor | None,
 ) -> None:
     if criterion not in (*CRITERIA, "given") or (criterion == "patience") != (state is not None):
         raise StrategyError(
@@ -147,27 +166,23 @@ def _check(
         and result.shape[1] == output.shape[1]
         and result.dtype == output.dtype
         and output.is_contiguous()
+        and (predicted is None or predicted.shape == buckets.shape)
     )
     if not fits:
         raise StrategyError(
             "the buffers of a decision do not fit together",
             got=f"logits {list(logits.shape)}, result {list(result.shape)}, output {list(output.shape)}, "
-            f"survivors {list(survivors.shape)}, control {list(control.shape)}",
-            wanted="logits [n, C], result [n, W], output [B, W] contiguous, survivors [n], control [n + 4]",
+            f"survivors {list(survivors.shape)}, control {list(control.shape)}, buckets {list(buckets.shape)}"
+            + ("" if predicted is None else f", predicted {list(predicted.shape)}"),
+            wanted="logits [n, C], result [n, W], output [B, W] contiguous, survivors [n], control [n + 4], predicted [K]",
         )
 
 
 # --- kernel ---------------------------------------------------------------------------------------
 
 if HAVE_TRITON:
-    from eecompile.kernels._online import (
-        agreement,
-        bucket_of,
-        compact,
-        criterion_value,
-        last_block_done,
-        row_statistics,
-    )
+    from eecompile.kernels._online import bucket_of, compact, judged, last_block_done
+    from eecompile.kernels.clock import stop_if_overdue
 
     @triton.jit(do_not_specialize=["C", "W", "capacity", "K", "exit", "patience", "alive_handle", "bucket_handle"])
     def decide_kernel(
@@ -185,6 +200,8 @@ if HAVE_TRITON:
         survivors,
         positions,
         control,
+        clock,
+        predicted,
         stride_row,
         stride_column,
         result_row,
@@ -201,6 +218,7 @@ if HAVE_TRITON:
         FINAL: tl.constexpr,
         IDENTITY: tl.constexpr,
         CONDITION: tl.constexpr,
+        CLOCK: tl.constexpr,
         R: tl.constexpr,
         BLOCK_C: tl.constexpr,
         BLOCK_W: tl.constexpr,
@@ -217,42 +235,33 @@ if HAVE_TRITON:
         if not FINAL:
             threshold = tl.zeros((R,), tl.float32) + tl.load(thresholds + exit)
             opened = live & ((threshold > 1.0) == 0)
-        if CRITERION == "given":
-            value = tl.load(logits + i * stride_row, mask=live, other=0.0).to(tl.float32)
-        elif CRITERION == "patience":
-            top, second, total, moment, arg, bad = row_statistics(
-                logits, i, live, stride_row, stride_column, C, 1.0, R, BLOCK_C
-            )
-            previous = tl.load(state + row * 2, mask=live, other=-1)
-            agreed = tl.load(state + row * 2 + 1, mask=live, other=0)
-            value, previous, agreed = agreement(previous, agreed, arg, top, bad, patience)
-            tl.store(state + row * 2, previous, mask=opened)
-            tl.store(state + row * 2 + 1, agreed, mask=opened)
-        else:
-            temperature = tl.load(temperatures + exit)
-            top, second, total, moment, arg, bad = row_statistics(
-                logits, i, live, stride_row, stride_column, C, temperature, R, BLOCK_C
-            )
-            value = criterion_value(top, second, total, moment, bad, C, CRITERION)
+        value = judged(
+            logits, temperatures, state, i, row, live, opened, stride_row, stride_column, C, exit, patience,
+            CRITERION, R, BLOCK_C,
+        )  # fmt: skip
         if FINAL:
             leave = live
-            value = tl.where(value != value, 0.0, value)
         else:
             leave = live & (value >= threshold)  # an ordered comparison: false for NaN
-        if tl.max(leave.to(tl.int32), 0) > 0:
+        told = leave
+        if CLOCK != "none":
+            told = live
+        if tl.max(told.to(tl.int32), 0) > 0:
             for start in range(0, W, BLOCK_W):
                 w = start + tl.arange(0, BLOCK_W)
-                mask = leave[:, None] & (w < W)[None, :]
+                mask = told[:, None] & (w < W)[None, :]
                 w = w.to(tl.int64)[None, :]
                 x = tl.load(result + i[:, None] * result_row + w * result_column, mask=mask)
                 tl.store(output + row[:, None] * W + w, x, mask=mask)
         tl.store(exit_index + row, tl.zeros((R,), tl.int64) + exit, mask=leave)
-        tl.store(confidence + row, value, mask=leave)
+        tl.store(confidence + row, tl.where(value != value, 0.0, value), mask=told)
         if not FINAL:
             tl.store(control + 4 + i, (live & (leave == 0)).to(tl.int32), mask=i < capacity)
             if last_block_done(control + 3, tl.num_programs(0)):
                 found = compact(control + 4, rows, positions, survivors, n, capacity, IDENTITY, BLOCK_N)
                 bucket = bucket_of(found, buckets, K, MAX_K)
+                if CLOCK != "none":
+                    found, bucket = stop_if_overdue(clock, predicted, exit, found, bucket, K, CLOCK)
                 alive = (found > 0).to(tl.int32)
                 tl.store(control, found)
                 tl.store(control + 1, bucket)
@@ -284,11 +293,20 @@ def launch_decide(
     positions: Tensor,
     control: Tensor,
     final: bool = False,
+    clock: Tensor | None = None,
+    predicted: Tensor | None = None,
+    source: str = HOST,
     alive_handle: int = 0,
     bucket_handle: int = 0,
 ) -> None:
-    """`decide` as one kernel. Handles are those of a CUDA graph's IF and SWITCH nodes, 0 for none."""
-    _check(logits, result, criterion, state, output, survivors, positions, control)
+    """`decide` as one kernel.
+
+    Args:
+        source: Whose clock is read, HOST or DEVICE; see `clock`.
+        alive_handle: Of a CUDA graph's IF node, 0 for none.
+        bucket_handle: Of a SWITCH node.
+    """
+    _check(logits, result, criterion, state, output, survivors, positions, control, buckets, predicted)
     capacity, W = result.shape
     C = 1 if criterion == "given" else logits.shape[1]
     options = tiles(max(C, W), capacity)
@@ -309,6 +327,8 @@ def launch_decide(
         survivors,
         positions,
         control,
+        control if clock is None else clock,
+        control if predicted is None else predicted,
         logits.stride(0),
         1 if criterion == "given" else logits.stride(1),
         result.stride(0),
@@ -325,6 +345,7 @@ def launch_decide(
         FINAL=final,
         IDENTITY=rows is None,
         CONDITION=condition,
+        CLOCK=NONE if clock is None else source,
         BLOCK_W=options["BLOCK_C"],
         BLOCK_N=min(power_of_2(capacity), 1024),
         MAX_K=power_of_2(max(buckets.numel(), 2)),
@@ -339,7 +360,7 @@ def launch_decide(
 
 @torch.library.custom_op(
     "eecompile::decide",
-    mutates_args=("state", "output", "exit_index", "confidence", "survivors", "positions", "control"),
+    mutates_args=("state", "output", "exit_index", "confidence", "survivors", "positions", "control", "clock"),
 )
 def decide_op(
     logits: Tensor,
@@ -360,12 +381,14 @@ def decide_op(
     positions: Tensor,
     control: Tensor,
     final: bool = False,
+    clock: Tensor | None = None,
+    predicted: Tensor | None = None,
 ) -> None:
-    """`decide` as `torch.ops.eecompile.decide`: the kernel where it can run, else the definition."""
+    """`decide` as `torch.ops.eecompile.decide`, on the host's clock: the kernel where it can run, else the definition."""
     run = launch_decide if runs_on(logits) else decide
     run(
         logits, result, rows, count, thresholds, temperatures, exit, criterion, patience, state, buckets,
-        output, exit_index, confidence, survivors, positions, control, final,
+        output, exit_index, confidence, survivors, positions, control, final, clock, predicted,
     )  # fmt: skip
 
 

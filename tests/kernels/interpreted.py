@@ -5,68 +5,14 @@ its own, because Triton reads TRITON_INTERPRET when a kernel is defined.
 from __future__ import annotations
 
 import contextlib
-import math
-from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from triton.runtime import interpreter
 
-from eecompile.kernels import confidence, decide, gather, halt, head_confidence, open_rows, skip
+from eecompile.kernels import confidence, gather, halt, head_confidence, open_rows, skip
 from eecompile.kernels._lists import COUNTER, control_size
-from eecompile.kernels._triton import INTERPRETED, LAUNCHES
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-NAN, INF = math.nan, math.inf
-BUCKETS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 2048], dtype=torch.int32)
-
-torch.set_num_threads(1)
-
-
-def _loop_bounds_with_numpy_2_4() -> None:
-    """Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses; later Tritons do what this does."""
-    plain = interpreter._patch_lang_tensor
-
-    def patched(tensor: Any, scope: Any) -> None:
-        plain(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
-
-    interpreter._patch_lang_tensor = patched
-
-
-_loop_bounds_with_numpy_2_4()
-
-
-@contextlib.contextmanager
-def launched(name: str) -> Iterator[None]:
-    """Fails unless the kernel ran in the interpreter meanwhile; numpy's remarks on inf and NaN are not news."""
-    assert INTERPRETED
-    before = LAUNCHES[name]
-    with np.errstate(all="ignore"):
-        yield
-    assert LAUNCHES[name] > before
-
-
-def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
-    if got.is_floating_point():
-        torch.testing.assert_close(got.double(), wanted.double(), rtol=2e-5, atol=2e-6, equal_nan=True)
-    else:
-        assert torch.equal(got, wanted.to(got.dtype))
-
-
-def logits(n: int, C: int, dtype: torch.dtype, strided: bool = False) -> torch.Tensor:
-    """Rows with a NaN, a +inf, masked classes, nothing but -inf, and a tie for the largest, where they fit in."""
-    g = torch.Generator().manual_seed(n * 7919 + C)
-    x = (torch.randn(n, C, generator=g) * 4).to(dtype)
-    if C > 2:
-        x[-1, [0, C // 2, C - 1]] = 30.0
-    for row, (where, what) in enumerate([(C // 2, NAN), (C - 1, INF), (0, -INF), (slice(None), -INF)], start=1):
-        if row < n - 1:
-            x[row, where] = what
-    return torch.stack((x, torch.full_like(x, NAN)), -1).flatten(1)[:, ::2] if strided else x
-
+from tests.kernels.interpreting import BUCKETS, DTYPES, INF, NAN, close, launched, logits
 
 # --- confidence -----------------------------------------------------------------------------------
 
@@ -117,85 +63,6 @@ def test_confidence_over_positions(reduce: str) -> None:
             got,
             confidence.confidence(x, None, "entropy", torch.tensor(1.0), reduce=reduce, mask=m, dtype=torch.float64)[0],
         )
-
-
-# --- decide ---------------------------------------------------------------------------------------
-
-
-def decided(run: Any, criterion: str, n: int, capacity: int, C: int, kind: torch.dtype, **options: Any) -> Any:
-    """Every buffer after a decision; they start as NaN or as numbers that are never right."""
-    final, identity = options.pop("final", False), options.pop("identity", False)
-    threshold = options.pop("threshold", 0.5)
-    samples = capacity + 3
-    g = torch.Generator().manual_seed(capacity)
-    x = logits(capacity, C, kind, strided=True)
-    if criterion == "given":
-        x = torch.rand(capacity, generator=g)
-        x[-1] = NAN
-    elif criterion == "learned":
-        x = x[:, :1]
-    result = torch.randn(capacity, 7, generator=g).to(kind)
-    rows = None if identity else torch.randperm(samples, generator=g)[:capacity]
-    state = torch.stack((torch.arange(samples) % C, torch.arange(samples) % 3), 1)
-    buffers = {
-        "output": torch.full((samples, 7), NAN, dtype=kind),
-        "exit_index": torch.full((samples,), -7),
-        "confidence": torch.full((samples,), NAN),
-        "survivors": torch.full((capacity,), -9),
-        "positions": torch.full((capacity,), -9),
-        "control": torch.zeros(control_size(capacity), dtype=torch.int32),
-    }
-    run(
-        x, result, rows, torch.tensor([n], dtype=torch.int32), torch.tensor([9.0, threshold]),
-        torch.tensor([9.0, 1.5, 1.5]), 1, criterion, 2, state if criterion == "patience" else None, BUCKETS,
-        *buffers.values(), final=final, **options,
-    )  # fmt: skip
-    buffers["control"] = buffers["control"][:4]  # behind that lies scratch of the kernel
-    return {**buffers, "state": state}
-
-
-@pytest.mark.parametrize("criterion", [*confidence.CRITERIA, "given"])
-@pytest.mark.parametrize(("n", "capacity", "C"), [(1, 1, 3), (0, 3, 3), (37, 63, 5), (3, 4, 1023), (6, 6, 2100)])
-def test_decide(criterion: str, n: int, capacity: int, C: int) -> None:
-    kind = DTYPES[(n + C) % 3]
-    for final in (False, True):
-        identity = bool(n % 2) != final
-        options = {"final": final, "identity": identity}
-        with launched("decide"):
-            got = decided(decide.launch_decide, criterion, n, capacity, C, kind, **options)
-        wanted = decided(decide.decide, criterion, n, capacity, C, kind, dtype=torch.float64, **options)
-        for name, tensor in got.items():
-            close(tensor, wanted[name])
-        assert got["control"][COUNTER] == 0  # ready for the next launch
-        if final:
-            assert (got["exit_index"] == 1).sum() == n
-
-
-def test_decide_past_one_block_of_rows() -> None:
-    for n in (1023, 1100):
-        with launched("decide"):
-            got = decided(decide.launch_decide, "max_probability", n, 1100, 3, torch.float32)
-        wanted = decided(decide.decide, "max_probability", n, 1100, 3, torch.float32, dtype=torch.float64)
-        for name, tensor in got.items():
-            close(tensor, wanted[name])
-        assert 0 < got["control"][0] < n
-
-
-def test_decide_closed_exit_leaves_patience_alone() -> None:
-    with launched("decide"):
-        got = decided(decide.launch_decide, "patience", 9, 9, 5, torch.float32, threshold=1.5)
-    wanted = decided(decide.decide, "patience", 9, 9, 5, torch.float32, threshold=1.5)
-    assert torch.equal(got["state"], wanted["state"])
-    assert got["control"].tolist() == [9, 4, 1, 0]
-    assert (got["exit_index"] == -7).all()
-
-
-def test_decide_nan_is_never_sure_at_threshold_zero() -> None:
-    with launched("decide"):
-        got = decided(decide.launch_decide, "entropy", 9, 9, 5, torch.float32, threshold=0.0, identity=True)
-    # rows 1, 2 and 4 of `logits` hold a NaN, a +inf and nothing but -inf
-    assert got["survivors"].tolist() == [1, 2, 4] + [-1] * 6
-    assert got["control"].tolist() == [3, 2, 1, 0]
 
 
 # --- gather and scatter ---------------------------------------------------------------------------

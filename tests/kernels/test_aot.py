@@ -16,6 +16,7 @@ from eecompile.kernels._triton import HAVE_TRITON, INTERPRETED
 compiles = pytest.mark.skipif(not HAVE_TRITON or INTERPRETED, reason="needs Triton's compiler")
 KERNELS = [
     "decide",
+    "clock",
     "confidence",
     "gather",
     "scatter",
@@ -101,7 +102,7 @@ class Named:  # a driver that can only say what it would compile for
     class utils: pass
 
 driver.set_active(Named())
-from eecompile.kernels import condition, confidence, decide, gather, halt, head_confidence, open_rows, skip
+from eecompile.kernels import clock, condition, confidence, decide, gather, halt, head_confidence, open_rows, skip
 compiled = []
 plain = JITFunction.run
 def warm(self, *args, grid, warmup, **options):
@@ -115,7 +116,12 @@ for handle in (0, 1, 2**63 + 5):
     x = torch.zeros(3, 10)
     decide.launch_decide(x, x, None, i32(1), torch.zeros(1), torch.ones(2), 0, "entropy", 1, None, i32(1, 1),
         torch.zeros(9, 10), i64(9), torch.zeros(9), i64(3), i64(3), i32(7), alive_handle=handle, bucket_handle=handle)
+times = i64(clock.SIZE)
+decide.launch_decide(x, x, None, i32(1), torch.zeros(1), torch.ones(2), 0, "entropy", 1, None, i32(1, 1), torch.zeros(9, 10),
+    i64(9), torch.zeros(9), i64(3), i64(3), i32(7), clock=times, predicted=i64(1), source=clock.DEVICE, alive_handle=1)
 print("decide", len(set(compiled)))
+clock.launch_tick(times, clock.START, clock.DEVICE)
+clock.launch_tick(times, clock.END, clock.DEVICE)
 before = len(set(compiled))
 for handle in (1, 2**63 + 5):
     condition.launch_condition(i32(4), 1, handle)
@@ -144,9 +150,9 @@ def test_launches_bind_and_compile_through_triton() -> None:
     done = subprocess.run([sys.executable, "-c", BINDING], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-4000:]
     decide, condition, names = done.stdout.splitlines()
-    assert decide == "decide 2"  # with a condition and without
+    assert decide == "decide 3"  # with a condition and without, and with a deadline
     assert condition == "condition 2"  # the number itself, or whether it is below another
     assert names == (
-        "condition_kernel confidence_kernel decide_kernel halt_kernel head_kernel move_kernel open_rows_kernel "
+        "clock_kernel condition_kernel confidence_kernel decide_kernel halt_kernel head_kernel move_kernel open_rows_kernel "
         "pool_gate_kernel skip_kernel"
     )

@@ -1,4 +1,4 @@
-"""Runs `interpreted.py` once, in a process with TRITON_INTERPRET=1, and reports on each kernel."""
+"""Runs `interpreted*.py` once, in a process with TRITON_INTERPRET=1, and reports on each kernel."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ import pytest
 from eecompile.kernels._triton import HAVE_TRITON
 
 ROOT = Path(__file__).parents[2]
-KERNELS = ["confidence", "decide", "gather", "scatter", "skip", "pool_gate", "open_rows", "halt", "head_confidence"]
+FILES = ["tests/kernels/interpreted.py", "tests/kernels/interpreted_decisions.py"]
+KERNELS = ["clock", "confidence", "decide", "gather", "scatter", "skip", "pool_gate", "open_rows", "halt", "head_confidence"]
 
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="no Triton on this platform")
 
@@ -21,7 +22,7 @@ pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="no Triton on this platf
 @pytest.fixture(scope="module")
 def report() -> str:
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["-o", "python_files=interpreted.py", "tests/kernels/interpreted.py"]
+    command += ["-o", "python_files=interpreted*.py", *FILES]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr

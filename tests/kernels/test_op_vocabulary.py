@@ -236,8 +236,10 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "halt": (c[0], x[0], None, None),
         "decide": (
             torch.randn(4, 3), torch.randn(4, 3), None, i32, torch.tensor([0.5]), torch.ones(2), 0, "margin", 1,
-            None, buckets, torch.zeros(4, 3), torch.zeros(4).long(), torch.zeros(4), *lists(),
+            None, buckets, torch.zeros(4, 3), torch.zeros(4).long(), torch.zeros(4), *lists(), False, torch.arange(5),
+            torch.arange(3),
         ),
+        "tick": (torch.arange(5), 0),
         "gather": ([torch.randn(4, 3)], [torch.zeros(8, 3)], rows, i32, [0]),
         "scatter": ([torch.randn(4, 3)], [torch.zeros(8, 3)], rows, i32, [0]),
         "pool_gate": (
@@ -255,7 +257,7 @@ def test_operator(name: str) -> None:
     torch.library.opcheck(getattr(OPS, name).default, samples()[name])
 
 
-@pytest.mark.parametrize("name", ["decide", "gather", "scatter", "open_rows", "pool_gate", "head_confidence"])
+@pytest.mark.parametrize("name", ["decide", "tick", "gather", "scatter", "open_rows", "pool_gate", "head_confidence"])
 def test_executors_operators_need_no_value_on_the_host(name: str) -> None:
     """Their definitions too: under fake tensors a value that is read on the host raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode
