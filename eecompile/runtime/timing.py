@@ -43,6 +43,7 @@ class StageTimes:
 
     def __init__(self, work: Callable[[Piece], float], clock: Callable[[], float] = time.perf_counter) -> None:
         self.work, self.clock = work, clock
+        self.changes = 0  # goes up with every measurement
         self._seen: dict[Piece, dict[int, deque[float]]] = {}
         self._refused: dict[Piece, int] = {}
         self._ratios: deque[float] = deque(maxlen=RECENT)
@@ -57,6 +58,7 @@ class StageTimes:
                 self._ratios.append(seconds / usual)
             found.append(seconds)
             self._refused[piece] = 0
+            self.changes += 1
 
     def refused(self, piece: Piece) -> None:
         """A piece was not run because its prediction did not fit."""
@@ -82,6 +84,7 @@ class StageTimes:
     def forget(self) -> None:
         """Everything that was measured: for another device, or another number of threads."""
         with self._lock:
+            self.changes += 1
             self._seen.clear()
             self._refused.clear()
             self._ratios.clear()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 import torch
+from torch import Tensor
 
 from tests.support import executor, random_thresholds
 from tests.zoo import ZOO
@@ -26,3 +27,18 @@ def reference(fast, **kwargs):
 def simulated(fast, **kwargs):
     with torch.no_grad(), executor(fast, "simulate"):
         return fast.run(**kwargs)
+
+
+class Late:
+    """A mailbox whose letters arrive `delay` looks after they were sent."""
+
+    def __init__(self, delay: int) -> None:
+        self.delay, self.sent, self.looks = delay, [], 0
+
+    def post(self, number: Tensor) -> None:
+        self.sent.append((self.looks + self.delay, int(number)))
+
+    def newest(self) -> int | None:
+        self.looks += 1
+        there = [n for at, n in self.sent if at < self.looks]
+        return there[-1] if there else None

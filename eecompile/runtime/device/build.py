@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eecompile.errors import PassError
 from eecompile.kernels._lists import control_size
+from eecompile.kernels.clock import END, START
 from eecompile.passes.lower import Schedule, Segment
 from eecompile.program import Program
 from eecompile.runtime.device.emit import Emitter, Rows, mutates
@@ -29,6 +30,7 @@ from eecompile.runtime.device.nodes import (
     Scatter,
     Structure,
     Switch,
+    Tick,
     While,
 )
 from eecompile.runtime.device.parts import Parts, split, used_in
@@ -74,6 +76,7 @@ def build(
     buckets: Sequence[int] | None = None,
     structure: Structure = "nested",
     last: int | None = None,
+    deadline: bool = False,
 ) -> DeviceProgram:
     """The device program of a schedule that was made with `decide_at_end`.
 
@@ -82,11 +85,12 @@ def build(
         buckets: Sizes that stages run at, ascending; those above the batch are left out, the batch is added.
         structure: See `DeviceProgram`.
         last: An open exit that every row leaves at, at the latest; None for the model's own end.
+        deadline: Whether decisions watch the clock, and stop the program where the next stage would be late.
     """
     index, axis = program.signature.batch_input
     batch = int(flat[index].shape[axis])
     sizes = default_buckets(batch) if buckets is None else (*(b for b in buckets if b < batch), batch)
-    return _Builder(program, schedule, flat, batch, sizes, structure, last).build()
+    return _Builder(program, schedule, flat, batch, sizes, structure, last, deadline).build()
 
 
 class _Builder:
@@ -99,8 +103,10 @@ class _Builder:
         buckets: tuple[int, ...],
         structure: Structure,
         last: int | None,
+        deadline: bool,
     ) -> None:
         self.program, self.batch, self.buckets, self.structure = program, batch, buckets, structure
+        self.deadline = deadline
         self.last = len(program.exits) if last is None else last
         stops = [s.exit for s in schedule.segments]
         segments = [with_head(s) for s in schedule.segments]
@@ -122,10 +128,13 @@ class _Builder:
             code = self._code(k, segment, lives[-1])
             codes.append(code)
             lives.append(self._handed_on(code, lives[-1]))
-        first = self._stage(codes[0], lives, self.batch)
-        rest = self._nested(codes, lives, 1) if self.structure == "nested" else self._machine(codes, lives)
+        sizes = [(self.batch,), *[self.buckets] * (len(codes) - 1)]
+        stages = tuple(tuple(self._stage(c, lives, n) for n in of) for c, of in zip(codes, sizes, strict=True))
+        rest = self._nested(stages, 1) if self.structure == "nested" else self._machine(stages)
+        body = (*stages[0][0], *rest)
+        end = len(self.program.exits)
         return DeviceProgram(
-            nodes=(*first, *rest),
+            nodes=(Tick(START), *body, Tick(END)) if self.deadline else body,
             buffers=tuple(self.emit.buffers.values()),
             modules=tuple(self.emit.modules),
             inputs=self.inputs,
@@ -136,6 +145,9 @@ class _Builder:
             prediction=self.prediction,
             reports=tuple(self.reports),
             last=self.last,
+            stops=tuple(end if s.exit is None else s.exit for s in self.segments),
+            stages=stages,
+            deadline=self.deadline,
         )
 
     # ------------------------------------------------------------------ stages
@@ -264,6 +276,7 @@ class _Builder:
                 f"positions.{k}",
                 f"control.{k}",
                 rows,
+                k if self.deadline else None,
             )
         )
         if k and not self.direct:
@@ -303,27 +316,27 @@ class _Builder:
 
     # ------------------------------------------------------------------ structures
 
-    def _nested(self, codes: Sequence[StageCode], lives: Sequence[Sequence[Value]], k: int) -> Body:
+    def _nested(self, stages: Sequence[Sequence[Body]], k: int) -> Body:
         """Stage k and those behind it, within the condition that anybody gets there."""
-        if k == len(codes):
+        if k == len(stages):
             return ()
         control = f"control.{k - 1}"
+        behind = self._nested(stages, k + 1)
         if self.direct:
-            return (If(control, (*self._stage(codes[k], lives, 1), *self._nested(codes, lives, k + 1))),)
-        switch = Switch(control, tuple(self._stage(codes[k], lives, b) for b in self.buckets))
-        behind = self._nested(codes, lives, k + 1)
+            return (If(control, (*stages[k][0], *behind)),)
+        switch = Switch(control, tuple(stages[k]))
         return (If(control, (switch, *behind)),) if behind else (switch,)  # nobody left is no bucket either
 
-    def _machine(self, codes: Sequence[StageCode], lives: Sequence[Sequence[Value]]) -> Body:
+    def _machine(self, stages: Sequence[Sequence[Body]]) -> Body:
         """One loop over a switch of all stages and buckets."""
-        if len(codes) == 1:
+        if len(stages) == 1:
             return ()
-        width, last = len(self.buckets), len(codes) - 1
+        width, last = len(self.buckets), len(stages) - 1
         self.emit.buffer(Buffer("state_number", (1,), torch.int32))
 
         def behind(k: int) -> Advance:
             """Stage k + 1 comes next. Behind the last one, which decides nothing, any number of rows ends the loop."""
             return Advance(f"control.{min(k, last - 1)}", "state_number", k * width, last * width)
 
-        bodies = tuple((*self._stage(codes[k], lives, b), behind(k)) for k in range(1, last + 1) for b in self.buckets)
+        bodies = tuple((*body, behind(k)) for k in range(1, last + 1) for body in stages[k])
         return behind(0), While("state_number", last * width, (Switch("state_number", bodies, element=0),))

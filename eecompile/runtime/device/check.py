@@ -18,7 +18,9 @@ from torch import Tensor, fx
 from eecompile.passes import facts
 from eecompile.runtime.device.nodes import (
     BUCKETS,
+    CLOCK,
     EVERYBODY,
+    PREDICTED,
     TEMPERATURES,
     THRESHOLDS,
     Body,
@@ -130,6 +132,7 @@ def _fills(n: fx.Node) -> bool:
 def lint(program: DeviceProgram) -> list[str]:
     """What CUDA would refuse, or what reads memory that nobody wrote."""
     known = {b.name for b in program.buffers} | set(program.inputs) | {THRESHOLDS, TEMPERATURES, BUCKETS, EVERYBODY}
+    known |= {CLOCK, PREDICTED} if program.deadline else set()
     written = {b.name for b in program.buffers if b.fill is not None} | (known - {b.name for b in program.buffers})
     names = [b.name for b in program.buffers]
     found = [f"buffer {n} is there twice" for n in sorted({n for n in names if names.count(n) > 1})]

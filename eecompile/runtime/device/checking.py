@@ -63,7 +63,8 @@ class Everything(Machine):
 
 
 def check(program: Program, flat: Sequence[Tensor], options: Options) -> NoSync:
-    """Checks the programs of all exits open and every gate deciding, at the inputs' batch and at one row.
+    """Checks the programs of all exits open and every gate deciding, at the inputs' batch and at one row, there with a deadline
+    too.
 
     Args:
         flat: Inputs; only their shapes count.
@@ -74,13 +75,16 @@ def check(program: Program, flat: Sequence[Tensor], options: Options) -> NoSync:
     check_modules([s.module for s in segments.segments], names, report)
     index, axis = program.signature.batch_input
     sizes = sorted({1, int(flat[index].shape[axis])})
-    for size in sizes:
+    kinds = [(size, False) for size in sizes] + [(1, True)] * bool(program.exits)
+    for size, deadline in kinds:
         inputs = [
             t if leaf.batch_axis is None else t.narrow(leaf.batch_axis, 0, size)
             for t, leaf in zip(flat, program.signature.inputs, strict=True)
         ]
         try:
-            made = build(program, segments, inputs, buckets=options.buckets, structure=options.structure)
+            made = build(
+                program, segments, inputs, buckets=options.buckets, structure=options.structure, deadline=deadline
+            )
         except HostValueError as error:
             _add(report, Problem(f"batch {size}", error.node, error.reason, error.source))
             continue
@@ -115,4 +119,5 @@ def summary(made: DeviceProgram) -> str:
     counts: dict[str, Any] = {k.__name__.lower(): made.count(k) for k in (Call, If, Switch, While)}
     shown = ", ".join(f"{n} {k}" for k, n in counts.items() if n)
     buckets = ", ".join(map(str, made.buckets))
-    return f"batch {made.batch}, buckets {buckets}, {made.structure}: {shown}, {made.bytes:,} B of buffers"
+    limit = ", deadline" if made.deadline else ""
+    return f"batch {made.batch}, buckets {buckets}, {made.structure}{limit}: {shown}, {made.bytes:,} B of buffers"

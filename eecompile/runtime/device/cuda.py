@@ -15,16 +15,30 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import MissingDependencyError
+from eecompile.kernels.clock import DEVICE, launch_tick
 from eecompile.kernels.condition import launch_condition
 from eecompile.kernels.decide import launch_decide
 from eecompile.program import Program
-from eecompile.runtime.device.executor import DeviceExecutor, Options
+from eecompile.runtime.device.deadline import predictions, set_deadline
+from eecompile.runtime.device.executor import DeviceExecutor, Options, stepped
 from eecompile.runtime.device.fallback import Bound, EventMailbox
 from eecompile.runtime.device.graphs import CAPTURING, ConditionalGraph
 from eecompile.runtime.device.machine import Calls, Machine, allocated, constants
-from eecompile.runtime.device.nodes import Decide, DeviceProgram, If, Switch, While
+from eecompile.runtime.device.measure import StageRuns
+from eecompile.runtime.device.nodes import (
+    CLOCK,
+    PREDICTED,
+    Body,
+    Decide,
+    DeviceProgram,
+    If,
+    Switch,
+    Tick,
+    While,
+)
 from eecompile.runtime.device.support import support
 from eecompile.runtime.device.warm import Warm
+from eecompile.runtime.timing import Piece, StageTimes
 
 WARM_UPS = 2  # the second finds what the first has loaded, tuned and allocated
 
@@ -38,13 +52,15 @@ class Capture(Machine):
         self.set: dict[str, int] = {}  # handles that the decision just before has set, by control
 
     def decide(self, node: Decide) -> None:
+        handle = 0
         if isinstance(self.following, If) and self.following.control == node.control:
             # One launch less: the decision's kernel sets the condition itself.
             handle = self.set[node.control] = self.graph.handle()
-            arguments = (*self.decision(node), False, handle)
-            launch_decide(*arguments)
-        else:
-            launch_decide(*self.decision(node))
+        arguments = (*self.decision(node), DEVICE, handle)
+        launch_decide(*arguments)
+
+    def tick(self, node: Tick) -> None:
+        launch_tick(self.values[CLOCK], node.element, DEVICE)
 
     def if_(self, node: If) -> None:
         handle = self.set.pop(node.control, None)
@@ -98,7 +114,17 @@ class Instance:
             "confidence",
             *(n for n in program.leaves if n),
             *dict(program.reports).values(),
+            *((CLOCK,) if program.deadline else ()),
         )
+        self.program, self.changes = program, -1
+
+    def set_deadline(self, deadline: float, times: StageTimes) -> None:
+        """For the next launch on the current stream. Another capture is not needed, and nothing waits unless stages were
+        measured since."""
+        if self.changes != times.changes:
+            self.changes = times.changes
+            self.memory[PREDICTED].copy_(predictions(self.program, times))
+        set_deadline(self.memory[CLOCK], deadline, times)
 
     def run(self, flat: Sequence[Tensor], read: dict[str, Tensor]) -> dict[str, Tensor]:
         """One launch on the current stream."""
@@ -108,6 +134,29 @@ class Instance:
             own.copy_(read[name], non_blocking=True)
         self.graph.replay()
         return {name: self.memory[name].clone() for name in self.results}
+
+
+class StageGraphs(StageRuns):
+    """Times stages as graphs of their own, by events of the device. Not run on a GPU yet."""
+
+    REPLAYS = 5
+
+    def timed(self, piece: Piece, rows: int, body: Body, times: StageTimes) -> None:
+        self.each(body)  # loads and tunes what it launches, and makes what the next stage reads
+        graph = ConditionalGraph(self.values[CLOCK].device)
+        with CAPTURING:
+            torch.cuda.synchronize(graph.device)
+            with graph.capture():
+                captured = Capture(self.program, self.values, self.calls, graph)  # holds what the graph reads
+                captured.each(body)
+        for _ in range(self.REPLAYS):
+            started, ended = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+            started.record()
+            graph.replay()
+            ended.record()
+            ended.synchronize()
+            times.add(piece, rows, started.elapsed_time(ended) / 1e3)
+        del captured
 
 
 class CudaExecutor(DeviceExecutor):
@@ -124,6 +173,7 @@ class CudaExecutor(DeviceExecutor):
                 hint='move the program with fast.to("cuda"), or take executor="compact"; "simulate" runs the same device '
                 "program on any machine",
             )
+        self.hosted = self.support.way == "bound"
         self._instances: OrderedDict[tuple[int, int], tuple[weakref.ref[DeviceProgram], Instance]] = OrderedDict()
         super().__init__(program, options)
 
@@ -132,13 +182,24 @@ class CudaExecutor(DeviceExecutor):
             self._instances.clear()
         super().reset()
 
-    def execute(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> dict[str, Tensor]:
-        if self.support.way == "bound":
-            memory = self.memory() | constants(program, flat[0].device) | allocated(program.buffers, flat[0].device)
-            machine = Bound(program, memory, calls, EventMailbox())
-            machine.run(flat)
-            return {b.name: machine.values[b.name] for b in program.buffers}
-        return self._instance(program, calls, flat).run(flat, self.memory())
+    def execute(
+        self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor], deadline: float | None = None
+    ) -> dict[str, Tensor]:
+        if self.hosted:
+            machine = Bound(program, self._fresh(program, flat), calls, EventMailbox(), self.times.clock)
+            return stepped(machine, flat, self.times, deadline)
+        instance = self._instance(program, calls, flat)
+        if deadline is not None:
+            instance.set_deadline(deadline, self.times)
+        return instance.run(flat, self.memory())
+
+    def runs(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> StageRuns:
+        kind = StageRuns if self.hosted else StageGraphs
+        return kind(program, self._fresh(program, flat), calls, self.times.clock)
+
+    def _fresh(self, program: DeviceProgram, flat: Sequence[Tensor]) -> dict[str, Tensor]:
+        device = flat[0].device
+        return self.memory() | constants(program, device) | allocated(program.buffers, device)
 
     def _instance(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> Instance:
         stream = torch.cuda.current_stream(flat[0].device).cuda_stream

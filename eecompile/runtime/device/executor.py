@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import OrderedDict
 from collections.abc import Generator, Sequence
@@ -17,15 +18,20 @@ from eecompile.passes.insert_exits import THRESHOLDS as THRESHOLD_BUFFER
 from eecompile.passes.lower import schedule
 from eecompile.program import Program
 from eecompile.runtime.device.build import build
-from eecompile.runtime.device.machine import Calls, Machine, Simulator, allocated, constants
-from eecompile.runtime.device.nodes import TEMPERATURES, THRESHOLDS, DeviceProgram, Structure
+from eecompile.runtime.device.deadline import kept, predictions, set_deadline
+from eecompile.runtime.device.machine import Calls, Hosted, Simulator, allocated, constants
+from eecompile.runtime.device.measure import StageRuns
+from eecompile.runtime.device.nodes import CLOCK, PREDICTED, TEMPERATURES, THRESHOLDS, DeviceProgram, Structure
 from eecompile.runtime.known import Current, current, with_known
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome, nothing, times_of
 from eecompile.runtime.runnable import EagerSegment
+from eecompile.runtime.timing import StageTimes
 
 KEPT = 8
 """Programs that an executor keeps; the one that was not used for longest goes."""
+ROUNDS = 3
+"""How often stages are timed before the first deadline of a program, where nobody has called `measure_stages`."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +71,7 @@ class DeviceExecutor:
     """
 
     name: str
+    hosted = True  # whether the host steps through programs, and tells them the time
 
     def __init__(self, program: Program, options: Options | None = None) -> None:
         if program.front_end == "blocks":
@@ -77,6 +84,7 @@ class DeviceExecutor:
         self.program, self.options = program, options or Options()
         self.times = times_of(program)
         self._kept: OrderedDict[Any, tuple[DeviceProgram, Calls]] = OrderedDict()
+        self._timed: set[Any] = set()  # inputs and open exits whose stages were timed
         self._lock = threading.Lock()
         self.thresholds_changed()
 
@@ -87,6 +95,7 @@ class DeviceExecutor:
     def reset(self) -> None:
         with self._lock:
             self._kept.clear()
+            self._timed.clear()
         self.times.forget()
         self.thresholds_changed()
 
@@ -98,40 +107,78 @@ class DeviceExecutor:
         """
         return self._program_for(self._current, flat, last)
 
-    def _program_for(self, now: Current, flat: Sequence[Tensor], last: int | None) -> tuple[DeviceProgram, Calls]:
+    def _program_for(
+        self, now: Current, flat: Sequence[Tensor], last: int | None, deadline: bool = False
+    ) -> tuple[DeviceProgram, Calls]:
         _, open_exits, gates = now
-        key = (tuple((t.shape, t.stride(), t.dtype, t.device) for t in flat), open_exits, gates, last)
+        key = (*_call_key(now, flat), last, deadline)
         with self._lock:
             found = self._kept.get(key)
             if found is None:
                 lowered = schedule(self.program, open_exits, True, gates)
                 made = build(
-                    self.program, lowered, flat, buckets=self.options.buckets, structure=self.options.structure, last=last
+                    self.program,
+                    lowered,
+                    flat,
+                    buckets=self.options.buckets,
+                    structure=self.options.structure,
+                    last=last,
+                    deadline=deadline,
                 )
                 with torch.no_grad():
-                    found = made, [EagerSegment(m).forward_only() for m in made.modules]
+                    found = made, self.ready(made)
                 self._kept[key] = found
                 while len(self._kept) > self.options.kept:
-                    self._kept.popitem(last=False)
+                    gone, _ = self._kept.popitem(last=False)
+                    self._timed.discard(gone[:-2])
             self._kept.move_to_end(key)
         return found
 
+    def ready(self, program: DeviceProgram) -> Calls:
+        """What runs each module of a program."""
+        return [EagerSegment(m).forward_only() for m in program.modules]
+
     def run(self, flat: Sequence[Tensor], want_confidence: bool, allowance: Allowance | None = None) -> Outcome:
         self._differentiates(flat)
-        last, over = (None, False) if allowance is None else (allowance.deepest, allowance.over)
-        if allowance is not None and allowance.deadline is not None:
-            raise self._whole("a deadline")
+        allowance = allowance or Allowance()
         now = self._current  # read once: another thread may set thresholds meanwhile
-        program, calls = self._program_for(now, flat, last)
+        program, calls = self._program_for(now, flat, allowance.deepest, allowance.deadline is not None)
         with torch.no_grad():
-            outcome = self._outcome(program, flat, self.execute(program, calls, flat), now[2])
-            if last is not None:
-                self._stopped(outcome, last, over)
+            if allowance.deadline is not None and _call_key(now, flat) not in self._timed:
+                self._time(now, flat, ROUNDS)
+            found = self.execute(program, calls, flat, allowance.deadline)
+            done = self.times.clock()
+            stopped = False
+            if allowance.deadline is not None:
+                kept_to, found["exit_index"] = kept(program, found[CLOCK], found["exit_index"])
+            outcome = self._outcome(program, flat, found, now[2])
+            if allowance.deadline is not None:
+                stopped = want_confidence and kept_to.say(outcome)
+                outcome.closing = (done, program.batch) if self.hosted else None
+            if allowance.deepest is not None and not stopped:
+                self._stopped(outcome, allowance.deepest)
+            outcome.late |= allowance.over
         return outcome
 
-    def execute(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Runs the program; gives the values of its buffers, which nothing writes to again."""
+    def execute(
+        self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor], deadline: float | None = None
+    ) -> dict[str, Tensor]:
+        """Runs the program; gives the values of its buffers, which nothing writes to again.
+
+        Args:
+            deadline: Seconds on the clock of `times`, for a program that has one.
+        """
         raise NotImplementedError
+
+    def runs(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> StageRuns:
+        """What times the stages of a program."""
+        raise NotImplementedError
+
+    def _time(self, now: Current, flat: Sequence[Tensor], rounds: int) -> None:
+        program, calls = self._program_for(now, flat, None, deadline=True)
+        for _ in range(rounds):
+            self.runs(program, calls, flat).measure(flat, self.times)
+        self._timed.add(_call_key(now, flat))
 
     def memory(self) -> dict[str, Tensor]:
         """Buffers of the compiled module that kernels read."""
@@ -156,12 +203,12 @@ class DeviceExecutor:
         outcome.reports = with_known(self.program, gates, reports, index)
         return outcome
 
-    def _stopped(self, outcome: Outcome, last: int, over: bool) -> None:
+    def _stopped(self, outcome: Outcome, last: int) -> None:
         """Which rows a budget stopped. Says it without asking the device: a row is final where it was sure."""
         assert outcome.confidence is not None
         sure = outcome.confidence >= self.memory()[THRESHOLDS][last]
         outcome.final = (outcome.exit_index < last) | sure
-        outcome.stopped, outcome.late = "budget", over
+        outcome.stopped = "budget"
 
     def _differentiates(self, flat: Sequence[Tensor]) -> None:
         if torch.is_grad_enabled() and any(t.requires_grad for t in flat):
@@ -174,14 +221,18 @@ class DeviceExecutor:
     def _whole(self, what: str) -> StrategyError:
         return StrategyError(
             f"{what} needs the host between exits, and the {self.name} executor runs from input to output without it",
-            hint='set fast.executor = "compact"; a budget works here too',
+            hint='set fast.executor = "compact"; a deadline and a budget work here too',
         )
 
     def stream(self, flat: Sequence[Tensor], allowance: Allowance) -> Generator[Outcome, None, None]:
         raise self._whole("a stream")
 
-    def measure(self, flat: Sequence[Tensor]) -> None:
-        raise self._whole("a measurement of stages")
+    def measure(self, flat: Sequence[Tensor]) -> Outcome | None:
+        """Every stage at every bucket, each by itself. What comes after them is timed only where the host has to wait for it
+        anyway."""
+        with torch.no_grad():
+            self._time(self._current, flat, 1)
+            return self.run(flat, True, Allowance(deadline=math.inf)) if self.hosted else None
 
     def interrupt(self) -> int:
         """Nothing that runs on the device by itself can be stopped."""
@@ -193,12 +244,36 @@ class SimulateExecutor(DeviceExecutor):
 
     name = "simulate"
 
-    def execute(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> dict[str, Tensor]:
+    def execute(
+        self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor], deadline: float | None = None
+    ) -> dict[str, Tensor]:
+        memory = self._fresh(program, flat)
+        return stepped(Simulator(program, memory, calls, self.times.clock), flat, self.times, deadline)
+
+    def runs(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> StageRuns:
+        return StageRuns(program, self._fresh(program, flat), calls, self.times.clock)
+
+    def _fresh(self, program: DeviceProgram, flat: Sequence[Tensor]) -> dict[str, Tensor]:
         device = flat[0].device
         memory = self.memory() | constants(program, device) | allocated(program.buffers, device)
         for b in program.buffers:  # nobody may read what nobody wrote
             if b.fill is None:
                 memory[b.name].fill_(float("nan") if b.dtype.is_floating_point else -1)
-        machine: Machine = Simulator(program, memory, calls)
-        machine.run(flat)
-        return {b.name: machine.values[b.name] for b in program.buffers}
+        return memory
+
+
+def stepped(machine: Hosted, flat: Sequence[Tensor], times: StageTimes, deadline: float | None) -> dict[str, Tensor]:
+    """Runs a program that the host steps through; gives its buffers and its clock."""
+    program, values = machine.program, machine.values
+    names = [b.name for b in program.buffers]
+    if deadline is not None:
+        names.append(CLOCK)
+        values[PREDICTED].copy_(predictions(program, times))
+        set_deadline(values[CLOCK], deadline, times)
+    machine.run(flat)
+    return {name: values[name] for name in names}
+
+
+def _call_key(now: Current, flat: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What a device program is made for, besides limits."""
+    return (tuple((t.shape, t.stride(), t.dtype, t.device) for t in flat), *now[1:])

@@ -5,11 +5,15 @@ memory; the host looks only whether a copy has arrived, and runs the next stage 
 knows. Kernels mask with the true number. What is computed in vain is what had left since that number was true.
 
 Gated regions run on all rows of their stage: how many are open is never known in time.
+
+Only where there is a deadline the host waits, behind each decision: it tells the time, and what it launched in vain would
+make the output late.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from typing import Protocol
 
 import torch
@@ -17,7 +21,7 @@ from torch import Tensor
 
 from eecompile.errors import EecompileError
 from eecompile.kernels._lists import ALIVE, LIVE
-from eecompile.runtime.device.machine import Calls, Machine
+from eecompile.runtime.device.machine import Calls, Hosted
 from eecompile.runtime.device.nodes import Copy, Decide, DeviceProgram, If, Node, OpenRows, Switch, While
 
 
@@ -53,15 +57,22 @@ class EventMailbox:
         return self._newest
 
 
-class Bound(Machine):
+class Bound(Hosted):
     """Runs a nested program by bounds from above.
 
     Args:
         mailbox: How the numbers of survivors come to the host.
     """
 
-    def __init__(self, program: DeviceProgram, memory: Mapping[str, Tensor], calls: Calls, mailbox: Mailbox) -> None:
-        super().__init__(program, memory, calls)
+    def __init__(
+        self,
+        program: DeviceProgram,
+        memory: Mapping[str, Tensor],
+        calls: Calls,
+        mailbox: Mailbox,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        super().__init__(program, memory, calls, clock)
         self.mailbox, self.bound = mailbox, program.batch
         self.stage: str | None = None  # control of the stage that is running, None for the first
         self.opened: dict[str, int] = {}  # rows of the stage, by the control of a gated region in it
@@ -69,6 +80,8 @@ class Bound(Machine):
     def decide(self, node: Decide) -> None:
         super().decide(node)
         self.mailbox.post(self.values[node.control][LIVE : LIVE + 1])
+        if node.deadline is not None:
+            self.settle()
 
     def node(self, node: Node) -> None:
         super().node(node)

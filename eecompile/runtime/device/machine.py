@@ -6,6 +6,7 @@ the numbers that conditions stand on, and only at those.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,9 +15,12 @@ from torch import Tensor
 
 import eecompile.ops as ops
 from eecompile.errors import EecompileError
+from eecompile.kernels.clock import NEVER, NOW
 from eecompile.runtime.device.nodes import (
     BUCKETS,
+    CLOCK,
     EVERYBODY,
+    PREDICTED,
     TEMPERATURES,
     THRESHOLDS,
     Advance,
@@ -33,6 +37,7 @@ from eecompile.runtime.device.nodes import (
     OpenRows,
     Scatter,
     Switch,
+    Tick,
     While,
     makes,
 )
@@ -61,11 +66,15 @@ def _fill(target: Tensor, buffer: Buffer) -> None:
 
 
 def constants(program: DeviceProgram, device: torch.device | str) -> dict[str, Tensor]:
-    """Numbers that the kernels read besides the program's buffers."""
-    return {
+    """Numbers that the kernels read besides the program's buffers. A clock has no deadline at first."""
+    made = {
         BUCKETS: torch.tensor(program.buckets, dtype=torch.int32, device=device),
         EVERYBODY: torch.tensor([program.batch], dtype=torch.int32, device=device),
     }
+    if program.deadline:
+        made[CLOCK] = torch.tensor([0, NEVER, -1, 0, 0], device=device)
+        made[PREDICTED] = torch.zeros(len(program.stages) - 1, len(program.buckets), dtype=torch.int64, device=device)
+    return made
 
 
 class Machine:
@@ -83,20 +92,28 @@ class Machine:
 
     def run(self, flat: Sequence[Tensor]) -> None:
         """Runs everything. Results are in the buffers then."""
+        self.begin(flat)
+        self.body(self.program.nodes)
+
+    def begin(self, flat: Sequence[Tensor]) -> None:
+        """Inputs are known, and buffers hold what they hold when a run starts."""
         self.values |= zip(self.program.inputs, flat, strict=True)
         for b in self.program.buffers:
             if b.fill is not None and not b.once:
                 _fill(self.values[b.name], b)
-        self.body(self.program.nodes)
 
     def body(self, nodes: Body) -> None:
         """Nodes in order. What a body makes is dropped behind it."""
-        for node, following in zip(nodes, (*nodes[1:], None), strict=True):
-            self.following = following
-            self.node(node)
+        self.each(nodes)
         for node in nodes:
             for name in makes(node):
                 self.values.pop(name, None)
+
+    def each(self, nodes: Body) -> None:
+        """Nodes in order."""
+        for node, following in zip(nodes, (*nodes[1:], None), strict=True):
+            self.following = following
+            self.node(node)
 
     def node(self, node: Node) -> None:
         """One node; `self.following` is the next one in the same body."""
@@ -115,6 +132,8 @@ class Machine:
                 kernels.scatter(sources, targets, self.values[node.index], self.values[node.control], node.axes)
             case Decide():
                 self.decide(node)
+            case Tick():
+                self.tick(node)
             case OpenRows():
                 n = node.capacity
                 decision, positions = self.values[node.decision], self.values[node.positions][:n]
@@ -152,8 +171,10 @@ class Machine:
         return like.new_empty(shape)
 
     def decide(self, node: Decide) -> None:
-        arguments = self.decision(node)
-        kernels.decide(*arguments)
+        kernels.decide(*self.decision(node))
+
+    def tick(self, node: Tick) -> None:
+        kernels.tick(self.values[CLOCK], node.element)
 
     def decision(self, node: Decide) -> tuple[Any, ...]:
         """Arguments of `decide`."""
@@ -177,6 +198,9 @@ class Machine:
             v[node.survivors][:n],
             v[node.positions][:n],
             v[node.control],
+            False,
+            None if node.deadline is None else v[CLOCK],
+            None if node.deadline is None else v[PREDICTED][node.deadline],
         )
 
     # ------------------------------------------------------------------ conditions
@@ -191,7 +215,44 @@ class Machine:
         raise NotImplementedError
 
 
-class Simulator(Machine):
+class Hosted(Machine):
+    """A machine that the host steps through, and so tells the time.
+
+    Args:
+        clock: Seconds.
+    """
+
+    def __init__(
+        self,
+        program: DeviceProgram,
+        memory: Mapping[str, Tensor],
+        calls: Calls,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        super().__init__(program, memory, calls)
+        self.clock = clock
+
+    def decide(self, node: Decide) -> None:
+        if node.deadline is not None:
+            self.tell_time()
+        super().decide(node)
+
+    def tick(self, node: Tick) -> None:
+        self.tell_time()
+        super().tick(node)
+
+    def tell_time(self) -> None:
+        """The time, once everything before has run."""
+        self.settle()
+        self.values[CLOCK][NOW].fill_(round(self.clock() * 1e9))
+
+    def settle(self) -> None:
+        """Waits for what was launched."""
+        if self.values[CLOCK].is_cuda:
+            torch.cuda.current_stream(self.values[CLOCK].device).synchronize()
+
+
+class Simulator(Hosted):
     """Runs a program on any machine. It looks at the numbers that conditions stand on, as the GPU's scheduler would.
 
     Everything else is as on the GPU: sizes are those of buckets, rows that fill a bucket up are computed, and memory that

@@ -18,10 +18,13 @@ import torch
 from torch import fx
 
 from eecompile.kernels._lists import ALIVE, BUCKET, LIVE
+from eecompile.kernels.clock import START
 
 Structure = Literal["nested", "machine"]
 THRESHOLDS, TEMPERATURES, BUCKETS, EVERYBODY = "thresholds", "temperatures", "buckets", "everybody"
 """Names of what is there besides buffers and inputs: [E] and [E + 1] float32, [K] and [1] int32."""
+CLOCK, PREDICTED = "clock", "predicted"
+"""And where there is a deadline: see `kernels/clock.py`; [S - 1, K] int64, nanoseconds of the stage behind each decision."""
 
 
 @dataclass(frozen=True)
@@ -102,6 +105,7 @@ class Decide:
         count: Control with the number of live rows.
         state: Buffer of the criterion's state, None without one.
         capacity: Most live rows.
+        deadline: Row of the predicted times by which the program may be stopped here; None where it cannot be.
     """
 
     logits: str
@@ -116,6 +120,14 @@ class Decide:
     positions: str
     control: str
     capacity: int
+    deadline: int | None = None
+
+
+@dataclass(frozen=True)
+class Tick:
+    """The time goes to an element of the clock (`kernels/clock.py`)."""
+
+    element: int
 
 
 @dataclass(frozen=True)
@@ -170,7 +182,7 @@ class While:
 
 
 Node = Union[  # noqa: UP007 (its bodies refer to it)
-    Call, Copy, Clone, Gather, Scatter, Decide, OpenRows, Advance, If, Switch, While
+    Call, Copy, Clone, Gather, Scatter, Decide, Tick, OpenRows, Advance, If, Switch, While
 ]
 Body = tuple[Node, ...]
 
@@ -192,6 +204,10 @@ class DeviceProgram:
         prediction: Shape of the prediction, batch first.
         reports: Names of reports that are computed, each with its buffer.
         last: The exit that every row has left at; the number of exits for the model's own end.
+        stops: Where each stage ends: an exit, or the number of exits for the model's own end.
+        stages: Bodies of each stage, one for each bucket; of the first stage one, at the whole batch. All stand in `nodes`
+            too.
+        deadline: Whether its decisions watch the clock.
     """
 
     nodes: Body
@@ -205,6 +221,9 @@ class DeviceProgram:
     prediction: tuple[int, ...]
     reports: tuple[tuple[str, str], ...]
     last: int
+    stops: tuple[int, ...]
+    stages: tuple[tuple[Body, ...], ...] = field(repr=False)
+    deadline: bool = False
 
     def walk(self) -> Iterator[tuple[int, Node]]:
         """Every node with how many bodies it lies in, in the order of a capture."""
@@ -256,7 +275,10 @@ def reads(node: Node) -> tuple[str, ...]:
             return (*node.sources, node.index, node.control)
         case Decide():
             rows = () if node.rows is None else (node.rows,)
-            return (node.logits, node.result, *rows, node.count)
+            watched = () if node.deadline is None else (CLOCK, PREDICTED)
+            return (node.logits, node.result, *rows, node.count, *watched)
+        case Tick():
+            return (CLOCK,)
         case OpenRows():
             return (node.decision, node.count)
         case Advance() | If() | Switch() | While():
@@ -284,7 +306,10 @@ def writes(node: Node) -> tuple[str, ...]:
             return node.targets
         case Decide():
             state = () if node.state is None else (node.state,)
-            return ("output", "exit_index", "confidence", node.survivors, node.positions, node.control, *state)
+            watched = () if node.deadline is None else (CLOCK,)
+            return ("output", "exit_index", "confidence", node.survivors, node.positions, node.control, *state, *watched)
+        case Tick():
+            return (CLOCK,)
         case OpenRows():
             return (node.positions, node.control)
         case Advance():
@@ -299,6 +324,8 @@ def _describe(nodes: Body, depth: int, lines: list[str]) -> None:
             lines.append(f"{pad}switch {n.control}: {len(n.bodies)} bodies")
         elif isinstance(n, If | While):
             lines.append(f"{pad}{name} {n.control}")
+        elif isinstance(n, Tick):
+            lines.append(f"{pad}tick -> {CLOCK}, {'start' if n.element == START else 'end'}")
         else:
             given = ", ".join((*makes(n), *writes(n)))
             lines.append(f"{pad}{name} {', '.join(reads(n))} -> {given}")

@@ -1,0 +1,225 @@
+"""Deadlines of device programs: on a clock that moves only as told, the simulator stops where the compact executor does."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import replace
+from unittest.mock import Mock
+
+import pytest
+import torch
+
+from eecompile import strategies
+from eecompile.errors import StrategyError
+from eecompile.kernels.clock import END, START
+from eecompile.runtime.compact import CompactExecutor
+from eecompile.runtime.device import cuda as cuda_module
+from eecompile.runtime.device.check import lint
+from eecompile.runtime.device.cuda import Instance
+from eecompile.runtime.device.executor import Options, SimulateExecutor, stepped
+from eecompile.runtime.device.fallback import Bound
+from eecompile.runtime.device.machine import Simulator, allocated, constants
+from eecompile.runtime.device.nodes import CLOCK, Call, Tick
+from tests.compositions import SUMS, same_in_all
+from tests.runtime.devices import Late, spread
+from tests.support import again
+from tests.zoo import ZOO
+
+
+class ScriptedSimulator(SimulateExecutor):
+    """The clock moves by `seconds(exit)` with each stage."""
+
+    def ready(self, program):
+        calls = super().ready(program)
+        for stop, bodies in zip(program.stops, program.stages, strict=True):
+            first = next(n.module for n in bodies[0] if isinstance(n, Call))
+            calls[first] = self.moving(calls[first], stop)
+        return calls
+
+    def moving(self, call, stop):
+        def timed(*args):
+            self.now[0] += self.seconds(stop)
+            return call(*args)
+
+        return timed
+
+
+class ScriptedCompact(CompactExecutor):
+    def _step(self, segment):
+        made = super()._step(segment)
+        stop = len(self.program.exits) if segment.exit is None else segment.exit
+
+        def timed(*args):
+            self.now[0] += self.seconds(stop)
+            return made.call(*args)
+
+        return replace(made, call=timed)
+
+
+@contextlib.contextmanager
+def scripted(fast, name, seconds) -> Iterator[None]:
+    kept = fast.__dict__["_executors"]
+    found = ScriptedCompact(fast.program) if name == "compact" else ScriptedSimulator(fast.program, fast.device_options)
+    found.now, found.seconds = [7.0], seconds
+    found.times.clock = lambda: found.now[0]
+    fast.__dict__["_executors"] = {(name, "eager"): found}
+    fast.executor = name
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        fast.__dict__["_executors"] = kept
+        fast.executor = "auto"
+
+
+def in_both(fast, deadlines, seconds=lambda stop: 0.010, budgets=(None,), **kwargs):
+    """Results of every deadline and budget from the simulator, compared with compact; deadlines in milliseconds."""
+    found = {}
+    for name in ("compact", "simulate"):
+        with scripted(fast, name, seconds):
+            fast.measure_stages(**kwargs, rounds=3)
+            found[name] = [fast.run(**kwargs, deadline_ms=d, budget=b) for b in budgets for d in deadlines]
+    for got, want in zip(found["simulate"], found["compact"], strict=True):
+        same_in_all(fast, got, want)
+        assert torch.equal(got.final, want.final)
+        assert (got.stopped, got.late) == (want.stopped, want.late)
+    return found["simulate"]
+
+
+@pytest.mark.parametrize(("batch", "structure"), [(1, "nested"), (6, "nested"), (6, "machine")])
+def test_the_simulator_stops_where_compact_does(bert, batch, structure):
+    bert.device_options = Options(structure=structure)
+    kwargs = ZOO["bert"].inputs(batch, seed=4)[1]
+    bert.set_thresholds(1.0)  # open, and nobody leaves
+    results = in_both(bert, (0, 5, 10.5, 19.9, 20.1, 30.1, 39.9, 40.1), **kwargs)
+    assert [r.exit_index[0].item() for r in results] == [0, 0, 0, 0, 1, 2, 2, 3]
+    assert [r.late for r in results] == [True, True, *[False] * 6]
+    assert [r.stopped for r in results] == ["deadline"] * 7 + [None]
+    bert.device_options = Options()
+
+
+def test_rows_that_left_before_are_final(bert):
+    """Slower and slower stages, and rows that leave everywhere."""
+    kwargs = spread(bert, 8, seed=6)
+    budgets = (None, float(bert.costs([True] * 3)[1]))
+    results = in_both(bert, (5, 12, 25, 35, 70, 200), lambda stop: 0.010 * (1 + stop), budgets[:1], **kwargs)
+    stopped = [r for r in results if r.stopped == "deadline"]
+    assert any(0 < int(r.final.sum()) < 8 for r in stopped)
+    assert {int(r.exit_index.max()) for r in results} == {0, 1, 2, 3}
+    bert.set_thresholds(1.0)
+    within = in_both(bert, (15, 1000), budgets=budgets[1:], **kwargs)
+    assert [r.stopped for r in within] == ["deadline", "budget"]
+
+
+@pytest.mark.parametrize(
+    "made",
+    [
+        lambda: strategies.Anytime(exits=3, combine="ensemble", criterion="max_probability"),
+        lambda: strategies.Branchy(exits=3, criterion="patience"),
+        SUMS["branchy + skipnet"],
+    ],
+    ids=["ensemble", "patience", "gates"],
+)
+def test_with_other_strategies(bert, made):
+    """The best so far is what the program's rule of combining says; gates, states and reports are as compact has them."""
+    fast = again(bert, made())
+    fast.set_thresholds(1.0)
+    results = in_both(fast, (5, 25, 1000), **ZOO["bert"].inputs(5, seed=9)[1])
+    assert [r.stopped for r in results[::2]] == ["deadline", None]
+
+
+def test_a_program_is_timed_before_its_first_deadline(bert):
+    """That takes time of the first call; another batch is another program."""
+    bert.set_thresholds(1.0)
+    with scripted(bert, "simulate", lambda stop: 0.010):
+        for batch in (2, 5):
+            kwargs = ZOO["bert"].inputs(batch)[1]
+            assert bert.run(**kwargs, deadline_ms=35).late
+            assert bert.run(**kwargs, deadline_ms=35).exit_index.tolist() == [2] * batch
+        rows = {(row["from"], row["to"], row["rows"]) for row in bert.stage_times.to_dict()}
+        assert {(-1, 0, 5), (0, 1, 1), (1, 2, 4), (2, 3, 5)} <= rows  # every stage in every bucket
+        assert bert(**kwargs, deadline_ms=35) is not None
+        with pytest.raises(StrategyError, match="a stream needs the host"):
+            next(bert.stream(**kwargs, deadline_ms=35))
+
+
+def test_the_machines_clock_by_default(bert):
+    bert.set_thresholds(1.0)
+    kwargs = ZOO["bert"].inputs(3)[1]
+    bert.executor = "simulate"
+    with torch.no_grad():
+        first, last = (bert.run(**kwargs, deadline_ms=d) for d in (0, 1e6))
+    bert.executor = "auto"
+    assert (first.exit_index.tolist(), first.stopped, first.late) == ([0] * 3, "deadline", True)
+    assert (last.exit_index.tolist(), last.stopped, last.late) == ([3] * 3, None, False)
+
+
+# ------------------------------------------------------------------------------------------------ other ways to run it
+
+
+def made_for(fast, seconds=0.010, **kwargs):
+    """A scripted simulator, its timed program with a deadline, and what the program needs."""
+    executor = ScriptedSimulator(fast.program)
+    executor.now, executor.seconds = [0.0], lambda stop: seconds
+    executor.times.clock = lambda: executor.now[0]
+    flat = fast.program.signature.flatten((), kwargs)
+    for _ in range(3):
+        executor.measure(flat)
+    program, calls = executor._program_for(executor._current, flat, None, True)
+    memory = executor.memory() | constants(program, "cpu") | allocated(program.buffers, "cpu")
+    return executor, program, calls, memory, flat
+
+
+@pytest.mark.parametrize("delay", [0, 2])
+def test_without_conditional_nodes_the_host_tells_the_time(bert, delay):
+    kwargs = spread(bert, 7, seed=11)
+    executor, program, calls, memory, flat = made_for(bert, **kwargs)
+    want = executor.run(flat, True, _until(executor, 0.025))
+    with torch.no_grad():
+        machine = Bound(program, memory, calls, Late(delay), executor.times.clock)
+        found = stepped(machine, flat, executor.times, executor.now[0] + 0.025)
+    assert want.stopped == "deadline"
+    assert torch.equal(found["exit_index"].clamp(max=1), want.exit_index)  # stopped behind the second exit
+    torch.testing.assert_close(found["output"], want.leaves[0], atol=1e-5, rtol=1e-5)
+
+
+def _until(executor, seconds):
+    from eecompile.runtime.limits import Allowance
+
+    return Allowance(deadline=executor.now[0] + seconds)
+
+
+def test_a_captured_program_takes_any_deadline(bert, monkeypatch):
+    """With a graph that is replayed by the simulator on the memory that was captured."""
+    bert.set_thresholds(1.0)
+    kwargs = ZOO["bert"].inputs(5)[1]
+    executor, program, calls, _, flat = made_for(bert, **kwargs)
+    graph, decided, ticked = Mock(), Mock(), Mock()
+    graph.if_ = lambda handle, body: body()
+    graph.switch = lambda handle, bodies: [body() for body in bodies]
+    graph.capture = contextlib.nullcontext
+    monkeypatch.setattr(cuda_module, "ConditionalGraph", lambda device: graph)
+    monkeypatch.setattr(cuda_module, "launch_decide", decided)
+    monkeypatch.setattr(cuda_module, "launch_tick", ticked)
+    monkeypatch.setattr(cuda_module, "launch_condition", Mock())
+    monkeypatch.setattr(torch.cuda, "current_stream", Mock())
+    monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", Mock())
+    with torch.no_grad():
+        instance = Instance(program, calls, flat, executor.memory())
+        assert all(call.args[-2] == "device" for call in decided.call_args_list)  # the GPU's clock, in every kernel
+        assert [call.args[1:] for call in ticked.call_args_list] == [(START, "device"), (END, "device")]
+        graph.replay = lambda: Simulator(program, instance.memory, calls, executor.times.clock).run(instance.inputs)
+        for seconds, stop in ((0.021, 1), (0.001, 0), (1.0, -1), (0.031, 2)):
+            instance.set_deadline(executor.now[0] + seconds, executor.times)
+            assert instance.run(flat, executor.memory())[CLOCK][2] == stop
+
+
+def test_the_checker_knows_the_clock(bert):
+    bert.set_thresholds(0.5)
+    _, program, _, _, _ = made_for(bert, **ZOO["bert"].inputs(2)[1])
+    assert lint(program) == []
+    assert any("clock, which is not known" in what for what in lint(replace(program, deadline=False)))
+    assert program.describe().count("tick -> clock, ") == program.count(Tick) == 2
+    assert "everybody, clock, predicted -> " in program.describe()
