@@ -63,8 +63,8 @@ class Everything(Machine):
 
 
 def check(program: Program, flat: Sequence[Tensor], options: Options) -> NoSync:
-    """Checks the programs of all exits open and every gate deciding, at the inputs' batch and at one row, there with a deadline
-    too.
+    """Checks the programs of all exits open and every gate deciding, at the inputs' batch and at one row, there also with a
+    deadline.
 
     Args:
         flat: Inputs; only their shapes count.
@@ -82,9 +82,7 @@ def check(program: Program, flat: Sequence[Tensor], options: Options) -> NoSync:
             for t, leaf in zip(flat, program.signature.inputs, strict=True)
         ]
         try:
-            made = build(
-                program, segments, inputs, buckets=options.buckets, structure=options.structure, deadline=deadline
-            )
+            made = build(program, segments, inputs, buckets=options.buckets, structure=options.structure, deadline=deadline)
         except HostValueError as error:
             _add(report, Problem(f"batch {size}", error.node, error.reason, error.source))
             continue
