@@ -296,21 +296,21 @@ def launch_decide(
     clock: Tensor | None = None,
     predicted: Tensor | None = None,
     source: str = HOST,
-    alive_handle: int = 0,
+    alive_handle: int | None = None,
     bucket_handle: int = 0,
 ) -> None:
     """`decide` as one kernel.
 
     Args:
         source: Whose clock is read, HOST or DEVICE; see `clock`.
-        alive_handle: Of a CUDA graph's IF node, 0 for none.
-        bucket_handle: Of a SWITCH node.
+        alive_handle: Of a CUDA graph's IF node. None for none; 0 loads the kernel that sets handles, and sets nothing.
+        bucket_handle: Of a SWITCH node, 0 for none.
     """
     _check(logits, result, criterion, state, output, survivors, positions, control, buckets, predicted)
     capacity, W = result.shape
     C = 1 if criterion == "given" else logits.shape[1]
     options = tiles(max(C, W), capacity)
-    condition = bool(alive_handle or bucket_handle)
+    condition = alive_handle is not None or bucket_handle != 0
     LAUNCHES["decide"] += 1
     decide_kernel[(triton.cdiv(capacity, options["R"]),)](
         logits,
@@ -339,7 +339,7 @@ def launch_decide(
         buckets.numel(),
         exit,
         patience,
-        alive_handle,
+        alive_handle or 0,
         bucket_handle,
         CRITERION=criterion,
         FINAL=final,

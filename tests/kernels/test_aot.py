@@ -112,10 +112,10 @@ i32 = lambda n, x=0: torch.full((n,), x, dtype=torch.int32)
 i64 = lambda n: torch.zeros(n, dtype=torch.int64)
 one = torch.ones(())
 
-for handle in (0, 1, 2**63 + 5):
+for handle in (None, 0, 1, 2**63 + 5):
     x = torch.zeros(3, 10)
     decide.launch_decide(x, x, None, i32(1), torch.zeros(1), torch.ones(2), 0, "entropy", 1, None, i32(1, 1),
-        torch.zeros(9, 10), i64(9), torch.zeros(9), i64(3), i64(3), i32(7), alive_handle=handle, bucket_handle=handle)
+        torch.zeros(9, 10), i64(9), torch.zeros(9), i64(3), i64(3), i32(7), alive_handle=handle, bucket_handle=handle or 0)
 times = i64(clock.SIZE)
 decide.launch_decide(x, x, None, i32(1), torch.zeros(1), torch.ones(2), 0, "entropy", 1, None, i32(1, 1), torch.zeros(9, 10),
     i64(9), torch.zeros(9), i64(3), i64(3), i32(7), clock=times, predicted=i64(1), source=clock.DEVICE, alive_handle=1)

@@ -32,6 +32,7 @@ from eecompile.runtime.device.nodes import (
     Decide,
     DeviceProgram,
     If,
+    Node,
     Switch,
     Tick,
     While,
@@ -43,6 +44,11 @@ from eecompile.runtime.timing import Piece, StageTimes
 WARM_UPS = 2  # the second finds what the first has loaded, tuned and allocated
 
 
+def sets_condition(node: Decide, following: Node | None) -> bool:
+    """Whether a decision's kernel sets the condition of the node behind it: one launch less."""
+    return isinstance(following, If) and following.control == node.control
+
+
 class Capture(Machine):
     """Puts every node of a program into a graph that is being captured."""
 
@@ -52,9 +58,8 @@ class Capture(Machine):
         self.set: dict[str, int] = {}  # handles that the decision just before has set, by control
 
     def decide(self, node: Decide) -> None:
-        handle = 0
-        if isinstance(self.following, If) and self.following.control == node.control:
-            # One launch less: the decision's kernel sets the condition itself.
+        handle = None
+        if sets_condition(node, self.following):
             handle = self.set[node.control] = self.graph.handle()
         arguments = (*self.decision(node), DEVICE, handle)
         launch_decide(*arguments)
@@ -84,6 +89,29 @@ class Capture(Machine):
         self.graph.while_(handle, round)
 
 
+class Load(Warm):
+    """A warm-up with the kernels that a capture will launch: nothing is loaded meanwhile. Handle 0 sets nothing."""
+
+    def decide(self, node: Decide) -> None:
+        arguments = (*self.decision(node), DEVICE, 0 if sets_condition(node, self.following) else None)
+        launch_decide(*arguments)
+
+    def tick(self, node: Tick) -> None:
+        launch_tick(self.values[CLOCK], node.element, DEVICE)
+
+    def if_(self, node: If) -> None:
+        launch_condition(self.values[node.control], node.element, 0)
+        super().if_(node)
+
+    def switch(self, node: Switch) -> None:
+        launch_condition(self.values[node.control], node.element, 0)
+        super().switch(node)
+
+    def while_(self, node: While) -> None:
+        launch_condition(self.values[node.control], node.element, 0, below=node.done)
+        super().while_(node)
+
+
 class Instance:
     """A captured program with buffers of its own, for calls on one stream.
 
@@ -102,7 +130,7 @@ class Instance:
             self.graph.stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(self.graph.stream):
                 for _ in range(WARM_UPS):
-                    Warm(program, self.memory, calls).run(self.inputs)
+                    Load(program, self.memory, calls).run(self.inputs)
             torch.cuda.synchronize(device)
             with self.graph.capture():
                 machine = Capture(program, self.memory, calls, self.graph)

@@ -129,8 +129,8 @@ class DeviceExecutor:
                     found = made, self.ready(made)
                 self._kept[key] = found
                 while len(self._kept) > self.options.kept:
-                    gone, _ = self._kept.popitem(last=False)
-                    self._timed.discard(gone[:-2])
+                    self._kept.popitem(last=False)
+                self._timed &= {k[:-2] for k in self._kept}
             self._kept.move_to_end(key)
         return found
 
