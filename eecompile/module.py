@@ -111,6 +111,8 @@ class CompiledModule(DevicePrograms, Anytime):
         flat = self.program.signature.flatten(args, kwargs)
         outcome = self._execute(flat, True, allowance)
         result = self._result(outcome)
+        if self.training and self.gate_mode == "expected" and result.route_weights is not None:
+            result.way_outputs = self._way_outputs(flat)
         self._close(outcome, allowance, result)
         return result
 
@@ -140,6 +142,12 @@ class CompiledModule(DevicePrograms, Anytime):
             if elsewhere is None:
                 raise
             raise elsewhere from error
+
+    def _way_outputs(self, flat: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        graphs = [self._training_graph(way) for way in range(len(self.program.routes[0].ways))]
+        with torch.no_grad():
+            outcomes = [ReferenceExecutor(self.program, graph).run(flat) for graph in graphs]
+        return tuple(o.outputs[-1] for o in outcomes if o.outputs is not None)
 
     def _result(self, outcome: Outcome) -> Result:
         training = outcome.outputs is not None and self.training

@@ -207,6 +207,8 @@ class Result:
             it had left before. In train mode as decisions were taken meanwhile.
         route_weights: [B, K] float32, in train mode and of `fast.observe`: the probability of every route, differentiable.
         route_costs: [K] float32, with `route_weights`: cost of a row on each route.
+        way_outputs: In train mode with `gate_mode = "expected"`: what the model says where every row takes way k, for each
+            of K; without gradients.
         steps: [B] or [B, S] int64 ([B, 1] where no row reached the end of the chain): steps taken, where the strategy halts,
             summed over several chains; where gates are on whole blocks [B], how many of those ran.
         ponder: [B] or [B, S] float32: ponder cost N + R, differentiable in train mode.
@@ -232,6 +234,7 @@ class Result:
     route: torch.Tensor | None = None
     route_weights: torch.Tensor | None = None
     route_costs: torch.Tensor | None = None
+    way_outputs: tuple[torch.Tensor, ...] | None = None
     steps: torch.Tensor | None = None
     ponder: torch.Tensor | None = None
     final: torch.Tensor | None = None

@@ -133,12 +133,16 @@ class Trainable(Decisions):
         found: fx.GraphModule = cache[0]
         return found
 
-    def _training_graph(self) -> fx.GraphModule:
-        """The marked graph for training: trunk frozen in eval mode, or the train-mode capture; gates as `gate_mode` says."""
+    def _training_graph(self, way: int | None = None) -> fx.GraphModule:
+        """The marked graph for training: trunk frozen in eval mode, or the train-mode capture; gates as `gate_mode` says.
+
+        Args:
+            way: The way that every row takes; None as `gate_mode` says.
+        """
         graphs = self.__dict__["_training_graphs"]
-        key = (self.train_trunk, self.gate_mode, self.gates_kept_open)
+        key = (self.train_trunk, self.gate_mode, self.gates_kept_open, way)
         if key not in graphs:
-            graphs[key] = with_decisions(self._hard_training_graph(), self.gate_mode, self.gates_kept_open)
+            graphs[key] = with_decisions(self._hard_training_graph(), self.gate_mode, self.gates_kept_open, way)
         found: fx.GraphModule = graphs[key]
         found.train(self.training)
         return found

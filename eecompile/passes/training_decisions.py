@@ -7,6 +7,7 @@
 | sample | Bernoulli(score) | none: REINFORCE uses the log probability of `Result.gates` under `Result.gate_scores` |
 | gumbel | hard, with logistic noise on the score's logit | straight through the noisy score (Jang et al. 2017) |
 | uniform | each way equally likely | none: so that every branch is trained on all kinds of rows |
+| expected | gates as hard, ways as uniform | none: the objective reads the loss of every way (`Result.way_outputs`) |
 | open | open, whatever score and threshold | none: for objectives that read the scores beside every depth's prediction |
 
 A router's scores are the probabilities of its K ways, and "open" is the model's own; closed ways are never taken.
@@ -31,18 +32,19 @@ EPSILON = 1e-6
 assert eecompile.ops is not None
 
 
-def with_decisions(gm: fx.GraphModule, mode: str, kept_open: int = 0) -> fx.GraphModule:
+def with_decisions(gm: fx.GraphModule, mode: str, kept_open: int = 0, way: int | None = None) -> fx.GraphModule:
     """`gm` with its gates deciding as `mode` says; the graph is its own, modules and parameters are shared.
 
     Args:
         kept_open: The first so many gates do not decide but stay open.
+        way: The way that every row takes, whatever the router says; None lets `mode` say.
 
     Raises:
         EecompileError: Unknown mode.
     """
     if mode not in MODES:
         raise EecompileError("unknown way to train gates", got=repr(mode), wanted=near(mode, MODES))
-    if mode == "hard" and not kept_open:
+    if mode == "hard" and not kept_open and way is None:
         return gm
     new = facts.copy(gm)
     decide: Callable[..., Tensor] = DECISIONS[mode]
@@ -51,6 +53,9 @@ def with_decisions(gm: fx.GraphModule, mode: str, kept_open: int = 0) -> fx.Grap
             n.target = always if n.args[2] < kept_open else decide
         elif mode == "soft" and n.target is torch.ops.eecompile.skip.default:
             n.target = blend
+        elif n.target is torch.ops.eecompile.route.default and way is not None:
+            n.args[0].target = one_way
+            n.args[0].args = (*n.args[0].args, way)
         elif n.target is torch.ops.eecompile.route.default and mode in WAYS:
             n.args[0].target = WAYS[mode]
             if mode == "soft":
@@ -96,6 +101,7 @@ DECISIONS: dict[str, Callable[..., Tensor]] = {
     "sample": sample,
     "gumbel": gumbel,
     "uniform": uniform,
+    "expected": torch.ops.eecompile.gate.default,
     "open": always,
 }
 MODES = tuple(DECISIONS)
@@ -146,14 +152,19 @@ def gumbel_ways(weights: Tensor, margins: Tensor) -> Tensor:
 
 def own_way(weights: Tensor, margins: Tensor) -> Tensor:
     """1 for the last way, the model's own."""
-    last = torch.tensor([weights.shape[1] - 1], device=weights.device)
-    return torch.zeros_like(weights).index_fill(1, last, 1.0)
+    return one_way(weights, margins, weights.shape[1] - 1)
+
+
+def one_way(weights: Tensor, margins: Tensor, way: int) -> Tensor:
+    """1 for this way, else 0."""
+    return torch.zeros_like(weights).index_fill(1, torch.tensor([way], device=weights.device), 1.0)
 
 
 WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "soft": soft_ways,
     "sample": sampled_ways,
     "uniform": uniform_ways,
+    "expected": uniform_ways,
     "gumbel": gumbel_ways,
     "open": own_way,
 }

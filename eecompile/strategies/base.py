@@ -133,7 +133,8 @@ class TrainingStage:
     Attributes:
         name: As reports show it.
         share: Share of the epochs of `fit`, relative to the other stages.
-        gate_mode: How gates and routers decide meanwhile: "soft", "hard", "sample", "gumbel", "uniform" or "open".
+        gate_mode: How gates and routers decide meanwhile: "soft", "hard", "sample", "gumbel", "uniform",
+            "expected" or "open".
         objective: Added to the task's objective, as JSON data; None for the task alone.
         kept_open: Share of the gates, the first ones, that stay open meanwhile: a curriculum from the last gate on.
     """

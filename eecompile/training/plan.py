@@ -115,7 +115,7 @@ class Position:
     stopped_early: bool = False
 
     def add(self, loss: float, scores: Tensor, rows: Tensor, gates: Tensor, routes: Tensor) -> None:
-        """`scores` `[E + 1]`, `gates` `[1 + 2 G]` and `routes` `[1 + 4 K]` summed over the rows, or empty; `rows` `[2]`:
+        """`scores` `[E + 1]`, `gates` `[1 + 2 G]` and `routes` `[1 + 6 K]` summed over the rows, or empty; `rows` `[2]`:
         rows, and rows with a label."""
         total, labelled = (float(n) for n in rows.tolist())
         self.loss_sum += loss * total

@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 STUCK = 0.01
+SAME = 0.005  # standard deviation over the rows of a probability that no longer depends on the input
 ADVICE = "Lower price= or raise target_cost=, give balance= a weight, train longer, or lower lr=."
 
 
@@ -21,22 +22,25 @@ class RouteRow:
         share: Share of the rows that took each route, as decisions were taken in this run.
         accuracy: Mean score of the rows on each route; None where there is none.
         decided: Share of the rows that each route is decided for by the router's probabilities.
+        spread: Standard deviation over the rows of each route's probability; None in records from before it was kept.
     """
 
     cost: float
     share: list[float]
     accuracy: list[float | None]
     decided: list[float]
+    spread: list[float] | None = None
 
     @classmethod
     def of(cls, sums: list[float] | None, rows: int) -> RouteRow | None:
-        """From sums `[1 + 4 K]` in the order of `step.routed`; None where there are none."""
+        """From sums `[1 + 6 K]` in the order of `step.routed`; None where there are none."""
         if not sums or not rows:
             return None
-        k = (len(sums) - 1) // 4
-        took, labelled, score, decided = (sums[1 + i * k : 1 + (i + 1) * k] for i in range(4))
+        k = (len(sums) - 1) // 6
+        took, labelled, score, decided, p, squares = (sums[1 + i * k : 1 + (i + 1) * k] for i in range(6))
+        spread = [max(s / rows - (m / rows) ** 2, 0.0) ** 0.5 for m, s in zip(p, squares, strict=True)]
         accuracy = [s / n if n else None for s, n in zip(score, labelled, strict=True)]
-        return cls(sums[0] / rows, [t / rows for t in took], accuracy, [d / rows for d in decided])
+        return cls(sums[0] / rows, [t / rows for t in took], accuracy, [d / rows for d in decided], spread)
 
     @property
     def score(self) -> float | None:
@@ -46,13 +50,18 @@ class RouteRow:
         return sum(s * a for s, a in known) / total if total else None
 
     def collapse(self, names: Sequence[str]) -> str | None:
-        """How the router has collapsed: one route for all rows but one in a hundred; None where it has not."""
+        """How the router has collapsed: one route for all rows but one in a hundred, or the same probabilities for all rows.
+
+        None where it has not.
+        """
         there = sum(self.decided)  # rows that had left before have no route
         if there <= 0:
             return None
         for name, share in zip(names, self.decided, strict=True):
             if share >= (1 - STUCK) * there:
                 return f"all rows go to {name} whatever the input is"
+        if self.spread is not None and max(self.spread) < SAME:
+            return f"every row has the same probabilities (their spread is {max(self.spread):.2g} at most)"
         return None
 
 

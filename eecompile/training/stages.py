@@ -41,9 +41,10 @@ def stages_of(
                 )
             task = None
         for stage in asked:
-            if stage.objective is not None and "reinforce" in stage.objective["name"] and isinstance(task, PerExitLoss):
+            named = "" if stage.objective is None else stage.objective["name"]
+            if isinstance(task, PerExitLoss) and ("reinforce" in named or named == "route_expected"):
                 raise EecompileError(
-                    "REINFORCE rewards the likelihood of class labels",
+                    "this stage weighs the likelihood of class labels of every row",
                     where=f"stage {stage.name!r}",
                     got=f"loss={task.function_name}",
                     hint='leave that stage out: SkipNet(shares=(0.5, 0.5, 0)), Router(estimator="straight_through")',

@@ -54,8 +54,9 @@ def gated(fast: Any, result: Result) -> Tensor:
 
 
 def routed(fast: Any, result: Result, labels: Any, metric: Metric | None, objective: Objective, where: str) -> Tensor:
-    """`[1 + 4 K]` float64, empty without a router: over the rows the cost, and for each of K routes the rows that took it
-    in this run, those among them with a label, their score, and the rows that it would have been decided for."""
+    """`[1 + 6 K]` float64, empty without a router: sums over the rows of the cost, and for each of K routes of the rows that
+    took it in this run, those among them with a label, their score, the rows that it would have been decided for, its
+    probability, and that squared."""
     if result.route is None or result.route_weights is None:
         return torch.empty(0, dtype=torch.float64)
     outputs = [output.detach() for output in outputs_of(result)]
@@ -80,6 +81,8 @@ def routed(fast: Any, result: Result, labels: Any, metric: Metric | None, object
     cost = (result.end_cost if result.end_cost is not None else fast.route_costs()[result.route]).detach().double()
     told = [cost.cpu().sum().reshape(1), took.sum(0), (took * ready).sum(0), (took * ready * score.unsqueeze(1)).sum(0)]
     told.append(decided(fast, result).double().cpu())
+    p = result.route_weights.detach().double().cpu()
+    told += [p.sum(0), p.square().sum(0)]
     return torch.cat(told)
 
 

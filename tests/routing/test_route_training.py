@@ -85,7 +85,7 @@ def test_calibration_of_exits_that_rows_are_sent_to(model):
     assert fast.temperatures.tolist()[0] == 1.0
 
 
-@pytest.mark.parametrize("estimator", ["straight_through", "gumbel", "soft", "reinforce"])
+@pytest.mark.parametrize("estimator", ["expected", "straight_through", "gumbel", "soft", "reinforce"])
 def test_hard_rows_take_the_models_own_way(model, estimator):
     router = Router(at="input", to={"light": 0.01}, over=("input", "blocks.2"), price=0.3, estimator=estimator, warm_up=0.4)
     fast = compiled(model, router)
@@ -97,11 +97,15 @@ def test_hard_rows_take_the_models_own_way(model, estimator):
     result = fast.run(x)
     p = fast.observe(x).route_weights[:, 0]
     assert float(p[~hard].mean()) > float(p[hard].mean()), str(report)
-    if estimator in ("straight_through", "reinforce"):  # the other two train on decisions that are not those in use
+    if estimator in (
+        "expected",
+        "straight_through",
+        "reinforce",
+    ):  # the other two train on decisions that are not those in use
         to_light = [float((result.route[mine] == 0).float().mean()) for mine in (~hard, hard)]
         assert to_light[0] > 0.9 > 0.1 > to_light[1], str(report)
         assert float(right(fast, x, y).mean()) > 0.9, str(report)
-    assert {"cost", "share", "accuracy", "decided"} == set(report.to_dict()["rows"][0]["routes"])
+    assert {"cost", "share", "accuracy", "decided", "spread"} == set(report.to_dict()["rows"][0]["routes"])
 
 
 def test_the_price_decides_how_many_rows_take_the_light_way(model):
@@ -122,6 +126,42 @@ def test_collapse_is_told(model):
     assert (
         RouteRow(0.5, [0.5, 0.5], [1.0, None], [0.002, 0.5]).collapse(["a", "b"]) == "all rows go to b whatever the input is"
     )
+    constant = RouteRow(0.5, [0.5, 0.5], [1.0, None], [0.5, 0.5], [1e-7, 1e-7])
+    assert constant.collapse(["a", "b"]) == "every row has the same probabilities (their spread is 1e-07 at most)"
+    assert RouteRow(0.5, [0.5, 0.5], [1.0, None], [0.5, 0.5], [0.2, 0.2]).collapse(["a", "b"]) is None
+
+
+def test_a_router_that_is_a_constant_has_collapsed(model):
+    """Its rounding sends half of the rows each way, so the load looks even."""
+    fast = compiled(model, Router(at="input", to={"light": 0.34}, over=("embed", "blocks.2"), warm_up=0.0))
+    with torch.no_grad():
+        fast.route_units.unit.score.weight.mul_(1e-3)
+        fast.route_units.unit.score.bias.zero_()
+    report = fast.fit(Loader(64), epochs=1, lr=1e-9, progress=False)
+    assert "every row has the same probabilities" in report.collapse
+
+
+def test_the_expected_loss_is_the_enumerated_one(model):
+    """Over both ways of every row, each run by itself; and its gradient is that of the probabilities."""
+    fast = compiled(model, Router(at="input", to={"light": 0.34}, over=("embed", "blocks.2"), price=0.5))
+    x, y, _ = rows(16)
+    fast.train()
+    fast.gate_mode = "expected"
+    result = fast.run(x)
+    found = objective({"name": "route_expected", "price": 0.5})(result, y)
+    expected = torch.zeros(16)
+    for k, costs in enumerate(fast.route_costs().tolist()):
+        fast.set_route_margins([0.0 if k == j else 2.0 for j in range(2)])
+        out = fast.observe(x).output
+        torch.testing.assert_close(result.way_outputs[k], out)
+        loss = nn.functional.cross_entropy(out, y, reduction="none")
+        expected = expected + result.route_weights[:, k] * (loss + 0.5 * costs)
+    torch.testing.assert_close(found, expected.mean())
+    ours, theirs = (torch.autograd.grad(z, result.route_weights, retain_graph=True)[0] for z in (found, expected.mean()))
+    torch.testing.assert_close(ours, theirs)
+    fast.gate_mode = "hard"
+    with pytest.raises(EecompileError, match="needs the loss of every branch"):
+        objective("route_expected")(fast.run(x), y)
 
 
 def test_an_even_load_costs_least():
@@ -132,7 +172,9 @@ def test_an_even_load_costs_least():
 
 
 def test_a_loop_of_ones_own(model):
-    fast = compiled(model, Router(at="input", to={"light": 0.34}, over=("embed", "blocks.2"), price=0.5))
+    fast = compiled(
+        model, Router(at="input", to={"light": 0.34}, over=("embed", "blocks.2"), price=0.5, estimator="straight_through")
+    )
     x, y, _ = rows(16)
     fast.train()
     result = fast.run(x)

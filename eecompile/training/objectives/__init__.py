@@ -17,6 +17,7 @@ itself) and labels, and gives one differentiable scalar. Outputs are `[B, C]` or
 | gate_cost | price x mean cost of gated rows, the price steered towards a target cost |
 | reinforce | policy gradient of sampled gates: task reward - price x cost, baseline, entropy (SkipNet 2018) |
 | route_exits | expected loss + price x cost over the exits that a router may send a row to |
+| route_expected | the same over its branches |
 | route_cost | price x mean cost of routed rows, and an even load (Switch Transformer, Fedus et al. 2021) |
 | route_reinforce | policy gradient of sampled branches |
 | sum | any of them added, with weights; also written "a+b" |
@@ -41,7 +42,7 @@ from eecompile.training.objectives.general import Loss, PerExitLoss, Sum
 from eecompile.training.objectives.ponder import Ponder
 from eecompile.training.objectives.price import Price, Steering
 from eecompile.training.objectives.registry import OBJECTIVES, objective, register
-from eecompile.training.objectives.routes import RouteCost, RouteExits, RouteReinforce
+from eecompile.training.objectives.routes import RouteCost, RouteExits, RouteExpected, RouteReinforce
 
 register(
     AdaLoss,
@@ -57,6 +58,7 @@ register(
     Ponder,
     RouteCost,
     RouteExits,
+    RouteExpected,
     RouteReinforce,
     Sum,
 )
@@ -79,6 +81,7 @@ __all__ = [
     "Reinforce",
     "RouteCost",
     "RouteExits",
+    "RouteExpected",
     "RouteReinforce",
     "Steering",
     "Sum",

@@ -1,8 +1,9 @@
 """What a router is trained by besides the task: the price of the routes, and an even load.
 
-Costs are fractions of the full model's FLOPs. To exits no decision is taken while training: every exit is computed, and
-the loss is summed over all routes under the router's probabilities, which is exact. To branches a decision is taken, and
-its gradient is straight through, of noisy or mixed probabilities (`gate_cost` does the same for gates), or by REINFORCE.
+Costs are fractions of the full model's FLOPs. Where the loss of every route of a row is known, it is summed over all routes
+under the router's probabilities, which is exact: `route_exits`, since training computes every exit, and `route_expected`,
+for which the model runs once more for every branch. Else the gradient of a branch's decision is straight through, of noisy
+or mixed probabilities (`gate_cost` does the same for gates), or by REINFORCE.
 
 The load-balancing loss is that of the Switch Transformer (Fedus et al. 2021), `K * sum_k f_k * P_k` with the share f_k of
 rows that take route k and its mean probability P_k: 1 where both are even, more where one route has most.
@@ -10,6 +11,7 @@ rows that take route k and its mean probability P_k: 1 where both are even, more
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,6 +44,13 @@ class Balanced(Priced):
     def options(self) -> tuple[str, ...]:
         return (*super().options(), "balance")
 
+    def expected(self, weights: Tensor, costs: Tensor, outputs: Sequence[Tensor], labels: Any, where: str) -> Tensor:
+        """`mean_b sum_k P_k (loss_k + price * cost_k)`, 0-dim, of the outputs of K routes, taken as they are."""
+        labels = check_labels(outputs[-1], labels, where)
+        losses = torch.stack([losses_of(output.detach(), labels) for output in outputs], 1)  # [B, K]
+        now = self.priced((weights.detach() * costs).sum(1))
+        return (weights * (losses + now * costs)).sum(1).mean()
+
     def unevenness(self, result: Result, where: str) -> Tensor:
         """The load-balancing loss with its weight, 0-dim."""
         weights, _ = routes_of(result, where)
@@ -64,11 +73,32 @@ class RouteExits(Balanced):
                 "the router does not send rows to exits", where=where, got=f"{weights.shape[1]} branches",
                 hint="the objective route_cost",
             )  # fmt: skip
-        labels = check_labels(outputs[-1], labels, where)
-        losses = torch.stack([losses_of(output.detach(), labels) for output in outputs], 1)  # [B, E + 1]
-        now = self.priced((weights.detach() * costs).sum(1))
-        loss = (weights * (losses + now * costs)).sum(1).mean()
-        return loss + self.unevenness(result, where)
+        return self.expected(weights, costs, outputs, labels, where) + self.unevenness(result, where)
+
+
+@dataclass(frozen=True)
+class RouteExpected(Balanced):
+    """Loss and cost of every branch under the router's probabilities: `mean_b sum_k P_k (loss_k + price * cost_k)`.
+
+    The branches themselves are trained by the task's objective on rows that are sent to them at random, so that each goes on
+    learning from all kinds of rows. On a result of eval mode, where rows have been sent, it is the price of that.
+    """
+
+    name: ClassVar[str] = "route_expected"
+
+    def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
+        weights, costs = routes_of(result, where)
+        if result.way_outputs is None:
+            if torch.is_grad_enabled():
+                raise EecompileError(
+                    "the expected loss needs the loss of every branch",
+                    where=where,
+                    got="a result without way_outputs",
+                    wanted="a result of train mode, and a router to branches",
+                    hint='fast.gate_mode = "expected"; for a router to exits the objective route_exits',
+                )
+            return self.controller.now * cost_of(result, where).mean()
+        return self.expected(weights, costs, result.way_outputs, labels, where) + self.unevenness(result, where)
 
 
 @dataclass(frozen=True)
