@@ -17,6 +17,7 @@ from eecompile.artifact.read_gates import insert_saved_gates
 from eecompile.artifact.read_routes import insert_saved_routes
 from eecompile.capture.export import flat_graph
 from eecompile.capture.exported import program_graph
+from eecompile.capture.quiet import quiet
 from eecompile.criteria import criterion
 from eecompile.errors import ArtifactError, EecompileError
 from eecompile.heads import Branch, rebuild, score_head
@@ -125,7 +126,8 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
 def _exported(path: Path) -> ExportedProgram:
     files.refuse_pickles(path)
     try:
-        return torch.export.load(path)
+        with quiet():
+            return torch.export.load(path)
     except Exception as error:  # torch raises many unrelated types on a damaged archive
         raise ArtifactError(
             "the exported program cannot be read", where=str(path), got=f"{type(error).__name__}: {error}"[:300]

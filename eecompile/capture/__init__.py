@@ -14,6 +14,7 @@ from eecompile.capture.axes import BatchAxis
 from eecompile.capture.blocks import capture_blocks
 from eecompile.capture.export import Captured, capture_export
 from eecompile.capture.exported import capture_program
+from eecompile.capture.quiet import quiet
 from eecompile.errors import CaptureError, near
 
 FRONT_ENDS = ("export", "blocks")
@@ -60,7 +61,8 @@ def read_pt2(path: Path) -> ExportedProgram:
     if not path.is_file():
         raise CaptureError("there is no such file", where=str(path), wanted="a .pt2 file of torch.export.save")
     try:
-        return torch.export.load(path)
+        with quiet():
+            return torch.export.load(path)
     except Exception as error:  # torch raises many unrelated types on a foreign file
         raise CaptureError(
             "the file is not a program of torch.export", where=str(path), got=f"{type(error).__name__}: {error}"[:300]

@@ -1,4 +1,4 @@
-"""What torch.export says by itself while it traces: warnings about its own workings, and a failed trace on standard error.
+"""What torch.export says by itself: warnings about its own workings, and a failed trace on standard error.
 
 None of it helps a user: what failed is in the CaptureError, with the line of the model that stopped the trace.
 """
@@ -17,6 +17,7 @@ WARNINGS = (
     "The tensor attributes? .*assigned during export",  # an LSTM's list of its own weights
     "The PyTorch API of nested tensors is in prototype stage",
     "Converting a tensor with requires_grad=True to a scalar",
+    "The given buffer is not writable",  # torch.export.load of torch 2.11 on its own archive
 )
 
 
