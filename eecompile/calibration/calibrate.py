@@ -36,8 +36,7 @@ from torch import Tensor
 from eecompile.calibration.collect import Collected, collect, combination_of, second_pass
 from eecompile.calibration.earned import check_models
 from eecompile.calibration.evidence import CLOSED, Evidence, pattern, remembered, sane
-from eecompile.calibration.gate_report import GateCalibrationReport
-from eecompile.calibration.gates import Turns, calibrate_gates
+from eecompile.calibration.knobs import knobs_of
 from eecompile.calibration.options import (
     FIRST_START,
     LEAST_SEARCH_ROWS,
@@ -50,11 +49,12 @@ from eecompile.calibration.options import (
 from eecompile.calibration.report import CalibratedExit, CalibrationReport, sentence
 from eecompile.calibration.risk import fallback, p_values, rows_needed
 from eecompile.calibration.search import Search, candidates
+from eecompile.calibration.settings import Turns, calibrate_setting
+from eecompile.calibration.settings_report import SettingsReport
 from eecompile.calibration.stateful import agreement_confidences, all_or_none
 from eecompile.calibration.temperature import fit_temperature, negative_log_likelihood
 from eecompile.errors import CalibrationError
 from eecompile.training.batches import device_of, require_repeatable
-from eecompile.training.full import gate_names
 from eecompile.training.protocol import Compiled
 from eecompile.training.scores import Metric
 
@@ -73,8 +73,8 @@ def calibrate(
     metric: Metric | None = None,
     keep_open: bool | None = None,
     seed: int = 0,
-) -> CalibrationReport | GateCalibrationReport:
-    """Chooses temperatures and thresholds and sets them on `fast`: of gates, then of exits (`gates.py` says how).
+) -> CalibrationReport | SettingsReport:
+    """Chooses what makes rows leave or skip and sets it on `fast`: of gates, of routers to branches, then of exits.
 
     Args:
         fast: The compiled module, trained. Thresholds and temperatures stay as they were if this raises.
@@ -95,41 +95,41 @@ def calibrate(
 
     Returns:
         CalibrationReport. Where no thresholds qualify (`qualified` is False), all exits are closed and
-        `guarantee` says why, and how many rows would be needed. With gates alone a GateCalibrationReport; with both its
-        `gates` is one, and both promises together bound the drop by `max_drop` with probability `1 - delta`.
+        `guarantee` says why, and how many rows would be needed. With gates or branches alone a report of those; with
+        exits too that is its `gates` or `routes`, and the promises together bound the drop by `max_drop` with probability
+        `1 - delta` (`settings.py` says how).
 
     Raises:
         CalibrationError: An empty loader; labels that are missing, out of range or of a wrong shape; NaN in
             an output; options out of range; fewer than 2 rows.
     """
     check_options(fast, max_drop, delta, target, metric)
-    gates: GateCalibrationReport | None = None
-    if gate_names(fast):
-        both = bool(fast.exits) and not getattr(getattr(fast, "strategy", None), "training_exits", False)
-        share = 0.5 if both else 1.0
-        gates = calibrate_gates(
-            fast,
-            Turns(loader, 0) if both else loader,
-            max_drop=share * max_drop,
-            delta=None if delta is None else share * delta,
-            target=target,
-            metric=metric,
-            seed=seed,
-        )
-        if not both:
-            return gates
-        loader, delta = Turns(loader, 1), None if delta is None else delta / 2
-        max_drop = max_drop / 2 if gates.qualified else max_drop
-    before = fast.thresholds.tolist(), fast.temperatures.tolist()
+    before, temperatures = fast.thresholds.tolist(), fast.temperatures.tolist()
+    knobs = [(knob, knob.now()) for knob in knobs_of(fast)]
+    exits = bool(fast.exits) and not (knobs and getattr(getattr(fast, "strategy", None), "training_exits", False))
+    parts = len(knobs) + exits
+    share = None if delta is None else delta / parts
+    left, found = max_drop, []
     try:
-        report = Calibration(
-            fast, loader, max_drop, delta, target, temperature, metric, seed, stays_open(fast, keep_open)
-        ).run()
-        report.gates = gates
+        for i, (knob, _) in enumerate(knobs):
+            turns = Turns(loader, i, parts) if parts > 1 else loader
+            found.append(
+                calibrate_setting(
+                    knob, turns, max_drop=max_drop / parts, delta=share, target=target, metric=metric, seed=seed
+                )
+            )
+            left -= max_drop / parts if found[-1].qualified else 0.0
+        if not exits:
+            return found[-1]
+        rest = Turns(loader, parts - 1, parts) if knobs else loader
+        report = Calibration(fast, rest, left, share, target, temperature, metric, seed, stays_open(fast, keep_open)).run()
+        report.before = found
         return report
     except BaseException:
-        fast.set_thresholds(before[0])
-        fast.set_temperatures(before[1])
+        for knob, setting in knobs:
+            knob.set(setting)
+        fast.set_thresholds(before)
+        fast.set_temperatures(temperatures)
         raise
 
 

@@ -17,16 +17,9 @@ LEAST_SEARCH_ROWS = 30
 
 
 def check_options(fast: Compiled, max_drop: float, delta: float | None, target: str, metric: Metric | None) -> None:
-    if branches(fast):
+    if not fast.exits and not gate_names(fast) and not branches(fast):
         raise CalibrationError(
-            "the margins of a router between branches are not calibrated",
-            got=", ".join(getattr(fast, "route_names", ())),
-            wanted="a router to exits, or gates",
-            hint="fast.set_route_margins(0.2) sends fewer rows to branches; fast.evaluate gives accuracy and cost of each",
-        )
-    if not fast.exits and not gate_names(fast):
-        raise CalibrationError(
-            "there are no exits or gates to calibrate", hint="compile with a strategy that inserts exits or gates"
+            "there are no exits, gates or branches to calibrate", hint="compile with a strategy that inserts exits or gates"
         )
     if not (0 <= max_drop < 1):
         raise CalibrationError("max_drop is out of range", got=max_drop, wanted="0 <= max_drop < 1, 0.01 for 1%")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from rich.console import RenderableType
 
-from eecompile.calibration.gate_report import GateCalibrationReport
+from eecompile.calibration.settings_report import SettingsReport
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 
 
@@ -58,7 +58,7 @@ class CalibrationReport(Report):
         p_value: Of "the mean loss is above max_drop", on the rows of the test.
         level: Level that it was tested at, at most `delta`.
         tested: Threshold vectors in the path; `accepted` of them qualified.
-        gates: Where there are gates too: what was found for them, first.
+        before: Where there are gates or branches too: what was found for them, first.
     """
 
     title: ClassVar[str] = "Calibration"
@@ -85,13 +85,15 @@ class CalibrationReport(Report):
     seed: int
     exits: list[CalibratedExit] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    gates: GateCalibrationReport | None = None
+    before: list[SettingsReport] = field(default_factory=list)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "title": self.title,
-            **{key: json_safe(value) for key, value in vars(self).items() if key not in ("exits", "gates")},
-            "gates": None if self.gates is None else self.gates.to_dict(),
+            **{key: json_safe(value) for key, value in vars(self).items() if key not in ("exits", "before")},
+            "gates": None,
+            "routes": None,
+            **{found.rows_of()[0]: found.to_dict() for found in self.before},
             "exits": [json_safe({**vars(row), "open": row.is_open}) for row in self.exits],
         }
 
@@ -111,11 +113,9 @@ class CalibrationReport(Report):
         drop = f"drop {percent(self.drop_search)} on the rows of the search"
         if self.drop_test is not None:
             drop += f", {percent(self.drop_test)} on those of the test (bound used: {percent(self.loss_test)})"
-        before: list[RenderableType] = []
-        if self.gates is not None:
-            before.append(self.gates)
-            parts.insert(0, "given the gates, against the model as it is gated; costs count every gate as open:")
-        return stacked(*before, table(self.title, columns, rows), *parts, drop, self.guarantee, *self.notes)
+        if self.before:
+            parts.insert(0, "given these, against the model as it is set; costs of exits count nothing as left out:")
+        return stacked(*self.before, table(self.title, columns, rows), *parts, drop, self.guarantee, *self.notes)
 
 
 def sentence(report: CalibrationReport, smallest_p: float | None) -> str:

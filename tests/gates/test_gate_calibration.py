@@ -40,6 +40,9 @@ class OneGate(nn.Module):
     def set_thresholds(self, thresholds):
         assert len(thresholds) == 0
 
+    def set_temperatures(self, temperatures):
+        assert temperatures == [1.0]
+
     def set_gate_thresholds(self, thresholds):
         self.gate_thresholds.copy_(torch.tensor(thresholds))
 

@@ -261,10 +261,32 @@ def test_mistakes_are_named(model, router, says):
         compiled(model, router, **({"exits": ("blocks.0",), "max_head_share": 1e9} if router.to_exits else {}))
 
 
-def test_calibration_of_branches_names_the_next_step(model):
-    fast = compiled(model, Router(at="input", to={"light": 0.34}, over=("embed", "blocks.2")))
-    with pytest.raises(CalibrationError, match="not calibrated") as caught:
-        fast.calibrate(Loader())
-    assert "set_route_margins" in str(caught.value)
+def test_margins_of_branches_keep_the_promise(model):
+    """And with exits in the same graph both promises together keep it."""
+    router = Router(at="input", to={"light": 0.01}, over=("input", "blocks.2"), price=0.3)
+    for options in ({}, {"exits": ("blocks.2",), "max_head_share": 1e9}):
+        fast = compiled(model, router, **options)
+        fast.fit(Loader(), epochs=6, lr=1e-2, progress=False)
+        report = fast.calibrate(Loader(2048, seed=5), max_drop=0.06)
+        routes = report.before[0] if fast.exits else report
+        assert routes.qualified, routes.guarantee
+        assert routes.expected_cost < 1
+        assert routes.routes[0].share > 0.2
+        assert "all rows on its own way" in routes.guarantee
+        assert report.to_dict()["routes"] is not None
+        assert "rows sent there" in str(report)
+        assert [r.margin for r in routes.routes] == [r.margin for r in fast.routes]
+        x, y, _ = rows(2048, seed=1)
+        full = float((model(x).argmax(1) == y).float().mean())
+        assert full - float(right(fast, x, y).mean()) <= 0.06
+    fast.set_route_margins([0.1, 0.0])
+    with pytest.raises(CalibrationError, match="too few batches"):
+        fast.calibrate(Loader(64, seed=5))
+    report = fast.calibrate(Loader(256, seed=5), max_drop=0.01)
+    assert not report.before[0].qualified
+    assert fast.route_margins.tolist() == [2.0, 0.0]
+    with pytest.raises(CalibrationError):
+        fast.calibrate([(x[:8], y[:8] + 7)])
+    assert fast.route_margins.tolist() == [2.0, 0.0]
     with pytest.raises(EecompileError, match="gates or branches"):
         fast.evaluate(Loader(), curve=True)

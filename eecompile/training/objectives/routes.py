@@ -32,6 +32,9 @@ EPSILON = 1e-6
 class Balanced(Priced):
     """The options of every objective of a router.
 
+    The price is steered more gently than that of gates: one decision is all there is, and what a row loses on another route
+    is a few tenths, so that a price that runs ahead of the router sends all rows one way, and then all the other.
+
     Args:
         balance: Weight of the load-balancing loss.
         target, price, rate, gain, ceiling: See `Steering`.
@@ -39,6 +42,8 @@ class Balanced(Priced):
 
     target: float | None = None
     price: float = 0.1
+    rate: float = 0.003
+    gain: float = 0.3
     balance: float = 0.0
 
     def options(self) -> tuple[str, ...]:

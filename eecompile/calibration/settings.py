@@ -1,39 +1,39 @@
-"""Thresholds of gates that provably lose little against the model with all gates open.
+"""Settings of what decides inside the model (gates, routers to branches) that provably lose little against the full model.
 
-**The path.** A gate changes what later gates see, so a setting cannot be judged from scores that were kept: the model runs
-once for each. The settings are few and lie on one line: one threshold for all gates, as in training, at quantiles of the
-scores that were observed with the gates as they are; and the thresholds as they are.
+**The path.** Such a setting changes what later parts see, so it cannot be judged from scores that were kept: the model runs
+once for each. The settings are few and lie on one line, which a `Knob` knows: one number for all gates, or how far a branch
+must lead; and the setting as it is.
 
 **The test.** As for exits (`calibrate.py`): the rows are split at random; on the first part the settings that are dearer
 and lose more than another are dropped and the others put in order of their loss; on the second part the hypotheses "E[L] >
 max_drop" are tested in that order (Learn then Test, with the starts of `risk.fallback`), L as for exits, with the model's
-own output under that setting in place of an exit's. Of the settings that pass the cheapest is taken. If none does, all gates
-are opened, which loses nothing.
+own output under that setting in place of an exit's. Of the settings that pass the cheapest is taken. If none does, the
+knob is set so that nothing is left out, which loses nothing.
 
-**With exits too.** Gates come first, then the exits given the gates. Batches take turns, so that neither sees the other's
-rows: gates may lose half of `max_drop` with probability 1 - delta / 2, exits then the other half against the model as it is
-gated, likewise; the union bound gives the sum. Where no gate qualified, exits have all of `max_drop`.
+**Several parts.** Knobs come first, then the exits given the knobs. Batches take turns, so that no part sees another's rows:
+each of n parts may lose max_drop / n with probability 1 - delta / n against the model as it is set so far; the union bound
+gives the sum. Exits also have the share of a knob that did not qualify.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
-from eecompile.calibration.gate_report import CalibratedGate, GateCalibrationReport, gate_sentence
 from eecompile.calibration.options import FIRST_START, LEAST_SEARCH_ROWS, split_sizes, starts
 from eecompile.calibration.risk import fallback, p_values, rows_needed
+from eecompile.calibration.settings_report import Found, SettingsReport
 from eecompile.errors import CalibrationError
+from eecompile.program import Result
 from eecompile.training.batches import Batch, batches, device_of, require_repeatable
-from eecompile.training.full import full_prediction
 from eecompile.training.scores import Metric, agreement, check_labels, measure, right
 
-QUANTILES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6)
-OPEN = 0.0
+Setting: TypeAlias = tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -41,20 +41,55 @@ class Judged:
     """One setting on all rows.
 
     Attributes:
-        thresholds: Of every gate.
+        setting: Of the knob.
         score: float64 [n] of the model's own output, in [0, 1].
         cost: float64 [n], fraction of the full model's FLOPs.
-        open: Share of the rows that each gate let in.
+        shares: Share of the rows that passed each gate, or took each route.
     """
 
-    thresholds: tuple[float, ...]
+    setting: Setting
     score: Tensor
     cost: Tensor
-    open: tuple[float, ...]
+    shares: tuple[float, ...]
 
 
-def calibrate_gates(
-    fast: Any,
+class Knob(ABC):
+    """What is set: it reads and sets a compiled module, proposes settings, and writes the report."""
+
+    def __init__(self, fast: Any) -> None:
+        self.fast = fast
+
+    @abstractmethod
+    def now(self) -> Setting:
+        """The setting as it is."""
+
+    @abstractmethod
+    def set(self, setting: Setting) -> None: ...
+
+    @property
+    @abstractmethod
+    def full(self) -> Setting:
+        """The setting that leaves nothing out."""
+
+    @abstractmethod
+    def told(self, result: Result) -> Tensor:
+        """[B, N] float32 of a result of `observe`: what settings are proposed from."""
+
+    @abstractmethod
+    def settings(self, told: Tensor) -> list[Setting]:
+        """What to try, from what was `told` about all rows [n, N]."""
+
+    @abstractmethod
+    def took(self, result: Result) -> Tensor:
+        """[B, M] float64: which gates a row passed, or which route it took."""
+
+    @abstractmethod
+    def report(self, found: Found) -> SettingsReport:
+        """What was found, told of the module as it is now set."""
+
+
+def calibrate_setting(
+    knob: Knob,
     loader: Iterable[Any],
     *,
     max_drop: float,
@@ -62,44 +97,45 @@ def calibrate_gates(
     target: str,
     metric: Metric | None,
     seed: int,
-) -> GateCalibrationReport:
-    """Sets the thresholds of the gates; options as of `calibrate`. Exits have no part in it, and stay as they are.
+) -> SettingsReport:
+    """Sets the knob; options as of `calibrate`. Exits have no part in it, and stay as they are.
 
     Raises:
         CalibrationError: An empty loader or one that cannot be read again, missing or wrong labels, too few rows.
     """
-    require_repeatable(loader, "every setting of the gates runs the model", "the calibration loader")
-    before, exits = fast.gate_thresholds.tolist(), fast.thresholds.tolist()
+    fast = knob.fast
+    require_repeatable(loader, "every setting runs the model", "the calibration loader")
+    before, exits = knob.now(), fast.thresholds.tolist()
     try:
         fast.set_thresholds([2.0] * len(exits))
-        return _run(fast, loader, max_drop, delta, target, metric, seed, tuple(before))
+        return _run(knob, loader, max_drop, delta, target, metric, seed)
     except BaseException:
-        fast.set_gate_thresholds(before)
+        knob.set(before)
         raise
     finally:
         fast.set_thresholds(exits)
 
 
 def _run(
-    fast: Any,
+    knob: Knob,
     loader: Iterable[Any],
     max_drop: float,
     delta: float | None,
     target: str,
     metric: Metric | None,
     seed: int,
-    present: tuple[float, ...],
-) -> GateCalibrationReport:
-    device = device_of(fast)
-    full, scores, valid = _full(fast, loader, target, metric, device)
+) -> SettingsReport:
+    device = device_of(knob.fast)
+    full, told, valid = _full(knob, loader, target, metric, device)
     rows = int(valid.sum())
     if rows < 2:
         raise CalibrationError("too few rows to calibrate on", got=f"{rows} rows with a label", wanted="at least 2")
     order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
     size, _ = split_sizes(rows, max_drop, delta)
     first, second = order[:size], order[size:]
-    tried = [_judge(fast, loader, s, full, target, metric, device, valid) for s in settings(scores, present)]
-    base = torch.ones(rows, dtype=torch.float64) if target == "agreement" and metric is None else _scored(full)[valid]
+    tried = [_judge(knob, loader, s, full, target, metric, device, valid) for s in dict.fromkeys(knob.settings(told))]
+    agreeing = target == "agreement" and metric is None
+    base = torch.ones(rows, dtype=torch.float64) if agreeing else torch.cat(full.scores)[valid]
     path = _path(tried, base, first)
     binary = bool(((base == 0) | (base == 1)).all()) and all(bool(((t.score == 0) | (t.score == 1)).all()) for t in path)
     known: dict[int, float] = {}
@@ -114,16 +150,16 @@ def _run(
         accepted = [(i, None) for i, t in enumerate(path) if float((base - t.score).mean()) <= max_drop]
     else:
         accepted = [(i, level) for i, level in fallback(p_value, len(path), starts(len(path), delta))]
-    saving = [(i, level) for i, level in accepted if float(path[i].cost.mean()) < 1]
+    most = float(torch.cat(full.costs)[valid].mean())
+    saving = [(i, level) for i, level in accepted if float(path[i].cost.mean()) < most]
     best = min(saving, key=lambda found: float(path[found[0]].cost.mean()), default=None)
     chosen = None if best is None else path[best[0]]
-    fast.set_gate_thresholds(list(chosen.thresholds) if chosen is not None else [OPEN] * len(present))
+    knob.set(knob.full if chosen is None else chosen.setting)
     needed = rows_needed(max_drop, FIRST_START * delta) if delta is not None else None
     loss = torch.zeros_like(base) if chosen is None else (base - chosen.score).clamp(min=0)
     drop = torch.zeros_like(base) if chosen is None else base - chosen.score
-    report = GateCalibrationReport(
+    found = Found(
         qualified=chosen is not None,
-        guarantee="",
         target="metric" if metric is not None else target,
         max_drop=max_drop,
         delta=delta,
@@ -131,31 +167,19 @@ def _run(
         search_rows=len(first),
         test_rows=len(second),
         rows_needed=None if needed is None else needed + LEAST_SEARCH_ROWS,
-        expected_cost=1.0 if chosen is None else float(chosen.cost.mean()),
+        expected_cost=most if chosen is None else float(chosen.cost.mean()),
         loss_test=float(loss[second].mean()) if len(second) else None,
         drop=float(drop.mean()),
         p_value=None if best is None else known.get(best[0]),
         level=None if best is None else best[1],
         tested=len(path),
         accepted=len(accepted),
-        gates=[
-            CalibratedGate(g.name, g.region, g.threshold, 1.0 if chosen is None else chosen.open[i], g.saves)
-            for i, g in enumerate(fast.gates)
-        ],
+        shares=None if chosen is None else chosen.shares,
         curve=[
-            {"thresholds": list(t.thresholds), "cost": float(t.cost.mean()), "drop": float((base - t.score).mean())}
-            for t in tried
+            {"setting": list(t.setting), "cost": float(t.cost.mean()), "drop": float((base - t.score).mean())} for t in tried
         ],
     )
-    report.guarantee = gate_sentence(report)
-    return report
-
-
-def settings(scores: Tensor, present: tuple[float, ...]) -> list[tuple[float, ...]]:
-    """Threshold vectors to run, from `scores` [n, G] at the `present` ones."""
-    values = scores.float().flatten().nan_to_num(nan=1.0).sort().values
-    at = [float(values[int(q * (len(values) - 1))].clamp(1e-6, 1.0)) for q in QUANTILES]
-    return list(dict.fromkeys([*((t,) * scores.shape[1] for t in at), present]))
+    return knob.report(found)
 
 
 def _path(tried: list[Judged], base: Tensor, rows: Tensor) -> list[Judged]:
@@ -176,52 +200,58 @@ def _path(tried: list[Judged], base: Tensor, rows: Tensor) -> list[Judged]:
 
 @dataclass(frozen=True)
 class Full:
-    """What the full model said: scores float64 [n], and for agreement its predictions by batch."""
+    """What the model says and costs with nothing left out: float64 [n] each, and for agreement its predictions by batch."""
 
     scores: list[Tensor]
+    costs: list[Tensor]
     predictions: list[Tensor]
 
 
 def _full(
-    fast: Any, loader: Iterable[Any], target: str, metric: Metric | None, device: torch.device
+    knob: Knob, loader: Iterable[Any], target: str, metric: Metric | None, device: torch.device
 ) -> tuple[Full, Tensor, Tensor]:
-    """The full model's answers, gate scores [n, G] with the gates as they are, and which rows have a label."""
-    full = Full([], [])
-    gate_scores, valid = [], []
+    """The answers with nothing left out, what the knob is told [n, N] as it is set, and which rows have a label."""
+    full, fast = Full([], [], []), knob.fast
+    told = [knob.told(fast.observe(*batch.args, **batch.kwargs)).cpu() for batch in batches(loader, device)]
+    valid = []
+    present = knob.now()
+    knob.set(knob.full)
     for batch in batches(loader, device):
         result = fast.observe(*batch.args, **batch.kwargs)
-        prediction = full_prediction(fast, batch, result)
+        prediction = result.outputs[-1]
         if bool(prediction.isnan().any()):
             raise CalibrationError("NaN in the outputs of the full model", where=batch.where)
         score, ok = _score(prediction, prediction, batch, target, metric)
         full.scores.append(score)
+        full.costs.append(result.cost.double().cpu())
         if target == "agreement" and metric is None:
             full.predictions.append(prediction.cpu())
-        gate_scores.append(result.gate_scores.float().cpu())
         valid.append(ok)
+    knob.set(present)
     if not valid:
         raise CalibrationError("the calibration loader is empty", got="no batch", wanted="at least one batch")
-    return full, torch.cat(gate_scores), torch.cat(valid)
+    return full, torch.cat(told), torch.cat(valid)
 
 
 def _judge(
-    fast: Any,
+    knob: Knob,
     loader: Iterable[Any],
-    thresholds: tuple[float, ...],
+    setting: Setting,
     full: Full,
     target: str,
     metric: Metric | None,
     device: torch.device,
     valid: Tensor,
 ) -> Judged:
-    fast.set_gate_thresholds(list(thresholds))
-    scores, costs, opened = [], [], []
+    knob.set(setting)
+    fast = knob.fast
+    scores, costs, took = [], [], []
     for batch in batches(loader, device):
         result = fast.observe(*batch.args, **batch.kwargs)
         reference = full.predictions[batch.index].to(device) if full.predictions else result.outputs[-1]
         scores.append(_score(result.outputs[-1], reference, batch, target, metric)[0])
         costs.append(result.cost.double().cpu())
-        opened.append(result.gates.double().cpu())
+        took.append(knob.took(result).double().cpu())
     if sum(len(s) for s in scores) != len(valid):
         raise CalibrationError(
             "the calibration loader gave other rows when it was read again",
@@ -229,12 +259,8 @@ def _judge(
             wanted=f"the same {len(valid)}",
             hint="pass shuffle=False and no augmentation",
         )
-    share = torch.cat(opened)[valid].mean(0).tolist()
-    return Judged(thresholds, torch.cat(scores)[valid], torch.cat(costs)[valid], tuple(share))
-
-
-def _scored(full: Full) -> Tensor:
-    return torch.cat(full.scores)
+    share = torch.cat(took)[valid].mean(0).tolist()
+    return Judged(setting, torch.cat(scores)[valid], torch.cat(costs)[valid], tuple(share))
 
 
 def _score(prediction: Tensor, reference: Tensor, batch: Batch, target: str, metric: Metric | None) -> tuple[Tensor, Tensor]:
@@ -258,10 +284,21 @@ def _score(prediction: Tensor, reference: Tensor, batch: Batch, target: str, met
 
 @dataclass(frozen=True)
 class Turns:
-    """Every other batch of a loader, from `first` (0 or 1) on."""
+    """Every `of`-th batch of a loader, from `first` on."""
 
     loader: Iterable[Any]
     first: int
+    of: int
 
     def __iter__(self) -> Any:
-        return (item for i, item in enumerate(self.loader) if i % 2 == self.first)
+        seen = -1
+        for seen, item in enumerate(self.loader):
+            if seen % self.of == self.first:
+                yield item
+        if seen < self.first:
+            raise CalibrationError(
+                "the calibration loader has too few batches: gates, routes and exits each have batches of their own",
+                got=seen + 1,
+                wanted=f"at least {self.of}",
+                hint="a smaller batch_size",
+            )

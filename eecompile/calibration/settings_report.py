@@ -1,0 +1,179 @@
+"""What calibrating gates or a router between branches found, and what it promises, in words."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from rich.console import RenderableType
+
+from eecompile.training.report import Report, json_safe, number, percent, stacked, table
+
+
+@dataclass
+class Found:
+    """What a calibration of settings found, and how sure the bound is.
+
+    Attributes:
+        qualified: Whether any setting satisfies the bound. If not, nothing is left out.
+        target, max_drop, delta, rows, search_rows, test_rows, rows_needed: As in `CalibrationReport`.
+        expected_cost: Mean fraction of the full model's FLOPs on all rows, all exits closed.
+        loss_test: Mean of the tested loss on the rows of the test; None for `delta=None`.
+        drop: The drop itself on all rows.
+        p_value: Of "the mean loss is above max_drop", tested at `level`.
+        tested: Settings in the path; `accepted` of them qualified.
+        shares: Share of the rows that passed each gate, or took each route; None where nothing qualified.
+        curve: Every setting that was run: setting, mean cost, drop.
+    """
+
+    qualified: bool
+    target: str
+    max_drop: float
+    delta: float | None
+    rows: int
+    search_rows: int
+    test_rows: int
+    rows_needed: int | None
+    expected_cost: float
+    loss_test: float | None
+    drop: float
+    p_value: float | None
+    level: float | None
+    tested: int
+    accepted: int
+    shares: tuple[float, ...] | None = None
+    curve: list[dict[str, Any]] = field(default_factory=list)
+
+
+class SettingsReport(Report, Found):
+    """What was set, with the promise or why there is none as a sentence (`guarantee`)."""
+
+    what: ClassVar[str]  # no setting of ...
+    against: ClassVar[str]
+    otherwise: ClassVar[str]
+
+    def __init__(self, found: Found) -> None:
+        vars(self).update(vars(found))
+
+    def rows_of(self) -> tuple[str, list[Any]]:
+        """Key of the parts in JSON, and the parts."""
+        raise NotImplementedError
+
+    def columns(self) -> dict[str, list[str]]:
+        """The table, by column."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        key, parts = self.rows_of()
+        told = {name: json_safe(value) for name, value in vars(self).items() if name not in (key, "shares")}
+        return {"title": self.title, **told, "guarantee": self.guarantee, key: [json_safe(vars(part)) for part in parts]}
+
+    def __rich__(self) -> RenderableType:
+        columns = self.columns()
+        cells = [list(row) for row in zip(*columns.values(), strict=True)]
+        text = f"expected cost {percent(self.expected_cost, 1)} of the full model's FLOPs, {self.rows} rows"
+        drop = f"drop {percent(self.drop)}"
+        return stacked(table(self.title, list(columns), cells), f"{text}; {drop}", self.guarantee)
+
+    @property
+    def guarantee(self) -> str:
+        """The promise, or why there is none."""
+        drop = f"{100 * self.max_drop:g}%"
+        loss = {
+            "accuracy": f"accuracy drops by at most {drop} against the model with {self.against}",
+            "agreement": f"at most {drop} of the answers differ from those with {self.against}",
+            "metric": f"the mean metric drops by at most {self.max_drop:g} against {self.against}",
+        }[self.target]
+        if self.delta is None:
+            if self.qualified:
+                return f"No guarantee was asked for: on these {self.rows} rows {loss}."
+            return f"No {self.what} save anything while {loss}; {self.otherwise}."
+        if self.qualified:
+            sure = f"{100 * (1 - self.delta):g}%"
+            return (
+                f"With probability at least {sure} over the calibration data, {loss} on inputs drawn like it "
+                f"(Learn then Test on {self.test_rows} rows, p = {self.p_value:.2g} at level {self.level:.2g})."
+            )
+        none = f"No {self.what} qualify for max_drop={self.max_drop:g}, delta={self.delta:g}; {self.otherwise}."
+        if self.rows_needed is not None and self.rows < self.rows_needed:
+            return f"{none} {self.rows} rows are too few to show it: at least {self.rows_needed} are needed."
+        return f"{none} The safest of {self.tested} settings lost too much. Train longer, or allow a larger max_drop."
+
+
+@dataclass
+class CalibratedGate:
+    """One gate.
+
+    Attributes:
+        region: What it may skip.
+        threshold: Score from which it opens; 0 is always open.
+        open: Share of the calibration rows that it lets in.
+        saves: What it saves when shut, as a fraction of the full model's FLOPs.
+    """
+
+    name: str
+    region: str
+    threshold: float
+    open: float
+    saves: float
+
+
+class GateCalibrationReport(SettingsReport):
+    """Thresholds of gates that were set, one `CalibratedGate` each."""
+
+    title: ClassVar[str] = "Calibration of gates"
+    what, against, otherwise = "thresholds of the gates", "all gates open", "all gates are open"
+
+    def __init__(self, found: Found, gates: list[CalibratedGate]) -> None:
+        super().__init__(found)
+        self.gates = gates
+
+    def rows_of(self) -> tuple[str, list[Any]]:
+        return "gates", self.gates
+
+    def columns(self) -> dict[str, list[str]]:
+        return {
+            "gate": [g.name for g in self.gates],
+            "region": [g.region for g in self.gates],
+            "threshold": ["always open" if g.threshold == 0 else number(g.threshold) for g in self.gates],
+            "rows let in": [percent(g.open, 1) for g in self.gates],
+            "saves when shut": [percent(g.saves) for g in self.gates],
+        }
+
+
+@dataclass
+class CalibratedRoute:
+    """One route of a router between branches.
+
+    Attributes:
+        margin: What its probability is lowered by before the largest is taken; above 1 it is closed.
+        share: Share of the calibration rows that take it.
+        cost: Of a row that takes it, as a fraction of the full model's FLOPs.
+    """
+
+    name: str
+    margin: float
+    share: float
+    cost: float
+
+
+class RouteCalibrationReport(SettingsReport):
+    """Margins of routes that were set, one `CalibratedRoute` each."""
+
+    title: ClassVar[str] = "Calibration of routes"
+    what, against, otherwise = "margins of the routes", "all rows on its own way", "all rows take the model's own way"
+
+    def __init__(self, found: Found, routes: list[CalibratedRoute]) -> None:
+        super().__init__(found)
+        self.routes = routes
+
+    def rows_of(self) -> tuple[str, list[Any]]:
+        return "routes", self.routes
+
+    def columns(self) -> dict[str, list[str]]:
+        return {
+            "route": [r.name for r in self.routes],
+            "margin": ["closed" if r.margin > 1 else number(r.margin) for r in self.routes],
+            "rows sent there": [percent(r.share, 1) for r in self.routes],
+            "cost": [percent(r.cost, 1) for r in self.routes],
+        }
