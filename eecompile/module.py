@@ -111,7 +111,7 @@ class CompiledModule(DevicePrograms, Anytime):
         flat = self.program.signature.flatten(args, kwargs)
         outcome = self._execute(flat, True, allowance)
         result = self._result(outcome)
-        if self.training and self.gate_mode == "expected" and result.route_weights is not None:
+        if self.training and self.gate_mode == "every" and result.route_weights is not None:
             result.way_outputs = self._way_outputs(flat)
         self._close(outcome, allowance, result)
         return result

@@ -207,7 +207,7 @@ class Result:
             it had left before. In train mode as decisions were taken meanwhile.
         route_weights: [B, K] float32, in train mode and of `fast.observe`: the probability of every route, differentiable.
         route_costs: [K] float32, with `route_weights`: cost of a row on each route.
-        way_outputs: In train mode with `gate_mode = "expected"`: what the model says where every row takes way k, for each
+        way_outputs: In train mode with `gate_mode = "every"`: what the model says where every row takes way k, for each
             of K; without gradients.
         steps: [B] or [B, S] int64 ([B, 1] where no row reached the end of the chain): steps taken, where the strategy halts,
             summed over several chains; where gates are on whole blocks [B], how many of those ran.

@@ -7,7 +7,7 @@
 | sample | Bernoulli(score) | none: REINFORCE uses the log probability of `Result.gates` under `Result.gate_scores` |
 | gumbel | hard, with logistic noise on the score's logit | straight through the noisy score (Jang et al. 2017) |
 | uniform | each way equally likely | none: so that every branch is trained on all kinds of rows |
-| expected | gates as hard, ways as uniform | none: the objective reads the loss of every way (`Result.way_outputs`) |
+| every | gates as hard, ways as uniform | none: the objective reads the loss of every way (`Result.way_outputs`) |
 | open | open, whatever score and threshold | none: for objectives that read the scores beside every depth's prediction |
 
 A router's scores are the probabilities of its K ways, and "open" is the model's own; closed ways are never taken.
@@ -101,7 +101,7 @@ DECISIONS: dict[str, Callable[..., Tensor]] = {
     "sample": sample,
     "gumbel": gumbel,
     "uniform": uniform,
-    "expected": torch.ops.eecompile.gate.default,
+    "every": torch.ops.eecompile.gate.default,
     "open": always,
 }
 MODES = tuple(DECISIONS)
@@ -164,7 +164,7 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "soft": soft_ways,
     "sample": sampled_ways,
     "uniform": uniform_ways,
-    "expected": uniform_ways,
+    "every": uniform_ways,
     "gumbel": gumbel_ways,
     "open": own_way,
 }

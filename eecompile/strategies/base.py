@@ -134,7 +134,7 @@ class TrainingStage:
         name: As reports show it.
         share: Share of the epochs of `fit`, relative to the other stages.
         gate_mode: How gates and routers decide meanwhile: "soft", "hard", "sample", "gumbel", "uniform",
-            "expected" or "open".
+            "every" or "open".
         objective: Added to the task's objective, as JSON data; None for the task alone.
         kept_open: Share of the gates, the first ones, that stay open meanwhile: a curriculum from the last gate on.
     """

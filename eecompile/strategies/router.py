@@ -14,13 +14,13 @@ from eecompile.errors import StrategyError, near
 EXITS, FULL, CUSTOM = "exits", "full", "custom"
 # How decisions get a gradient, and the way that they are taken meanwhile (`passes/training_decisions.py`).
 ESTIMATORS = {
-    "expected": "expected",
+    "regret": "every",
     "straight_through": "hard",
     "gumbel": "gumbel",
     "soft": "soft",
     "reinforce": "sample",
 }
-OBJECTIVES = {"expected": "route_expected", "reinforce": "route_reinforce"}  # the others: route_cost
+OBJECTIVES = {"regret": "route_regret", "reinforce": "route_reinforce"}  # the others: route_cost
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Router:
         price: Loss that a full model's FLOPs must be worth.
         target_cost: Fraction of the model's cost that the price is steered towards; None keeps the price.
         balance: Weight of the load-balancing loss (Switch Transformer, Fedus et al. 2021): 1 where rows are spread evenly.
-        estimator: Gradient of decisions between branches: "expected" (exact: the loss of every branch under the router's
-            probabilities, for which each training step runs the model once more for every branch), "straight_through",
-            "gumbel", "soft" (branches are mixed while training) or "reinforce". Exits need none: theirs is exact.
+        estimator: Gradient of decisions between branches: "regret" (the router learns from what each branch costs a row, for
+            which a training step runs the model once more for each), "straight_through", "gumbel", "soft" (branches are
+            mixed while training) or "reinforce". A router to exits always learns from the regret.
         warm_up: Share of the epochs before the router is trained: heads are, or branches, to which rows then go at random,
             so that each learns from all kinds of rows.
         mask: Name of the input that marks padding; found by itself where it has a usual name.
@@ -94,7 +94,7 @@ class Router:
     price: float = 0.1
     target_cost: float | None = None
     balance: float = 0.0
-    estimator: str = "expected"
+    estimator: str = "regret"
     warm_up: float = 0.5
     mask: str | None = None
 

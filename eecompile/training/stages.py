@@ -42,7 +42,7 @@ def stages_of(
             task = None
         for stage in asked:
             named = "" if stage.objective is None else stage.objective["name"]
-            if isinstance(task, PerExitLoss) and ("reinforce" in named or named == "route_expected"):
+            if isinstance(task, PerExitLoss) and ("reinforce" in named or named == "route_regret"):
                 raise EecompileError(
                     "this stage weighs the likelihood of class labels of every row",
                     where=f"stage {stage.name!r}",

@@ -85,7 +85,7 @@ def test_calibration_of_exits_that_rows_are_sent_to(model):
     assert fast.temperatures.tolist()[0] == 1.0
 
 
-@pytest.mark.parametrize("estimator", ["expected", "straight_through", "gumbel", "soft", "reinforce"])
+@pytest.mark.parametrize("estimator", ["regret", "straight_through", "gumbel", "soft", "reinforce"])
 def test_hard_rows_take_the_models_own_way(model, estimator):
     router = Router(at="input", to={"light": 0.01}, over=("input", "blocks.2"), price=0.3, estimator=estimator, warm_up=0.4)
     fast = compiled(model, router)
@@ -98,7 +98,7 @@ def test_hard_rows_take_the_models_own_way(model, estimator):
     p = fast.observe(x).route_weights[:, 0]
     assert float(p[~hard].mean()) > float(p[hard].mean()), str(report)
     if estimator in (
-        "expected",
+        "regret",
         "straight_through",
         "reinforce",
     ):  # the other two train on decisions that are not those in use
@@ -141,27 +141,39 @@ def test_a_router_that_is_a_constant_has_collapsed(model):
     assert "every row has the same probabilities" in report.collapse
 
 
-def test_the_expected_loss_is_the_enumerated_one(model):
-    """Over both ways of every row, each run by itself; and its gradient is that of the probabilities."""
+def test_the_regret_is_that_of_ways_run_by_themselves(model):
     fast = compiled(model, Router(at="input", to={"light": 0.34}, over=("embed", "blocks.2"), price=0.5))
     x, y, _ = rows(16)
     fast.train()
-    fast.gate_mode = "expected"
+    fast.gate_mode = "every"
     result = fast.run(x)
-    found = objective({"name": "route_expected", "price": 0.5})(result, y)
-    expected = torch.zeros(16)
+    found = objective({"name": "route_regret", "price": 0.5})(result, y)
+    spent = []
     for k, costs in enumerate(fast.route_costs().tolist()):
         fast.set_route_margins([0.0 if k == j else 2.0 for j in range(2)])
         out = fast.observe(x).output
         torch.testing.assert_close(result.way_outputs[k], out)
-        loss = nn.functional.cross_entropy(out, y, reduction="none")
-        expected = expected + result.route_weights[:, k] * (loss + 0.5 * costs)
-    torch.testing.assert_close(found, expected.mean())
-    ours, theirs = (torch.autograd.grad(z, result.route_weights, retain_graph=True)[0] for z in (found, expected.mean()))
-    torch.testing.assert_close(ours, theirs)
+        spent.append(nn.functional.cross_entropy(out, y, reduction="none") + 0.5 * costs)
+    light, full = spent
+    better = torch.where(light < full, result.route_weights[:, 0], result.route_weights[:, 1])
+    torch.testing.assert_close(found, ((light - full).abs() * -better.log()).mean())
     fast.gate_mode = "hard"
     with pytest.raises(EecompileError, match="needs the loss of every branch"):
-        objective("route_expected")(fast.run(x), y)
+        objective("route_regret")(fast.run(x), y)
+
+
+def test_the_likeliest_route_has_the_least_expected_loss():
+    """Of rows that the router cannot tell apart; three routes."""
+    losses = torch.tensor([[0.0, 1.0, 0.2], [2.0, 0.1, 1.0], [0.1, 3.0, 0.4], [0.9, 0.0, 0.3]])
+    logits = torch.zeros(3, requires_grad=True)
+    labels = torch.zeros(4, dtype=torch.long)
+    outputs = [torch.stack((torch.zeros(4), loss.expm1().clamp_min(1e-6).log()), 1) for loss in losses.T]
+    for _ in range(300):
+        p = torch.softmax(logits, 0).expand(4, 3)
+        loss = objective("route_exits").regret(p, torch.zeros(3), outputs, labels, "")
+        (gradient,) = torch.autograd.grad(loss, logits)
+        logits = (logits - gradient).detach().requires_grad_()
+    assert int(logits.argmax()) == int(losses.mean(0).argmin()) == 2
 
 
 def test_an_even_load_costs_least():

@@ -16,8 +16,8 @@ itself) and labels, and gives one differentiable scalar. Outputs are `[B, C]` or
 | depth_targets | cross entropy at every depth, and of the choice of depth against targets (Elbayad et al. 2020) |
 | gate_cost | price x mean cost of gated rows, the price steered towards a target cost |
 | reinforce | policy gradient of sampled gates: task reward - price x cost, baseline, entropy (SkipNet 2018) |
-| route_exits | expected loss + price x cost over the exits that a router may send a row to |
-| route_expected | the same over its branches |
+| route_exits | cross entropy of the exit that a router sends a row to, weighted by regret: loss + price x cost |
+| route_regret | the same of its branches |
 | route_cost | price x mean cost of routed rows, and an even load (Switch Transformer, Fedus et al. 2021) |
 | route_reinforce | policy gradient of sampled branches |
 | sum | any of them added, with weights; also written "a+b" |
@@ -42,7 +42,7 @@ from eecompile.training.objectives.general import Loss, PerExitLoss, Sum
 from eecompile.training.objectives.ponder import Ponder
 from eecompile.training.objectives.price import Price, Steering
 from eecompile.training.objectives.registry import OBJECTIVES, objective, register
-from eecompile.training.objectives.routes import RouteCost, RouteExits, RouteExpected, RouteReinforce
+from eecompile.training.objectives.routes import RouteCost, RouteExits, RouteRegret, RouteReinforce
 
 register(
     AdaLoss,
@@ -58,7 +58,7 @@ register(
     Ponder,
     RouteCost,
     RouteExits,
-    RouteExpected,
+    RouteRegret,
     RouteReinforce,
     Sum,
 )
@@ -81,7 +81,7 @@ __all__ = [
     "Reinforce",
     "RouteCost",
     "RouteExits",
-    "RouteExpected",
+    "RouteRegret",
     "RouteReinforce",
     "Steering",
     "Sum",

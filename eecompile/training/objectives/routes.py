@@ -1,9 +1,12 @@
 """What a router is trained by besides the task: the price of the routes, and an even load.
 
-Costs are fractions of the full model's FLOPs. Where the loss of every route of a row is known, it is summed over all routes
-under the router's probabilities, which is exact: `route_exits`, since training computes every exit, and `route_expected`,
-for which the model runs once more for every branch. Else the gradient of a branch's decision is straight through, of noisy
-or mixed probabilities (`gate_cost` does the same for gates), or by REINFORCE.
+Costs are fractions of the full model's FLOPs. Where it is known what every route does to a row (`route_exits`, since
+training computes every exit; `route_regret`, for which the model runs once more for every branch), choosing one is
+cost-sensitive classification (Zadrozny et al. 2003): with L_k = loss_k + price * cost_k, the cross entropy of route k is
+weighted by what it saves against the worst, max_j L_j - L_k. The likeliest route is then the one with the least expected
+L_k, as it would be if sum_k P_k L_k itself were the loss; but that is flat where a router is sure, so that a price which ran
+ahead of it for a while leaves all rows on one route for good. Otherwise the gradient of a branch's decision is straight
+through, of noisy or mixed probabilities (`gate_cost` does the same for gates), or by REINFORCE.
 
 The load-balancing loss is that of the Switch Transformer (Fedus et al. 2021), `K * sum_k f_k * P_k` with the share f_k of
 rows that take route k and its mean probability P_k: 1 where both are even, more where one route has most.
@@ -42,19 +45,21 @@ class Balanced(Priced):
 
     target: float | None = None
     price: float = 0.1
-    rate: float = 0.003
-    gain: float = 0.3
+    rate: float = 0.01
+    gain: float = 0.5
     balance: float = 0.0
 
     def options(self) -> tuple[str, ...]:
         return (*super().options(), "balance")
 
-    def expected(self, weights: Tensor, costs: Tensor, outputs: Sequence[Tensor], labels: Any, where: str) -> Tensor:
-        """`mean_b sum_k P_k (loss_k + price * cost_k)`, 0-dim, of the outputs of K routes, taken as they are."""
+    def regret(self, weights: Tensor, costs: Tensor, outputs: Sequence[Tensor], labels: Any, where: str) -> Tensor:
+        """`mean_b sum_k (max_j L_j - L_k) * -log P_k`, 0-dim, of the outputs of K routes, taken as they are."""
         labels = check_labels(outputs[-1], labels, where)
         losses = torch.stack([losses_of(output.detach(), labels) for output in outputs], 1)  # [B, K]
         now = self.priced((weights.detach() * costs).sum(1))
-        return (weights * (losses + now * costs)).sum(1).mean()
+        spent = losses + now * costs
+        saved = spent.max(1, keepdim=True).values - spent
+        return (saved * -weights.clamp_min(EPSILON).log()).sum(1).mean()
 
     def unevenness(self, result: Result, where: str) -> Tensor:
         """The load-balancing loss with its weight, 0-dim."""
@@ -64,7 +69,7 @@ class Balanced(Priced):
 
 @dataclass(frozen=True)
 class RouteExits(Balanced):
-    """Loss and cost of every exit under the router's probabilities: `mean_b sum_k P_k (loss_k + price * cost_k)`.
+    """Cost-sensitive cross entropy of the exit that a row is sent to.
 
     The losses are those of the exits as they are, without a gradient: heads are trained by the task's objective.
     """
@@ -78,32 +83,32 @@ class RouteExits(Balanced):
                 "the router does not send rows to exits", where=where, got=f"{weights.shape[1]} branches",
                 hint="the objective route_cost",
             )  # fmt: skip
-        return self.expected(weights, costs, outputs, labels, where) + self.unevenness(result, where)
+        return self.regret(weights, costs, outputs, labels, where) + self.unevenness(result, where)
 
 
 @dataclass(frozen=True)
-class RouteExpected(Balanced):
-    """Loss and cost of every branch under the router's probabilities: `mean_b sum_k P_k (loss_k + price * cost_k)`.
+class RouteRegret(Balanced):
+    """Cost-sensitive cross entropy of the branch that a row is sent to.
 
     The branches themselves are trained by the task's objective on rows that are sent to them at random, so that each goes on
     learning from all kinds of rows. On a result of eval mode, where rows have been sent, it is the price of that.
     """
 
-    name: ClassVar[str] = "route_expected"
+    name: ClassVar[str] = "route_regret"
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
         weights, costs = routes_of(result, where)
         if result.way_outputs is None:
             if torch.is_grad_enabled():
                 raise EecompileError(
-                    "the expected loss needs the loss of every branch",
+                    "a route's regret needs the loss of every branch",
                     where=where,
                     got="a result without way_outputs",
                     wanted="a result of train mode, and a router to branches",
-                    hint='fast.gate_mode = "expected"; for a router to exits the objective route_exits',
+                    hint='fast.gate_mode = "every"; for a router to exits the objective route_exits',
                 )
             return self.controller.now * cost_of(result, where).mean()
-        return self.expected(weights, costs, result.way_outputs, labels, where) + self.unevenness(result, where)
+        return self.regret(weights, costs, result.way_outputs, labels, where) + self.unevenness(result, where)
 
 
 @dataclass(frozen=True)
