@@ -47,7 +47,7 @@ def test_one_policy_scores_every_part(model):
 
 def test_compact_agrees_with_the_reference(model):
     _, entry, fast = model
-    rng = random.Random(2)
+    rng = random.Random(5)
     shares: set[float] = set()
     left: set[int] = set()
     for batch in (1, 4, 7):
