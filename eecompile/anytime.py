@@ -3,6 +3,9 @@
 A call may be stopped behind every open exit, and then returns the best output so far. Closed exits are not computed, so
 nothing can stop there: `set_thresholds(1.0)` opens exits that hardly anybody leaves at by itself.
 
+On a device that decides by itself a deadline counts from when the device begins, less what the host has used by then; what
+`run` says of it (`stopped`, `late`, `final`) is read back at the end, `fast(x, deadline_ms=...)` reads nothing.
+
 `deadline_ms` and `budget` are taken from the keyword arguments of `fast(...)`, `fast.run(...)` and `fast.stream(...)`. An
 argument of that name that the model itself has is the model's; then `fast.within(deadline_ms=5.0)(...)` is the way.
 """
@@ -41,7 +44,8 @@ class Anytime(Trainable):
         once the loop is left. `deadline_ms=` counts from this call and includes the time that the consumer takes.
 
         Raises:
-            StrategyError: In train mode; or a limit that is no number or cannot be kept.
+            StrategyError: In train mode; a limit that is no number or cannot be kept; or an executor that runs from input
+                to output without the host ("device", "simulate"): `executor="compact"` streams.
             UnsupportedModelError: The model was captured as blocks.
         """
         self._evaluates("a stream")
@@ -60,7 +64,8 @@ class Anytime(Trainable):
         """Stops every call of this module that is running now, in whatever thread, behind its next exit.
 
         Each returns the best output so far (`stopped="interrupt"`), at least the first exit's; a stream ends. Calls that
-        start later are not touched. The reference executor computes everything and cannot be stopped.
+        start later are not touched. The reference executor computes everything, and what runs on a device by itself is out
+        of the host's reach: neither can be stopped.
 
         Returns:
             How many calls were told to stop; 0 where none is running, which is no error.
@@ -79,6 +84,9 @@ class Anytime(Trainable):
 
     def measure_stages(self, *args: Any, rounds: int = 20, **kwargs: Any) -> StageTimes:
         """Times every stage on an example now, so that the first deadlines are kept as well as later ones.
+
+        Executors of device programs ("device", "simulate") time stages only here, in every bucket, and before the first
+        deadline of a program: calls leave no measurements there.
 
         Args:
             rounds: Passes over the example. No row leaves early in them.

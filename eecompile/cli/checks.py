@@ -145,7 +145,11 @@ def executors() -> Iterator[Check]:
     yield Check("executor simulate", "ok", "runs device programs on any machine, to check them")
     found = support(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     states = {"graph": "ok", "bound": "ok", "none": "no"}
-    said = found.reason if found.way != "bound" else f"{found.reason}; it launches by a bound on the survivors instead"
+    said = (
+        found.reason
+        if found.way != "bound"
+        else f"{found.reason}; it launches by a bound on the survivors instead, and waits at each exit where there is a deadline"
+    )
     yield Check("executor device", states[found.way], said if VERIFIED else f"{said}; not verified on a GPU yet")
 
 

@@ -16,11 +16,13 @@ from eecompile.kernels.clock import END, START
 from eecompile.runtime.compact import CompactExecutor
 from eecompile.runtime.device import cuda as cuda_module
 from eecompile.runtime.device.check import lint
-from eecompile.runtime.device.cuda import Instance
+from eecompile.runtime.device.cuda import Instance, StageGraphs
+from eecompile.runtime.device.deadline import predictions
 from eecompile.runtime.device.executor import Options, SimulateExecutor, stepped
 from eecompile.runtime.device.fallback import Bound
 from eecompile.runtime.device.machine import Simulator, allocated, constants
 from eecompile.runtime.device.nodes import CLOCK, Call, Tick
+from eecompile.runtime.outcome import times_of
 from tests.compositions import SUMS, same_in_all
 from tests.runtime.devices import Late, spread
 from tests.support import again
@@ -220,6 +222,30 @@ def test_a_captured_program_takes_any_deadline(bert, monkeypatch):
         for seconds, stop in ((0.021, 1), (0.001, 0), (1.0, -1), (0.031, 2)):
             instance.set_deadline(executor.now[0] + seconds, executor.times)
             assert instance.run(flat, executor.memory())[CLOCK][2] == stop
+
+
+def test_stages_are_captured_once_and_timed_by_events(bert, monkeypatch):
+    bert.set_thresholds(1.0)
+    _, program, calls, memory, flat = made_for(bert, **ZOO["bert"].inputs(5)[1])
+    graphs, event = [], Mock(elapsed_time=lambda end: 4.0)  # milliseconds
+
+    def graph(device):
+        graphs.append(Mock(capture=contextlib.nullcontext, handle=lambda default=None: 0))
+        return graphs[-1]
+
+    monkeypatch.setattr(cuda_module, "ConditionalGraph", graph)
+    for name in ("launch_decide", "launch_tick", "launch_condition"):
+        monkeypatch.setattr(cuda_module, name, Mock())
+    monkeypatch.setattr(torch.cuda, "synchronize", Mock())
+    monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: event)
+    times = times_of(bert.program)
+    runs = StageGraphs(program, memory, calls)
+    with torch.no_grad():
+        for _ in range(3):
+            runs.measure(flat, times)
+    assert len(graphs) == 1 + 3 * 4  # three stages in buckets 1, 2, 4, 5
+    assert all(g.replay.call_count == 4 for g in graphs)
+    assert (predictions(program, times) == 4_000_000).all()
 
 
 def test_the_checker_knows_the_clock(bert):

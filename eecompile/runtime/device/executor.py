@@ -176,8 +176,9 @@ class DeviceExecutor:
 
     def _time(self, now: Current, flat: Sequence[Tensor], rounds: int) -> None:
         program, calls = self._program_for(now, flat, None, deadline=True)
+        runs = self.runs(program, calls, flat)
         for _ in range(rounds):
-            self.runs(program, calls, flat).measure(flat, self.times)
+            runs.measure(flat, self.times)
         self._timed.add(_call_key(now, flat))
 
     def memory(self) -> dict[str, Tensor]:
