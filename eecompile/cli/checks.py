@@ -145,11 +145,8 @@ def executors() -> Iterator[Check]:
     yield Check("executor simulate", "ok", "runs device programs on any machine, to check them")
     found = support(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     states = {"graph": "ok", "bound": "ok", "none": "no"}
-    said = (
-        found.reason
-        if found.way != "bound"
-        else f"{found.reason}; it launches by a bound on the survivors instead, and waits at each exit where there is a deadline"
-    )
+    bound = "it launches by a bound on the survivors instead, and waits at each exit where there is a deadline"
+    said = f"{found.reason}; {bound}" if found.way == "bound" else found.reason
     yield Check("executor device", states[found.way], said if VERIFIED else f"{said}; not verified on a GPU yet")
 
 
