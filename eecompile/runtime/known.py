@@ -19,9 +19,14 @@ Current = tuple[list[float], tuple[int, ...], tuple[str, ...]]
 """Thresholds of all exits, indices of the open ones, and the pattern of gates, halting steps and routes."""
 
 
-def current(program: Program) -> Current:
-    """Reads a program's thresholds."""
-    values = [float(t) for t in getattr(program.marked, THRESHOLDS).tolist()]
+def current(program: Program, thresholds: torch.Tensor | None = None) -> Current:
+    """Reads a program's thresholds.
+
+    Args:
+        thresholds: [E] of the exits, where the caller holds them; they are replaced when they are set.
+    """
+    held = getattr(program.marked, THRESHOLDS) if thresholds is None else thresholds
+    values = [float(t) for t in held.tolist()]
     gates: tuple[str, ...] = ()
     if program.gates:
         gates = pattern(program.gates, getattr(program.marked, GATE_THRESHOLDS).tolist())

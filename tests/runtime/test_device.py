@@ -88,6 +88,26 @@ def test_thresholds_change_without_another_program(bert):
     assert bert.device_program(**kwargs) is not before  # another set of open exits
 
 
+def test_a_call_keeps_the_thresholds_that_it_has_begun_with(bert, monkeypatch):
+    """Another thread opens an exit and sets the others while a program is looked up."""
+    kwargs = spread(bert, 6, seed=3)
+    before = [bert.thresholds[0].item(), 2.0, bert.thresholds[2].item()]
+    bert.set_thresholds(before)
+    want = reference(bert, **kwargs)
+    simulate = bert._executor("simulate")
+    plain = simulate._program_for
+
+    def meanwhile(*given, **named):
+        bert.set_thresholds(0.0)
+        return plain(*given, **named)
+
+    monkeypatch.setattr(simulate, "_program_for", meanwhile)
+    got = simulated(bert, **kwargs)
+    assert torch.equal(got.exit_index, want.exit_index)
+    close(got.output, want.output)
+    assert simulated(bert, **kwargs).exit_index.tolist() == [0] * 6
+
+
 def test_programs_are_kept_up_to_a_bound(bert):
     bert.device_options = Options(kept=2)
     bert.set_thresholds(0.5)

@@ -166,7 +166,8 @@ class Instance:
 
 
 class StageGraphs(StageRuns):
-    """Times stages as graphs of their own, by events of the device. Not run on a GPU yet."""
+    """Times stages as graphs of their own, by events of the device. The conditional node around a stage is not in it. Not run
+    on a GPU yet."""
 
     def __init__(
         self, program: DeviceProgram, memory: dict[str, Tensor], calls: Calls, clock: Callable[[], float] = time.perf_counter
@@ -229,35 +230,40 @@ class CudaExecutor(DeviceExecutor):
         super().reset()
 
     def execute(
-        self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor], deadline: float | None = None
+        self,
+        program: DeviceProgram,
+        calls: Calls,
+        flat: Sequence[Tensor],
+        read: dict[str, Tensor],
+        deadline: float | None = None,
     ) -> dict[str, Tensor]:
         if self.hosted:
-            machine = Bound(program, self._fresh(program, flat), calls, EventMailbox(), self.times.clock)
+            machine = Bound(program, self._fresh(program, flat, read), calls, EventMailbox(), self.times.clock)
             return stepped(machine, flat, self.times, deadline)
         self._stage_graphs = None
-        instance = self._instance(program, calls, flat)
+        instance = self._instance(program, calls, flat, read)
         if deadline is not None:
             instance.set_deadline(deadline, self.times)
-        return instance.run(flat, self.memory())
+        return instance.run(flat, read)
 
-    def runs(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> StageRuns:
+    def runs(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor], read: dict[str, Tensor]) -> StageRuns:
         if self.hosted:
-            return StageRuns(program, self._fresh(program, flat), calls, self.times.clock)
+            return StageRuns(program, self._fresh(program, flat, read), calls, self.times.clock)
         if self._stage_graphs is None or self._stage_graphs.program is not program:
-            self._stage_graphs = StageGraphs(program, self._fresh(program, flat), calls, self.times.clock)
+            self._stage_graphs = StageGraphs(program, self._fresh(program, flat, read), calls, self.times.clock)
         return self._stage_graphs
 
-    def _fresh(self, program: DeviceProgram, flat: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _fresh(self, program: DeviceProgram, flat: Sequence[Tensor], read: dict[str, Tensor]) -> dict[str, Tensor]:
         device = flat[0].device
-        return self.memory() | constants(program, device) | allocated(program.buffers, device)
+        return read | constants(program, device) | allocated(program.buffers, device)
 
-    def _instance(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> Instance:
+    def _instance(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor], read: dict[str, Tensor]) -> Instance:
         stream = torch.cuda.current_stream(flat[0].device).cuda_stream
         key = (id(program), stream)
         with self._lock:
             found = self._instances.get(key)
             if found is None or found[0]() is not program:
-                found = weakref.ref(program), Instance(program, calls, flat, self.memory())
+                found = weakref.ref(program), Instance(program, calls, flat, read)
                 self._instances[key] = found
                 while len(self._instances) > self.options.kept:
                     self._instances.popitem(last=False)

@@ -22,7 +22,7 @@ from eecompile.runtime.device.deadline import kept, predictions, set_deadline
 from eecompile.runtime.device.machine import Calls, Hosted, Simulator, allocated, constants
 from eecompile.runtime.device.measure import StageRuns
 from eecompile.runtime.device.nodes import CLOCK, PREDICTED, TEMPERATURES, THRESHOLDS, DeviceProgram, Structure
-from eecompile.runtime.known import Current, current, with_known
+from eecompile.runtime.known import current, with_known
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome, nothing, times_of
 from eecompile.runtime.runnable import EagerSegment
@@ -63,6 +63,21 @@ class Options:
             raise StrategyError("an executor keeps at least one program", got=self.kept)
 
 
+@dataclass(frozen=True)
+class Now:
+    """What a call goes by from its beginning to its end: another thread may set thresholds meanwhile.
+
+    Attributes:
+        open_exits: Indices of the exits that are computed.
+        gates: The pattern of gates, halting steps and routes.
+        read: Thresholds and temperatures, for the kernels.
+    """
+
+    open_exits: tuple[int, ...]
+    gates: tuple[str, ...]
+    read: dict[str, Tensor]
+
+
 class DeviceExecutor:
     """Runs a program through device programs; what runs their nodes is a subclass's business.
 
@@ -90,7 +105,9 @@ class DeviceExecutor:
 
     def thresholds_changed(self) -> None:
         """Reads which exits are open; their thresholds are read by the kernels."""
-        self._current = current(self.program)
+        read = self.memory()
+        _, open_exits, gates = current(self.program, read[THRESHOLDS])
+        self._current = Now(open_exits, gates, read)
 
     def reset(self) -> None:
         with self._lock:
@@ -108,14 +125,13 @@ class DeviceExecutor:
         return self._program_for(self._current, flat, last)
 
     def _program_for(
-        self, now: Current, flat: Sequence[Tensor], last: int | None, deadline: bool = False
+        self, now: Now, flat: Sequence[Tensor], last: int | None, deadline: bool = False
     ) -> tuple[DeviceProgram, Calls]:
-        _, open_exits, gates = now
         key = (*_call_key(now, flat), last, deadline)
         with self._lock:
             found = self._kept.get(key)
             if found is None:
-                lowered = schedule(self.program, open_exits, True, gates)
+                lowered = schedule(self.program, now.open_exits, True, now.gates)
                 made = build(
                     self.program,
                     lowered,
@@ -141,48 +157,54 @@ class DeviceExecutor:
     def run(self, flat: Sequence[Tensor], want_confidence: bool, allowance: Allowance | None = None) -> Outcome:
         self._differentiates(flat)
         allowance = allowance or Allowance()
-        now = self._current  # read once: another thread may set thresholds meanwhile
+        now = self._current
         program, calls = self._program_for(now, flat, allowance.deepest, allowance.deadline is not None)
         with torch.no_grad():
             if allowance.deadline is not None and _call_key(now, flat) not in self._timed:
                 self._time(now, flat, ROUNDS)
-            found = self.execute(program, calls, flat, allowance.deadline)
+            found = self.execute(program, calls, flat, now.read, allowance.deadline)
             done = self.times.clock()
             stopped = False
             if allowance.deadline is not None:
                 kept_to, found["exit_index"] = kept(program, found[CLOCK], found["exit_index"])
-            outcome = self._outcome(program, flat, found, now[2])
+            outcome = self._outcome(program, flat, found, now.gates)
             if allowance.deadline is not None:
                 stopped = want_confidence and kept_to.say(outcome)
                 outcome.closing = (done, program.batch) if self.hosted else None
             if allowance.deepest is not None and not stopped:
-                self._stopped(outcome, allowance.deepest)
+                self._stopped(outcome, allowance.deepest, now.read[THRESHOLDS])
             outcome.late |= allowance.over
         return outcome
 
     def execute(
-        self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor], deadline: float | None = None
+        self,
+        program: DeviceProgram,
+        calls: Calls,
+        flat: Sequence[Tensor],
+        read: dict[str, Tensor],
+        deadline: float | None = None,
     ) -> dict[str, Tensor]:
         """Runs the program; gives the values of its buffers, which nothing writes to again.
 
         Args:
+            read: See `Now`.
             deadline: Seconds on the clock of `times`, for a program that has one.
         """
         raise NotImplementedError
 
-    def runs(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> StageRuns:
+    def runs(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor], read: dict[str, Tensor]) -> StageRuns:
         """What times the stages of a program."""
         raise NotImplementedError
 
-    def _time(self, now: Current, flat: Sequence[Tensor], rounds: int) -> None:
+    def _time(self, now: Now, flat: Sequence[Tensor], rounds: int) -> None:
         program, calls = self._program_for(now, flat, None, deadline=True)
-        runs = self.runs(program, calls, flat)
+        runs = self.runs(program, calls, flat, now.read)
         for _ in range(rounds):
             runs.measure(flat, self.times)
         self._timed.add(_call_key(now, flat))
 
     def memory(self) -> dict[str, Tensor]:
-        """Buffers of the compiled module that kernels read."""
+        """Buffers of the compiled module that kernels read, as they are now."""
         marked = self.program.marked
         return {THRESHOLDS: getattr(marked, THRESHOLD_BUFFER), TEMPERATURES: getattr(marked, TEMPERATURE_BUFFER)}
 
@@ -204,10 +226,10 @@ class DeviceExecutor:
         outcome.reports = with_known(self.program, gates, reports, index)
         return outcome
 
-    def _stopped(self, outcome: Outcome, last: int) -> None:
+    def _stopped(self, outcome: Outcome, last: int, thresholds: Tensor) -> None:
         """Which rows a budget stopped. Says it without asking the device: a row is final where it was sure."""
         assert outcome.confidence is not None
-        sure = outcome.confidence >= self.memory()[THRESHOLDS][last]
+        sure = outcome.confidence >= thresholds[last]
         outcome.final = (outcome.exit_index < last) | sure
         outcome.stopped = "budget"
 
@@ -246,17 +268,22 @@ class SimulateExecutor(DeviceExecutor):
     name = "simulate"
 
     def execute(
-        self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor], deadline: float | None = None
+        self,
+        program: DeviceProgram,
+        calls: Calls,
+        flat: Sequence[Tensor],
+        read: dict[str, Tensor],
+        deadline: float | None = None,
     ) -> dict[str, Tensor]:
-        memory = self._fresh(program, flat)
+        memory = self._fresh(program, flat, read)
         return stepped(Simulator(program, memory, calls, self.times.clock), flat, self.times, deadline)
 
-    def runs(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor]) -> StageRuns:
-        return StageRuns(program, self._fresh(program, flat), calls, self.times.clock)
+    def runs(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor], read: dict[str, Tensor]) -> StageRuns:
+        return StageRuns(program, self._fresh(program, flat, read), calls, self.times.clock)
 
-    def _fresh(self, program: DeviceProgram, flat: Sequence[Tensor]) -> dict[str, Tensor]:
+    def _fresh(self, program: DeviceProgram, flat: Sequence[Tensor], read: dict[str, Tensor]) -> dict[str, Tensor]:
         device = flat[0].device
-        memory = self.memory() | constants(program, device) | allocated(program.buffers, device)
+        memory = read | constants(program, device) | allocated(program.buffers, device)
         for b in program.buffers:  # nobody may read what nobody wrote
             if b.fill is None:
                 memory[b.name].fill_(float("nan") if b.dtype.is_floating_point else -1)
@@ -275,6 +302,6 @@ def stepped(machine: Hosted, flat: Sequence[Tensor], times: StageTimes, deadline
     return {name: values[name] for name in names}
 
 
-def _call_key(now: Current, flat: Sequence[Tensor]) -> tuple[Any, ...]:
+def _call_key(now: Now, flat: Sequence[Tensor]) -> tuple[Any, ...]:
     """What a device program is made for, besides limits."""
-    return (tuple((t.shape, t.stride(), t.dtype, t.device) for t in flat), *now[1:])
+    return (tuple((t.shape, t.stride(), t.dtype, t.device) for t in flat), now.open_exits, now.gates)
