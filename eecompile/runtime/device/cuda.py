@@ -166,8 +166,8 @@ class Instance:
 
 
 class StageGraphs(StageRuns):
-    """Times stages as graphs of their own, by events of the device. The conditional node around a stage is not in it. Not run
-    on a GPU yet."""
+    """Times stages as graphs of their own, by events of the device, without the conditional node around each. Has not run on
+    a GPU yet."""
 
     def __init__(
         self, program: DeviceProgram, memory: dict[str, Tensor], calls: Calls, clock: Callable[[], float] = time.perf_counter
