@@ -183,6 +183,9 @@ class CompiledModule(DevicePrograms, Anytime):
         if route is not None and outcome.outputs is not None:
             result.route_weights = outcome.reports[f"{self.program.routes[0].name}.weights"]
             result.route_costs = self.route_costs()
+        if outcome.step_scores is not None and outcome.outputs is not None:
+            result.step_outputs = (*outcome.step_outputs, outcome.outputs[-1])
+            result.step_scores = outcome.step_scores.float()
         if outcome.outputs is not None and outcome.confidences is not None:
             result.outputs = outcome.outputs
             result.confidences = tuple(torch.nan_to_num(c, nan=0.0) for c in outcome.confidences)

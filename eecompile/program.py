@@ -212,6 +212,9 @@ class Result:
         steps: [B] or [B, S] int64 ([B, 1] where no row reached the end of the chain): steps taken, where the strategy halts,
             summed over several chains; where gates are on whole blocks [B], how many of those ran.
         ponder: [B] or [B, S] float32: ponder cost N + R, differentiable in train mode.
+        step_outputs: In train mode, where scores are probabilities of stopping (PonderNet): the prediction `[B, ..., C]` had
+            every row stopped at each of the N steps. No row stops earlier then, so `steps` is N and `ponder` tells nothing.
+        step_scores: [B, N] float32, with `step_outputs`: probability of stopping at a step, of a row that got there.
         final: [B] bool; rows that left by themselves. The others were stopped at `exit_index` by a deadline, a budget or
             an interrupt, or are still on their way in a stream.
         stopped: Why the call was stopped before every row was final: "deadline", "budget" or "interrupt".
@@ -237,6 +240,8 @@ class Result:
     way_outputs: tuple[torch.Tensor, ...] | None = None
     steps: torch.Tensor | None = None
     ponder: torch.Tensor | None = None
+    step_outputs: tuple[torch.Tensor, ...] | None = None
+    step_scores: torch.Tensor | None = None
     final: torch.Tensor | None = None
     stopped: str | None = None
     late: bool = False

@@ -14,6 +14,7 @@ from eecompile.calibration.calibrate import calibrate
 from eecompile.decisions import Decisions
 from eecompile.errors import EecompileError
 from eecompile.passes import facts
+from eecompile.passes.every_step import with_every_step
 from eecompile.passes.training_decisions import with_decisions
 from eecompile.passes.training_graph import frozen_trunk
 from eecompile.program import Program, Result
@@ -142,7 +143,10 @@ class Trainable(Decisions):
         graphs = self.__dict__["_training_graphs"]
         key = (self.train_trunk, self.gate_mode, self.gates_kept_open, way)
         if key not in graphs:
-            graphs[key] = with_decisions(self._hard_training_graph(), self.gate_mode, self.gates_kept_open, way)
+            gm = with_decisions(self._hard_training_graph(), self.gate_mode, self.gates_kept_open, way)
+            if any(r.rule == "stop" for r in self.program.halt_recipes):
+                gm = with_every_step(gm, len(self.program.signature.outputs) + 2 + len(self.program.exits))
+            graphs[key] = gm
         found: fx.GraphModule = graphs[key]
         found.train(self.training)
         return found

@@ -5,6 +5,12 @@
     y_k, weighted, ledger, running = skip(running before, new, old)      each, but for the first step
     output                        = weighted                             what the model reads behind the chain
 
+Where scores are probabilities of stopping (rule "stop", PonderNet), what is added up is the probability of having stopped,
+and the output is the state that the row stopped at:
+
+    score_k                       = unit_k(y_k) * (scale - accumulated)  = scale * p_k, the ledger adds up scale * P(n <= k)
+    output                        = y_K                                  kept since the row stopped
+
 A row that has halted keeps all four as they are, so lowering may leave the whole step out for it. With `scale` 0 no score
 counts and the last step gets weight 1: the model as it was. A block that is repeated is written out `repeat` times with
 the same parameters; its scale is then large, and the first step gets weight 1.
@@ -23,6 +29,7 @@ from torch import fx, nn
 import eecompile.ops  # registers torch.ops.eecompile.*
 from eecompile.errors import PassError
 from eecompile.gates import unit_class
+from eecompile.kernels.halt import ACCUMULATED
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.find_regions import exclusive
@@ -34,6 +41,7 @@ from eecompile.program import Carry, Cut, Halt, HaltStep, Program, Refusal, Regi
 from eecompile.strategies.base import HaltRecipe
 
 HALT_SCALE = "eecompile_halt_scale"
+ROLE = "eecompile_halting"  # key in a node's meta: "score", "state" (behind a step) or "output", and the step
 AT_ONCE = 2.0**100  # a scale with which any score halts
 aten = torch.ops.aten
 assert eecompile.ops is not None
@@ -66,7 +74,8 @@ class InsertHalting(Pass):
         gm = facts.copy(program.graph_module)
         add_units(gm, units)
         device = next((p.device for p in gm.parameters()), torch.device("cpu"))
-        scale = getattr(gm, HALT_SCALE, torch.ones(1, device=device)) if self.scale is None else self.scale
+        new = torch.full((1,), 1.0 / self.recipe.threshold, device=device)
+        scale = getattr(gm, HALT_SCALE, new) if self.scale is None else self.scale
         gm.register_buffer(HALT_SCALE, scale)
         writer = _Writer(gm, program, self.recipe)
         halts = tuple(replace(writer.add(h), group=len(program.halt_recipes)) for h in program.halts)
@@ -114,6 +123,7 @@ class _Writer:
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.spans: list[tuple[int, int, Halt]] = []
         self.written: set[fx.Node] = set()
+        self.stops = recipe.rule == "stop"
         self.replaced: dict[str, fx.Node] = {}  # the last block's value of a chain, and what stands for it
         first = next(n for n in self.graph.nodes if n.op != "placeholder")
         with self.graph.inserting_before(first):
@@ -140,8 +150,10 @@ class _Writer:
             self.step(chain, k, y)
             if not halt.repeated and not chain.done(k):
                 self.replace(y, chain.value)
-        assert chain.weighted is not None and chain.ledger is not None
-        output = self.call(f"{halt.name}_output", aten.to.dtype, chain.weighted, facts.value(ys[0]).dtype)
+        kept = chain.value if self.stops else chain.weighted
+        assert kept is not None and chain.ledger is not None
+        output = self.call(f"{halt.name}_output", aten.to.dtype, kept, facts.value(ys[0]).dtype)
+        output.meta[ROLE] = ("output", 0)
         self.replace(ys[-1], output)
         make_functional(output, self.position)
         self.replaced[ys[-1].name] = output
@@ -159,23 +171,30 @@ class _Writer:
         """Score, `halt` and, behind the first step, the choices of step k."""
         step, before = chain.halt.steps[k], (chain.value, chain.weighted, chain.ledger, chain.running)
         decision = chain.decision
-        score = self.call(f"{step.name}_score", aten.mul.Tensor, self.unit(step, y), self.scale)
+        unit = self.unit(step, y)
+        unit.meta[ROLE] = ("score", k)
+        score = self.call(f"{step.name}_score", aten.mul.Tensor, unit, self.left(step, chain))
         if chain.halt.per_token and chain.running is not None:
             wide = self.call(f"{step.name}_tokens", aten.unsqueeze.default, chain.running, -1)
             y = self.call(f"{step.name}_kept", aten.where.self, wide, y, chain.value)
-        args = (score, y, chain.weighted, chain.ledger, self.recipe.epsilon, chain.done(k))
+        # Where nobody reads a mean of the states there is none: the scores stand in, and their mean goes nowhere.
+        state = score if self.stops else y
+        args = (score, state, chain.weighted, chain.ledger, self.recipe.epsilon, chain.done(k))
         halted = self.call(f"{step.name}_halt", torch.ops.eecompile.halt.default, *args)
         parts = [self.call(f"{step.name}_{n}", operator.getitem, halted, i) for i, n in enumerate(PARTS[1:])]
         after = [y, *parts]
         carries: list[Carry] = []
         for i, (name, new, old) in enumerate(zip(PARTS, list(after), before, strict=True)):
-            if old is None or decision is None or (chain.done(k) and name in ("value", "running")):
+            unread = ("running",) if self.stops else ("value", "running")
+            if old is None or decision is None or (chain.done(k) and name in unread):
                 continue
             kept = self.call(f"{step.name}_{name}_kept", torch.ops.eecompile.skip.default, decision, new, old, 0)
             carries.append(Carry(new.name, old.name, kept.name, 0))
             after[i] = kept
         chain.ys.append(y.name)
-        chain.value, chain.weighted, chain.ledger, chain.running = after
+        chain.value, weighted, chain.ledger, chain.running = after
+        chain.weighted = None if self.stops else weighted
+        after[0].meta[ROLE] = ("state", k)
         if not chain.done(k):
             running = after[3]
             if chain.halt.per_token:
@@ -184,6 +203,13 @@ class _Writer:
         name = "" if decision is None else decision.name
         step = replace(step, decision=name, carries=tuple(carries), value=after[0].name, last=self.at.name)
         chain.steps.append(step)
+
+    def left(self, step: HaltStep, chain: _Chain) -> fx.Node:
+        """What a score is multiplied with: the scale, or with rule "stop" what it leaves to be given out."""
+        if not self.stops or chain.ledger is None:
+            return self.scale
+        spent = self.call(f"{step.name}_spent", aten.select.int, chain.ledger, -1, ACCUMULATED)
+        return self.call(f"{step.name}_left", aten.sub.Tensor, self.scale, spent)
 
     def unit(self, step: HaltStep, y: fx.Node) -> fx.Node:
         region = next((r for r in self.program.regions if r.name == step.region), None)
@@ -204,6 +230,7 @@ class _Writer:
         for n in inside:
             with self.graph.inserting_after(self.at):
                 env[n] = self.graph.node_copy(n, lambda a: env.get(a, a))
+            env[n].meta.pop(ROLE, None)
             self.note(env[n])
         return env[y]
 

@@ -16,6 +16,7 @@ from eecompile.program import Halt, HaltStep, Program, Refusal, Region
 from eecompile.strategies.base import HaltRecipe
 
 UNITS = ("linear", "token")
+RULES_OF_HALTING = ("mean", "stop")
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,13 @@ class PlaceHalting(Pass):
                 wanted="at least two blocks of one shape in a row, or repeat= for one block",
                 hint="eecompile inspect MODEL shows the blocks",
             )
+        if self.recipe.rule == "stop" and len(halts) > 1:
+            raise StrategyError(
+                "a distribution over where a row stops belongs to one chain: each of its steps has a prediction of its own",
+                got="; ".join(f"{h.steps[0].region} ({len(h.steps)} steps)" for h in halts),
+                wanted="blocks of one chain",
+                hint="blocks= names them",
+            )
         summary = "; ".join(f"{h.name}: {len(h.steps)} steps" for h in halts)
         return PassResult(program.replace(halts=tuple(halts)), False, tuple(refusals), summary)
 
@@ -58,6 +66,9 @@ class PlaceHalting(Pass):
             )
         if self.recipe.unit not in UNITS:
             raise StrategyError("unknown halting unit", got=repr(self.recipe.unit), wanted=near(self.recipe.unit, UNITS))
+        if self.recipe.rule not in RULES_OF_HALTING:
+            wanted = near(self.recipe.rule, RULES_OF_HALTING)
+            raise StrategyError("unknown meaning of halting scores", got=repr(self.recipe.rule), wanted=wanted)
 
     def _chains(self, program: Program, refusals: list[Refusal]) -> list[list[Region]]:
         where = self.recipe.where

@@ -35,6 +35,8 @@ class Outcome:
         late: Whether the output came after the deadline, or costs more than the budget.
         closing: Where the call was timed: when the output began to be put together, on the executor's clock, and the rows of
             the call. Whoever hands the output to the user ends that measurement.
+        step_outputs: While probabilities of stopping are trained: prediction at every step but the last.
+        step_scores: [B, K] those probabilities.
         reports: `program.reports` by name, batch first; those for training from the marked graph only.
     """
 
@@ -49,6 +51,8 @@ class Outcome:
     stopped: str | None = None
     late: bool = False
     closing: tuple[float, int] | None = None
+    step_outputs: tuple[Tensor, ...] = ()
+    step_scores: Tensor | None = None
     reports: dict[str, Tensor] = field(default_factory=dict)
 
 

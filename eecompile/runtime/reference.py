@@ -14,6 +14,7 @@ from torch import Tensor, fx
 from eecompile.errors import StrategyError
 from eecompile.kernels.blank import blank
 from eecompile.passes import facts
+from eecompile.passes.every_step import split_off
 from eecompile.passes.insert_exits import THRESHOLDS
 from eecompile.program import Program
 from eecompile.runtime.limits import Allowance
@@ -32,7 +33,7 @@ class ReferenceExecutor:
 
     def run(self, flat: Sequence[Tensor], want_confidence: bool = True, allowance: Allowance | None = None) -> Outcome:
         assert self.marked is not None
-        results = list(self.marked(*flat))
+        results, step_outputs, step_scores = split_off(self.marked, self.marked(*flat))
         count, exits = len(self.program.signature.outputs), len(self.program.exits)
         leaves, (index, confidence), rest = results[:count], results[count : count + 2], results[count + 2 :]
         told = self.program.reports
@@ -50,6 +51,8 @@ class ReferenceExecutor:
             confidences=tuple(rest[exits + 1 : 2 * exits + 2]),
             scores=tuple(last[:learned]) or None,
             separate=tuple(last[learned:]) or None,
+            step_outputs=step_outputs,
+            step_scores=step_scores,
             reports=reports,
         )
         if allowance is None or allowance.deepest is None:

@@ -101,6 +101,10 @@ class HaltRecipe:
         epsilon: A row halts once its scores add up to `1 - epsilon`.
         bias: Logit that untrained scores start near; None: scores add up to one near the last step.
         mask: Name of the input that marks padding, None to find it.
+        rule: What scores mean: "mean", they add up and the output is the mean of the states under them (Graves 2016), or
+            "stop", each is the probability of stopping here for a row that got here, and the output is the state that it
+            stopped at (Banino et al. 2021).
+        threshold: What scores, or with "stop" the probability of having stopped, must add up to before calibration.
     """
 
     where: Any = "every-block"
@@ -109,6 +113,8 @@ class HaltRecipe:
     epsilon: float = 0.01
     bias: float | None = None
     mask: str | None = None
+    rule: str = "mean"
+    threshold: float = 1.0
 
 
 @dataclass(frozen=True)

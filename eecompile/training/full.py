@@ -20,9 +20,14 @@ def branches(fast: Any) -> bool:
     return any(r.ways for r in getattr(getattr(fast, "program", None), "routes", ()))
 
 
+def halts(fast: Any) -> bool:
+    """Whether there are chains that rows halt in."""
+    return bool(getattr(getattr(fast, "program", None), "halts", ()))
+
+
 def skips(fast: Any) -> bool:
     """Whether rows may leave something out on the way to the model's own end: gates, chains that halt, or branches."""
-    return bool(gate_names(fast)) or bool(getattr(getattr(fast, "program", None), "halts", ())) or branches(fast)
+    return bool(gate_names(fast)) or halts(fast) or branches(fast)
 
 
 def full_prediction(fast: Any, batch: Batch, result: Result) -> Tensor:

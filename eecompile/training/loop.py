@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from eecompile.errors import EecompileError
 from eecompile.training.batches import Batch, batches, device_of, empty_loader, iterate, length_of, split
 from eecompile.training.checkpoint import Checkpoints, differences
-from eecompile.training.full import gate_names
+from eecompile.training.full import gate_names, halts
+from eecompile.training.halt_report import HaltRow, halted
 from eecompile.training.interrupt import Interrupt, say
 from eecompile.training.optim import freeze, make_optimizer, make_scheduler, parameter_groups
 from eecompile.training.plan import Event, Plan, Position, StagePlan
@@ -159,6 +160,7 @@ class Loop:
             seconds=0.0,
             gates=GateRow.of(self.at.gates()),
             routes=RouteRow.of(self.at.route_sums, self.at.loss_rows),
+            halts=HaltRow.of(self.at.halt_sums, self.at.loss_rows),
         )
         if self.val_loader is not None:
             self._validate(self.val_loader, stage, row)
@@ -172,7 +174,7 @@ class Loop:
             self._interrupted()
 
     def _step(self, batch: Batch) -> float:
-        loss, scores, rows, gates, routes = self.module(batch)
+        loss, *told = self.module(batch)
         value = float(loss.detach())
         alone = self.accelerator.num_processes == 1  # otherwise every rank finds out from the common gradient
         if alone and not math.isfinite(value):
@@ -189,7 +191,7 @@ class Loop:
         if self.scheduler is not None:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.at.add(value, scores, rows, gates, routes)
+        self.at.add(value, *told)
         return value
 
     def _next(self, items: Any) -> Any:
@@ -223,7 +225,8 @@ class Loop:
                 scores, n = scored(result, batch.labels, self.plan.metric, self.objective, where)
                 sent = routed(self.fast, result, batch.labels, self.plan.metric, self.objective, where)
             rows = torch.tensor([result.exit_index.shape[0], n], dtype=torch.float64)
-            seen.add(loss, torch.tensor(scores or [], dtype=torch.float64), rows, gated(self.fast, result), sent)
+            steps = halted(result, self.objective, halts(self.fast))
+            seen.add(loss, torch.tensor(scores or [], dtype=torch.float64), rows, gated(self.fast, result), sent, steps)
             if self.interrupt.requested:
                 self._interrupted()
         self.fast.train()
@@ -231,6 +234,7 @@ class Loop:
             raise empty_loader("val_loader")
         row.val_loss, row.val_scores = seen.loss_sum / seen.loss_rows, seen.scores()
         row.val_gates, row.val_routes = GateRow.of(seen.gates()), RouteRow.of(seen.route_sums, seen.loss_rows)
+        row.val_halts = HaltRow.of(seen.halt_sums, seen.loss_rows)
 
     def _watch(self, row: EpochRow) -> None:
         """Early stopping on the validation loss; NaN is never better."""

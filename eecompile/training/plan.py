@@ -95,6 +95,7 @@ class Position:
         score_rows: Rows that have a label.
         gate_sums: Where there are gates: sum over the rows of the cost, of every gate's decision while training, and of its
             decision by threshold.
+        halt_sums: Where rows halt: what `halt_report.halted` tells, summed over the rows.
         route_sums: Where there is a router: what `step.routed` tells, summed over the rows.
     """
 
@@ -108,15 +109,16 @@ class Position:
     score_rows: float = 0.0
     gate_sums: list[float] | None = None
     route_sums: list[float] | None = None
+    halt_sums: list[float] | None = None
     best_loss: float | None = None
     best_epoch: int | None = None
     bad_epochs: int = 0
     stage_done: bool = False
     stopped_early: bool = False
 
-    def add(self, loss: float, scores: Tensor, rows: Tensor, gates: Tensor, routes: Tensor) -> None:
-        """`scores` `[E + 1]`, `gates` `[1 + 2 G]` and `routes` `[1 + 6 K]` summed over the rows, or empty; `rows` `[2]`:
-        rows, and rows with a label."""
+    def add(self, loss: float, scores: Tensor, rows: Tensor, gates: Tensor, routes: Tensor, halts: Tensor) -> None:
+        """`scores` `[E + 1]`, `gates` `[1 + 2 G]`, `routes` `[1 + 6 K]`, `halts` `[1]` or `[2]` summed over the rows, or
+        empty; `rows` `[2]`: rows, and rows with a label."""
         total, labelled = (float(n) for n in rows.tolist())
         self.loss_sum += loss * total
         self.loss_rows += int(total)
@@ -129,6 +131,8 @@ class Position:
         if routes.numel():
             before = self.route_sums or [0.0] * routes.numel()
             self.route_sums = [a + b for a, b in zip(before, routes.tolist(), strict=True)]
+        if halts.numel():
+            self.halt_sums = [a + b for a, b in zip(self.halt_sums or [0.0] * halts.numel(), halts.tolist(), strict=True)]
 
     def scores(self) -> list[float] | None:
         if self.score_sums is None or self.score_rows == 0:
@@ -152,21 +156,21 @@ class Position:
 
     def _clear(self) -> None:
         self.loss_sum, self.loss_rows, self.score_sums, self.score_rows = 0.0, 0, None, 0.0
-        self.gate_sums = self.route_sums = None
+        self.gate_sums = self.route_sums = self.halt_sums = None
 
     def packed(self) -> Tensor:
         """The sums as one float64 tensor, to be added over processes."""
-        scores, gates = self.score_sums or [], [*(self.gate_sums or []), *(self.route_sums or [])]
         head = [self.loss_sum, float(self.loss_rows), self.score_rows]
-        return torch.tensor(head + scores + gates, dtype=torch.float64)
+        sums = [s for name in SUMS for s in getattr(self, name) or []]
+        return torch.tensor(head + sums, dtype=torch.float64)
 
     def unpack(self, total: Tensor) -> None:
         loss_sum, loss_rows, score_rows, *sums = total.tolist()
         self.loss_sum, self.loss_rows, self.score_rows = loss_sum, int(loss_rows), score_rows
-        split = len(self.score_sums or [])
-        last = split + len(self.gate_sums or [])
-        self.score_sums, self.gate_sums, self.route_sums = (
-            sums[:split] or None,
-            sums[split:last] or None,
-            sums[last:] or None,
-        )
+        for name in SUMS:
+            count = len(getattr(self, name) or [])
+            setattr(self, name, sums[:count] or None)
+            sums = sums[count:]
+
+
+SUMS = ("score_sums", "gate_sums", "route_sums", "halt_sums")

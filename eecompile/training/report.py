@@ -12,6 +12,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from eecompile.training.halt_report import HaltRow
 from eecompile.training.route_report import ADVICE as ROUTE_ADVICE
 from eecompile.training.route_report import RouteRow, collapsed
 
@@ -128,6 +129,8 @@ class EpochRow:
         val_gates: On the validation loader, where they decide by their thresholds.
         routes: Where the router sent rows while training, None without one.
         val_routes: On the validation loader.
+        halts: Steps that rows took while training, None where nothing halts.
+        val_halts: On the validation loader, where rows halt by the threshold.
     """
 
     stage: str
@@ -143,6 +146,8 @@ class EpochRow:
     val_gates: GateRow | None = None
     routes: RouteRow | None = None
     val_routes: RouteRow | None = None
+    halts: HaltRow | None = None
+    val_halts: HaltRow | None = None
 
     @classmethod
     def read(cls, data: dict[str, Any]) -> EpochRow:
@@ -154,6 +159,9 @@ class EpochRow:
         for name in ("routes", "val_routes"):
             if data.get(name) is not None:
                 setattr(row, name, RouteRow(**data[name]))
+        for name in ("halts", "val_halts"):
+            if data.get(name) is not None:
+                setattr(row, name, HaltRow(**data[name]))
         return row
 
 
@@ -234,6 +242,8 @@ class FitReport(Report):
         validated = any(row.val_loss is not None for row in self.rows)
         gated = [] if not self.gates else ["cost", *(self.gates if len(self.gates) <= WIDE else ["open gates"])]
         gated += [] if not self.routes else ["cost", *(f"to {name}" for name in self.routes)]
+        counted, prior = _halting(self.rows)
+        gated += [*(["mean steps"] if counted else []), *(["KL"] if prior else [])]
         columns = ["stage", "epoch", "steps", "loss", *(["val loss"] if validated else []), *names, *gated, "lr", "s"]
         rows = []
         for row in self.rows:
@@ -249,6 +259,7 @@ class FitReport(Report):
                     *(shown or ["-"] * len(names)),
                     *_gates_shown(row, len(self.gates)),
                     *_routes_shown(row, len(self.routes), self.score),
+                    *_halts_shown(row, counted, prior),
                     number(row.lr, 3),
                     f"{row.seconds:.1f}",
                 ]
@@ -266,6 +277,8 @@ class FitReport(Report):
             notes.append(
                 "cost: mean fraction of the full model's FLOPs; of each route the rows that took it, and right of those"
             )
+        if counted:
+            notes.append("mean steps: of a row" + ("; KL: from the prior, while training" if prior else ""))
         lines = ["; ".join(notes)]
         lost = collapsed(self.rows[-1] if self.rows else None, self.routes)
         if lost is not None:
@@ -276,6 +289,18 @@ class FitReport(Report):
             ways = ", ".join(f"{name} always {way}" for name, way in self.stuck.items())
             lines.append(f"Gates that do not depend on the input: {ways}")
         return stacked(table(self.title, columns, rows), *lines)
+
+
+def _halting(rows: list[EpochRow]) -> tuple[bool, bool]:
+    """Whether rows halt, and whether where they stop has a prior."""
+    halts = [row.halts for row in rows if row.halts is not None]
+    return bool(halts), any(h.divergence is not None for h in halts)
+
+
+def _halts_shown(row: EpochRow, counted: bool, prior: bool) -> list[str]:
+    steps = row.val_halts or row.halts
+    shown = [number(steps.steps if steps is not None else None, 3)] if counted else []
+    return [*shown, *([number(row.halts.divergence if row.halts is not None else None, 3)] if prior else [])]
 
 
 ADVICE = "Raise target_cost= or open_bias=, train longer, or lower lr=."

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from eecompile.program import Result
 from eecompile.training.batches import Batch
+from eecompile.training.full import halts
+from eecompile.training.halt_report import halted
 from eecompile.training.objectives import AdaLoss, Distillation, Exits, Objective, PerExitLoss, Sum, outputs_of
 from eecompile.training.protocol import Compiled
 from eecompile.training.scores import Metric, check_labels, measure, right
@@ -27,18 +29,20 @@ class Step(nn.Module):
         self.fast = cast(Any, fast)
         self.objective, self.metric, self.final_only = objective, metric, final_only
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def forward(self, batch: Batch) -> tuple[Tensor, ...]:
         """Loss (0-dim), summed scores `[E + 1]` float64 (empty without labels), `[rows, rows with a label]`, and what
-        `gated` and `routed` tell."""
+        `gated`, `routed` and `halted` tell."""
         result: Result = self.fast.run(*batch.args, **batch.kwargs)
         measured = self.objective.final if self.final_only else self.objective
         loss = measured(result, batch.labels, where=batch.where)
         with torch.no_grad():
             sums, labelled = scored(result, batch.labels, self.metric, self.objective, batch.where)
             sent = routed(self.fast, result, batch.labels, self.metric, self.objective, batch.where)
+            steps = halted(result, self.objective, halts(self.fast))
         rows = outputs_of(result)[-1].shape[0]
         counts = torch.tensor([rows, labelled], dtype=torch.float64)
-        return loss, torch.tensor(sums or [], dtype=torch.float64), counts, gated(self.fast, result), sent
+        scores = torch.tensor(sums or [], dtype=torch.float64)
+        return loss, scores, counts, gated(self.fast, result), sent, steps
 
 
 def gated(fast: Any, result: Result) -> Tensor:

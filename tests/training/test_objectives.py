@@ -21,7 +21,16 @@ from eecompile.training.objectives import (
     objective,
 )
 
-OTHERS = ("exit_score", "per_exit_loss", "sum", "gate_cost", "reinforce", "ponder", "depth_targets")  # tested by themselves
+OTHERS = (
+    "exit_score",
+    "per_exit_loss",
+    "sum",
+    "gate_cost",
+    "reinforce",
+    "ponder",
+    "pondernet",
+    "depth_targets",
+)  # tested elsewhere
 G = torch.Generator().manual_seed(0)
 
 

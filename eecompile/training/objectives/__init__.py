@@ -13,6 +13,7 @@ itself) and labels, and gives one differentiable scalar. Outputs are `[B, C]` or
 | ensemble | mean CE of what exits answer together; trains its weights alone (Zero Time Waste, Wolczyk et al. 2021) |
 | exit_score | BCE of the learned exit score against "this exit is right" (BERxiT, Xin et al. 2021) |
 | ponder | mean ponder cost of adaptive computation time (Graves 2016) |
+| pondernet | expected loss over where a row stops + beta x KL from a geometric prior (Banino et al. 2021) |
 | depth_targets | cross entropy at every depth, and of the choice of depth against targets (Elbayad et al. 2020) |
 | gate_cost | price x mean cost of gated rows, the price steered towards a target cost |
 | reinforce | policy gradient of sampled gates: task reward - price x cost, baseline, entropy (SkipNet 2018) |
@@ -40,6 +41,7 @@ from eecompile.training.objectives.exits import Distillation, Ensemble, Exits, E
 from eecompile.training.objectives.gates import GateCost, Priced, Reinforce
 from eecompile.training.objectives.general import Loss, PerExitLoss, Sum
 from eecompile.training.objectives.ponder import Ponder
+from eecompile.training.objectives.pondernet import PonderNet
 from eecompile.training.objectives.price import Price, Steering
 from eecompile.training.objectives.registry import OBJECTIVES, objective, register
 from eecompile.training.objectives.routes import RouteCost, RouteExits, RouteRegret, RouteReinforce
@@ -56,6 +58,7 @@ register(
     DepthTargets,
     PerExitLoss,
     Ponder,
+    PonderNet,
     RouteCost,
     RouteExits,
     RouteRegret,
@@ -76,6 +79,7 @@ __all__ = [
     "Objective",
     "PerExitLoss",
     "Ponder",
+    "PonderNet",
     "Price",
     "Priced",
     "Reinforce",

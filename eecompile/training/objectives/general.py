@@ -40,6 +40,14 @@ class PerExitLoss(Objective):
             object.__setattr__(self, "function_name", f"{getattr(self.function, '__module__', '?')}.{name}")
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
+        if result.step_outputs is not None:
+            raise EecompileError(
+                "probabilities of stopping need the loss of each row",
+                where=where,
+                got=f"loss={self.function_name}, one number for a batch",
+                wanted="classification, with the strategy's own objective",
+                hint='Act(halting="act") is trained with any loss',
+            )
         return weighted(self.weights, [self._one(output, labels, where) for output in heads_of(result)])
 
     def final(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
