@@ -102,9 +102,9 @@ def test_exits_and_gates_are_trained_calibrated_and_saved_together(tmp_path):
     assert report.gates
     assert report.exits
     found = fast.calibrate(data, max_drop=0.3, delta=None)
-    assert found.gates is not None
-    assert found.gates.rows == found.rows == 24  # batches take turns
-    assert found.gates.max_drop == 0.15
+    (gates,) = found.before
+    assert gates.rows == found.rows == 24  # batches take turns
+    assert gates.max_drop == 0.15
     judged = fast.evaluate(data)
     assert judged.full_accuracy == 1.0
     assert judged.mean_cost <= 1.05
