@@ -29,9 +29,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--only", action="append", choices=list(plan.BY_NAME), help="run this part (may be repeated)")
-    parser.add_argument(
-        "--quick", action="store_true", help="nodes, kernels and BERT at 1 and 32 only, without compiling rivals"
-    )
+    parser.add_argument("--quick", action="store_true", help="nodes, kernels, and BERT at 1 and 32")
     parser.add_argument("--seconds", type=float, default=560.0, help="no part is begun that would end after that (560)")
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds, at least 7 (9)")
     parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="of weights and images (float16)")

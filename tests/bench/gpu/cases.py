@@ -208,7 +208,7 @@ def figures(case: Case, rounds: Rounds, found: Found) -> None:
 def alone(case: Case, platform: Platform, setting: Setting, found: Found) -> None:
     """How much of a call is the program itself: the rest is copying in and out, and the host."""
     call = case.device(platform.executor)
-    calls: dict[str, Call] = {DEVICE: lambda: call(case.inputs[-1]), ALONE: case.replays(platform)}
+    calls: dict[str, Call] = {DEVICE: lambda: call(case.inputs[0]), ALONE: case.replays(platform)}
     rounds = platform.measure(calls, setting.rounds)
     found.add(timed(f"{case.name}: a call over its replay", rounds, DEVICE, ALONE))
 
