@@ -26,13 +26,15 @@ def run(setting: Setting, found: Found, small: bool = False) -> None:
         heads(setting, found, *((64, 500, ROWS[:2]) if small else (D, V, ROWS)))
 
 
+def dtype_on(device: torch.device) -> torch.dtype:
+    return torch.float16 if device.type == "cuda" else torch.float32
+
+
 def decide(batch: int, classes: int, setting: Setting, found: Found) -> None:
     """A graph of `REPEATS` decisions; half of the rows leave."""
     platform, device = setting.platform, setting.platform.device
     made = torch.Generator().manual_seed(0)
-    logits = torch.randn(batch, classes, generator=made).to(
-        device, torch.float16 if device.type == "cuda" else torch.float32
-    )
+    logits = torch.randn(batch, classes, generator=made).to(device, dtype_on(device))
     rows = [torch.zeros(batch, dtype=torch.int64, device=device) for _ in range(3)]
     control = torch.zeros(control_size(batch), dtype=torch.int32, device=device)
     output, confidence = torch.zeros_like(logits), torch.zeros(batch, device=device)
@@ -48,8 +50,9 @@ def decide(batch: int, classes: int, setting: Setting, found: Found) -> None:
         )  # fmt: skip
 
     call()
-    torch.testing.assert_close(confidence, best, atol=1e-3, rtol=0)
-    assert torch.equal(output[best >= thresholds], logits[best >= thresholds])
+    sure = best >= thresholds
+    torch.testing.assert_close(confidence[sure], best[sure], atol=1e-3, rtol=0)
+    assert torch.equal(output[sure], logits[sure])
 
     def several() -> tuple[torch.Tensor, ...]:
         for _ in range(REPEATS):
@@ -69,7 +72,7 @@ def decide(batch: int, classes: int, setting: Setting, found: Found) -> None:
 def heads(setting: Setting, found: Found, width: int, vocabulary: int, rows: tuple[int, ...]) -> None:
     """Bytes of the class matrix over the time, as a share of what the memory can do, and what is allocated."""
     platform, device = setting.platform, setting.platform.device
-    dtype = torch.float16 if device.type == "cuda" else torch.float32
+    dtype = dtype_on(device)
     made = torch.Generator(device=device).manual_seed(0)
     weight = torch.randn(vocabulary, width, generator=made, device=device, dtype=dtype) / width**0.5
     one = torch.ones((), device=device)
@@ -93,7 +96,7 @@ def heads(setting: Setting, found: Found, width: int, vocabulary: int, rows: tup
         figure = Figure(name, share, "of the bandwidth", spread, setting.rounds, Target(0.8, "at least"))
         figure.medians_ms = {what: 1e3 * rounds.median(what) for what in rounds.times}
         figure.detail = {"by": "the data sheet" if sheet else "a copy", "data sheet": sheet, "a copy": copied}
-        bytes_of_logits = n * vocabulary * (2 if device.type == "cuda" else 4)
+        bytes_of_logits = n * vocabulary * dtype.itemsize
         allocated = Figure(f"{name}, memory", platform.peak_bytes(call) / bytes_of_logits, "of the logits")
         if n >= 16:  # a block has 16 rows, so a single one takes the memory of 16
             allocated.target = Target(0.05)

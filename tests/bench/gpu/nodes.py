@@ -1,6 +1,7 @@
 """What a conditional node costs: chains of nodes in one graph, against the chain of kernels that they hold.
 
-A node's condition is set by a kernel before it, as in a device program; "set" is that kernel alone. `k` adds one to a number.
+A node's condition is set by a kernel before it, as in a device program; "set" is that kernel alone. `k` adds one to a
+number.
 """
 
 from __future__ import annotations

@@ -89,7 +89,9 @@ def run(parts: Sequence[Part], options: Options) -> list[str]:
 
     @functools.cache
     def subject(name: str) -> subjects.Subject:
-        return subjects.BUILDERS[name](options.setting.platform.device, options.dtype, options.small)
+        made = subjects.BUILDERS[name](options.setting.platform.device, options.dtype, options.small)
+        made.tell_apart()
+        return made
 
     for part in parts:
         left = options.seconds - RESERVE - (time.perf_counter() - began)
