@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -118,6 +118,10 @@ class ResNet(nn.Module):
         return self.end(hidden)
 
 
+def linear(**options: Any) -> Strategy:
+    return Branchy(head="linear", **options)
+
+
 @dataclass
 class Subject:
     """A model with four exits, whole and in pieces.
@@ -137,13 +141,17 @@ class Subject:
     blocks: nn.ModuleList
     end: Callable[[Tensor], Tensor]
     after: tuple[int, ...]
-    strategy: Callable[[tuple[str, ...]], Strategy] = field(default=lambda exits: Branchy(exits=exits, criterion=CRITERION))
+    strategy: Callable[..., Strategy] = linear
 
     @cached_property
     def fast(self) -> CompiledModule:
         paths = {id(m): path for path, m in self.model.named_modules()}
         exits = tuple(paths[id(self.blocks[i])] for i in self.after)
-        made = eecompile(self.model, self.strategy(exits), example_kwargs={self.given: self.pool[:4]})
+        made = eecompile(
+            self.model,
+            self.strategy(exits=exits, criterion=CRITERION, max_head_share=9.0),
+            example_kwargs={self.given: self.pool[:4]},
+        )
         made.to(self.pool.device)
         return made
 
@@ -217,7 +225,7 @@ def bert(device: torch.device, dtype: torch.dtype, small: bool) -> Subject:
         model.bert.encoder.layer,
         lambda hidden: model.classifier(model.bert.pooler(hidden)),
         (0, 1, 2, 3) if small else (2, 5, 8, 10),
-        lambda exits: MeBert(exits=exits, criterion=CRITERION),
+        MeBert,
     )
 
 
