@@ -12,8 +12,11 @@ from eecompile.calibration.budget_report import BudgetCurve, BudgetReport
 from eecompile.calibration.calibrate import Calibration
 from eecompile.calibration.collect import Collected
 from eecompile.calibration.evidence import Evidence, pattern
+from eecompile.calibration.knobs import knobs_of
 from eecompile.calibration.options import check_options, stays_open
 from eecompile.calibration.report import CalibratedExit
+from eecompile.calibration.settings import setting_within
+from eecompile.calibration.settings_report import SettingsReport
 from eecompile.calibration.solver import METHODS, Solver
 from eecompile.errors import CalibrationError, near
 from eecompile.training.protocol import Compiled
@@ -32,8 +35,11 @@ def calibrate_budget(
     keep_open: bool | None = None,
     boxes: int = 1000,
     seed: int = 0,
-) -> BudgetReport:
+) -> BudgetReport | SettingsReport:
     """Sets the thresholds that are most accurate on `loader` at a mean cost of at most `budget`.
+
+    Without exits that is the setting of the gates, of the router or of halting; with exits their thresholds, and the rest
+    stays as it is.
 
     There is no guarantee on other rows; mean cost and accuracy there are as good as the calibration rows are like them.
 
@@ -53,6 +59,15 @@ def calibrate_budget(
     if method not in METHODS:
         raise CalibrationError("unknown method", got=repr(method), wanted=near(str(method), METHODS))
     check_options(fast, 0.0, None, target, metric)
+    knobs = knobs_of(fast)
+    if knobs and (not fast.exits or getattr(getattr(fast, "strategy", None), "training_exits", False)):
+        if len(knobs) > 1:
+            raise CalibrationError(
+                "a budget is for one kind of decision",
+                got=" and ".join(type(knob).__name__.lower() for knob in knobs),
+                hint="calibrate(max_drop=...) sets them one after the other",
+            )
+        return setting_within(knobs[0], loader, budget, target=target, metric=metric)
     before = fast.thresholds.tolist(), fast.temperatures.tolist()
     try:
         calibration = Calibration(fast, loader, 0.0, None, target, temperature, metric, seed, stays_open(fast, keep_open))
@@ -112,6 +127,12 @@ def budget_curve(
         raise CalibrationError("unknown method", got=repr(method), wanted=near(str(method), METHODS))
     check_options(fast, 0.0, None, target, metric)
     before = fast.thresholds.tolist()
+    if not fast.exits:
+        raise CalibrationError(
+            "a budget curve is one over exits",
+            got="no exit",
+            hint="calibrate(...).curve has cost and drop of every setting of gates, routers and halting",
+        )
     stay = stays_open(fast, keep_open)
     try:
         data, evidence = gathered(Calibration(fast, loader, 0.0, None, target, temperature, metric, seed, stay))

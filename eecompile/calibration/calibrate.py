@@ -95,9 +95,9 @@ def calibrate(
 
     Returns:
         CalibrationReport. Where no thresholds qualify (`qualified` is False), all exits are closed and
-        `guarantee` says why, and how many rows would be needed. With gates or branches alone a report of those; with
-        exits too that is its `gates` or `routes`, and the promises together bound the drop by `max_drop` with probability
-        `1 - delta` (`settings.py` says how).
+        `guarantee` says why, and how many rows would be needed. With gates, branches or halting alone a report of
+        those; with exits too that is in its `before`, and the promises together bound the drop by `max_drop` with
+        probability `1 - delta` (`settings.py` says how).
 
     Raises:
         CalibrationError: An empty loader; labels that are missing, out of range or of a wrong shape; NaN in

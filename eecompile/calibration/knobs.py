@@ -1,4 +1,5 @@
-"""What `calibrate` can set inside a model: thresholds of gates, and how far a branch must lead to get a row."""
+"""What `calibrate` can set inside a model: thresholds of gates, how far a branch must lead to get a row, and how far halting
+scores must add up."""
 
 from __future__ import annotations
 
@@ -10,13 +11,15 @@ from torch import Tensor
 from eecompile.calibration.settings import Knob, Setting
 from eecompile.calibration.settings_report import (
     CalibratedGate,
+    CalibratedHalt,
     CalibratedRoute,
     Found,
     GateCalibrationReport,
+    HaltCalibrationReport,
     RouteCalibrationReport,
 )
 from eecompile.program import Result
-from eecompile.training.full import branches, gate_names
+from eecompile.training.full import branches, gate_names, halts
 
 CLOSED = 2.0
 
@@ -99,6 +102,48 @@ class Routes(Knob):
         return RouteCalibrationReport(found, routes)
 
 
+class Halting(Knob):
+    """How far the halting scores of a row must add up: the same for all chains.
+
+    Nothing is left out where no row halts; of a block that is repeated, where rows take as many steps as trained.
+    """
+
+    def now(self) -> Setting:
+        return (self.fast.halting_threshold,)
+
+    def set(self, setting: Setting) -> None:
+        self.fast.set_halting_threshold(setting[0])
+
+    @property
+    def full(self) -> Setting:
+        return (1.0,) if self.repeated else (CLOSED,)
+
+    @property
+    def repeated(self) -> bool:
+        return any(h.repeated for h in self.fast.program.halts)
+
+    def told(self, result: Result) -> Tensor:
+        return self.took(result).float()
+
+    def settings(self, told: Tensor) -> list[Setting]:
+        return [*((t,) for t in THRESHOLDS), self.now()]
+
+    def took(self, result: Result) -> Tensor:
+        assert result.steps is not None
+        return result.steps.double().view(len(result.steps), -1).mean(1, keepdim=True)
+
+    def report(self, found: Found) -> HaltCalibrationReport:
+        chains = self.fast.program.halts
+        most = sum(len(h.steps) for h in chains)
+        steps = None if found.shares is None else found.shares[0]
+        name = ", ".join(h.name for h in chains)
+        return HaltCalibrationReport(found, [CalibratedHalt(name, self.now()[0], steps, most)], self.repeated)
+
+
+THRESHOLDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
+
+
 def knobs_of(fast: Any) -> list[Knob]:
     """What the module has to set before its exits."""
-    return [*([Gates(fast)] if gate_names(fast) else []), *([Routes(fast)] if branches(fast) else [])]
+    there = ((Gates, bool(gate_names(fast))), (Routes, branches(fast)), (Halting, halts(fast)))
+    return [knob(fast) for knob, has in there if has]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from eecompile.calibration.collect import combination_of
 from eecompile.calibration.risk import rows_needed
 from eecompile.errors import CalibrationError, near
-from eecompile.training.full import branches, gate_names
+from eecompile.training.full import skips
 from eecompile.training.protocol import Compiled
 from eecompile.training.scores import Metric
 
@@ -17,9 +17,10 @@ LEAST_SEARCH_ROWS = 30
 
 
 def check_options(fast: Compiled, max_drop: float, delta: float | None, target: str, metric: Metric | None) -> None:
-    if not fast.exits and not gate_names(fast) and not branches(fast):
+    if not fast.exits and not skips(fast):
         raise CalibrationError(
-            "there are no exits, gates or branches to calibrate", hint="compile with a strategy that inserts exits or gates"
+            "there are no exits, gates, branches or halting thresholds to calibrate",
+            hint="compile with a strategy that inserts exits or gates, or that halts",
         )
     if not (0 <= max_drop < 1):
         raise CalibrationError("max_drop is out of range", got=max_drop, wanted="0 <= max_drop < 1, 0.01 for 1%")

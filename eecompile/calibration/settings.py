@@ -1,8 +1,9 @@
-"""Settings of what decides inside the model (gates, routers to branches) that provably lose little against the full model.
+"""Settings of what decides inside the model (gates, routers to branches, halting) that provably lose little against the
+model with nothing left out.
 
 **The path.** Such a setting changes what later parts see, so it cannot be judged from scores that were kept: the model runs
 once for each. The settings are few and lie on one line, which a `Knob` knows: one number for all gates, or how far a branch
-must lead; and the setting as it is.
+must lead, or how far halting scores must add up; and the setting as it is.
 
 **The test.** As for exits (`calibrate.py`): the rows are split at random; on the first part the settings that are dearer
 and lose more than another are dropped and the others put in order of their loss; on the second part the hypotheses "E[L] >
@@ -18,7 +19,8 @@ gives the sum. Exits also have the share of a knob that did not qualify.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
@@ -44,7 +46,7 @@ class Judged:
         setting: Of the knob.
         score: float64 [n] of the model's own output, in [0, 1].
         cost: float64 [n], fraction of the full model's FLOPs.
-        shares: Share of the rows that passed each gate, or took each route.
+        shares: Share of the rows that passed each gate, or took each route, or their mean steps.
     """
 
     setting: Setting
@@ -81,7 +83,7 @@ class Knob(ABC):
 
     @abstractmethod
     def took(self, result: Result) -> Tensor:
-        """[B, M] float64: which gates a row passed, or which route it took."""
+        """[B, M] float64: which gates a row passed, which route it took, or its steps."""
 
     @abstractmethod
     def report(self, found: Found) -> SettingsReport:
@@ -103,17 +105,76 @@ def calibrate_setting(
     Raises:
         CalibrationError: An empty loader or one that cannot be read again, missing or wrong labels, too few rows.
     """
-    fast = knob.fast
+    with _alone(knob, loader):
+        return _run(knob, loader, max_drop, delta, target, metric, seed)
+
+
+def setting_within(
+    knob: Knob, loader: Iterable[Any], budget: float, *, target: str, metric: Metric | None
+) -> SettingsReport:
+    """Sets the knob to the most accurate of its settings whose mean cost on `loader` is at most `budget`; no guarantee.
+
+    Raises:
+        CalibrationError: As `calibrate_setting`; no setting keeps the budget.
+    """
+    with _alone(knob, loader):
+        device = device_of(knob.fast)
+        full, told, valid = _full(knob, loader, target, metric, device)
+        settings = dict.fromkeys([*knob.settings(told), knob.full])
+        tried = [_judge(knob, loader, s, full, target, metric, device, valid) for s in settings]
+        costs = [float(t.cost.mean()) for t in tried]
+        kept = [i for i, cost in enumerate(costs) if cost <= budget + 1e-9]
+        if not kept:
+            raise CalibrationError(
+                "no setting keeps the budget", got=budget, wanted=f"at least {min(costs):.3g}, what the cheapest costs"
+            )
+        best = max(kept, key=lambda i: (float(tried[i].score.mean()), -costs[i]))
+        knob.set(tried[best].setting)
+        agreeing = target == "agreement" and metric is None
+        base = torch.ones(int(valid.sum()), dtype=torch.float64) if agreeing else torch.cat(full.scores)[valid]
+        found = Found(
+            qualified=True,
+            target="metric" if metric is not None else target,
+            max_drop=0.0,
+            delta=None,
+            rows=len(base),
+            search_rows=len(base),
+            test_rows=0,
+            rows_needed=None,
+            expected_cost=costs[best],
+            loss_test=None,
+            drop=float((base - tried[best].score).mean()),
+            p_value=None,
+            level=None,
+            tested=len(tried),
+            accepted=len(kept),
+            shares=tried[best].shares,
+            curve=_curve(tried, base),
+            budget=float(budget),
+        )
+        return knob.report(found)
+
+
+@contextmanager
+def _alone(knob: Knob, loader: Iterable[Any]) -> Iterator[None]:
+    """Every exit is closed inside; the knob is as before where it fails."""
     require_repeatable(loader, "every setting runs the model", "the calibration loader")
-    before, exits = knob.now(), fast.thresholds.tolist()
+    fast, before = knob.fast, knob.now()
+    exits = fast.thresholds.tolist()
     try:
         fast.set_thresholds([2.0] * len(exits))
-        return _run(knob, loader, max_drop, delta, target, metric, seed)
+        yield
     except BaseException:
         knob.set(before)
         raise
     finally:
         fast.set_thresholds(exits)
+
+
+def _curve(tried: Sequence[Judged], base: Tensor) -> list[dict[str, Any]]:
+    return [
+        {"setting": list(t.setting), "cost": float(t.cost.mean()), "drop": float((base - t.score).mean())} for t in tried
+    ]
 
 
 def _run(
@@ -175,9 +236,7 @@ def _run(
         tested=len(path),
         accepted=len(accepted),
         shares=None if chosen is None else chosen.shares,
-        curve=[
-            {"setting": list(t.setting), "cost": float(t.cost.mean()), "drop": float((base - t.score).mean())} for t in tried
-        ],
+        curve=_curve(tried, base),
     )
     return knob.report(found)
 
@@ -297,7 +356,7 @@ class Turns:
                 yield item
         if seen < self.first:
             raise CalibrationError(
-                "the calibration loader has too few batches: gates, routes and exits each have batches of their own",
+                "the calibration loader has too few batches: each kind of decision has batches of their own",
                 got=seen + 1,
                 wanted=f"at least {self.of}",
                 hint="a smaller batch_size",

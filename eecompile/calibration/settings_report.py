@@ -1,4 +1,4 @@
-"""What calibrating gates or a router between branches found, and what it promises, in words."""
+"""What calibrating gates, a router between branches or halting found, and what it promises, in words."""
 
 from __future__ import annotations
 
@@ -22,8 +22,9 @@ class Found:
         drop: The drop itself on all rows.
         p_value: Of "the mean loss is above max_drop", tested at `level`.
         tested: Settings in the path; `accepted` of them qualified.
-        shares: Share of the rows that passed each gate, or took each route; None where nothing qualified.
+        shares: Share of the rows that passed each gate or took each route, or their mean steps; None where nothing did.
         curve: Every setting that was run: setting, mean cost, drop.
+        budget: The mean cost that was asked for instead of a drop; None without.
     """
 
     qualified: bool
@@ -43,6 +44,7 @@ class Found:
     accepted: int
     shares: tuple[float, ...] | None = None
     curve: list[dict[str, Any]] = field(default_factory=list)
+    budget: float | None = None
 
 
 class SettingsReport(Report, Found):
@@ -78,6 +80,9 @@ class SettingsReport(Report, Found):
     @property
     def guarantee(self) -> str:
         """The promise, or why there is none."""
+        if self.budget is not None:
+            kept = f"the most accurate of {self.accepted} {self.what} with a mean cost of at most {percent(self.budget, 1)}"
+            return f"No guarantee: {kept} on these {self.rows} rows, of {self.tested} that were tried."
         drop = f"{100 * self.max_drop:g}%"
         loss = {
             "accuracy": f"accuracy drops by at most {drop} against the model with {self.against}",
@@ -176,4 +181,44 @@ class RouteCalibrationReport(SettingsReport):
             "margin": ["closed" if r.margin > 1 else number(r.margin) for r in self.routes],
             "rows sent there": [percent(r.share, 1) for r in self.routes],
             "cost": [percent(r.cost, 1) for r in self.routes],
+        }
+
+
+@dataclass
+class CalibratedHalt:
+    """The chains that rows halt in; they share one threshold.
+
+    Attributes:
+        threshold: What scores must add up to; above 1 no row halts.
+        steps: Mean steps of the calibration rows; None where nothing did.
+        most: Steps of a row that never halts.
+    """
+
+    name: str
+    threshold: float
+    steps: float | None
+    most: int
+
+
+class HaltCalibrationReport(SettingsReport):
+    """The halting threshold that was set."""
+
+    title: ClassVar[str] = "Calibration of halting"
+    what, against, otherwise = "halting thresholds", "no row halted", "no row halts"
+
+    def __init__(self, found: Found, halting: list[CalibratedHalt], repeated: bool = False) -> None:
+        super().__init__(found)
+        self.halting = halting
+        if repeated:
+            self.against, self.otherwise = "as many steps as trained", "rows take as many steps as trained"  # type: ignore[misc]
+
+    def rows_of(self) -> tuple[str, list[Any]]:
+        return "halting", self.halting
+
+    def columns(self) -> dict[str, list[str]]:
+        return {
+            "chain": [h.name for h in self.halting],
+            "threshold": ["never halts" if h.threshold > 1 else number(h.threshold) for h in self.halting],
+            "mean steps": [number(h.steps, 3) for h in self.halting],
+            "most": [str(h.most) for h in self.halting],
         }

@@ -1,4 +1,4 @@
-"""Trade-off curves: one threshold at every open exit, or one budget that no row may exceed."""
+"""Trade-off curves: one threshold at every open exit, one halting threshold, or one budget that no row may exceed."""
 
 from __future__ import annotations
 
@@ -29,6 +29,18 @@ def first_exit(confidences: Tensor, thresholds: Tensor) -> Tensor:
     return torch.cat((sure, sure.new_ones(n, 1)), 1).to(torch.uint8).argmax(1) if e else torch.zeros(n).long()
 
 
+def thresholds_of(points: bool | int | Sequence[float]) -> list[float]:
+    """From 0 to 1, 21 of them or so many, or those that are given."""
+    if isinstance(points, bool):
+        points = 21
+    if not isinstance(points, int):
+        return [float(t) for t in points]
+    if points < 2:
+        raise EecompileError("a curve needs at least two points", got=points)
+    found: list[float] = torch.linspace(0, 1, points).tolist()
+    return found
+
+
 def sweep(
     fast: Compiled,
     confidences: Tensor,
@@ -44,14 +56,7 @@ def sweep(
             got=sorted({record.criterion.name for record in fast.exits}),
             hint="set thresholds one after the other and evaluate each",
         )
-    if isinstance(points, bool):
-        points = 21
-    if isinstance(points, int):
-        if points < 2:
-            raise EecompileError("a curve needs at least two points", got=points)
-        thresholds = torch.linspace(0, 1, points).tolist()
-    else:
-        thresholds = [float(t) for t in points]
+    thresholds = thresholds_of(points)
     now_open = fast.thresholds.cpu() <= 1
     if not bool(now_open.any()):
         now_open = torch.ones_like(now_open)  # all closed: show what opening all of them would give

@@ -3,179 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from rich.console import RenderableType
 from torch import Tensor
 
 from eecompile.errors import EecompileError
-from eecompile.training.batches import batches, device_of, empty_loader
-from eecompile.training.curve import degradation, first_exit, sweep
-from eecompile.training.full import branches, full_prediction, gate_names
+from eecompile.training.batches import batches, device_of, empty_loader, require_repeatable
+from eecompile.training.curve import degradation, first_exit, sweep, thresholds_of
+from eecompile.training.evaluation_report import EvaluationReport, ExitRow, GateShare
+from eecompile.training.full import branches, full_prediction, gate_names, halts
 from eecompile.training.protocol import Compiled
-from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 from eecompile.training.route_report import RouteShare, route_shares
 from eecompile.training.scores import Metric, agreement, check_labels, measure, right
-
-
-@dataclass
-class ExitRow:
-    """One exit, or the model's own end.
-
-    Attributes:
-        threshold: None for the model's own end.
-        open: Whether rows can leave there.
-        cost: Of a row that leaves there, as a fraction of the full model's FLOPs.
-        share: Share of the rows that leave there.
-        accuracy_leaving: Mean score of those that leave there; None where nobody does, or without labels.
-        accuracy_if_all: Mean score if every row left there.
-        agreement_if_all: Share of rows on which this exit agrees with the full model; None for a metric.
-        mean_confidence: Over all rows; None where it is not finite.
-        cost_without: Mean cost of all rows if this exit were closed and the others stayed as they are; None for a closed
-            exit, for the model's own end, and for criteria whose confidence depends on which exits are open.
-        accuracy_without: Mean score of all rows then.
-    """
-
-    name: str
-    threshold: float | None
-    open: bool
-    cost: float
-    share: float
-    accuracy_leaving: float | None
-    accuracy_if_all: float | None
-    agreement_if_all: float | None
-    mean_confidence: float | None
-    cost_without: float | None = None
-    accuracy_without: float | None = None
-
-
-@dataclass
-class GateShare:
-    """One gate.
-
-    Attributes:
-        open: Share of the rows that it lets in; rows that had left before count as not let in.
-        saved: What it leaves out of the mean row, as a fraction of the full model's FLOPs.
-    """
-
-    name: str
-    region: str
-    threshold: float
-    open: float
-    saved: float
-
-
-@dataclass
-class EvaluationReport(Report):
-    """Accuracy (or the mean metric) and cost.
-
-    Attributes:
-        samples: Rows in the loader.
-        labelled: Rows that have a label; accuracies are over these.
-        score: "accuracy" or "metric".
-        accuracy: With early exit, as the thresholds are now; None without labels.
-        full_accuracy: Of the full model, all exits closed and all gates open.
-        drop: `full_accuracy - accuracy`.
-        agreement: Share of rows on which the early and the full prediction are the same; None for a metric.
-        mean_cost: Mean fraction of the full model's FLOPs spent on a row.
-        rows: Every exit and, last, the model's own end.
-        curve: Points (threshold, accuracy, cost, share leaving early), where they were asked for.
-        degradation: Points (budget, accuracy, cost, share stopped), where they were asked for.
-        gates: Every gate, where there are some. Costs of exits count them as open; `mean_cost` counts what was run.
-        routes: Every route, where there is a router: load, cost, accuracy.
-    """
-
-    title: ClassVar[str] = "Evaluation"
-
-    samples: int
-    labelled: int
-    score: str
-    accuracy: float | None
-    full_accuracy: float | None
-    drop: float | None
-    agreement: float | None
-    mean_cost: float
-    rows: list[ExitRow]
-    curve: list[dict[str, Any]] | None = field(default=None)
-    degradation: list[dict[str, Any]] | None = field(default=None)
-    gates: list[GateShare] = field(default_factory=list)
-    routes: list[RouteShare] = field(default_factory=list)
-
-    @property
-    def unearned(self) -> list[ExitRow]:
-        """Exits without which rows would cost no more, on average, than with them."""
-        return [row for row in self.rows if row.cost_without is not None and row.cost_without <= self.mean_cost]
-
-    def to_dict(self) -> dict[str, Any]:
-        return {
-            "title": self.title,
-            **{key: json_safe(value) for key, value in vars(self).items() if key not in TABLES},
-            **{key: [json_safe(vars(row)) for row in getattr(self, key)] for key in TABLES},
-        }
-
-    def __rich__(self) -> RenderableType:
-        shown = percent if self.score == "accuracy" else number
-        columns = [
-            "exit",
-            "threshold",
-            "cost",
-            "leaving",
-            "right of those",
-            "right if all leave",
-            "as the model",
-        ]
-        rows = [
-            [
-                row.name,
-                "-" if row.threshold is None else number(row.threshold) if row.open else "closed",
-                percent(row.cost, 1),
-                percent(row.share, 1),
-                shown(row.accuracy_leaving),
-                shown(row.accuracy_if_all),
-                percent(row.agreement_if_all),
-            ]
-            for row in self.rows
-        ]
-        text = (
-            f"{self.samples} rows: {self.score} {shown(self.accuracy)} against "
-            f"{shown(self.full_accuracy)} of the full model, agreement {percent(self.agreement)}, "
-            f"mean cost {percent(self.mean_cost, 1)} of its FLOPs"
-        )
-        parts: list[RenderableType] = [table(self.title, columns, rows), text]
-        parts += [
-            f"{row.name} does not earn its place: without it the mean cost is {percent(row.cost_without, 1)}, "
-            f"{self.score} {shown(row.accuracy_without)}"
-            for row in self.unearned
-        ]
-        if self.gates:
-            shares = [[g.name, g.region, number(g.threshold), percent(g.open, 1), percent(g.saved, 1)] for g in self.gates]
-            parts.insert(1, table("Gates", ["gate", "region", "threshold", "rows let in", "saved"], shares))
-        if self.routes:
-            heads = ["route", "to", "rows", "cost of those", "right of those", "the full model on those"]
-            sent = [
-                [r.name, r.to, percent(r.share, 1), percent(r.cost, 1), shown(r.accuracy), shown(r.full_accuracy)]
-                for r in self.routes
-            ]
-            parts.insert(1, table("Routes", heads, sent))
-        if self.curve is not None:
-            points = [
-                [number(p["threshold"]), shown(p["accuracy"]), percent(p["cost"], 1), percent(p["early"], 1)]
-                for p in self.curve
-            ]
-            heads = ["one threshold for all exits", self.score, "cost", "leaving early"]
-            parts.append(table("Trade-off", heads, points))
-        if self.degradation is not None:
-            points = [
-                [percent(p["budget"], 1), shown(p["accuracy"]), percent(p["cost"], 1), percent(p["stopped"], 1)]
-                for p in self.degradation
-            ]
-            parts.append(table("Degradation", ["no row costs more than", self.score, "mean cost", "stopped"], points))
-        return stacked(*parts)
-
-
-TABLES = ("rows", "gates", "routes")
 
 
 def evaluate(
@@ -193,9 +33,9 @@ def evaluate(
         loader: Yields `(inputs, labels)` or Hugging Face batches. Without labels, agreement and cost are
             reported.
         metric: `(prediction, labels) -> [B]` score of each row, higher is better, instead of accuracy.
-        curve: Also the trade-off for one threshold used at every open exit: True for 21 thresholds, a number
-            of them, or the thresholds themselves. Not for a criterion with state (patience): there the
-            confidence depends on which exits are open.
+        curve: Also the trade-off for one threshold used at every open exit, or where rows halt and there is no exit for the
+            halting threshold: True for 21 thresholds, a number of them, or the thresholds themselves. Not for a criterion
+            with state (patience): there the confidence depends on which exits are open.
         budgets: Also how accuracy degrades when no row may cost more than a budget, as `fast(x, budget=...)` has it:
             True for the cost of every open exit, or the budgets themselves.
 
@@ -206,12 +46,16 @@ def evaluate(
         EecompileError: An empty loader; labels of a wrong dtype, shape or range; some batches with labels and
             others without; a metric that does not give one finite number per row.
     """
-    if curve is not False and (gate_names(fast) or branches(fast)):
+    if curve is not False and (gate_names(fast) or branches(fast) or (halts(fast) and fast.exits)):
         raise EecompileError(
             "there is no trade-off curve over exits where rows leave something else out too",
-            got="curve=, with gates or branches",
-            hint="calibrate gives the settings of gates and routers with their costs, `report.curve`",
+            got="curve=, with gates, branches or halting",
+            hint="calibrate gives the settings of gates, routers and halting with their costs, `report.curve`",
         )
+    if curve is not False and halts(fast):
+        report = evaluate(fast, loader, metric=metric, budgets=budgets)
+        report.curve = halting_curve(fast, loader, metric, curve)
+        return report
     device = device_of(fast)
     seen = Seen(metric)
     for batch in batches(loader, device):
@@ -222,6 +66,24 @@ def evaluate(
     if not seen.index:
         raise empty_loader()
     return seen.report(fast, curve, budgets)
+
+
+def halting_curve(
+    fast: Any, loader: Iterable[Any], metric: Metric | None, points: bool | int | Sequence[float]
+) -> list[dict[str, Any]]:
+    """One dict per halting threshold above 0: threshold, accuracy (None without labels), cost, mean steps of a row."""
+    require_repeatable(loader, "every halting threshold runs the model", "the loader")
+    before, found = fast.halting_threshold, []
+    try:
+        for threshold in thresholds_of(points):
+            if threshold > 0:
+                fast.set_halting_threshold(threshold)
+                r = evaluate(fast, loader, metric=metric)
+                told = {"accuracy": r.accuracy, "cost": r.mean_cost, "steps": r.mean_steps}
+                found.append({"threshold": threshold, **told})
+    finally:
+        fast.set_halting_threshold(before)
+    return found
 
 
 class Seen:
@@ -238,6 +100,7 @@ class Seen:
         self.full: list[Tensor] = []
         self.gates: list[Tensor] = []
         self.route: list[Tensor] = []
+        self.steps: list[Tensor] = []
         self.has_labels: bool | None = None
 
     def add(self, result: Any, labels: Any, where: str, full: Tensor) -> None:
@@ -270,6 +133,8 @@ class Seen:
             self.same.append(torch.stack([agreement(o, full, checked) for o in outputs], 1).cpu())
         if result.gates is not None:
             self.gates.append(result.gates.double().cpu())
+        if result.steps is not None:
+            self.steps.append(result.steps.double().view(n, -1).mean(1).cpu())
         if result.route is not None:
             self.route.append(result.route.cpu())
         self.valid.append(valid)
@@ -335,7 +200,15 @@ class Seen:
             degradation=None if budgets is False else degradation(fast, index, scores, valid, budgets),
             gates=self._gates(fast),
             routes=self._routes(fast, index, cost, scores, valid),
+            mean_steps=self._steps(fast),
         )
+
+    def _steps(self, fast: Any) -> float | None:
+        if not self.steps or not halts(fast):
+            return None
+        found = float(torch.cat(self.steps).mean())
+        fast.steps_measured = found  # for `explain`
+        return found
 
     def _routes(self, fast: Any, index: Tensor, cost: Tensor, scores: Tensor | None, valid: Tensor) -> list[RouteShare]:
         if not self.route:
