@@ -162,11 +162,11 @@ class Cuda:
         found = fast._executor("device")
         assert isinstance(found, CudaExecutor)
         flat = fast.program.signature.flatten((), inputs)
-        program, calls = found.device_program(flat)
+        (program, calls), read = found.device_program(flat), found.memory()
         if found.hosted:  # no conditional nodes here: there is no graph to replay
-            return lambda: found.execute(program, calls, flat)
-        instance = found._instance(program, calls, flat)
-        instance.run(flat, found.memory())
+            return lambda: found.execute(program, calls, flat, read)
+        instance = found._instance(program, calls, flat, read)
+        instance.run(flat, read)
         return lambda: instance.graph.replay()  # holds the instance, and with it the buffers
 
     def peak_bytes(self, call: Call) -> int:
