@@ -49,9 +49,11 @@ def test_a_budget_and_a_deadline(saved: str) -> None:
     (answer,) = found("run", saved, "--data", "digits:test", "--budget", "0.5")["answers"]
     assert answer["cost"] <= 0.5
     assert answer["stopped"] == "budget"
-    (answer,) = found("run", saved, "--data", "digits:test", "--deadline-ms", "0")["answers"]
-    assert answer["at"] == ["exit_0"]
-    assert answer["late"]
+    for executor in ("compact", "simulate"):
+        (answer,) = found("run", saved, "--data", "digits:test", "--deadline-ms", "0", "--executor", executor)["answers"]
+        assert answer["at"] == ["exit_0"]
+        assert answer["late"]
+        assert answer["stopped"] == "deadline"
     assert "late: even the first exit" in call("run", saved, "--data", "digits:test", "--deadline-ms", "0").output
     (answer,) = found("run", saved, "--data", "digits:test", "--deadline-ms", "60000")["answers"]
     assert answer["at"] == ["model"]
@@ -63,6 +65,8 @@ def test_limits_that_make_no_sense(saved: str) -> None:
     assert "every exit is closed" in call(*shut, code=2).output
     late = ("run", saved, "--data", "digits:test", "--executor", "reference", "--deadline-ms", "5")
     assert "cannot keep a deadline" in call(*late, code=2).output
+    alone = ("run", saved, "--data", "digits:test", "--executor", "simulate", "--stream")
+    assert "needs the host between exits" in " ".join(call(*alone, code=2).output.split())
 
 
 def test_calibrate_for_a_budget(saved: str, tmp_path: Path) -> None:
