@@ -48,6 +48,9 @@ bench-gpu: $(GPU_NEEDS)  ## the device executor against its rivals on a CUDA dev
 test-gpu: $(GPU_NEEDS)  ## the tests that need a CUDA device
 	$(GPU_PYTHON) -m pytest -m gpu
 
+prove-gpu: $(GPU_NEEDS)  ## probes, tests and benchmark on a CUDA device, under ten minutes
+	$(GPU_PYTHON) -m tests.gpu
+
 clean:  ## remove what building and testing leave behind (.venv stays)
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 	find eecompile tests examples -name __pycache__ -type d -prune -exec rm -rf {} + 2>/dev/null || true
