@@ -54,12 +54,13 @@ def with_decisions(gm: fx.GraphModule, mode: str, kept_open: int = 0, way: int |
         elif mode == "soft" and n.target is torch.ops.eecompile.skip.default:
             n.target = blend
         elif n.target is torch.ops.eecompile.route.default and way is not None:
-            n.args[0].target = one_way
-            n.args[0].args = (*n.args[0].args, way)
+            n.replace_all_uses_with(n.args[1][way])
         elif n.target is torch.ops.eecompile.route.default and mode in WAYS:
             n.args[0].target = WAYS[mode]
             if mode == "soft":
                 n.target = mixture
+    if way is not None:
+        new.graph.eliminate_dead_code()
     new.recompile()
     return new
 
@@ -152,12 +153,8 @@ def gumbel_ways(weights: Tensor, margins: Tensor) -> Tensor:
 
 def own_way(weights: Tensor, margins: Tensor) -> Tensor:
     """1 for the last way, the model's own."""
-    return one_way(weights, margins, weights.shape[1] - 1)
-
-
-def one_way(weights: Tensor, margins: Tensor, way: int) -> Tensor:
-    """1 for this way, else 0."""
-    return torch.zeros_like(weights).index_fill(1, torch.tensor([way], device=weights.device), 1.0)
+    last = torch.tensor([weights.shape[1] - 1], device=weights.device)
+    return torch.zeros_like(weights).index_fill(1, last, 1.0)
 
 
 WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {

@@ -132,9 +132,9 @@ def test_routing(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(run("routing", environment, tmp_path, "--json").stdout)
     assert [(row["what"].split()[-1], row["thresholds"]) for row in found["rows"]] == [
         ("version", "as trained"),
-        ("version", "at most 2% lost on validation"),
+        ("version", "at most 2% lost, guaranteed"),
         ("exits", "as trained"),
-        ("exits", "at most 2% lost on validation"),
+        ("exits", "at most 2% lost, guaranteed"),
     ]
     for row in found["rows"]:
         assert sum(row["share"].values()) == pytest.approx(1)

@@ -35,9 +35,6 @@ EPSILON = 1e-6
 class Balanced(Priced):
     """The options of every objective of a router.
 
-    The price is steered more gently than that of gates: one decision is all there is, and what a row loses on another route
-    is a few tenths, so that a price that runs ahead of the router sends all rows one way, and then all the other.
-
     Args:
         balance: Weight of the load-balancing loss.
         target, price, rate, gain, ceiling: See `Steering`.
@@ -45,8 +42,7 @@ class Balanced(Priced):
 
     target: float | None = None
     price: float = 0.1
-    rate: float = 0.01
-    gain: float = 0.5
+    gain: float = 1.0  # what a row loses on another route is a few tenths: less than with gates
     balance: float = 0.0
 
     def options(self) -> tuple[str, ...]:
