@@ -39,7 +39,7 @@ def test_gates_halting_and_exits_agree_with_the_reference(bert, kind):
 
 
 def test_a_router_to_exits_agrees_with_the_reference(bert):
-    """Here every head of a stage runs; where rows leave is the router's word."""
+    """A head runs the rows that are sent to it; where all rows leave at an exit, all of them."""
     router = strategies.Router(at="bert.embeddings", to="exits")
     fast = again(bert, strategies.Branchy(exits=3, router=router))
     for batch in (1, 7):

@@ -17,7 +17,7 @@ from eecompile.runtime.device.executor import Options
 from eecompile.runtime.device.nodes import Copy, Decide, If, Scatter, While
 from eecompile.runtime.device.watched import HostValueError, Watched
 from tests.runtime.devices import spread
-from tests.support import again, executor
+from tests.support import executor
 from tests.zoo import ZOO
 
 # ------------------------------------------------------------------------------------------------ the checker
@@ -123,23 +123,6 @@ def test_blocks_have_no_device_program():
     fast = eecompile(entry.model(), strategies.Branchy(exits=1), example_kwargs=kwargs, capture="blocks")
     with pytest.raises(UnsupportedModelError, match="whole model as a graph"):
         fast.executor = "simulate"
-
-
-def test_branches_of_a_router_are_refused_with_the_reason(bert):
-    fast = again(bert, strategies.Branchy(router=strategies.Router(at="bert.embeddings", to={"light": 0.5})))
-    _, kwargs = ZOO["bert"].inputs(4)
-    with torch.no_grad(), executor(fast, "simulate"), pytest.raises(UnsupportedModelError, match="routed"):
-        fast.run(**kwargs)
-
-
-def test_widths_are_refused_with_the_reason():
-    entry = ZOO["bert"]
-    args, kwargs = entry.inputs(4)
-    fast = eecompile(
-        entry.model(), strategies.SelfAdaptive(widths=(0.5, 1.0), open_bias=0.0), example_inputs=args, example_kwargs=kwargs
-    )
-    with torch.no_grad(), executor(fast, "simulate"), pytest.raises(UnsupportedModelError, match="widened"):
-        fast.run(**kwargs)
 
 
 def test_inputs_that_want_gradients_are_refused():

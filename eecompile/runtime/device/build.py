@@ -18,6 +18,7 @@ from eecompile.runtime.device.emit import Emitter, Rows, mutates
 from eecompile.runtime.device.fuse import Decision, ended, fused, with_head
 from eecompile.runtime.device.nodes import (
     EVERYBODY,
+    THRESHOLDS,
     Advance,
     Body,
     Buffer,
@@ -109,11 +110,12 @@ class _Builder:
         self.deadline = deadline
         self.last = len(program.exits) if last is None else last
         stops = [s.exit for s in schedule.segments]
-        segments = [with_head(s) for s in schedule.segments]
-        self.segments = segments if last is None else segments[: stops.index(last) + 1]
+        segments = schedule.segments if last is None else schedule.segments[: stops.index(last) + 1]
+        self.segments = [with_head(s, deadline or s is segments[-1]) for s in segments]
         self.inputs = tuple(f"input.{i}" for i in range(len(flat)))
         self.shapes = Shapes(flat, self.inputs)
-        self.emit = Emitter(batch, buckets)
+        self.shapes.put(THRESHOLDS, (len(program.exits),), torch.float32)
+        self.emit = Emitter(batch, buckets, self.shapes)
         self.leaves: list[str | None] = [None] * len(program.signature.outputs)
         self.reports: list[tuple[str, str]] = []
         self.prediction: tuple[int, ...] = ()

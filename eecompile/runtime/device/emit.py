@@ -1,4 +1,4 @@
-"""Writes a module in pieces as nodes, at one number of rows: gated regions become a switch over how many are open."""
+"""Writes a module in pieces as nodes, at one number of rows: regions become a switch over how many rows are open."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 from torch import fx
 
 from eecompile.kernels._lists import control_size
-from eecompile.runtime.device.nodes import Body, Buffer, Call, Clone, Gather, If, Node, OpenRows, Scatter, Switch
+from eecompile.runtime.device.nodes import Body, Buffer, Call, Clone, Empty, Gather, If, Node, OpenRows, Scatter, Switch
 from eecompile.runtime.device.parts import Conditional, Parts
+from eecompile.runtime.device.shapes import Shapes
 
 
 @dataclass(frozen=True)
@@ -24,8 +25,8 @@ class Rows:
 class Emitter:
     """What the nodes of a program share: its buffers and modules."""
 
-    def __init__(self, batch: int, buckets: Sequence[int]) -> None:
-        self.batch, self.buckets = batch, tuple(buckets)
+    def __init__(self, batch: int, buckets: Sequence[int], shapes: Shapes) -> None:
+        self.batch, self.buckets, self.shapes = batch, tuple(buckets), shapes
         self.buffers: dict[str, Buffer] = {}
         self.modules: list[fx.GraphModule] = []
         self._index: dict[int, int] = {}
@@ -54,14 +55,16 @@ class Emitter:
         return nodes
 
     def _region(self, piece: Conditional, named: Mapping[str, str], rows: Rows) -> list[Node]:
-        prefix = piece.inside.inputs[0].rpartition(".")[0] if piece.inside.inputs else piece.outputs[0]
-        opened = Rows(rows.size, f"{prefix}.control")
-        positions = f"{prefix}.open"
+        opened = Rows(rows.size, f"{piece.name}.control")
+        positions = f"{piece.name}.open"
         self.buffer(Buffer(positions, (self.batch,), torch.int64))
         self.buffer(Buffer(opened.control, (control_size(self.batch),), torch.int32, 0, once=True))
         decision = named.get(piece.decision, piece.decision)
         nodes: list[Node] = [OpenRows(decision, rows.control, positions, opened.control, rows.size)]
-        nodes += [Clone(named.get(p, p), o) for p, o in zip(piece.past, piece.outputs, strict=True)]
+        if piece.past:
+            nodes += [Clone(named.get(p, p), o) for p, o in zip(piece.past, piece.outputs, strict=True)]
+        elif piece.first:
+            nodes += [self._empty(o, axis, rows.size) for o, axis in zip(piece.outputs, piece.out_axes, strict=True)]
         if rows.size == 1:
             nodes.append(If(opened.control, self._alone(piece, named, opened, positions)))
             return nodes
@@ -69,6 +72,10 @@ class Emitter:
         bodies = tuple(self._some(piece, named, opened, positions, b) for b in sizes)
         nodes.append(Switch(opened.control, bodies))
         return nodes
+
+    def _empty(self, name: str, axis: int, rows: int) -> Empty:
+        whole = self.shapes.shape(name)
+        return Empty(name, (*whole[:axis], rows, *whole[axis + 1 :]), self.shapes.dtype(name))
 
     def _alone(self, piece: Conditional, named: Mapping[str, str], opened: Rows, positions: str) -> Body:
         """A region for one row: nothing to gather."""
@@ -78,13 +85,13 @@ class Emitter:
 
     def _back(self, piece: Conditional, inner: Mapping[str, str], opened: Rows, positions: str) -> Scatter:
         values = tuple(inner.get(y, y) for y in piece.inside.outputs)
-        return Scatter(values, piece.outputs, tuple(piece.gated.out_axes), positions, opened.control)
+        return Scatter(values, piece.outputs, piece.out_axes, positions, opened.control)
 
     def _some(self, piece: Conditional, named: Mapping[str, str], opened: Rows, positions: str, size: int) -> Body:
         """A region for at most `size` open rows."""
         inner: dict[str, str] = {}
         gathered: list[tuple[str, str, int]] = []
-        for source, target, axis in zip(piece.inputs, piece.inside.inputs, piece.gated.axes, strict=True):
+        for source, target, axis in zip(piece.inputs, piece.inside.inputs, piece.axes, strict=True):
             name = named.get(source, source)
             if axis is None:
                 inner[target] = name

@@ -22,7 +22,7 @@ from torch import Tensor
 from eecompile.errors import EecompileError
 from eecompile.kernels._lists import ALIVE, LIVE
 from eecompile.runtime.device.machine import Calls, Hosted
-from eecompile.runtime.device.nodes import Copy, Decide, DeviceProgram, If, Node, OpenRows, Switch, While
+from eecompile.runtime.device.nodes import Copy, Decide, DeviceProgram, Empty, If, Node, OpenRows, Switch, While
 
 
 class Mailbox(Protocol):
@@ -91,6 +91,9 @@ class Bound(Hosted):
     def new(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Zeros: where nobody is left nothing is copied here, and a stage may look numbers up in a table."""
         return like.new_zeros(shape)
+
+    def empty(self, node: Empty) -> Tensor:
+        return super().empty(node).zero_()
 
     def copy(self, node: Copy) -> None:
         """A leaf without rows is there only if anybody got to where it is computed."""

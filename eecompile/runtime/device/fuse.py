@@ -7,11 +7,12 @@ have their confidence computed by the segment, and the kernel is given it.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 
 import eecompile.ops as ops
 from eecompile.kernels.confidence import CRITERIA
@@ -39,8 +40,29 @@ class Decision:
     gives_states: int
 
 
-def with_head(segment: Segment) -> Segment:
-    """A segment that ends where a router sends rows, with the head in line again: here it runs on every row that is in."""
+class Sent(nn.Module):
+    """The head of an exit that a router sends rows to, for those rows; what the others have is not looked at.
+
+    Args:
+        head: `head(*values)` gives `(logits,)`.
+        axes: Batch axis of each value.
+    """
+
+    def __init__(self, head: fx.GraphModule, exit_index: int, axes: Sequence[int | None]) -> None:
+        super().__init__()
+        self.head, self.exit, self.axes = head, exit_index, tuple(axes)
+
+    def forward(self, confidence: Tensor, *values: Tensor) -> tuple[Tensor]:
+        found: tuple[Tensor] = self.head(*values)
+        return found
+
+
+def with_head(segment: Segment, every_row: bool) -> Segment:
+    """A segment that ends where a router sends rows, with the head in it again.
+
+    Args:
+        every_row: Whether all rows need what it says: where everybody leaves, or may be stopped.
+    """
     if segment.head is None:
         return segment
     graph = fx.Graph()
@@ -51,16 +73,22 @@ def with_head(segment: Segment) -> Segment:
     confidence, *rest = (env[a] for a in segment.module.graph.output_node().args[0])  # type: ignore[union-attr, index]
     count = len(segment.head_axes)
     rest, values = rest[: len(rest) - count], rest[len(rest) - count :]
-    inner: dict[fx.Node, fx.Node] = dict(zip(facts.placeholders(segment.head), values, strict=True))
-    for n in segment.head.graph.nodes:
-        if n.op == "output":
-            logits = inner[n.args[0][0]]
-        elif n.op != "placeholder":
-            inner[n] = graph.node_copy(n, lambda a: inner[a])
-    graph.output((logits, confidence, *rest))
-    roots = {str(n.target): n for n in graph.nodes if n.op in ("get_attr", "call_module")}
     own = {str(n.target) for n in segment.module.graph.nodes if n.op in ("get_attr", "call_module")}
-    root = {t: facts.attribute(segment.module if t in own else segment.head, t) for t in roots}
+    root = {t: facts.attribute(segment.module, t) for t in own}
+    if every_row:
+        inner: dict[fx.Node, fx.Node] = dict(zip(facts.placeholders(segment.head), values, strict=True))
+        for n in segment.head.graph.nodes:
+            if n.op == "output":
+                logits = inner[n.args[0][0]]
+            elif n.op != "placeholder":
+                inner[n] = graph.node_copy(n, lambda a: inner[a])
+        used = {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")} - own
+        root |= {t: facts.attribute(segment.head, t) for t in used}
+    else:
+        assert segment.exit is not None
+        root["sent"] = Sent(segment.head, segment.exit, segment.head_axes)
+        logits = graph.call_function(operator.getitem, (graph.call_module("sent", (confidence, *values)), 0))
+    graph.output((logits, confidence, *rest))
     module = fx.GraphModule(root, graph, class_name=segment.module.__class__.__name__)
     facts.tidy(module)
     return replace(segment, module=module, head=None, head_axes=())

@@ -31,6 +31,7 @@ from eecompile.runtime.device.nodes import (
     Copy,
     Decide,
     DeviceProgram,
+    Empty,
     Gather,
     If,
     Node,
@@ -125,6 +126,8 @@ class Machine:
                 self.copy(node)
             case Clone():
                 self.values[node.target] = self.values[node.source].clone(memory_format=torch.contiguous_format)
+            case Empty():
+                self.values[node.target] = self.empty(node)
             case Gather():
                 self.gather(node)
             case Scatter():
@@ -165,6 +168,10 @@ class Machine:
         targets = [self.new(s, shape) for s, shape in zip(sources, shapes, strict=True)]
         kernels.gather(sources, targets, self.values[node.index], self.values[node.control], node.axes)
         self.values |= zip(node.targets, targets, strict=True)
+
+    def empty(self, node: Empty) -> Tensor:
+        """Memory for what regions give."""
+        return torch.empty(node.shape, dtype=node.dtype, device=self.values[BUCKETS].device)
 
     def new(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
         """Memory for what is gathered."""
@@ -260,6 +267,10 @@ class Simulator(Hosted):
     """
 
     LIMIT = 1_000_000  # rounds of one loop
+
+    def empty(self, node: Empty) -> Tensor:
+        made = super().empty(node)
+        return made.fill_(torch.nan) if made.is_floating_point() else made.zero_()
 
     def if_(self, node: If) -> None:
         if int(self.values[node.control][node.element]) != 0:

@@ -72,6 +72,15 @@ class Clone:
 
 
 @dataclass(frozen=True)
+class Empty:
+    """`target` is new memory that regions write their rows of."""
+
+    target: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
 class Gather:
     """Each target is new memory of `rows` rows: those of its source at `index`, the last live one repeated."""
 
@@ -182,7 +191,7 @@ class While:
 
 
 Node = Union[  # noqa: UP007 (its bodies refer to it)
-    Call, Copy, Clone, Gather, Scatter, Decide, Tick, OpenRows, Advance, If, Switch, While
+    Call, Copy, Clone, Empty, Gather, Scatter, Decide, Tick, OpenRows, Advance, If, Switch, While
 ]
 Body = tuple[Node, ...]
 
@@ -279,6 +288,8 @@ def reads(node: Node) -> tuple[str, ...]:
             return (node.logits, node.result, *rows, node.count, *watched)
         case Tick():
             return (CLOCK,)
+        case Empty():
+            return ()
         case OpenRows():
             return (node.decision, node.count)
         case Advance() | If() | Switch() | While():
@@ -290,7 +301,7 @@ def makes(node: Node) -> tuple[str, ...]:
     match node:
         case Call():
             return node.outputs
-        case Clone():
+        case Clone() | Empty():
             return (node.target,)
         case Gather():
             return node.targets

@@ -1,18 +1,25 @@
-"""Splits a segment's module at its gated regions: straight code, and regions that run on some rows only."""
+"""Splits a segment's module at what runs on some rows only: straight code, and regions with a decision about each row.
+
+A region with widths and the branches of a router are a region for each width or branch, whose results meet in one value.
+"""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
-from eecompile.errors import UnsupportedModelError
+from eecompile.kernels.skip import is_open
 from eecompile.passes import facts
 from eecompile.passes.gated import Gated
 from eecompile.passes.routed import Routed
 from eecompile.passes.widened import Widened
+from eecompile.runtime.device.fuse import Sent
+from eecompile.runtime.device.nodes import THRESHOLDS
 
 
 @dataclass(frozen=True)
@@ -26,14 +33,25 @@ class Straight:
 
 @dataclass(frozen=True)
 class Conditional:
-    """A region: `outputs` are what `inside` gives for open rows, and `past` for the others."""
+    """A region: `outputs` are what `inside` gives for open rows, and `past` for the others.
 
-    gated: Gated
+    Attributes:
+        name: Of its lists.
+        past: Empty where every row is open in one region or another that gives the same outputs.
+        first: Whether it is the first of these; the others write into what is there.
+        axes: Batch axis of each input, None without one.
+        out_axes: Batch axis of each output.
+    """
+
+    name: str
     decision: str
     past: tuple[str, ...]
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
     inside: Parts
+    axes: tuple[int | None, ...]
+    out_axes: tuple[int, ...]
+    first: bool = True
 
 
 @dataclass(frozen=True)
@@ -49,16 +67,8 @@ def split(module: fx.GraphModule, prefix: str) -> Parts:
     """The pieces of a module with a flat tuple of outputs, in the order in which they run."""
     nodes = [n for n in module.graph.nodes if n.op not in ("output", "placeholder", "get_attr")]
     wanted = [a for a in module.graph.output_node().args[0] if isinstance(a, fx.Node)]  # type: ignore[union-attr]
-    calls = {n: g for n in nodes if n.op == "call_module" and isinstance(g := facts.attribute(module, str(n.target)), Gated)}
-    for n in nodes:
-        if n.op == "call_module" and isinstance(facts.attribute(module, str(n.target)), Widened | Routed):
-            raise UnsupportedModelError(
-                "the device program does not know this kind of conditional code yet",
-                where=n.name,
-                got=type(facts.attribute(module, str(n.target))).__name__.lower(),
-                wanted="exits, gates and halting; widths and branches of routers run in reference and compact",
-                hint='set fast.executor = "compact"',
-            )
+    modules = {n: facts.attribute(module, str(n.target)) for n in nodes if n.op == "call_module"}
+    calls = {n: m for n, m in modules.items() if isinstance(m, Gated | Widened | Routed | Sent)}
     items = {i for c in calls for i in c.users}
     runs: list[list[fx.Node] | fx.Node] = []
     for n in nodes:
@@ -82,7 +92,11 @@ def split(module: fx.GraphModule, prefix: str) -> Parts:
             given += constants if k == len(runs) - 1 else []
             pieces.append(_straight(module, run, mine, list(dict.fromkeys(given)), prefix))
         else:
-            pieces.append(_conditional(run, calls[run], prefix))
+            called = calls[run]
+            if isinstance(called, Gated):
+                pieces.append(_gated(run, called, prefix))
+            else:
+                pieces += _sent(run, called, prefix) if isinstance(called, Sent) else _several(run, called, prefix)
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
     return Parts(_names(inputs, prefix), tuple(pieces), _names(wanted, prefix))
 
@@ -110,18 +124,112 @@ def _straight(module: fx.GraphModule, run: list[fx.Node], mine: set[fx.Node], gi
     return Straight(fx.GraphModule(module, graph, class_name="Part"), _names(inputs, prefix), _names(given, prefix))
 
 
-def _conditional(call: fx.Node, gated: Gated, prefix: str) -> Conditional:
+def _gated(call: fx.Node, gated: Gated, prefix: str) -> Conditional:
     decision, past, *inputs = call.args
-    names: dict[Any, fx.Node] = {i.args[1]: i for i in call.users if i.target is operator.getitem}
-    outputs = tuple(f"{prefix}{names[k].name}" if k in names else f"{prefix}{call.name}.{k}" for k in range(len(past)))  # type: ignore[arg-type]
+    name = f"{prefix}{call.name}"
     return Conditional(
-        gated=gated,
+        name=name,
         decision=_names([decision], prefix)[0],
         past=_names(past, prefix),
         inputs=_names(inputs, prefix),
-        outputs=outputs,
-        inside=split(gated.body, f"{prefix}{call.name}."),
+        outputs=_given(call, len(past), prefix),  # type: ignore[arg-type]
+        inside=split(gated.body, f"{name}."),
+        axes=gated.axes,
+        out_axes=gated.out_axes,
     )
+
+
+def _several(call: fx.Node, several: Widened | Routed, prefix: str) -> list[Straight | Conditional]:
+    """Who is open at each width or branch, and a region for each."""
+    name = f"{prefix}{call.name}"
+    past: tuple[str, ...] = ()
+    if isinstance(several, Widened):
+        decisions, by, *inputs = call.args
+        past = () if by is None else _names([by], prefix)
+        run = [k for k, passes in enumerate(several.passes) if not passes]
+        decided: Callable[..., Tensor] = at_width
+        asked, axis = list(decisions), several.axis  # type: ignore[arg-type]
+    else:
+        choice, *inputs = call.args
+        run, decided, asked, axis = list(range(len(several.bodies))), on_way, [choice], several.out_axis
+    given = _names(inputs, prefix)
+    found: list[Straight | Conditional] = [_choice(asked, run, decided, name, prefix)]
+    for i, k in enumerate(run):
+        body = several.bodies[k]
+        assert isinstance(body, fx.GraphModule)
+        found.append(
+            Conditional(
+                name=f"{name}.{k}",
+                decision=f"{name}.is_{k}",
+                past=past if i == 0 else (),
+                inputs=tuple(given[j] for j in several.takes[k]),
+                outputs=_given(call, 1, prefix),
+                inside=split(body, f"{name}.{k}."),
+                axes=tuple(several.axes[j] for j in several.takes[k]),
+                out_axes=(axis,),
+                first=i == 0,
+            )
+        )
+    return found
+
+
+def _sent(call: fx.Node, sent: Sent, prefix: str) -> list[Straight | Conditional]:
+    """Who is sent to an exit, and its head for these."""
+    confidence, *values = call.args
+    name = f"{prefix}{call.name}"
+    choice = _choice([confidence], [sent.exit], to_exit, name, prefix, (THRESHOLDS,))  # type: ignore[list-item]
+    head = Conditional(
+        name=name,
+        decision=f"{name}.is_{sent.exit}",
+        past=(),
+        inputs=_names(values, prefix),
+        outputs=_given(call, 1, prefix),
+        inside=split(sent.head, f"{name}."),
+        axes=sent.axes,
+        out_axes=(0,),
+    )
+    return [choice, head]
+
+
+def _choice(
+    asked: list[fx.Node],
+    run: list[int],
+    decided: Callable[..., Tensor],
+    name: str,
+    prefix: str,
+    besides: tuple[str, ...] = (),
+) -> Straight:
+    """Who is open in each of `run`; `besides` are names that `decided` is called with behind what it is asked of."""
+    graph = fx.Graph()
+    read = list(dict.fromkeys(asked))
+    env = {n: graph.placeholder(n.name) for n in read}
+    for n, made in env.items():
+        made.meta = dict(n.meta)
+    more = [graph.placeholder(b) for b in besides]
+    graph.output(tuple(graph.call_function(decided, (k, *(env[n] for n in asked), *more)) for k in run))
+    module = fx.GraphModule({}, graph, class_name="Choice")
+    return Straight(module, (*_names(read, prefix), *besides), tuple(f"{name}.is_{k}" for k in run))
+
+
+def at_width(k: int, *decisions: Tensor) -> Tensor:
+    """[n] float32, 1 for rows that run with so many gates open: an open gate has all before it open."""
+    return (torch.stack([is_open(d) for d in decisions]).sum(0) == k).float()
+
+
+def on_way(k: int, choice: Tensor) -> Tensor:
+    """[n] float32, 1 for rows that take branch k."""
+    return (choice == k).float()
+
+
+def to_exit(k: int, confidence: Tensor, thresholds: Tensor) -> Tensor:
+    """[n] float32, 1 for rows that leave at exit k, as the decision has it: no NaN does."""
+    threshold = thresholds[k]
+    return ((confidence.float() >= threshold) & ~(threshold > 1)).float()
+
+
+def _given(call: fx.Node, count: int, prefix: str) -> tuple[str, ...]:
+    names: dict[Any, fx.Node] = {i.args[1]: i for i in call.users if i.target is operator.getitem}
+    return tuple(f"{prefix}{names[k].name}" if k in names else f"{prefix}{call.name}.{k}" for k in range(count))
 
 
 def used_in(parts: Parts) -> frozenset[str]:

@@ -31,8 +31,10 @@ class Shapes:
         self.values |= {n: self.values[i] for n, i in zip(parts.inputs, inputs, strict=True)}
         for piece in parts.pieces:
             if isinstance(piece, Conditional):  # what goes past a region looks like what comes out of it
-                self.values |= {o: self.values[p] for o, p in zip(piece.outputs, piece.past, strict=True)}
+                self.values |= {o: self.values[p] for o, p in zip(piece.outputs, piece.past, strict=False)}
                 self.run(piece.inside, piece.inputs)
+                if piece.first and not piece.past:
+                    self.values |= {o: self.values[y] for o, y in zip(piece.outputs, piece.inside.outputs, strict=True)}
                 continue
             with torch.no_grad(), self.mode:
                 given = Watched(piece.module).run(*(self.values[i] for i in piece.inputs))
