@@ -16,7 +16,7 @@ from eecompile.runtime.device.cuda import Capture
 from eecompile.runtime.device.executor import Options
 from eecompile.runtime.device.fallback import Bound
 from eecompile.runtime.device.machine import Simulator, allocated, constants
-from eecompile.runtime.device.nodes import Call, Copy, Decide, Gather, If, Switch, While
+from eecompile.runtime.device.nodes import Call, Copy, Decide, Gather, If, OpenRows, Switch, While
 from eecompile.runtime.device.warm import Warm
 from tests.compositions import SEQUENCES, SUMS, at_random, same_in_all
 from tests.runtime.devices import Late, reference, simulated, spread
@@ -47,6 +47,10 @@ def test_a_router_to_exits_agrees_with_the_reference(bert):
         confidences = fast.observe(**kwargs).confidences[:-1]
         fast.set_thresholds(random_thresholds(confidences, random.Random(batch), closed=0.0))
         same_in_all(fast, simulated(fast, **kwargs), reference(fast, **kwargs))
+    flat = fast.program.signature.flatten((), kwargs)
+    runs = fast._executor("simulate")
+    heads = [runs.device_program(flat, last)[0].count(OpenRows) for last in (None, 1, 0)]
+    assert heads == [1 + 4 + 4, 1, 0]  # in each bucket; an exit that all rows leave at has its head run on all
 
 
 @pytest.mark.parametrize("buckets", [None, (1, 4), (3,), (2, 5, 7)])
