@@ -20,13 +20,15 @@ from eecompile.passes.insert_halting import HALT_SCALE, closed_scale
 from eecompile.passes.place_gates import GATES
 from eecompile.program import Halt
 from eecompile.routing import Routing
-from eecompile.thresholds import ExitRecord, GateRecord, WidthRecord, threshold_values
+from eecompile.thresholds import ExitRecord, GateRecord, HaltRecord, HaltStepRecord, WidthRecord, threshold_values
 
 NEVER = 2.0  # a halting threshold that nothing reaches
 
 
 class Decisions(Routing):
-    """What `CompiledModule` tells of its exits, gates and routes."""
+    """What `CompiledModule` tells of its exits, gates, routes and halting."""
+
+    steps_measured: float | None = None  # mean steps of the rows that `evaluate` saw last
 
     @property
     def thresholds(self) -> Tensor:
@@ -138,6 +140,32 @@ class Decisions(Routing):
             shares = torch.tensor([0.0, *w.fractions] if w.skips else w.fractions, device=gates.device)
             found.append(shares[opened])
         return torch.stack(found, 1)
+
+    @property
+    def halts(self) -> tuple[HaltRecord, ...]:
+        """The chains of steps that rows halt in."""
+        total = self.program.total_flops or 1.0
+        return tuple(
+            HaltRecord(
+                name=h.name,
+                depth=h.depth,
+                threshold=self.halting_threshold,
+                rule=self.program.halt_recipes[h.group].rule,
+                repeated=h.repeated,
+                per_token=h.per_token,
+                steps=tuple(
+                    HaltStepRecord(
+                        s.name,
+                        s.region,
+                        str(getattr(self.graph_module.get_submodule(s.unit), "kind", "custom")),
+                        s.flops / total,
+                        s.unit_flops / total,
+                    )
+                    for s in h.steps
+                ),
+            )
+            for h in self.program.halts
+        )
 
     @property
     def halting_threshold(self) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 from rich.console import RenderableType
@@ -99,6 +99,8 @@ def explain(fast: Any) -> Explanation:
                 for g in fast.gates
             ],
             "widths": [vars(w) for w in fast.widths],
+            "halts": [asdict(h) for h in fast.halts],
+            "mean_steps": fast.steps_measured,
             "routes": _routes(fast),
             "cuts": [
                 {

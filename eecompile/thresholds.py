@@ -1,4 +1,4 @@
-"""Exits as users see them, and what they may pass as thresholds."""
+"""Exits, gates, widths and halting as users see them, and what they may pass as thresholds."""
 
 from __future__ import annotations
 
@@ -93,6 +93,47 @@ class WidthRecord:
     skips: bool
     gates: tuple[str, ...]
     saves: float
+
+
+@dataclass(frozen=True)
+class HaltStepRecord:
+    """One step of a chain that rows halt in, as users see it.
+
+    Attributes:
+        name: `halt_0_step_0`, ...
+        region: The block that it runs.
+        unit: What gives its halting score: "linear", or "token" for one at every position.
+        cost: Cost of the block for one row, as a fraction of the full model's.
+        unit_cost: Cost of the score.
+    """
+
+    name: str
+    region: str
+    unit: str
+    cost: float
+    unit_cost: float
+
+
+@dataclass(frozen=True)
+class HaltRecord:
+    """One chain of steps that rows halt in, as users see it.
+
+    Attributes:
+        name: `halt_0`, ...
+        depth: Fraction of the full model's cost spent before it.
+        threshold: What scores must add up to; above 1 no row halts. All chains share it.
+        rule: "mean", the output is the mean of the states under the scores, or "stop", the state that a row stopped at.
+        repeated: Whether the steps are one block again and again.
+        per_token: Whether every position halts by itself.
+    """
+
+    name: str
+    depth: float
+    threshold: float
+    rule: str
+    repeated: bool
+    per_token: bool
+    steps: tuple[HaltStepRecord, ...]
 
 
 def threshold_values(names: Sequence[str], now: Sequence[float], given: Any, what: str = "exit") -> list[float]:

@@ -123,8 +123,8 @@ def calibrate(
 ) -> None:
     """Choose thresholds that lose at most --max-drop, or the best for a --budget, and save them with the program.
 
-    Use data that training has not seen. Where no thresholds qualify, exits are closed, gates are open, rows do not halt and it
-    says so.
+    Use data that training has not seen. Where no thresholds qualify, exits are closed, gates open, no row halts, and it says
+    so.
     """
     with reporting(as_json) as out:
         from eecompile.artifact import files

@@ -20,6 +20,7 @@ from eecompile.program import Block, Live, Program
 
 FEWEST_COLLAPSED = 4
 NO_WORK = ("placeholder", "get_attr", "output")
+HALTS = re.compile(r"halt_\d+_(step_\d+|output)")  # names of what halting adds
 
 
 @dataclass(frozen=True)
@@ -242,6 +243,8 @@ def _decides(n: fx.Node) -> bool:
     """Whether a node belongs to a gate or a chain that halts: its unit, its decision, the choice behind a region."""
     if n.op == "call_module":
         return str(n.target).startswith((f"{GATES}.", f"{ROUTES}."))
+    if HALTS.match(n.name):
+        return True
     return n.op == "call_function" and str(n.target).startswith("eecompile.")
 
 

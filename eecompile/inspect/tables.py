@@ -1,4 +1,4 @@
-"""The program as tables: blocks, exits, gates, cuts, refusals, passes."""
+"""The program as tables: blocks, exits, gates, halting, routes, cuts, refusals, passes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def tables(fast: Any, outline: Outline, whole: bool) -> RenderableType:
     """`format="table"`: the level's blocks and, for the whole program, everything else that is known."""
     parts: list[RenderableType] = [blocks(outline)]
     if whole:
-        parts += [exits(fast), *gates(fast), *routes(fast), cuts(fast), *refusals(fast), passes(fast)]
+        parts += [exits(fast), *gates(fast), *halts(fast), *routes(fast), cuts(fast), *refusals(fast), passes(fast)]
     return Group(*parts)
 
 
@@ -69,6 +69,19 @@ def widths(fast: Any) -> list[Table]:
         shares = write.shares(w)
         channels = ", ".join("/".join(map(str, sizes)) for sizes in w.channels)
         made.add_row(w.name, Text(w.region), shares, channels, f"{w.gates[0]} to {w.gates[-1]}", write.percent(w.saves))
+    return [made]
+
+
+def halts(fast: Any) -> list[Table]:
+    """One table, none where nothing halts; with the mean steps that `evaluate` saw last, if it has been called."""
+    if not fast.halts:
+        return []
+    seen = "" if fast.steps_measured is None else f", {fast.steps_measured:.3g} steps in the mean of the rows evaluated"
+    made = _table(f"halting{seen}", "step", "block", "unit", "threshold", "cost", "unit cost")
+    for h in fast.halts:
+        threshold = "never halts" if h.threshold > 1 else f"{h.threshold:.4g}"
+        for s in h.steps:
+            made.add_row(s.name, Text(s.region), s.unit, threshold, write.percent(s.cost), write.percent(s.unit_cost))
     return [made]
 
 

@@ -95,6 +95,16 @@ def shares(width: Any) -> str:
     return "/".join([*(["skip"] if width.skips else []), *found]) + "%"
 
 
+def halting(h: Any) -> str:
+    """A chain that rows halt in: how, and from which threshold on."""
+    kind = "positions halt" if h.per_token else "rows halt"
+    if h.threshold > 1:
+        return f"never halts, {'one step' if h.repeated else 'every step is taken'}"
+    says = "scores add up to" if h.rule == "mean" else "they have stopped with probability"
+    given = "the mean of the states" if h.rule == "mean" else "the state there"
+    return f"{kind} once {says} {h.threshold:.4g}, and {given} goes on"
+
+
 def width(w: Any) -> str:
     """A part with widths in a line."""
     channels = ", ".join(str(sizes[-1]) for sizes in w.channels)

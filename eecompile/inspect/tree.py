@@ -60,6 +60,7 @@ class _Grown:
                 mark = " (the prediction)" if i == program.prediction else ""
                 tree.add(Text.assemble(("output ", "dim"), leaf.describe() + mark))
             self._gates(tree)
+            self._halts(tree)
             self._routes(tree)
             self._executor(tree)
             self._refusals(tree, program.refusals)
@@ -71,9 +72,13 @@ class _Grown:
         head = Text.assemble((fast.title, "bold"), f", {fast.strategy.name}: ")
         count = len(fast.exits)
         gates = len(fast.gates)
-        inserted = [f"{count} exit{'' if count == 1 else 's'}"] if count or not (gates or fast.routes) else []
+        halts = fast.halts
+        inserted = [f"{count} exit{'' if count == 1 else 's'}"] if count or not (gates or fast.routes or halts) else []
         inserted += [f"{gates} gate{'' if gates == 1 else 's'}"] if gates else []
         inserted += [f"{len(fast.routes)} routes"] if fast.routes else []
+        inserted += [f"{len(halts)} chain{'' if len(halts) == 1 else 's'} that halt{'s' if len(halts) == 1 else ''}"] * bool(
+            halts
+        )
         head.append(f"{', '.join(inserted)}, {write.flops(fast.program.total_flops)} a row")
         if not self.whole:
             level = self.outline.level
@@ -133,6 +138,22 @@ class _Grown:
             )
             for w in self.fast.widths:
                 branch.add(Text.assemble((w.name, "bold magenta"), f" {write.width(w)}"))
+
+    def _halts(self, tree: Tree) -> None:
+        halts = self.fast.halts
+        if not halts:
+            return
+        measured = self.fast.steps_measured
+        most = sum(len(h.steps) for h in halts)
+        seen = "" if measured is None else f"; {measured:.3g} of {most} steps in the mean of the rows that were evaluated"
+        branch = tree.add(Text.assemble(("halting ", "dim"), f"up to {most} steps{seen}"))
+        for h in halts:
+            state = Text(write.halting(h), "yellow" if h.threshold > 1 else "green")
+            chain = branch.add(Text.assemble((h.name, "bold magenta"), ": ", state))
+            steps = [(f"up to {len(h.steps)} times ", h.steps[0])] if h.repeated else [("", s) for s in h.steps]
+            for times, s in steps:
+                unit = f"{s.unit} unit of {write.percent(s.unit_cost)}"
+                chain.add(Text(f"{times}{s.region}: {write.percent(s.cost)} a step, {unit}"))
 
     def _routes(self, tree: Tree) -> None:
         fast = self.fast

@@ -45,6 +45,7 @@ class Departure:
         full_prediction: What the whole model would have answered, all exits closed and all gates open.
         gates: Whether each gate let the row in, by name.
         widths: The share of its channels that each part with widths ran with, by region; 0 for skipped.
+        steps: Steps that it took, its positions' mean where each halts by itself; None where nothing halts.
     """
 
     row: int
@@ -55,10 +56,14 @@ class Departure:
     exits: list[At]
     gates: dict[str, bool] = field(default_factory=dict)
     widths: dict[str, float] = field(default_factory=dict)
+    steps: float | None = None
 
     @property
     def why(self) -> str:
-        """One sentence, one more where there are gates."""
+        """One sentence, one more where there are gates or rows halt."""
+        if self.steps is not None:
+            halted = f"it took {self.steps:.3g} step{'' if self.steps == 1 else 's'}"
+            return f"{self._why_left()}; {halted}" if len(self.exits) > 1 else halted
         if not self.gates:
             return self._why_left()
         shut = [name for name, is_open in self.gates.items() if not is_open]
@@ -108,6 +113,8 @@ class Departures(Report):
         gated = self.rows[0].gates if self.rows else {}
         shares = ", ".join(f"{g} {percent(sum(r.gates[g] for r in self.rows) / len(self.rows))}" for g in gated)
         opened = [Text(f"share of the rows that each gate let in: {shares}")] if gated else []
+        taken = [r.steps for r in self.rows if r.steps is not None]
+        opened += [Text(f"{sum(taken) / len(taken):.3g} steps in the mean")] if taken else []
         note = f"and {len(self.rows) - MOST_ROWS} more rows" if len(self.rows) > MOST_ROWS else ""
         return Group(made, *([Text(note)] if note else []), *opened)
 
@@ -174,6 +181,7 @@ def where(fast: Any, *args: Any, **kwargs: Any) -> Departures:
                 found,
                 dict(zip((g.name for g in fast.gates), opened[i], strict=True)) if opened else {},
                 dict(zip((w.region for w in fast.widths), wide[i], strict=True)) if wide else {},
+                float(result.steps[i].double().mean()) if fast.program.halts else None,
             )
         )
     return Departures(rows, exits[0].criterion.name if exits else "no exits")

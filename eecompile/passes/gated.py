@@ -174,13 +174,17 @@ class GatedRegions:
                 if self.names[c.y] in part.env:
                     part.env[node] = part.env[self.names[c.y]]
             return
-        body, inputs = self.body(i, part, f"Region{i}")
+        # What a chain tells of itself at its end is carried where somebody asks.
+        read = [c for c in gate.carries if needed is None or self.names[c.node] in needed]
+        carries = read or list(gate.carries)
+        skips = [self.names[c.node] for c in carries]
+        body, inputs = self.body(i, part, f"Region{i}", [self.names[c.y] for c in carries])
         defined(body.graph)
         body.recompile()
         axes = [self._axis(n, gate) for n in inputs]
         target = f"{gate.name}_region"
-        part.modules[target] = Gated(body, axes, [c.batch_axis for c in gate.carries])
-        past = tuple(part.resolve(self.names[c.x]) for c in gate.carries)
+        part.modules[target] = Gated(body, axes, [c.batch_axis for c in carries])
+        past = tuple(part.resolve(self.names[c.x]) for c in carries)
         decision = part.resolve(self.names[gate.decision])
         call = part.graph.call_module(target, (decision, past, *(part.resolve(n) for n in inputs)))
         for k, node in enumerate(skips):

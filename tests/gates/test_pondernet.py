@@ -163,3 +163,14 @@ def test_a_loss_for_the_whole_batch_is_refused():
         fast.fit([(x, labels)], loss=F.cross_entropy, progress=False)
     with pytest.raises(EecompileError, match="prior="):
         PonderNet(prior=0.0)
+
+
+def test_two_steps_are_enough():
+    """Then nothing but the run's report reads what the first step adds up."""
+    _, fast = compiled("over depth", blocks=["blocks.1", "blocks.2"], halting_bias=0.0)
+    x, _, _ = rows(7, seed=8)
+    result = fast.run(x)
+    assert set(result.steps.tolist()) == {1, 2}
+    fast.executor = "reference"
+    assert torch.equal(fast.run(x).steps, result.steps)
+    close(result.output, fast(x))
