@@ -30,8 +30,9 @@ SUMS: dict[str, Callable[[], Strategy]] = {
     "anytime + act": lambda: strategies.Anytime() + strategies.Act(halting_bias=-0.5),
 }
 
-SEQUENCES: dict[str, Callable[[], Strategy]] = {  # for models with positions alone
+SEQUENCES: dict[str, Callable[[], Strategy]] = {  # for models with positions, or one chain of blocks
     "branchy + act per position": lambda: strategies.Branchy(**EXITS) + strategies.Act(per_token=True, halting_bias=0.0),
+    "branchy + pondernet": lambda: strategies.Branchy(**EXITS) + strategies.Act(halting="pondernet", halting_bias=0.0),
 }
 
 
@@ -53,6 +54,8 @@ def at_random(fast: CompiledModule, args: Any, kwargs: Any, rng: random.Random) 
         scores = fast.observe(*args, **kwargs).gate_scores
         assert scores is not None
         fast.set_gate_thresholds([rng.choice([0.0, CLOSED, *[separating(s, rng)] * 4]) for s in scores.T])
+    if not fast.exits:
+        return
     if fast.exits[0].criterion.stateful:
         patience = fast.exits[0].criterion.patience
         fast.set_thresholds([rng.choice([CLOSED, *((k + 0.5) / patience for k in range(patience))]) for _ in fast.exits])
