@@ -298,7 +298,7 @@ class Decisions(Routing):
         Args:
             exit_index: [B] int64.
             gates: [B, G] 1 for open, differentiable or not; None without gates.
-            steps: Of every chain that halts [B, K], 1 for a step that ran.
+            steps: Of every chain that halts [B, K], what of a step ran: see `steps_of`.
             ways: [B, K] how much of each way of a router to branches, differentiable or not; None without.
         """
         return self._all_spent(exit_index, gates, steps, ways, self.open_exits)
@@ -364,14 +364,17 @@ class Decisions(Routing):
         closed = self.halting_threshold == NEVER
         cost = torch.zeros_like(ran[:, 0])
         for k, step in enumerate(halt.steps):
-            mine = ran[:, k].detach()
+            share = ran[:, k].detach()
+            mine = (share > 0).to(share.dtype)
             more = (mine * step.flops if k else 0.0 * mine) if halt.repeated else (mine - 1) * step.flops
             more = more if closed else more + mine * step.unit_flops
+            more = more - (mine - share) * sum(p.flops for p in step.parts)
             cost = cost + torch.where(exit_index >= step.stage, more, 0.0)
         return cost / total
 
     def steps_of(self, reports: Mapping[str, Tensor], exit_index: Tensor) -> list[Tensor]:
-        """Of every chain that halts [B, K], 1 for a step that ran: the first one for every row that reached it."""
+        """Of every chain that halts [B, K], 1 for a step that ran, where positions halt one by one the share of those that
+        had not: the first one for every row that reached it."""
         found = []
         open_exits = self.open_exits
         for h in self.program.halts:

@@ -199,7 +199,7 @@ class CompiledModule(DevicePrograms, Anytime):
         """Steps and ponder cost; a row that left inside a chain has the steps that it ran, and no ponder cost of it."""
         counts = []
         for h, ledger, ran in zip(self.program.halts, ledgers, steps, strict=True):
-            count, taken = ledger.detach()[..., 1], ran.sum(1)
+            count, taken = ledger.detach()[..., 1], (ran > 0).sum(1).to(ledger.dtype)
             left = torch.zeros_like(taken, dtype=torch.bool)
             if not self.training:
                 left = (result.exit_index < h.stage) | (ran[:, 0] == 0)

@@ -30,6 +30,7 @@ from eecompile.records import (
     Region,
     Report,
     Stage,
+    TokenPart,
     Width,
 )
 from eecompile.route_records import Route, Way
@@ -57,6 +58,7 @@ __all__ = [
     "Route",
     "Snapshot",
     "Stage",
+    "TokenPart",
     "Way",
     "Width",
 ]

@@ -263,6 +263,32 @@ class Report:
 
 
 @dataclass(frozen=True)
+class TokenPart:
+    """A position-wise part of a step: what it gives at one position of a sequence depends on its inputs there alone. Where
+    every position halts by itself it runs at those that have not halted, the live ones.
+
+    Attributes:
+        name: `halt_0_step_1_tokens_0`, ...
+        node: Name of the node `[B, S, ...]` that it hands on, the last of `nodes`.
+        nodes: Names of its nodes, in graph order.
+        inputs: Names of the nodes `[B, S, ...]` that it reads at the live positions.
+        past: Name of the node with the value of the positions that have halted; empty where nobody reads those.
+        kept: Name of the node that chooses between the two, empty without `past`.
+        flops: Cost for one row, all positions live.
+        most_live: Share of live positions above which all are computed, because gathering would take longer.
+    """
+
+    name: str
+    node: str
+    nodes: tuple[str, ...]
+    inputs: tuple[str, ...]
+    past: str
+    kept: str
+    flops: float
+    most_live: float
+
+
+@dataclass(frozen=True)
 class HaltStep:
     """One step of adaptive computation: a block, its halting unit, and the update of what has been given out.
 
@@ -278,6 +304,9 @@ class HaltStep:
         value: Name of the node with what the rows have behind it: the block's value, or what a halted row keeps.
         last: Name of the last node of the step: an exit may lie behind it.
         stage: How many exits lie before it; set by `stage`.
+        live: Name of the node `[B, S]` that says which positions still run, where each halts by itself; empty for the first
+            step and where rows halt as a whole.
+        parts: What runs at the live positions only; set by `find_token_parts`.
     """
 
     name: str
@@ -291,6 +320,8 @@ class HaltStep:
     value: str = ""
     last: str = ""
     stage: int = 0
+    live: str = ""
+    parts: tuple[TokenPart, ...] = ()
 
 
 @dataclass(frozen=True)

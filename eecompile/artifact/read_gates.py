@@ -83,6 +83,6 @@ def _halt(data: dict[str, Any]) -> Halt:
 
 def _step(data: dict[str, Any]) -> HaltStep:
     fields = dict(data)
-    fields["carries"] = ()  # written anew
+    fields["carries"] = fields["parts"] = ()  # written and found anew
     fields["anchors"] = tuple(None if a is None else Anchor(**a) for a in fields["anchors"])
     return HaltStep(**fields)

@@ -25,6 +25,7 @@ LEVELS = (
     "insert_gates",
     "place_halting",
     "insert_halting",
+    "find_token_parts",
     "place_routes",
     "insert_routes",
     "place_exits",

@@ -19,6 +19,7 @@ from eecompile.passes.equilibrium import Equilibrium
 from eecompile.passes.find_blocks import FindBlocks
 from eecompile.passes.find_cuts import FindCuts
 from eecompile.passes.find_regions import FindRegions
+from eecompile.passes.find_token_parts import FindTokenParts
 from eecompile.passes.insert_exits import COMBINATION, TEMPERATURES, THRESHOLDS, InsertExits, relocate
 from eecompile.passes.insert_gates import GATE_THRESHOLDS, InsertGates, norms_name, relocate_gates
 from eecompile.passes.insert_halting import HALT_SCALE, InsertHalting, relocate_halting
@@ -71,12 +72,14 @@ def insertion(recipe: Recipe, captured: Captured, seed: int, brought: Brought | 
             *([] if recipe.gates is not None else [FindRegions()]),
             PlaceHalting(recipe.halting, captured.flat_example),
             InsertHalting(recipe.halting, seed=seed),
+            *([FindTokenParts()] if recipe.halting.unit == "token" else []),
         ]
     for gates in brought.gates:
         passes += [AdoptGates(gates), InsertGates(gates.recipe, units=gates.units)]
     for halts in brought.halts:
         scale = torch.full((1,), halts.scale)
         passes += [AdoptHalting(halts), InsertHalting(halts.recipe, units=halts.units, scale=scale)]
+        passes += [FindTokenParts()] if halts.recipe.unit == "token" else []
     if recipe.routes is not None and recipe.routes.branches:  # exits come behind: they may not lie among the branches
         passes += [*([FindRegions()] if recipe.gates is None and recipe.halting is None else []), *routing]
         routing = []
@@ -139,7 +142,7 @@ def inserted_again(
         halts = tuple(h for h in like.halts if h.group == k)
         own = {name: u for name, u in units.items() if f"{GATES}.{name}" in {s.unit for h in halts for s in h.steps}}
         halting = InsertHalting(halt_recipe, units=own, scale=buffers[HALT_SCALE])
-        program = run_passes(relocate_halting(program, halts), [halting])
+        program = run_passes(relocate_halting(program, halts), [halting, FindTokenParts()])
     return program
 
 
@@ -150,6 +153,7 @@ __all__ = [
     "FindBlocks",
     "FindCuts",
     "FindRegions",
+    "FindTokenParts",
     "InsertExits",
     "InsertGates",
     "InsertHalting",

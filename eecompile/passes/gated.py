@@ -18,6 +18,7 @@ from eecompile.kernels.skip import is_open
 from eecompile.passes import facts
 from eecompile.passes.extract import Extractor, extract
 from eecompile.passes.find_regions import exclusive
+from eecompile.passes.live_positions import extract_at_live
 from eecompile.passes.routed import Routed
 from eecompile.passes.widened import Chains, Widened
 from eecompile.program import Gate, Halt, HaltStep, Program, Route, Way
@@ -73,9 +74,14 @@ def conditionals(program: Program) -> tuple[Conditional, ...]:
 
 
 class GatedRegions:
-    """The gated regions of a marked graph: which nodes are inside which."""
+    """The gated regions of a marked graph: which nodes are inside which.
 
-    def __init__(self, program: Program, gm: fx.GraphModule, batch: facts.Batch) -> None:
+    Args:
+        live_only: Whether position-wise parts of halting steps run at live positions only.
+    """
+
+    def __init__(self, program: Program, gm: fx.GraphModule, batch: facts.Batch, live_only: bool = False) -> None:
+        self.live_only = live_only
         self.gates, self.halts, self.gm, self.batch = conditionals(program), program.halts, gm, batch
         nodes = list(gm.graph.nodes)
         position = {n: i for i, n in enumerate(nodes)}
@@ -141,6 +147,8 @@ class GatedRegions:
             for a in n.all_input_nodes
             if a not in within and a.op != "get_attr" and not facts.is_symbolic_number(a)
         )
+        if self.live_only and isinstance(gate, HaltStep) and gate.parts:
+            return extract_at_live(self.gm, mine, list(inputs), ys, name, gate), list(inputs)
         return extract(self.gm, mine, list(inputs), ys, name), list(inputs)
 
     def serves(self, i: int, needed: set[fx.Node]) -> bool:

@@ -84,7 +84,8 @@ class InsertHalting(Pass):
         swap = swapped(program.halts, halts)
         cuts, refusals = moved_cuts(program, writer.spans, swap, halts)
         reports = tuple(Report(h.name, h.ledger, h.output) for h in halts)
-        reports += tuple(Report(s.name, s.decision, s.carries[0].node) for h in halts for s in h.steps if s.carries)
+        told = {s.name: writer.shares.get(s.name, s.decision) for h in halts for s in h.steps}
+        reports += tuple(Report(s.name, told[s.name], s.carries[0].node) for h in halts for s in h.steps if s.carries)
         done = program.replace(
             graph_module=gm,
             halts=(*there, *halts),
@@ -124,6 +125,7 @@ class _Writer:
         self.spans: list[tuple[int, int, Halt]] = []
         self.written: set[fx.Node] = set()
         self.stops = recipe.rule == "stop"
+        self.shares: dict[str, str] = {}  # where positions halt one by one: node [B] with the share of live ones, by step
         self.replaced: dict[str, fx.Node] = {}  # the last block's value of a chain, and what stands for it
         first = next(n for n in self.graph.nodes if n.op != "placeholder")
         with self.graph.inserting_before(first):
@@ -170,11 +172,12 @@ class _Writer:
     def step(self, chain: _Chain, k: int, y: fx.Node) -> None:
         """Score, `halt` and, behind the first step, the choices of step k."""
         step, before = chain.halt.steps[k], (chain.value, chain.weighted, chain.ledger, chain.running)
-        decision = chain.decision
+        decision, live = chain.decision, ""
         unit = self.unit(step, y)
         unit.meta[ROLE] = ("score", k)
         score = self.call(f"{step.name}_score", aten.mul.Tensor, unit, self.left(step, chain))
         if chain.halt.per_token and chain.running is not None:
+            live = chain.running.name
             wide = self.call(f"{step.name}_tokens", aten.unsqueeze.default, chain.running, -1)
             y = self.call(f"{step.name}_kept", aten.where.self, wide, y, chain.value)
         # Where nobody reads a mean of the states there is none: the scores stand in, and their mean goes nowhere.
@@ -198,10 +201,13 @@ class _Writer:
         if not chain.done(k):
             running = after[3]
             if chain.halt.per_token:
+                ones = self.call(f"{step.name}_live", aten.to.dtype, running, torch.float32)
+                share = self.call(f"{step.name}_live_share", aten.mean.dim, ones, [1])
+                self.shares[chain.halt.steps[k + 1].name] = share.name
                 running = self.call(f"{step.name}_row_runs", aten.any.dim, running, 1)
             chain.decision = running
         name = "" if decision is None else decision.name
-        step = replace(step, decision=name, carries=tuple(carries), value=after[0].name, last=self.at.name)
+        step = replace(step, decision=name, carries=tuple(carries), value=after[0].name, last=self.at.name, live=live)
         chain.steps.append(step)
 
     def left(self, step: HaltStep, chain: _Chain) -> fx.Node:
@@ -331,7 +337,7 @@ def relocate_halting(program: Program, halts: tuple[Halt, ...]) -> Program:
             regions.append(
                 Region(step.region, "block", step.region, x.name, y.name, 0, step.flops, h.depth, True, step.anchors)
             )
-        bare = tuple(replace(s, decision="", carries=(), value="", last="") for s in h.steps)
+        bare = tuple(replace(s, decision="", carries=(), value="", last="", live="", parts=()) for s in h.steps)
         moved.append(replace(h, steps=bare, x=ends[0][0], ys=tuple(y for _, y in ends), output="", ledger=""))
     return program.replace(
         halts=(*program.halts, *moved),

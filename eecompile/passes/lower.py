@@ -86,6 +86,7 @@ def schedule(
     open_exits: tuple[int, ...],
     decide_at_end: bool = False,
     gates: tuple[str, ...] | None = None,
+    live_only: bool = False,
 ) -> Schedule:
     """The segments between the open exits.
 
@@ -94,9 +95,11 @@ def schedule(
         decide_at_end: Whether the last segment also gives the confidence of the model's own output, and every segment
             its reports.
         gates: Per gated region and halting step "open", "shut" or "dynamic"; None takes all as dynamic.
+        live_only: Whether position-wise parts of halting steps run at live positions only, so many as there are: their
+            number is known on the host only.
     """
     how = (DYNAMIC,) * len(conditionals(program)) if gates is None else gates
-    layout = Layout(program)
+    layout = Layout(program, live_only)
     stops = (*open_exits, len(program.exits))
     segments = []
     start = -1

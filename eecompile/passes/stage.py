@@ -68,9 +68,13 @@ def _staged(halt: Halt, layout: Layout, by_exit: Mapping[fx.Node, tuple[int, ...
 
 
 class Layout:
-    """The trunk's nodes between the exits of a marked graph, and what crosses each boundary."""
+    """The trunk's nodes between the exits of a marked graph, and what crosses each boundary.
 
-    def __init__(self, program: Program) -> None:
+    Args:
+        live_only: Whether position-wise parts of halting steps are lowered to run at live positions only.
+    """
+
+    def __init__(self, program: Program, live_only: bool = False) -> None:
         self.program = program
         self.gm = program.graph_module if program.level == "marked" else program.marked
         if self.gm is None:
@@ -80,7 +84,7 @@ class Layout:
         self.position = {n: i for i, n in enumerate(self.trunk)}
         self.batch = facts.Batch(self.gm, program.signature)
         self.learned = facts.trunk_nodes(self.gm, self.batch)
-        self.regions = GatedRegions(program, self.gm, self.batch)
+        self.regions = GatedRegions(program, self.gm, self.batch, live_only)
         shape = program.signature.outputs[program.prediction or 0].shape
         self.positions = len(shape) == 3
         self.bounds = [self.position[self.names[e.after]] for e in program.exits]

@@ -90,7 +90,7 @@ class CompactExecutor:
         if found is None:
             with self._lock:
                 if key not in self._plans:
-                    segments = schedule(self.program, open_exits, decide_at_end, gates).segments
+                    segments = schedule(self.program, open_exits, decide_at_end, gates, live_only=True).segments
                     self._plans[key] = tuple(self._step(s) for s in segments)
                 found = self._plans[key]
         return found

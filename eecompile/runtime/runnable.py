@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from eecompile.errors import MissingDependencyError
 from eecompile.passes import facts
 from eecompile.passes.gated import Gated
+from eecompile.passes.live_positions import LivePositions
 from eecompile.passes.routed import Routed
 from eecompile.passes.widened import Widened
 from eecompile.runtime.reuse import reusable
@@ -104,7 +105,7 @@ class EagerSegment:
 
     def __init__(self, module: fx.GraphModule) -> None:
         for gated in module.modules():
-            if isinstance(gated, Gated):
+            if isinstance(gated, Gated | LivePositions):
                 gated.call = EagerSegment(gated.body)
             elif isinstance(gated, Widened | Routed):
                 gated.prepare(EagerSegment)
@@ -139,13 +140,16 @@ def compiled(module: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
     """A segment through `torch.compile` with a dynamic batch: one graph for every number of survivors above one."""
     if not hasattr(torch, "compile"):
         raise MissingDependencyError("this torch has no torch.compile", hint='use backend="eager"')
-    gates: list[Gated | Widened | Routed] = [m for m in module.modules() if isinstance(m, Gated)]
+    inner = [m for m in module.modules() if isinstance(m, LivePositions)]
+    gates: list[Gated | LivePositions | Widened | Routed] = [m for m in module.modules() if isinstance(m, Gated)]
+    gates += inner
     for several in (m for m in module.modules() if isinstance(m, Widened | Routed)):
         several.prepare(partial(torch.compile, dynamic=True, fullgraph=True))
         gates.append(several)
     for gated in gates:  # how many rows are open is known on the host only: the graph breaks around a region
-        if isinstance(gated, Gated):
-            gated.call = torch.compile(gated.body, dynamic=True, fullgraph=True)
+        if isinstance(gated, Gated | LivePositions):
+            whole = not any(isinstance(m, LivePositions) for m in gated.body.modules())
+            gated.call = torch.compile(gated.body, dynamic=True, fullgraph=whole)
         gated.forward = torch.compiler.disable(gated.forward)  # type: ignore[method-assign, no-untyped-call]
     call: Callable[..., tuple[Tensor, ...]] = torch.compile(module, dynamic=True, fullgraph=not gates)
     return call

@@ -1,0 +1,113 @@
+"""Adaptive computation time over depth (Graves 2016): MiniLM-L6 on IMDB stops block by block, per review and per token.
+
+A halting unit behind each block says how likely the state is good enough; what the classifier reads is the mean of the
+states, weighted by those probabilities. The fine-tuned trunk and the units are trained together, with a price on steps, on
+reviews that the trunk has not seen: once with one score for each review, once with one for each of its tokens, where a
+token that has halted keeps its state and is still attended to. Halting thresholds are chosen on the validation part: 1, as
+trained, and the cheapest that loses at most 1% there against it. The test part is run once for each line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+
+from eecompile import eecompile
+from eecompile.strategies import Act
+from eecompile.training.batches import batches
+from examples import datasets
+from examples._common import Options, Record, Variant, fitted, main, minilm_trunk, rows_of, timed
+from examples._parts import imdb_parts
+from examples._registry import atomic
+
+ROWS = {"seen": 4_000, "train": 1_280, "val": 500, "test": 1_000}  # seen: by the trunk, which learns from others here
+ROWS_QUICK = {"seen": 0, "train": 128, "val": 64, "test": 64}
+TRAINING: dict[str, Any] = {"epochs": 2, "lr": 2e-3, "trunk_lr": 5e-5, "max_grad_norm": 1.0, "scheduler": "cosine"}
+PRICE = 0.1  # loss that one step is worth
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+ALLOWED = 0.01
+NEVER = 2.0
+
+
+def judge(fast: Any, loader: Iterable[Any], threshold: float) -> dict[str, Any]:
+    """Accuracy, mean cost, and the share of reviews (or of their tokens) that took 1, 2, ... steps, as the program runs."""
+    fast.set_halting_threshold(threshold)
+    right, costs, steps = [], [], []
+    with torch.no_grad():
+        for batch in batches(loader, torch.device("cpu")):
+            result = fast.run(*batch.args, **batch.kwargs)
+            right.append(fast.prediction_of(result.output).argmax(-1) == batch.labels)
+            costs.append(result.cost)
+            taken = result.steps
+            # padding halts at once: only tokens count
+            steps.append(taken if taken.ndim == 1 else taken[batch.kwargs["attention_mask"].expand_as(taken).bool()])
+    most = len(fast.program.halts[0].steps)
+    taken = torch.cat(steps)
+    return {
+        "threshold": threshold,
+        "accuracy": float(torch.cat(right).float().mean()),
+        "cost": float(torch.cat(costs).mean()),
+        "share": {f"{k} blocks": float((taken == k).float().mean()) for k in range(1, most + 1)},
+        "mean_steps": float(taken.float().mean()),
+    }
+
+
+def cheapest(curve: Sequence[dict[str, Any]]) -> float:
+    """The threshold of the least cost that loses at most `ALLOWED` against the last one, the trained one."""
+    able = [p for p in curve if p["accuracy"] >= curve[-1]["accuracy"] - ALLOWED]
+    return float(min(able, key=lambda p: p["cost"])["threshold"])
+
+
+def judged(fast: Any, parts: dict[str, Any]) -> dict[str, Any]:
+    """The curve on the validation part, and what the test part gives as trained, as chosen and without halting: kept."""
+    path = fast.__dict__["kept_as"].with_suffix(".judged.json")
+    if not path.exists():
+        curve = [judge(fast, parts["val"], t) for t in THRESHOLDS]
+        asked = {"as trained": 1.0, f"at most {ALLOWED:.0%} lost on val": cheapest(curve)}
+        found = {how: judge(fast, parts["test"], threshold) for how, threshold in asked.items()}
+        full = judge(fast, parts["test"], NEVER)["accuracy"]
+        with atomic(path) as written:
+            written.write_text(json.dumps({"curve_on_val": curve, "rows": found, "full_accuracy": full}))
+    made: dict[str, Any] = json.loads(path.read_text())
+    return made
+
+
+def example(options: Options, record: Record) -> None:
+    """From training to timing."""
+    quick = options.quick
+    rows = ROWS_QUICK if quick else ROWS
+    parts = imdb_parts(rows, quick=quick, seed=options.seed)
+    some = {key: value[:4] for key, value in next(iter(parts["val"])).items() if key != "labels"}
+    record.note(data="IMDB", rows_of_data=rows, tokens=datasets.SEQUENCE, price=PRICE, allowed=ALLOWED)
+    programs = {}
+    for who, per_token in (("reviews", False), ("tokens", True)):
+        trunk = minilm_trunk(quick=quick, seed=options.seed)  # each program trains its own
+        fast = programs[who] = eecompile(trunk.model, Act(per_token=per_token, ponder_price=PRICE), example_kwargs=some)
+        training = {**TRAINING, **({"epochs": 1} if quick else {})}
+        fit = fitted(fast, parts["train"], f"act-imdb-{who}", options, trunk, **training)
+        record.note(**{who: {"strategy": str(fast.strategy), "fit": fit}})
+    record.note(model="MiniLM-L6 (all-minilm-l6-v2)", trunk=trunk.to_dict())
+    record.done("train")
+    variants = []
+    for who, fast in programs.items():
+        found = judged(fast, parts)
+        record.note(**{f"{who}_on_val": found["curve_on_val"]})
+        for how, figures in found["rows"].items():
+            row = record.row(
+                f"IMDB, MiniLM-L6, {who} halt",
+                thresholds=how,
+                original_accuracy=trunk.accuracy,
+                full_accuracy=found["full_accuracy"],
+                **figures,
+            )
+            variants.append(Variant(row, fast, lambda t=row["threshold"], fast=fast: fast.set_halting_threshold(t)))
+    record.done("judge")
+    original = minilm_trunk(quick=quick, seed=options.seed).model  # training moved the other ones' weights
+    timed(record, original, rows_of(parts["test"], 4), variants, (1, 32, 64), {1: 32, 32: 96, 64: 128}, rounds=7)
+
+
+if __name__ == "__main__":
+    main("act_text", __doc__, example)
