@@ -160,6 +160,7 @@ class Decisions(Routing):
                         str(getattr(self.graph_module.get_submodule(s.unit), "kind", "custom")),
                         s.flops / total,
                         s.unit_flops / total,
+                        sum(p.flops for p in s.parts) / total,
                     )
                     for s in h.steps
                 ),

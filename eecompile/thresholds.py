@@ -105,6 +105,7 @@ class HaltStepRecord:
         unit: What gives its halting score: "linear", or "token" for one at every position.
         cost: Cost of the block for one row, as a fraction of the full model's.
         unit_cost: Cost of the score.
+        live_cost: Of `cost`, what runs at positions that have not halted only, where every position halts by itself.
     """
 
     name: str
@@ -112,6 +113,7 @@ class HaltStepRecord:
     unit: str
     cost: float
     unit_cost: float
+    live_cost: float = 0.0
 
 
 @dataclass(frozen=True)

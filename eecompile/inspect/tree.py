@@ -153,7 +153,8 @@ class _Grown:
             steps = [(f"up to {len(h.steps)} times ", h.steps[0])] if h.repeated else [("", s) for s in h.steps]
             for times, s in steps:
                 unit = f"{s.unit} unit of {write.percent(s.unit_cost)}"
-                chain.add(Text(f"{times}{s.region}: {write.percent(s.cost)} a step, {unit}"))
+                live = f", {write.percent(s.live_cost)} of it at live positions only" if s.live_cost else ""
+                chain.add(Text(f"{times}{s.region}: {write.percent(s.cost)} a step{live}, {unit}"))
 
     def _routes(self, tree: Tree) -> None:
         fast = self.fast

@@ -222,3 +222,21 @@ def test_act_recurrent(environment, tmp_path):
     curve = made["curve_on_val"]
     assert [p["cost"] for p in curve] == sorted(p["cost"] for p in curve)  # a lower threshold stops sooner
     assert sum(made["chosen"]["steps"].values()) == 512
+
+
+def test_act_text(environment: dict[str, str], tmp_path: Path) -> None:
+    found = json.loads(run("act_text", environment, tmp_path, "--json").stdout)
+    assert [(row["what"].split(", ")[-1], row["thresholds"]) for row in found["rows"]] == [
+        (who, how) for who in ("reviews halt", "tokens halt") for how in ("as trained", "at most 1% lost on val")
+    ]
+    for row in found["rows"]:
+        assert sum(row["share"].values()) == pytest.approx(1)
+        steps = [n * share for n, share in enumerate(row["share"].values(), 1)]
+        assert sum(steps) == pytest.approx(row["mean_steps"], abs=1e-5)
+        assert row["accuracy"] > 0.85
+        assert 0 < row["cost"] < 1.05
+        assert set(row["speedup"]) == {"1", "32", "64"}
+    for who in ("reviews", "tokens"):
+        curve = found[f"{who}_on_val"]
+        assert curve[0]["mean_steps"] < curve[-1]["mean_steps"]  # a lower threshold stops sooner
+    assert found["rows"][3]["cost"] <= found["rows"][2]["cost"]

@@ -93,6 +93,8 @@ def test_what_runs_at_live_positions(minilm):
         assert (queries.flops, rest.flops) == (2 * 24 * 384**2, 2 * 24 * 384**2 * 9)
         assert 0.5 < queries.most_live < rest.most_live < 1
     assert "4 parts at live positions only" in minilm.history["find_token_parts"].summary
+    assert [s.live_cost > 0.7 * s.cost for s in minilm.halts[0].steps] == [False, True, True]
+    assert "of it at live positions only" in str(minilm)
 
 
 @pytest.mark.parametrize("batch", [1, 4, 9])
