@@ -120,8 +120,10 @@ def test_rows_that_left_before_are_final(bert):
         lambda: strategies.Anytime(exits=3, combine="ensemble", criterion="max_probability"),
         lambda: strategies.Branchy(exits=3, criterion="patience"),
         SUMS["branchy + skipnet"],
+        lambda: strategies.Branchy(exits=3, router=strategies.Router(at="bert.embeddings", to="exits")),
+        lambda: strategies.Branchy(exits=3, router=strategies.Router(at="bert.embeddings", to={"light": 0.5})),
     ],
-    ids=["ensemble", "patience", "gates"],
+    ids=["ensemble", "patience", "gates", "router to exits", "router to branches"],
 )
 def test_with_other_strategies(bert, made):
     """The best so far is what the program's rule of combining says; gates, states and reports are as compact has them."""
