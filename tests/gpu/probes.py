@@ -196,7 +196,12 @@ def a_decision_sets_its_own_condition(platform: Platform) -> str:
         y.zero_()
         handle = graph.handle()
         decide(handle)
-        graph.if_(handle, lambda: (y.add_(1), decide(0)))
+
+        def body() -> None:
+            y.add_(1)
+            decide(0)
+
+        graph.if_(handle, body)
 
     graph = captured(platform, fill)
     for sure, alive in ((0, 5), (5, 0), (2, 3)):
@@ -231,7 +236,8 @@ def a_model_in_a_body(platform: Platform) -> dict[str, Any]:
             platform.add(graph, lambda: y.copy_(block(x, 0)))
             branch(platform, graph, numbers, 0, lambda: platform.add(graph, lambda: y.copy_(block(y, 2))))
 
-        graph = captured(platform, fill, lambda: (block(block(x, 0), 2), pointers.clear()))
+        graph = captured(platform, fill, lambda: block(block(x, 0), 2))
+        del pointers[:-2]  # those of the capture are the last
         junk = [torch.full((1 << 18,), float("nan"), device=device) for _ in range(64)]
         for i in range(20):
             numbers.fill_(i % 2)

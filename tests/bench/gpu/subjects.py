@@ -165,7 +165,7 @@ class Subject:
         with torch.no_grad():
             for k in range(EXITS):
                 last = [m for m in self.fast.branch(self.fast.exits[k].name).modules() if isinstance(m, nn.Linear)][-1]
-                last.bias -= self._said(k).mean(0).to(last.bias)
+                last.bias.sub_(self._said(k).mean(0).to(last.bias))
                 logits, low, high = self._said(k), 1e-6, 1e3  # surer at lower temperatures
                 for _ in range(40):
                     middle = (low * high) ** 0.5
@@ -193,8 +193,8 @@ class Subject:
         """The blocks between exit `k - 1` and exit `k`; those behind the last exit for `k = EXITS`."""
         bounds = [0, *(i + 1 for i in self.after), len(self.blocks)]
         for block in self.blocks[bounds[k] : bounds[k + 1]]:
-            hidden = block(hidden)
-            hidden = hidden[0] if isinstance(hidden, tuple) else hidden
+            out: Any = block(hidden)
+            hidden = out[0] if isinstance(out, tuple) else out
         return hidden
 
     def head(self, k: int, hidden: Tensor) -> Tensor:
