@@ -85,6 +85,18 @@ def test_torch_cond_by_hand_agrees(bert):
     assert found.problems == []
 
 
+def test_an_original_that_no_graph_takes_is_captured_in_pieces(bert, monkeypatch):
+    from tests.bench.gpu import cases
+
+    found = Found()
+    with torch.no_grad():
+        case = Case(bert, 8, "nobody leaves", confidences(bert))
+        monkeypatch.setattr(bert, "logits", lambda x: 1 / 0)
+        line = cases.enter(case, HOST, found)
+    assert set(line.calls) == {cases.DEVICE, cases.ORIGINAL}
+    assert len(found.problems) == 1
+
+
 def test_a_rival_that_is_wrong_is_a_problem_and_not_a_figure(bert, monkeypatch):
     """Neither one whose answers differ nor one that cannot be built is timed; the others are."""
     from tests.bench.gpu import cases

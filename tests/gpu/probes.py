@@ -285,7 +285,11 @@ def the_profiler_sees_bodies(platform: Platform) -> dict[str, int]:
     numbers, y = numbers_of(platform, 1), torch.zeros(1, device=platform.device)
 
     def fill(graph: Any) -> None:
-        branch(platform, graph, numbers, 0, lambda: [platform.add(graph, lambda: y.add_(1)) for _ in range(7)] and None)
+        def body() -> None:
+            for _ in range(7):
+                platform.add(graph, lambda: y.add_(1))
+
+        branch(platform, graph, numbers, 0, body)
 
     graph = captured(platform, fill)
     graph.replay()

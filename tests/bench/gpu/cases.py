@@ -26,7 +26,16 @@ EAGER, GRAPHS = "host branch", "host branch, graphs"
 ROWS, WAITING, COND, TUNED = "host branch, rows taken out", "waiting, graphs", "torch.cond", "original, max-autotune"
 ALONE, IDEAL_ALONE = "device, replay alone", "ideal, replay alone"
 ONE = 4  # calls of one row each, at batch 1
-FAILURES = (RuntimeError, ValueError, AssertionError, TypeError, EecompileError, torch._dynamo.exc.TorchDynamoException)
+FAILURES = (
+    RuntimeError,
+    ValueError,
+    ArithmeticError,
+    AttributeError,
+    AssertionError,
+    TypeError,
+    EecompileError,
+    torch._dynamo.exc.TorchDynamoException,
+)
 
 
 @dataclass
@@ -167,6 +176,8 @@ def enter(case: Case, setting: Setting, found: Found) -> Line:
     line.enter(DEVICE, lambda: case.device(platform.executor))
     case.check_exits()
     line.enter(ORIGINAL, lambda: rivals.graphed(platform, subject.logits, x), full=True)
+    if ORIGINAL not in line.calls:  # whose forward may ask the host something; its pieces, one after the other, do not
+        line.enter(ORIGINAL, lambda: rivals.cut_at(platform, subject, EXITS, x), full=True)
     if case.mix == mixes.MIXES[0]:
         return line
     hand = rivals.HostBranch(subject, thresholds)

@@ -53,7 +53,11 @@ def run(setting: Setting, found: Found, chain: int = CHAIN) -> None:
         graph.while_(handle, body)
 
     def each(what: Callable[[Any], None]) -> Callable[[Any], None]:
-        return lambda graph: [what(graph) for _ in range(chain)] and None
+        def fill(graph: Any) -> None:
+            for _ in range(chain):
+                what(graph)
+
+        return fill
 
     def added(graph: Any) -> None:
         platform.add(graph, k)
