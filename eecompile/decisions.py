@@ -187,9 +187,7 @@ class Decisions(Routing):
         if not threshold > 0:
             wanted = "above 0 to 1, above 1 never halts"
             raise StrategyError("a halting threshold is a positive number", got=repr(threshold), wanted=wanted)
-        with torch.no_grad():
-            scale: Tensor = getattr(self.graph_module, HALT_SCALE)
-            scale.fill_(closed_scale(self.program) if threshold > 1 else 1.0 / threshold)
+        self._replace(HALT_SCALE, [closed_scale(self.program) if threshold > 1 else 1.0 / threshold])
         self._changed()
 
     def set_gate_thresholds(self, thresholds: Any) -> None:
@@ -202,8 +200,8 @@ class Decisions(Routing):
         """
         names = [g.name for g in self.program.gates]
         values = threshold_values(names, self.gate_thresholds.tolist(), thresholds, "gate")
-        with torch.no_grad():
-            self.gate_thresholds.copy_(torch.tensor(values, dtype=torch.float32))
+        if values:
+            self._replace(GATE_THRESHOLDS, values)
         self._changed()
 
     def set_thresholds(self, thresholds: Any) -> None:
@@ -221,12 +219,7 @@ class Decisions(Routing):
             self.set_gate_thresholds({k: v for k, v in thresholds.items() if k in gates})
             thresholds = {k: v for k, v in thresholds.items() if k not in gates}
         values = threshold_values(names, self.thresholds.tolist(), thresholds)
-        new = torch.tensor(values, dtype=torch.float32, device=self.thresholds.device)
-        # Another tensor, not other numbers in the old one: a running graph has read the whole old one.
-        training = self.__dict__.get("_training_graphs", {}).values()
-        for gm in (self.graph_module, self.program.graph_module, *training):
-            if THRESHOLDS in gm._buffers:
-                gm._buffers[THRESHOLDS] = new
+        self._replace(THRESHOLDS, values)
         self._changed()
 
     def set_temperatures(self, temperatures: Sequence[float]) -> None:
@@ -239,8 +232,18 @@ class Decisions(Routing):
         wanted = len(self.program.exits) + 1
         if len(values) != wanted or not all(0 < t < float("inf") for t in values):
             raise StrategyError("temperatures are positive numbers", got=values, wanted=f"{wanted} of them")
-        with torch.no_grad():
-            self.temperatures.copy_(torch.tensor(values, dtype=torch.float32))
+        self._replace(TEMPERATURES, values)
+        self._changed()
+
+    def _replace(self, name: str, values: Sequence[float]) -> None:
+        """Puts another tensor under this name into every graph, not other numbers into the old one: a running call goes on
+        with what it has begun with."""
+        new = torch.tensor(values, dtype=torch.float32, device=self.thresholds.device)
+        training = self.__dict__.get("_training_graphs", {}).values()
+        for gm in (self.graph_module, self.program.graph_module, *training):
+            for module in gm.modules():
+                if name in module._buffers:
+                    module._buffers[name] = new
 
     def _changed(self) -> None:
         """Tells the executors that thresholds are others now."""

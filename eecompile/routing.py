@@ -62,6 +62,9 @@ class Routing(nn.Module):
     def _changed(self) -> None:
         raise NotImplementedError
 
+    def _replace(self, name: str, values: Sequence[float]) -> None:
+        raise NotImplementedError
+
     @property
     def route_units(self) -> nn.Module:
         """The router's unit, called `unit`, and the branches by name."""
@@ -118,8 +121,7 @@ class Routing(nn.Module):
         values = threshold_values(self.route_names, now, margins, "route")
         if not opened(values):
             raise StrategyError("every route is closed", got=values, wanted="one of them at 1 or less")
-        with torch.no_grad():
-            self.route_margins.copy_(torch.tensor(values, dtype=torch.float32))
+        self._replace(ROUTE_MARGINS, values)
         self._changed()
 
     def router_runs(self, open_exits: Sequence[bool]) -> bool:

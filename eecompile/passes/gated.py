@@ -20,6 +20,7 @@ from eecompile.passes.extract import Extractor, extract
 from eecompile.passes.find_regions import exclusive
 from eecompile.passes.live_positions import extract_at_live
 from eecompile.passes.routed import Routed
+from eecompile.passes.settings import SETTINGS
 from eecompile.passes.widened import Chains, Widened
 from eecompile.program import Gate, Halt, HaltStep, Program, Route, Way
 
@@ -145,7 +146,7 @@ class GatedRegions:
             a
             for n in mine
             for a in n.all_input_nodes
-            if a not in within and a.op != "get_attr" and not facts.is_symbolic_number(a)
+            if a not in within and (a.op != "get_attr" or a.target in SETTINGS) and not facts.is_symbolic_number(a)
         )
         if self.live_only and isinstance(gate, HaltStep) and gate.parts:
             return extract_at_live(self.gm, mine, list(inputs), ys, name, gate), list(inputs)
@@ -288,7 +289,7 @@ class GatedRegions:
                 part.copy(self.names[c.node])
 
     def _axis(self, n: fx.Node, gate: Conditional) -> int | None:
-        axis = self.batch.axis(n)
+        axis = None if n.op == "get_attr" else self.batch.axis(n)
         if isinstance(axis, str):
             raise PassError(
                 "a gated region reads a value that cannot be gathered", where=gate.region, got=f"{n.name} {axis}"

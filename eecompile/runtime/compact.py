@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from eecompile.passes.lower import Segment, schedule
+from eecompile.passes.settings import settings_of, with_settings
 from eecompile.program import Program
 from eecompile.runtime.anytime import run_within, stream_of
 from eecompile.runtime.known import current, with_known
@@ -34,6 +35,7 @@ class Step:
     segment: Segment
     call: Call
     axes: tuple[int | None, ...]  # batch axis of each live value that it hands on
+    settings: tuple[str, ...] = ()  # which of them the call takes first
     head: Call | None = None
 
     def logits(self, values: Sequence[Tensor]) -> Logits:
@@ -75,7 +77,7 @@ class CompactExecutor:
     def thresholds_changed(self) -> None:
         """Reads the thresholds again; plans for sets of open exits that were seen before are kept."""
         # One assignment, so that a running call sees old or new thresholds, not a mixture.
-        self._current = current(self.program)
+        self._current = (*current(self.program), settings_of(self.program.marked))
 
     def reset(self) -> None:
         with self._lock:
@@ -98,7 +100,8 @@ class CompactExecutor:
     def _step(self, segment: Segment) -> Step:
         ready: Callable[..., Call] = EagerSegment if self.backend == "eager" else compiled
         head = None if segment.head is None else ready(segment.head)
-        return Step(segment, ready(segment.module), tuple(v.batch_axis for v in segment.outputs), head)
+        module, settings = with_settings(segment.module)
+        return Step(segment, ready(module), tuple(v.batch_axis for v in segment.outputs), settings, head)
 
     def run(self, flat: Sequence[Tensor], want_confidence: bool = False, allowance: Allowance | None = None) -> Outcome:
         call = self._begin(flat, want_confidence)
@@ -134,9 +137,9 @@ class CompactExecutor:
         return len(running)
 
     def _begin(self, flat: Sequence[Tensor], want_confidence: bool) -> _Run:
-        thresholds, open_exits, gates = self._current
+        thresholds, open_exits, gates, settings = self._current
         plan = self.plan(open_exits, want_confidence, gates)
-        return _Run(self.program, flat, want_confidence, plan, thresholds, gates)
+        return _Run(self.program, flat, want_confidence, plan, thresholds, settings, gates)
 
 
 class _Run:
@@ -149,10 +152,11 @@ class _Run:
         want_confidence: bool,
         plan: Sequence[Step],
         thresholds: Sequence[float],
+        settings: Mapping[str, Tensor],
         gates: tuple[str, ...] = (),
     ) -> None:
         self.program, self.flat, self.want_confidence = program, flat, want_confidence
-        self.plan, self.thresholds, self.gates = plan, thresholds, gates
+        self.plan, self.thresholds, self.settings, self.gates = plan, thresholds, settings, gates
         self.outputs = program.signature.outputs
         index, axis = program.signature.batch_input
         first = flat[index]
@@ -181,7 +185,7 @@ class _Run:
         rows = self.size
         for i, step in enumerate(self.plan):
             segment = step.segment
-            values = step.call(*live, *state[: segment.takes_states])
+            values = step.call(*(self.settings[n] for n in step.settings), *live, *state[: segment.takes_states])
             if segment.exit is None:
                 self._finish(segment, values)
                 return

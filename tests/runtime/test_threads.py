@@ -166,3 +166,49 @@ def test_a_running_call_keeps_its_thresholds(small):
     assert [r.exit_index[0].item() for r in rest] == list(range(len(fast.exits) + 1))
     assert fast.run(x).exit_index.tolist() == [0] * 6
     fast.set_thresholds(1.0)
+
+
+SETTERS = {
+    "gates": lambda fast, high: fast.set_gate_thresholds(0.99 if high else 0.01),
+    "halting": lambda fast, high: fast.set_halting_threshold(1.0 if high else 0.4),
+    "temperatures": lambda fast, high: fast.set_temperatures([7.0 if high else 1.0] * 4),
+}
+
+
+@pytest.mark.parametrize("executor_name", ["compact", "simulate"])
+@pytest.mark.parametrize("name", sorted(SETTERS))
+def test_a_running_call_keeps_whatever_is_set(zoo, name, executor_name, monkeypatch):
+    """Gates, halting and temperatures too: set between two stages, or once a device program has begun, they are for later
+    calls."""
+    fast = programs(zoo, "compact" if name == "temperatures" else name)
+    call = zoo("bert").entry.inputs(8, seed=3)[1]
+    fast.set_thresholds(1.0)
+    answers = {}
+    with executor(fast, executor_name):
+        for high in (True, False):
+            SETTERS[name](fast, high)
+            answers[high] = fast.run(**call)
+        old, new = answers[False], answers[True]
+        told = {"gates": "gates", "halting": "steps", "temperatures": "confidence"}[name]
+        assert not torch.equal(getattr(old, told), getattr(new, told)), "nothing depends on what is set"
+        kept = [id(m) for m in fast._chosen._kept.values()] if executor_name == "simulate" else []
+        if executor_name == "compact":
+            stream = fast.stream(**call)
+            next(stream)
+            SETTERS[name](fast, True)
+            (*_, got) = stream
+        else:
+            run = type(fast._chosen).execute
+
+            def late(self, *args, **kwargs):
+                SETTERS[name](fast, True)
+                return run(self, *args, **kwargs)
+
+            monkeypatch.setattr(type(fast._chosen), "execute", late)
+            got = fast.run(**call)
+            monkeypatch.undo()
+        after = fast.run(**call)
+        assert executor_name == "compact" or kept == [id(m) for m in fast._chosen._kept.values()], "built again"
+    for result, want in ((got, old), (after, new)):
+        torch.testing.assert_close(getattr(result, told), getattr(want, told))
+        torch.testing.assert_close(fast.prediction_of(result.output), fast.prediction_of(want.output), atol=1e-6, rtol=1e-5)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from eecompile.errors import PassError
 from eecompile.kernels._lists import control_size
 from eecompile.kernels.clock import END, START
 from eecompile.passes.lower import Schedule, Segment
+from eecompile.passes.settings import settings_of, with_settings
 from eecompile.program import Program
 from eecompile.runtime.device.emit import Emitter, Rows, mutates
 from eecompile.runtime.device.fuse import Decision, ended, fused, with_head
@@ -62,6 +63,11 @@ class StageCode:
     parts: Parts
     used: frozenset[str]  # inputs that something reads
     aliases: bool  # whether what passes through it unchanged need not be handed on again
+    settings: tuple[Value, ...]  # what its module takes before live values and states
+
+    def given(self, live: Sequence[Value]) -> tuple[Value, ...]:
+        """Everything that its module is called with."""
+        return (*self.settings, *live)
 
 
 def default_buckets(batch: int) -> tuple[int, ...]:
@@ -159,10 +165,15 @@ class _Builder:
         final = k == len(self.segments) - 1
         axis = self.program.signature.outputs[self.program.prediction or 0].batch_axis or 0
         decision = ended(segment, axis) if final else fused(segment)
+        module, names = with_settings(decision.module)
+        decision = replace(decision, module=module)
+        settings = tuple(Value(name, None, True) for name in names)
         parts = split(decision.module, f"s{k}.")
         self.emit.add_modules(parts)
-        self.shapes.run(parts, [v.name for v in live])
-        code = StageCode(k, segment, decision, parts, used_in(parts), not mutates(parts))
+        for name, t in settings_of(self.program.marked).items():
+            self.shapes.put(name, t.shape, t.dtype)
+        self.shapes.run(parts, [v.name for v in (*settings, *live)])
+        code = StageCode(k, segment, decision, parts, used_in(parts), not mutates(parts), settings)
         self._result_buffers(code)
         if not final:
             for name in ("survivors", "positions"):
@@ -210,7 +221,7 @@ class _Builder:
         """The live values behind a stage, as the next one finds them."""
         if code.number == len(self.segments) - 1:
             return []
-        taken = dict(zip(code.parts.inputs, live, strict=True))
+        taken = dict(zip(code.parts.inputs, code.given(live), strict=True))
         states = code.parts.outputs[2 : 2 + code.decision.gives_states]
         named = [(n, v.batch_axis) for n, v in zip(self._outputs(code)[2], code.segment.outputs, strict=True)]
         following = self.segments[code.number + 1]
@@ -246,7 +257,7 @@ class _Builder:
         in_order = k == 0 or self.direct
         named: dict[str, str] = {}
         groups: dict[str, list[tuple[str, str, int]]] = {}
-        for value, target in zip(lives[k], code.parts.inputs, strict=True):
+        for value, target in zip(code.given(lives[k]), code.parts.inputs, strict=True):
             if value.axis is None or in_order:
                 named[target] = value.name
             elif target in code.used:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx
 
 from eecompile.passes import facts
+from eecompile.passes.settings import SETTINGS
 from eecompile.runtime.device.nodes import (
     BUCKETS,
     CLOCK,
@@ -132,6 +133,7 @@ def _fills(n: fx.Node) -> bool:
 def lint(program: DeviceProgram) -> list[str]:
     """What CUDA would refuse, or what reads memory that nobody wrote."""
     known = {b.name for b in program.buffers} | set(program.inputs) | {THRESHOLDS, TEMPERATURES, BUCKETS, EVERYBODY}
+    known |= set(SETTINGS)
     known |= {CLOCK, PREDICTED} if program.deadline else set()
     written = {b.name for b in program.buffers if b.fill is not None} | (known - {b.name for b in program.buffers})
     names = [b.name for b in program.buffers]

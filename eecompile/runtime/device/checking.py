@@ -11,6 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eecompile.passes.gated import DYNAMIC, conditionals
 from eecompile.passes.lower import schedule
+from eecompile.passes.settings import settings_of
 from eecompile.program import Program
 from eecompile.runtime.device.build import build
 from eecompile.runtime.device.check import NoSync, Problem, check_modules, lint
@@ -106,6 +107,7 @@ def _run(program: Program, made: DeviceProgram, inputs: Sequence[Tensor], report
         count = len(program.exits)
         memory = constants(made, device) | allocated(made.buffers, device)
         memory |= {THRESHOLDS: torch.empty(count, device=device), TEMPERATURES: torch.empty(count + 1, device=device)}
+        memory |= {name: torch.empty_like(t) for name, t in settings_of(program.marked).items()}
         try:
             Everything(made, memory, report).run(given)
         except HostValueError:

@@ -117,8 +117,8 @@ class Instance:
     """A captured program with buffers of its own, for calls on one stream.
 
     Args:
-        read: Thresholds and temperatures. A graph reads where it was captured to read, and thresholds are replaced when they
-            are set, not written over: it has copies, which every call brings up to date.
+        read: Thresholds, temperatures and what else can be set. A graph reads where it was captured to read, and these are
+            replaced when they are set, not written over: it has copies, which every call brings up to date.
     """
 
     def __init__(self, program: DeviceProgram, calls: Calls, flat: Sequence[Tensor], read: dict[str, Tensor]) -> None:

@@ -16,6 +16,7 @@ from eecompile.errors import StrategyError, UnsupportedModelError
 from eecompile.passes.insert_exits import TEMPERATURES as TEMPERATURE_BUFFER
 from eecompile.passes.insert_exits import THRESHOLDS as THRESHOLD_BUFFER
 from eecompile.passes.lower import schedule
+from eecompile.passes.settings import settings_of
 from eecompile.program import Program
 from eecompile.runtime.device.build import build
 from eecompile.runtime.device.deadline import kept, predictions, set_deadline
@@ -70,7 +71,7 @@ class Now:
     Attributes:
         open_exits: Indices of the exits that are computed.
         gates: The pattern of gates, halting steps and routes.
-        read: Thresholds and temperatures, for the kernels.
+        read: Thresholds and temperatures, for the kernels, and what else can be set, for the modules.
     """
 
     open_exits: tuple[int, ...]
@@ -206,7 +207,8 @@ class DeviceExecutor:
     def memory(self) -> dict[str, Tensor]:
         """Buffers of the compiled module that kernels read, as they are now."""
         marked = self.program.marked
-        return {THRESHOLDS: getattr(marked, THRESHOLD_BUFFER), TEMPERATURES: getattr(marked, TEMPERATURE_BUFFER)}
+        read = {THRESHOLDS: getattr(marked, THRESHOLD_BUFFER), TEMPERATURES: getattr(marked, TEMPERATURE_BUFFER)}
+        return read | settings_of(marked)
 
     def _outcome(
         self, program: DeviceProgram, flat: Sequence[Tensor], found: dict[str, Tensor], gates: tuple[str, ...]
