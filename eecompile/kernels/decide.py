@@ -380,11 +380,14 @@ def decide_op(
     survivors: Tensor,
     positions: Tensor,
     control: Tensor,
-    final: bool = False,
-    clock: Tensor | None = None,
-    predicted: Tensor | None = None,
+    final: bool,
+    clock: Tensor | None,
+    predicted: Tensor | None,
 ) -> None:
-    """`decide` as `torch.ops.eecompile.decide`, on the host's clock: the kernel where it can run, else the definition."""
+    """`decide` as `torch.ops.eecompile.decide`, on the host's clock: the kernel where it can run, else the definition.
+
+    No argument has a default: torch 2.11 drops those at the end, and then cannot find the clock that may be written to.
+    """
     run = launch_decide if runs_on(logits) else decide
     run(
         logits, result, rows, count, thresholds, temperatures, exit, criterion, patience, state, buckets,

@@ -29,6 +29,7 @@ ONE = 4  # calls of one row each, at batch 1
 FAILURES = (
     RuntimeError,
     ValueError,
+    LookupError,
     ArithmeticError,
     AttributeError,
     AssertionError,

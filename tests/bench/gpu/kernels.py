@@ -46,7 +46,7 @@ def decide(batch: int, classes: int, setting: Setting, found: Found) -> None:
     def call() -> None:
         torch.ops.eecompile.decide(
             logits, logits, None, count, thresholds, temperatures, 0, "max_probability", 1, None, buckets,
-            output, rows[0], confidence, rows[1], rows[2], control,
+            output, rows[0], confidence, rows[1], rows[2], control, False, None, None,
         )  # fmt: skip
 
     call()
