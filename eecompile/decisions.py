@@ -18,6 +18,7 @@ from eecompile.passes.insert_exits import COMBINATION, HEADS, TEMPERATURES, THRE
 from eecompile.passes.insert_gates import GATE_THRESHOLDS
 from eecompile.passes.insert_halting import HALT_SCALE, closed_scale
 from eecompile.passes.place_gates import GATES
+from eecompile.passes.training_decisions import full_rows
 from eecompile.program import Halt
 from eecompile.routing import Routing
 from eecompile.thresholds import ExitRecord, GateRecord, HaltRecord, HaltStepRecord, WidthRecord, threshold_values
@@ -328,7 +329,8 @@ class Decisions(Routing):
         free = ((threshold > 0) & (threshold <= 1)).expand(opened.shape).clone()
         if self.training:
             kept = torch.arange(len(names), device=gates.device) < getattr(self, "gates_kept_open", 0)
-            free = free & ~kept
+            full = full_rows(gates.shape[0], getattr(self, "gates_full_share", 0.0), gates.device)
+            free = free & ~kept & ~full.unsqueeze(1)
         for group, recipe in enumerate(self.program.gate_recipes):
             if not recipe.min_open:
                 continue

@@ -92,6 +92,20 @@ class TokenGate(GateUnit):
         return found if mask is None else torch.where(mask.bool(), found, 1.0)
 
 
+class Halve(nn.Module):
+    """The values of `MaxPool2d(2, ceil_mode=True)`, from slices.
+
+    On a CPU torch's pooling of contiguous maps takes 10 to 50 times as long: a quarter of a gated ResNet-20's time.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[-2:]
+        if height % 2 or width % 2:
+            x = nn.functional.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
+        x = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
+        return torch.maximum(x[..., ::2], x[..., 1::2])
+
+
 class ConvGate(GateUnit):
     """The feed-forward gate of SkipNet (FFGate-II): pool, a strided 3x3 convolution, pool, linear, sigmoid."""
 
@@ -100,7 +114,7 @@ class ConvGate(GateUnit):
 
     def __init__(self, site: Site, open_bias: float = OPEN_BIAS) -> None:
         super().__init__(site, open_bias)
-        self.shrink = nn.MaxPool2d(2, ceil_mode=True)
+        self.shrink = Halve()
         self.conv = nn.Conv2d(site.width, HIDDEN, 3, stride=2, padding=1, bias=False)
         self.norm = nn.BatchNorm2d(HIDDEN)
         self.score = opening(nn.Linear(HIDDEN, 1), open_bias)

@@ -33,6 +33,7 @@ class Trainable(Decisions):
     train_trunk: bool
     gate_mode: str = "hard"  # how gates decide in train mode; see `passes/training_decisions.py`
     gates_kept_open: int = 0  # the first so many gates do not decide in train mode: a curriculum
+    gates_full_share: float = 0.0  # share of a batch's rows, the first ones, that all gates let in in train mode
     _training_program: Callable[[Any], Program] | None
 
     @property
@@ -141,9 +142,9 @@ class Trainable(Decisions):
             way: The way that every row takes; None as `gate_mode` says.
         """
         graphs = self.__dict__["_training_graphs"]
-        key = (self.train_trunk, self.gate_mode, self.gates_kept_open, way)
+        key = (self.train_trunk, self.gate_mode, self.gates_kept_open, self.gates_full_share, way)
         if key not in graphs:
-            gm = with_decisions(self._hard_training_graph(), self.gate_mode, self.gates_kept_open, way)
+            gm = with_decisions(self._hard_training_graph(), *key[1:])
             if any(r.rule == "stop" for r in self.program.halt_recipes):
                 gm = with_every_step(gm, len(self.program.signature.outputs) + 2 + len(self.program.exits))
             graphs[key] = gm

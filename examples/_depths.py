@@ -13,6 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from eecompile.calibration.risk import p_values
 from eecompile.training.batches import split
 from examples._registry import DatasetError, atomic
 from examples.trunks import console
@@ -43,6 +44,20 @@ class Depths:
     def accuracy_at(self, depth: Tensor) -> float:
         """Share of right answers where each row runs to its depth [N]."""
         return float(self.right().gather(1, depth.unsqueeze(1)).float().mean())
+
+    def guaranteed(self, allowed: float, delta: float, thresholds: Sequence[float]) -> float:
+        """The last of ascending thresholds that loses at most `allowed` with probability `1 - delta`; 0 where none does.
+
+        Lost is a row that all blocks answer right and its own depth wrong. Tested in order up to the first that cannot be
+        shown (fixed-sequence testing of Learn then Test, Angelopoulos et al. 2021), so the level is not divided.
+        """
+        full, found = self.right()[:, -1], 0.0
+        for threshold in thresholds:
+            right = self.right().gather(1, self.depth_at(threshold).unsqueeze(1)).squeeze(1)
+            if float(p_values((full & ~right).sum(), len(full), allowed, binary=True)) > delta:
+                break
+            found = threshold
+        return found
 
     def cheapest(self, allowed: float, thresholds: Sequence[float]) -> float:
         """The threshold of the least mean depth whose accuracy is at most `allowed` below that of all blocks."""

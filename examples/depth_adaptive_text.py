@@ -3,8 +3,9 @@
 The model is the encoder of the fine-tuned trunk, frozen, with a classifier on the mean of its last states: a first token
 has seen little of the others in an early block. The classifier is trained to read every depth, beside a choice of depth
 made once behind the first block; a second program then learns to stop block by block. Thresholds are chosen on the
-validation part: 0.5, as trained, and the shallowest that loses at most 1% there; the test part is judged once. The
-trunk's accuracy, with the pooler and classifier that it was fine-tuned with, is that of all 4,000 reviews of its test.
+validation part: 0.5, as trained; the shallowest that loses at most 1% with 95% confidence; the shallowest that loses at
+most 1% on those rows. The test part is judged once. The trunk's accuracy is the one that it was kept with, with the pooler
+and classifier that it was fine-tuned with.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from examples._common import Options, Record, Variant, fitted, main, minilm_trun
 from examples._depths import Depths, depths
 from examples._parts import imdb_parts
 
-ROWS = {"seen": 4_000, "train": 1_280, "val": 500, "test": 1_000}  # seen: by the trunk, which learns from others here
+ROWS = {"seen": 4_000, "train": 8_000, "val": 2_500, "test": 3_000}  # seen: by the trunk, which learns from others here
 ROWS_QUICK = {"seen": 0, "train": 256, "val": 128, "test": 128}
 MODES: dict[str, dict[str, Any]] = {
-    "up_front": {"trunk": True, "epochs": 1, "lr": 2e-3, "trunk_lr": 2e-3, "max_grad_norm": 1.0},
-    "halting": {"trunk": False, "epochs": 1, "lr": 2e-3},
+    "up_front": {"trunk": True, "epochs": 1, "lr": 5e-3, "trunk_lr": 2e-3, "max_grad_norm": 1.0},
+    "halting": {"trunk": False, "epochs": 1, "lr": 5e-3},
 }
-PRICE = 0.15  # loss that running the five gated blocks must be worth
-ALLOWED = 0.01
+PRICE = 0.3  # loss that running the five gated blocks must be worth
+ALLOWED, DELTA = 0.01, 0.05
 THRESHOLDS = [k / 200 for k in range(200)]
 
 
@@ -95,15 +96,19 @@ def example(options: Options, record: Record) -> None:
         settings = {**settings, **({"epochs": 4, "lr": 1e-2} if quick else {})}
         fast = programs[mode] = program(model, mode, settings.pop("trunk"), some)
         name = f"depth-adaptive-imdb-{mode}"
-        fit = fitted(fast, parts["train"], name, options, trunk, scheduler="cosine", **settings)
+        fit = fitted(fast, parts["train"], name, options, trunk, scheduler="cosine", bf16=not quick, **settings)
         record.note(**{mode: {"strategy": str(fast.strategy), "fit": fit}})
     record.done("train")
     variants = []
     for fast in programs.values():
         kept = fast.__dict__["kept_as"]
         seen = {part: depths(fast, parts[part], kept.with_suffix(f".{part}.safetensors")) for part in ("val", "test")}
-        chosen = seen["val"].cheapest(ALLOWED, THRESHOLDS)
-        for how, threshold in (("as trained", 0.5), ("at most 1% lost on val", chosen)):
+        rules = {
+            "as trained": 0.5,
+            "guaranteed": seen["val"].guaranteed(ALLOWED, DELTA, THRESHOLDS),
+            "empirical": seen["val"].cheapest(ALLOWED, THRESHOLDS),
+        }
+        for how, threshold in rules.items():
             variants.append(row_of(record, fast, seen["test"], threshold, how, trunk.accuracy))
     record.done("judge")
     timed(record, model, rows_of(parts["test"], 4), variants, (1, 32, 64), {1: 32, 32: 96, 64: 128}, rounds=7)

@@ -1,8 +1,11 @@
 """SkipNet (Wang et al. 2018): ResNet-20 on CIFAR-10, a gate on every residual block whose shape stays the same.
 
-Seven of nine blocks may be skipped; the two that halve the map are always run. Gates and trunk are trained together:
-with soft gates, with hard ones, then by REINFORCE, while the price of a FLOP is steered towards the target cost. An epoch
-is a fresh draw of rows from the training part, so that training takes minutes.
+Seven of nine blocks may be skipped; the two that halve the map are always run. Gates and trunk are trained together, with
+hard gates and then by REINFORCE, while the price of a FLOP is steered towards the target cost. A quarter of the rows of
+each batch run every block: else a block that nearly every row skips is trained for no other, and the full model, which
+calibration compares with, is ruined. An epoch is a fresh draw of rows from the training part, so that training takes
+minutes. The trunk as it was before is the original; so its training here, short of 3 passes over the data, is the gated
+model's gain too.
 """
 
 from __future__ import annotations
@@ -17,7 +20,7 @@ from eecompile.strategies import SkipNet
 from examples._common import Options, Record, Variant, accuracy, fitted, main, resnet_trunk, rows_in, rows_of, timed
 from examples._parts import cifar_parts
 
-ROWS, ROWS_QUICK = 5120, 96  # of an epoch
+ROWS, ROWS_QUICK = 10_240, 96  # of an epoch
 HELD_OUT = {"val": 1500, "test": 4000}  # rows: calibration runs the model once for each of a dozen settings
 SIZES = (1, 64)
 PROMISES: dict[str, dict[str, Any] | None] = {
@@ -32,10 +35,10 @@ def example(options: Options, record: Record) -> None:
     trunk = resnet_trunk(quick=quick, seed=options.seed)
     train, held_out = cifar_parts(ROWS_QUICK if quick else ROWS, HELD_OUT, quick=quick, seed=options.seed)
     x: Tensor = next(iter(held_out["val"]))[0][:8]
-    strategy = SkipNet(target_cost=0.6, shares=(1, 3, 2), estimator="gumbel", open_bias=1.0)
+    strategy = SkipNet(target_cost=0.65, shares=(0, 3, 1), open_bias=1.0, full_share=0.25)
     fast = eecompile(trunk.model, strategy, example_inputs=(x,))
     fit = fitted(
-        fast, train, "skipnet-resnet", options, trunk, epochs=6, lr=1e-2, trunk_lr=1e-3, scheduler="cosine", bf16=not quick
+        fast, train, "skipnet-resnet", options, trunk, epochs=12, lr=1e-2, trunk_lr=2e-3, scheduler="cosine", bf16=not quick
     )
     sizes = {"train": rows_in(train)} | {part: rows_in(loader) for part, loader in held_out.items()}
     model = f"{type(trunk.model).__name__}, {sum(p.numel() for p in trunk.model.parameters()):,} parameters"
@@ -58,7 +61,7 @@ def judged(
     judgement = fast.evaluate(test)
     blocks = sum(b.flops for b in fast.program.blocks) / fast.program.total_flops
     row = record.row(
-        "CIFAR-10, ResNet-20, gates",
+        "stand-in for CIFAR-10, ResNet-8, gates" if record.options.quick else "CIFAR-10, ResNet-20, gates",
         thresholds=name,
         original_accuracy=original_accuracy,
         full_accuracy=judgement.full_accuracy,

@@ -14,6 +14,8 @@ A router's scores are the probabilities of its K ways, and "open" is the model's
 
 A gate whose threshold is 0 or above 1 stays open or shut in every mode but "open", and `min_open` forces it open as in
 `gate`. A curriculum keeps the first gates open and lets ever more of the last ones decide (BlockDrop, Wu et al. 2018).
+The first rows of every batch may run the full model, which else forgets what it could: blocks that are skipped for nearly
+every row are trained for no other (the sandwich rule of slimmable networks, Yu and Huang 2019).
 """
 
 from __future__ import annotations
@@ -32,11 +34,14 @@ EPSILON = 1e-6
 assert eecompile.ops is not None
 
 
-def with_decisions(gm: fx.GraphModule, mode: str, kept_open: int = 0, way: int | None = None) -> fx.GraphModule:
+def with_decisions(
+    gm: fx.GraphModule, mode: str, kept_open: int = 0, full_share: float = 0.0, way: int | None = None
+) -> fx.GraphModule:
     """`gm` with its gates deciding as `mode` says; the graph is its own, modules and parameters are shared.
 
     Args:
         kept_open: The first so many gates do not decide but stay open.
+        full_share: Share of the rows, the first ones, that every gate lets in.
         way: The way that every row takes, whatever the router says; None lets `mode` say.
 
     Raises:
@@ -44,13 +49,17 @@ def with_decisions(gm: fx.GraphModule, mode: str, kept_open: int = 0, way: int |
     """
     if mode not in MODES:
         raise EecompileError("unknown way to train gates", got=repr(mode), wanted=near(mode, MODES))
-    if mode == "hard" and not kept_open and way is None:
+    if mode == "hard" and not kept_open and not full_share and way is None:
         return gm
     new = facts.copy(gm)
     decide: Callable[..., Tensor] = DECISIONS[mode]
-    for n in new.graph.nodes:
+    for n in list(new.graph.nodes):
         if n.target is torch.ops.eecompile.gate.default:
             n.target = always if n.args[2] < kept_open else decide
+            if full_share:
+                with new.graph.inserting_after(n):
+                    let_in = new.graph.call_function(open_for_first, (n, full_share))
+                n.replace_all_uses_with(let_in, delete_user_cb=lambda user, own=let_in: user is not own)
         elif mode == "soft" and n.target is torch.ops.eecompile.skip.default:
             n.target = blend
         elif n.target is torch.ops.eecompile.route.default and way is not None:
@@ -94,6 +103,16 @@ def always(score: Tensor, thresholds: Tensor, index: int, opened: Tensor | None 
 def uniform(score: Tensor, thresholds: Tensor, index: int, opened: Tensor | None = None, least: int = 0) -> Tensor:
     """1 or 0, equally likely."""
     return _bounded(torch.bernoulli(torch.full_like(score, 0.5, dtype=torch.float32)), thresholds[index], opened, least)
+
+
+def full_rows(rows: int, share: float, device: torch.device) -> Tensor:
+    """[rows] bool: the first `share` of a batch, to the nearest row, that run the full model in training."""
+    return torch.arange(rows, device=device) < round(share * rows)
+
+
+def open_for_first(decision: Tensor, share: float) -> Tensor:
+    """`decision` [B], 1 for the rows of `full_rows`, which pass no gradient on to the score."""
+    return torch.where(full_rows(decision.shape[0], share, decision.device), 1.0, decision)
 
 
 DECISIONS: dict[str, Callable[..., Tensor]] = {

@@ -143,6 +143,7 @@ class TrainingStage:
             "every" or "open".
         objective: Added to the task's objective, as JSON data; None for the task alone.
         kept_open: Share of the gates, the first ones, that stay open meanwhile: a curriculum from the last gate on.
+        full_share: Share of the rows of each batch, the first ones, that every gate lets in.
     """
 
     name: str
@@ -150,6 +151,7 @@ class TrainingStage:
     gate_mode: str = "hard"
     objective: Mapping[str, Any] | None = None
     kept_open: float = 0.0
+    full_share: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,8 @@ class SkipNet(Strategy):
         estimator: Gradient of hard decisions: "straight_through" or "gumbel".
         reward: Of REINFORCE: "log_likelihood" or "correctness".
         entropy: Bonus on the entropy of sampled decisions.
+        full_share: Share of the rows of a training batch that run every block. Above 0 the full model, which `calibrate`
+            compares with, stays good while blocks are skipped for nearly every row; the target cost is that of the others.
     """
 
     name: ClassVar[str] = "skipnet"
@@ -52,6 +54,7 @@ class SkipNet(Strategy):
     estimator: str = "straight_through"
     reward: str = "log_likelihood"
     entropy: float = 0.01
+    full_share: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("gates", "threshold", "always_on", "shares"):
@@ -80,6 +83,8 @@ class SkipNet(Strategy):
             raise StrategyError("unknown reward", got=repr(self.reward), wanted=near(self.reward, REWARDS))
         if not self.entropy >= 0:
             raise StrategyError("entropy= is the weight of a bonus", got=self.entropy, wanted="0 or more")
+        if not 0 <= self.full_share < 1:
+            raise StrategyError("full_share= is a share of a batch's rows", got=self.full_share, wanted="0 to below 1")
 
     def recipe(self) -> Recipe:
         threshold = tuple(self.threshold) if isinstance(self.threshold, Sequence) else float(self.threshold)
@@ -104,9 +109,9 @@ class SkipNet(Strategy):
         price = {"name": "gate_cost", "target": self.target_cost}
         policy = {"name": "reinforce", "target": self.target_cost, "reward": self.reward, "entropy": self.entropy}
         found = (
-            TrainingStage("soft gates", self.shares[0], "soft", price),
-            TrainingStage("hard gates", self.shares[1], ESTIMATORS[self.estimator], price),
-            TrainingStage("reinforce", self.shares[2], "sample", policy),
+            TrainingStage("soft gates", self.shares[0], "soft", price, full_share=self.full_share),
+            TrainingStage("hard gates", self.shares[1], ESTIMATORS[self.estimator], price, full_share=self.full_share),
+            TrainingStage("reinforce", self.shares[2], "sample", policy, full_share=self.full_share),
         )
         return tuple(stage for stage in found if stage.share > 0)
 

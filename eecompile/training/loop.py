@@ -108,7 +108,7 @@ class Loop:
         with ExitStack() as stack:
             self.objective = self.plan.objective_in(stage)
             if stage.gate_mode is not None:
-                stack.enter_context(gates_deciding(self.fast, stage.gate_mode, stage.kept_open))
+                stack.enter_context(gates_deciding(self.fast, stage.gate_mode, stage.kept_open, stage.full_share))
             stack.enter_context(self.fast.prepare_training(stage.trunk) or nullcontext())
             self.fast.train()
             heads = list(self.fast.head_parameters())

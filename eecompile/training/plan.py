@@ -23,6 +23,7 @@ class StagePlan:
         objective: None for the objective of the plan.
         gate_mode: How gates decide meanwhile; None leaves that as it is.
         kept_open: Share of the gates, the first ones, that stay open meanwhile.
+        full_share: Share of the rows of each batch, the first ones, that every gate lets in.
     """
 
     name: str
@@ -32,6 +33,7 @@ class StagePlan:
     objective: Objective | None = None
     gate_mode: str | None = None
     kept_open: float = 0.0
+    full_share: float = 0.0
 
 
 @dataclass(frozen=True)

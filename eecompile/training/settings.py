@@ -49,7 +49,7 @@ def settings(fast: Compiled, plan: Plan, loader: Any, accelerator: Any, trained:
 
 def _asked(stage: StagePlan) -> list[Any]:
     """What the strategy asked of this stage."""
-    return [v for v in (stage.gate_mode, stage.objective and stage.objective.to_dict()) if v]
+    return [v for v in (stage.gate_mode, stage.objective and stage.objective.to_dict(), stage.full_share) if v]
 
 
 def called(function: Any) -> str:

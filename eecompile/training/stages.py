@@ -51,7 +51,7 @@ def stages_of(
                 )
         counts = shared(epochs, [stage.share for stage in asked])
         return tuple(
-            StagePlan(stage.name, n, trunk, True, _with(task, stage), stage.gate_mode, stage.kept_open)
+            StagePlan(stage.name, n, trunk, True, _with(task, stage), stage.gate_mode, stage.kept_open, stage.full_share)
             for stage, n in zip(asked, counts, strict=True)
             if n
         )
@@ -87,11 +87,12 @@ def shared(epochs: int, shares: Sequence[float]) -> list[int]:
 
 
 @contextlib.contextmanager
-def gates_deciding(fast: Any, mode: str, kept_open: float = 0.0) -> Iterator[None]:
-    """`fast.gate_mode` is `mode` inside, the first `kept_open` of the gates are open; as before afterwards."""
-    before = fast.gate_mode, fast.gates_kept_open
-    fast.gate_mode, fast.gates_kept_open = mode, round(kept_open * len(fast.gates))
+def gates_deciding(fast: Any, mode: str, kept_open: float = 0.0, full_share: float = 0.0) -> Iterator[None]:
+    """`fast.gate_mode` is `mode` inside, the first `kept_open` of the gates are open, and all of them for the first
+    `full_share` of a batch's rows; as before afterwards."""
+    before = fast.gate_mode, fast.gates_kept_open, fast.gates_full_share
+    fast.gate_mode, fast.gates_kept_open, fast.gates_full_share = mode, round(kept_open * len(fast.gates)), full_share
     try:
         yield
     finally:
-        fast.gate_mode, fast.gates_kept_open = before
+        fast.gate_mode, fast.gates_kept_open, fast.gates_full_share = before

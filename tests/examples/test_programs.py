@@ -90,7 +90,7 @@ def test_mebert_imdb(environment: dict[str, str], tmp_path: Path) -> None:
 def test_depth_adaptive_text(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(run("depth_adaptive_text", environment, tmp_path, "--json").stdout)
     assert [(row["what"].split(", ")[-1], row["thresholds"]) for row in found["rows"]] == [
-        (mode, how) for mode in ("up_front", "halting") for how in ("as trained", "at most 1% lost on val")
+        (mode, how) for mode in ("up_front", "halting") for how in ("as trained", "guaranteed", "empirical")
     ]
     for row in found["rows"]:
         assert sum(row["share"].values()) == pytest.approx(1)
@@ -101,6 +101,19 @@ def test_depth_adaptive_text(environment: dict[str, str], tmp_path: Path) -> Non
         assert 0 < row["cost"] < 0.9
         assert set(row["speedup"]) == {"1", "32", "64"}
     assert len({row["full_accuracy"] for row in found["rows"]}) == 1  # the second program leaves the trunk as it is
+
+
+def test_skipnet_cifar(environment: dict[str, str], tmp_path: Path) -> None:
+    found = json.loads(run("skipnet_cifar", environment, tmp_path, "--json").stdout)
+    assert [(row["what"], row["thresholds"]) for row in found["rows"]] == [
+        ("stand-in for CIFAR-10, ResNet-8, gates", how) for how in ("as trained", "guaranteed")
+    ]
+    for row in found["rows"]:
+        assert list(row["share"]) == ["gate_0"]  # the other two blocks change the shape
+        assert row["accuracy"] > row["full_accuracy"] - 0.03
+        assert row["full_accuracy"] > row["original_accuracy"] - 0.03  # full rows keep it
+        assert 0.5 < row["cost"] <= 1.0
+        assert set(row["speedup"]) == {"1", "64"}
 
 
 def test_self_adaptive_images(environment: dict[str, str], tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from eecompile import EecompileError, StrategyError, eecompile, strategies
 from eecompile.cli.digits_net import DigitsNet, train
+from eecompile.gates import Halve
 from eecompile.strategies import TrainingStage, strategy
 from eecompile.training.report import GateRow
 from eecompile.training.stages import shared
@@ -138,6 +139,41 @@ def test_free_decisions(trained):
     assert free == [False, False, *[True] * (count - 3), False]
 
 
+@pytest.mark.parametrize("mode", ["soft", "hard", "gumbel", "sample"])
+def test_the_first_rows_of_a_batch_run_the_full_model(trained, mode):
+    fast = compiled(trained, open_bias=-2.0)
+    fast.train_trunk, fast.gate_mode, fast.gates_full_share = False, mode, 0.25  # frozen: norms do not mix the rows
+    fast.train()
+    torch.manual_seed(0)
+    result = fast.run(X[:8])
+    assert bool((result.gates[:2] == 1).all())
+    assert bool((result.gates[2:] < 0.9).any(1).all())
+    assert result.gates_free.tolist() == [[False] * len(fast.gates)] * 2 + [[True] * len(fast.gates)] * 6
+    torch.testing.assert_close(result.outputs[-1][:2], fast.full(X[:2]), atol=1e-5, rtol=1e-5)
+    before = fast.loss(result, Y[:8])
+    kept = fast._objectives[mode].parts[1].controller.cost
+    assert kept == pytest.approx(float(result.end_cost[2:].mean().detach()))  # rows that decide nothing set no price
+    before.backward()
+
+
+def test_full_rows_keep_the_full_model_good(trained):
+    accuracy = {}
+    for share in (0.0, 0.5):
+        fast = compiled(trained, target_cost=0.4, shares=(0, 1, 0), full_share=share)
+        fast.fit(loader(600, 15), epochs=6, lr=1e-2, progress=False)
+        assert fast.gates_full_share == 0
+        found = fast.evaluate(DataLoader(TensorDataset(X[900:], Y[900:]), batch_size=300))
+        accuracy[share] = found.full_accuracy
+        assert found.mean_cost < 0.75
+    assert accuracy[0.5] > max(accuracy[0.0], 0.9)
+
+
+def test_pooling_of_a_gate_is_max_pooling():
+    for height, width in ((8, 8), (7, 5), (1, 6), (3, 1)):
+        x = torch.randn(2, 3, height, width)
+        assert torch.equal(Halve()(x), torch.nn.functional.max_pool2d(x, 2, ceil_mode=True))
+
+
 def test_epochs_are_shared_by_largest_remainders():
     assert shared(1, [0.3, 0.4, 0.3]) == [0, 1, 0]
     assert shared(2, [0.3, 0.4, 0.3]) == [1, 1, 0]
@@ -165,6 +201,14 @@ def test_options():
     given = strategies.SkipNet(estimator="gumbel", shares=(0, 1, 0), target_cost=0.4)
     assert given.stages == (TrainingStage("hard gates", 1, "gumbel", {"name": "gate_cost", "target": 0.4}),)
     assert strategy(given.to_dict()) == given
-    for wrong in ({"shares": (0, 0, 0)}, {"shares": (1, 1)}, {"estimator": "st"}, {"reward": "speed"}, {"entropy": -1}):
+    for wrong in (
+        {"full_share": 1},
+        {"full_share": -0.1},
+        {"shares": (0, 0, 0)},
+        {"shares": (1, 1)},
+        {"estimator": "st"},
+        {"reward": "speed"},
+        {"entropy": -1},
+    ):
         with pytest.raises(StrategyError):
             strategies.SkipNet(**wrong)

@@ -45,11 +45,16 @@ class Priced(Objective):
         steering = Steering(self.target, self.price, self.rate, self.gain, self.ceiling)
         object.__setattr__(self, "controller", Price(steering))
 
-    def priced(self, cost: Tensor) -> float:
-        """The price for this batch, which then moves on with its mean cost."""
+    def priced(self, cost: Tensor, free: Tensor | None = None) -> float:
+        """The price for this batch, which then moves on with its mean cost.
+
+        Args:
+            free: [B, G] bool, where gates decided by their own score: rows without any have no part in the mean.
+        """
         now = self.controller.now
         if torch.is_grad_enabled():
-            self.controller.follow(float(cost.detach().mean()))
+            deciding = cost.detach() if free is None or not bool(free.any()) else cost.detach()[free.any(1)]
+            self.controller.follow(float(deciding.mean()))
         return now
 
     def final(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
@@ -94,7 +99,7 @@ class GateCost(Priced):
                 got="the objective gate_cost",
                 hint='the objective reinforce, or fast.gate_mode = "hard", "soft" or "gumbel"',
             )
-        return self.priced(cost) * cost.mean()
+        return self.priced(cost, result.gates_free) * cost.mean()
 
 
 @dataclass(frozen=True)
@@ -134,7 +139,7 @@ class Reinforce(Priced):
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
         cost = cost_of(result, where).detach()
-        price = self.priced(cost)
+        price = self.priced(cost, result.gates_free)
         if not torch.is_grad_enabled():
             return price * cost.mean()
         likelihood, entropy = self.likelihood(result, where)
