@@ -93,17 +93,17 @@ class TokenGate(GateUnit):
 
 
 class Halve(nn.Module):
-    """The values of `MaxPool2d(2, ceil_mode=True)`, from slices.
-
-    On a CPU torch's pooling of contiguous maps takes 10 to 50 times as long: a quarter of a gated ResNet-20's time.
-    """
+    """The largest value of every 2 x 2 pixels, as `MaxPool2d(2, ceil_mode=True)` gives it."""
 
     def forward(self, x: Tensor) -> Tensor:
+        if x.is_cuda:
+            return nn.functional.max_pool2d(x, 2, ceil_mode=True)
+        # The pooling operator of the CPU also finds where they are, which takes 10 to 50 times as long.
         height, width = x.shape[-2:]
         if height % 2 or width % 2:
             x = nn.functional.pad(x, (0, width % 2, 0, height % 2), mode="replicate")
-        x = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
-        return torch.maximum(x[..., ::2], x[..., 1::2])
+        rows = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
+        return torch.maximum(rows[..., ::2], rows[..., 1::2])
 
 
 class ConvGate(GateUnit):
@@ -120,18 +120,8 @@ class ConvGate(GateUnit):
         self.score = opening(nn.Linear(HIDDEN, 1), open_bias)
 
     def forward(self, x: Tensor, mask: Tensor | None = None, *state: Tensor) -> Tensor:
-        h = torch.relu(self.norm(self.conv(self.halved(x))))
+        h = torch.relu(self.norm(self.conv(self.shrink(x))))
         return torch.sigmoid(self.score(h.mean((2, 3)))).squeeze(-1)
-
-    def halved(self, x: Tensor) -> Tensor:
-        """The largest value of every 2 x 2 pixels."""
-        height, width = x.shape[2:]
-        if torch.is_grad_enabled() or height % 2 or width % 2 or x.is_cuda:
-            y: Tensor = self.shrink(x)
-            return y
-        # The same numbers; the pooling operator of the CPU also finds where they are, which takes 10 times as long.
-        rows = torch.maximum(x[:, :, ::2], x[:, :, 1::2])
-        return torch.maximum(rows[..., ::2], rows[..., 1::2])
 
 
 class RecurrentGate(GateUnit):

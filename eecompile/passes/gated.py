@@ -54,8 +54,12 @@ class Gated(nn.Module):
         self.axes, self.out_axes = tuple(axes), tuple(out_axes)
         self.call: Callable[..., tuple[Tensor, ...]] = body.forward  # an executor may put a quicker one here
 
-    def forward(self, gate: Tensor, past: tuple[Tensor, ...], *inputs: Tensor) -> tuple[Tensor, ...]:
-        """`past` goes by the region, one value per carry; `inputs` go in."""
+    def forward(self, gate: Tensor, past: tuple[Tensor, ...], *inputs: Tensor, over: bool = False) -> tuple[Tensor, ...]:
+        """`past` goes by the region, one value per carry; `inputs` go in.
+
+        Args:
+            over: Writes the open rows over `past` itself, not over a copy.
+        """
         rows = torch.nonzero(is_open(gate)).view(-1)
         count = rows.numel()
         if count == 0:
@@ -64,7 +68,8 @@ class Gated(nn.Module):
             return self.call(*inputs)
         taken = [t if axis is None else t.index_select(axis, rows) for t, axis in zip(inputs, self.axes, strict=True)]
         values = self.call(*taken)
-        return tuple(x.index_copy(axis, rows, y) for x, y, axis in zip(past, values, self.out_axes, strict=True))
+        write = Tensor.index_copy_ if over else Tensor.index_copy
+        return tuple(write(x, axis, rows, y) for x, y, axis in zip(past, values, self.out_axes, strict=True))
 
 
 def conditionals(program: Program) -> tuple[Conditional, ...]:

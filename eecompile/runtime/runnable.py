@@ -20,7 +20,7 @@ from eecompile.passes.gated import Gated
 from eecompile.passes.live_positions import LivePositions
 from eecompile.passes.routed import Routed
 from eecompile.passes.widened import Widened
-from eecompile.runtime.reuse import reusable
+from eecompile.runtime.reuse import overwriting, reusable
 
 aten = torch.ops.aten
 # The same dispatcher entries by their Python bindings; positional signatures agree.
@@ -74,7 +74,8 @@ def lifted(module: fx.GraphModule, reuse: bool = False) -> tuple[fx.GraphModule,
     """The module with its attributes as leading inputs, and their values now.
 
     Args:
-        reuse: Whether operators may write over operands that nobody needs again; only right without gradients.
+        reuse: Whether operators and gated regions may write over values that nobody needs again; only right without
+            gradients.
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -85,6 +86,7 @@ def lifted(module: fx.GraphModule, reuse: bool = False) -> tuple[fx.GraphModule,
             if isinstance(value, Tensor):
                 values[str(n.target)] = (graph.placeholder(f"attr_{len(values)}"), value)
     in_place = reusable(module) if reuse else {}
+    over = overwriting(module) if reuse else set()
     for n in module.graph.nodes:
         if n.op == "get_attr" and str(n.target) in values:
             env[n] = values[str(n.target)][0]
@@ -93,6 +95,8 @@ def lifted(module: fx.GraphModule, reuse: bool = False) -> tuple[fx.GraphModule,
         if n in in_place:
             new.target, args = in_place[n]
             new.args = fx.node.map_arg(args, lambda a: env[a])
+        if n in over:
+            new.kwargs = {"over": True}
         quick = QUICK.get(new.target) if n.op == "call_function" else None
         if quick is not None and (not n.kwargs or new.target in KEYWORDS):
             new.target = quick

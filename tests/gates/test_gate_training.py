@@ -9,7 +9,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from eecompile import EecompileError, StrategyError, eecompile, strategies
 from eecompile.cli.digits_net import DigitsNet, train
-from eecompile.gates import Halve
 from eecompile.strategies import TrainingStage, strategy
 from eecompile.training.report import GateRow
 from eecompile.training.stages import shared
@@ -141,7 +140,7 @@ def test_free_decisions(trained):
 
 @pytest.mark.parametrize("mode", ["soft", "hard", "gumbel", "sample"])
 def test_the_first_rows_of_a_batch_run_the_full_model(trained, mode):
-    fast = compiled(trained, open_bias=-2.0)
+    fast = compiled(trained, open_bias=-2.0, estimator="gumbel" if mode == "gumbel" else "straight_through")
     fast.train_trunk, fast.gate_mode, fast.gates_full_share = False, mode, 0.25  # frozen: norms do not mix the rows
     fast.train()
     torch.manual_seed(0)
@@ -165,13 +164,7 @@ def test_full_rows_keep_the_full_model_good(trained):
         found = fast.evaluate(DataLoader(TensorDataset(X[900:], Y[900:]), batch_size=300))
         accuracy[share] = found.full_accuracy
         assert found.mean_cost < 0.75
-    assert accuracy[0.5] > max(accuracy[0.0], 0.9)
-
-
-def test_pooling_of_a_gate_is_max_pooling():
-    for height, width in ((8, 8), (7, 5), (1, 6), (3, 1)):
-        x = torch.randn(2, 3, height, width)
-        assert torch.equal(Halve()(x), torch.nn.functional.max_pool2d(x, 2, ceil_mode=True))
+    assert accuracy[0.5] > accuracy[0.0] + 0.2
 
 
 def test_epochs_are_shared_by_largest_remainders():

@@ -1,4 +1,4 @@
-"""Operators that write over dying operands: which ones, and that nothing else is touched."""
+"""Operators and gated regions that write over dying values: which ones, and that nothing else is touched."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eecompile import CompiledModule, eecompile, strategies
-from eecompile.runtime.reuse import reusable
+from eecompile.runtime.reuse import overwriting, reusable
 from eecompile.runtime.runnable import EagerSegment
-from tests.support import CLOSED, equal_bits, watch
+from tests.support import CLOSED, both, equal_bits, watch
 
 aten = torch.ops.aten
 
@@ -130,3 +130,55 @@ def test_a_value_that_crosses_an_exit_is_kept():
             found[thresholds] = [[n.name for n in reusable(m)] for m in modules]
     assert found[CLOSED] == [["add", "add_1", "add_2", "relu_3"]]
     assert found[1.0] == [["add"], ["add_1", "add_2"], []]
+
+
+class Kept(nn.Module):
+    """Three blocks; what the second one is given may live on, by itself or as a view."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how, self.stem, self.end = how, nn.Conv2d(3, 4, 3), nn.Linear(4, 3)
+        self.blocks = nn.ModuleList(Before() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        first = self.blocks[0](x if self.how == "input" else F.relu(self.stem(x)))
+        view = first.flatten(2)
+        last = self.blocks[2](self.blocks[1](first))
+        if self.how == "value":
+            last = last + first
+        mean = last.flatten(2).sub(view) if self.how == "view" else last.flatten(2)
+        out: Tensor = self.end(mean.mean(2))
+        return out
+
+
+@pytest.mark.parametrize(
+    ("how", "over"), [("dies", [0, 1, 2]), ("value", [0]), ("view", [0]), ("input", [])], ids=lambda v: str(v)
+)
+def test_gated_regions_write_over_what_nobody_reads_later(how, over):
+    torch.manual_seed(2)
+    model, x = Kept(how).eval(), torch.randn(6, 4 if how == "input" else 3, 8, 8)
+    fast = eecompile(model, strategies.SkipNet(), example_inputs=(x,))
+    before = x.clone()
+    found = fast.gate_thresholds.tolist()
+
+    def median(i: int, score: Tensor) -> None:
+        found[i] = float(score.median())
+        fast.gate_thresholds[i] = found[i]  # decided with it at once: the next gate's scores depend on that
+
+    hooks = []
+    for i, gate in enumerate(fast.gates):
+        hooks.append(gate.head.register_forward_hook(lambda _, args, score, i=i: median(i, score)))
+        with torch.no_grad():
+            gate.head.score.weight.mul_(100)
+    fast.observe(x)
+    for hook in hooks:
+        hook.remove()
+    fast.set_gate_thresholds(found)
+    compact, reference = both(fast, x)
+    assert compact.gates.sum(0).tolist() == [4, 4, 4]
+    equal_bits(compact.output, reference.output)
+    with torch.no_grad():
+        equal_bits(fast(x), reference.output)
+    assert torch.equal(x, before)
+    module = fast._chosen.plan((), False, ("dynamic",) * 3)[0].segment.module  # type: ignore[attr-defined]
+    assert sorted(n.name for n in overwriting(module)) == [f"gate_{i}_region" for i in over]
