@@ -182,7 +182,7 @@ def test_objectives_of_ones_own_and_mistakes(trained):
     report = fast.fit(loader(60), objective="exits+reinforce", **run)
     assert {row.stage for row in report.rows} == {"reinforce"}
     mean_loss = torch.nn.functional.cross_entropy
-    with pytest.raises(EecompileError, match="REINFORCE rewards the likelihood"):
+    with pytest.raises(EecompileError, match="weighs the likelihood of class labels"):
         fast.fit(loader(60), loss=mean_loss, **run)
     poisoned = [(X[:4], Y[:4]), (X[4:8] * float("nan"), Y[4:8])]
     with pytest.raises(EecompileError, match="not finite") as caught:
