@@ -98,7 +98,8 @@ def test_depth_adaptive_text(environment: dict[str, str], tmp_path: Path) -> Non
         assert sum(steps) == pytest.approx(row["mean_steps"], abs=1e-5)
         assert row["accuracy_at_depth"][-1] == pytest.approx(row["full_accuracy"])
         assert row["accuracy"] > row["full_accuracy"] - 0.05
-        assert 0 < row["cost"] < 0.9
+        # 128 rows are few for a guarantee of 1%: all blocks may run.
+        assert 0 < row["cost"] < (1.01 if row["thresholds"] == "guaranteed" else 0.9)
         assert set(row["speedup"]) == {"1", "32", "64"}
     assert len({row["full_accuracy"] for row in found["rows"]}) == 1  # the second program leaves the trunk as it is
 
