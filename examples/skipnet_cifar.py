@@ -45,11 +45,12 @@ def example(options: Options, record: Record) -> None:
     trunk = resnet_trunk(quick=quick, seed=options.seed)
     train, held_out = cifar_parts(ROWS_QUICK if quick else ROWS, HELD_OUT, quick=quick, seed=options.seed)
     x: Tensor = next(iter(held_out["val"]))[0][:8]
-    fits = {}
+    fits: dict[str, Any] = {}
+    learned: dict[str, Tensor] = {}
     for name, settings in FITS.items():
         strategy = SkipNet(open_bias=1.0, full_share=0.25, **settings["strategy"])
         fast = eecompile(trunk.model, strategy, example_inputs=(x,))
-        if fits:
+        if learned:
             fast.load_state_dict(learned)
         fits[name] = fitted(fast, train, name, options, trunk, scheduler="cosine", bf16=not quick, **settings["fit"])
         learned = fast.state_dict()
