@@ -4,7 +4,8 @@ A call may be stopped behind every open exit, and then returns the best output s
 nothing can stop there: `set_thresholds(1.0)` opens exits that hardly anybody leaves at by itself.
 
 On a device that decides by itself a deadline counts from when the device begins, less what the host has used by then; what
-`run` says of it (`stopped`, `late`, `final`) is read back at the end, `fast(x, deadline_ms=...)` reads nothing.
+`run` says of it (`stopped`, `late`, `final`) is read back at the end, `fast(x, deadline_ms=...)` reads nothing. With a
+budget alone `run` waits for nothing either: `stopped` is found out when somebody reads it.
 
 `deadline_ms` and `budget` are taken from the keyword arguments of `fast(...)`, `fast.run(...)` and `fast.stream(...)`. An
 argument of that name that the model itself has is the model's; then `fast.within(deadline_ms=5.0)(...)` is the way.
@@ -132,8 +133,8 @@ class Anytime(Trainable):
         """Limits as the executor reads them; the deadline's clock starts here."""
         now = self._chosen.times.clock()
         self._evaluates("a deadline or a budget")
-        thresholds: list[float] = self.thresholds.tolist()
-        open_exits = [k for k, t in enumerate(thresholds) if t <= 1.0]
+        is_open = self.open_exits
+        open_exits = [k for k, o in enumerate(is_open) if o]
         allowance = Allowance()
         if limits.deadline_ms is not None:
             if self._chosen.name == "reference":
@@ -145,7 +146,7 @@ class Anytime(Trainable):
                 raise no_exit("deadline")
             allowance = Allowance(deadline=now + limits.deadline_ms / 1e3)
         if limits.budget is not None:
-            costs = self.costs([t <= 1.0 for t in thresholds]).tolist()
+            costs = self.costs(is_open).tolist()
             last, over = deepest(limits.budget, costs, open_exits)
             allowance = replace(allowance, deepest=last, over=over)
         return allowance

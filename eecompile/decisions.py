@@ -137,8 +137,9 @@ class Decisions(Routing):
         names = [g.name for g in self.program.gates]
         found = []
         for w in self.program.widths:
-            opened = (gates.detach()[:, [names.index(g) for g in w.gates]] >= 0.5).long().sum(1)
-            shares = torch.tensor([0.0, *w.fractions] if w.skips else w.fractions, device=gates.device)
+            mine = self.held.constant([names.index(g) for g in w.gates], gates.device, torch.int64)
+            opened = (gates.detach()[:, mine] >= 0.5).long().sum(1)
+            shares = self.held.constant([0.0, *w.fractions] if w.skips else w.fractions, gates.device)
             found.append(shares[opened])
         return torch.stack(found, 1)
 
@@ -174,7 +175,7 @@ class Decisions(Routing):
         """How far the halting scores of a row must add up: 1 as trained, less stops sooner, above 1 never stops."""
         if not self.program.halts:
             raise StrategyError("this program does not halt", hint="compile with a strategy that halts, such as act")
-        scale = float(getattr(self.graph_module, HALT_SCALE))
+        (scale,) = self.held.numbers("scale", getattr(self.graph_module, HALT_SCALE))
         return NEVER if scale == closed_scale(self.program) else 1.0 / scale
 
     def set_halting_threshold(self, threshold: float) -> None:
@@ -253,7 +254,8 @@ class Decisions(Routing):
     def costs(self, open_exits: Sequence[bool]) -> Tensor:
         """[E + 1] float32: fraction of the full model's FLOPs of a row that leaves at each exit, open heads and the scores
         of gates included; every gate counts as open."""
-        scored = tuple(0 < t <= 1 for t in self.gate_thresholds.tolist())
+        thresholds = self.held.numbers("gates", self.gate_thresholds) if self.program.gates else ()
+        scored = tuple(0 < t <= 1 for t in thresholds)
         key = (tuple(bool(o) for o in open_exits), scored, self.router_runs(open_exits))
         cache = self.__dict__["_costs"]
         if key not in cache:
@@ -346,7 +348,7 @@ class Decisions(Routing):
         return free
 
     def _spent(self, exit_index: Tensor, gates: Tensor | None, steps: Sequence[Tensor], open_exits: list[bool]) -> Tensor:
-        cost = self.costs(open_exits).to(exit_index.device)[exit_index]
+        cost = self.held.constant(self.costs(open_exits).tolist(), exit_index.device)[exit_index]
         for h, ran in zip(self.program.halts, steps, strict=True):
             if not runs(h, open_exits):
                 continue
@@ -354,15 +356,15 @@ class Decisions(Routing):
         if gates is None or not self.program.gates:
             return cost
         total = self.program.total_flops or 1.0
-        saves = torch.tensor([g.flops / total for g in self.program.gates], device=cost.device)
-        stages = torch.tensor([g.stage for g in self.program.gates], device=cost.device)
+        saves = self.held.constant([g.flops / total for g in self.program.gates], cost.device)
+        stages = self.held.constant([g.stage for g in self.program.gates], cost.device, torch.int64)
         reached = (exit_index.unsqueeze(1) >= stages) & self._running(open_exits)
         return cost - ((1 - gates.float()) * reached * saves).sum(1)
 
     def _running(self, open_exits: Sequence[bool]) -> Tensor:
         """[G] bool: gates whose region runs while these exits are open."""
         found = [runs(g, open_exits) for g in self.program.gates]
-        return torch.tensor(found, dtype=torch.bool, device=self.thresholds.device)
+        return self.held.constant(found, self.thresholds.device, torch.bool)
 
     def _halting_cost(self, halt: Halt, exit_index: Tensor, ran: Tensor) -> Tensor:
         """[B] what a chain changes of the cost: steps that were not taken, or taken again, and scores."""

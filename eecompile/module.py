@@ -14,6 +14,7 @@ from eecompile.anytime import Anytime
 from eecompile.artifact.write import write
 from eecompile.device_programs import DevicePrograms
 from eecompile.errors import EecompileError, StrategyError, near
+from eecompile.held import Held
 from eecompile.program import History, Program, Result
 from eecompile.runtime.blocks import BlocksExecutor
 from eecompile.runtime.compact import CompactExecutor
@@ -76,6 +77,7 @@ class CompiledModule(DevicePrograms, Anytime):
         self.__dict__["_lock"] = threading.RLock()
         self.__dict__["_device_options"] = Options()
         self.__dict__["_costs"] = {}
+        self.__dict__["held"] = Held()
         self.__dict__["_full"] = []
         self.train_trunk = strategy.joint
         self._backend = self._valid("backend", backend, BACKENDS)
@@ -219,12 +221,12 @@ class CompiledModule(DevicePrograms, Anytime):
         blocks = [i for i, kind in enumerate(kinds) if kind == "block"]
         if gates is None or not blocks or any(kind not in ("block", "width") for kind in kinds):
             return None
-        return (gates[:, blocks] >= 0.5).sum(1)
+        return (gates[:, self.held.constant(blocks, gates.device, torch.int64)] >= 0.5).sum(1)
 
     def _width_stages(self, gates: Tensor) -> Tensor:
         """[W]: how many exits lie before each part with widths."""
         stages = {g.name: g.stage for g in self.program.gates}
-        return torch.tensor([stages[w.gates[0]] for w in self.program.widths], device=gates.device)
+        return self.held.constant([stages[w.gates[0]] for w in self.program.widths], gates.device, torch.int64)
 
     def prediction_of(self, output: Any) -> Tensor:
         """The class scores within an output of the model's type."""

@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from eecompile.errors import PassError, near
+from eecompile.reasons import Reason
 from eecompile.records import (
     Anchor,
     Block,
@@ -219,7 +220,8 @@ class Result:
         step_scores: [B, N] float32, with `step_outputs`: probability of stopping at a step, of a row that got there.
         final: [B] bool; rows that left by themselves. The others were stopped at `exit_index` by a deadline, a budget or
             an interrupt, or are still on their way in a stream.
-        stopped: Why the call was stopped before every row was final: "deadline", "budget" or "interrupt".
+        stopped: Why the call was stopped before every row was final: "deadline", "budget" or "interrupt"; else None.
+            After a budget on a device that decides by itself, reading it waits for the device.
         late: Whether the output came after its deadline, or costs more than its budget: even the first exit was too far.
     """
 
@@ -245,5 +247,5 @@ class Result:
     step_outputs: tuple[torch.Tensor, ...] | None = None
     step_scores: torch.Tensor | None = None
     final: torch.Tensor | None = None
-    stopped: str | None = None
+    stopped: Reason = Reason()  # noqa: RUF009 (a descriptor, not a default)
     late: bool = False

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from eecompile.errors import StrategyError
+from eecompile.held import Held
 from eecompile.passes.insert_routes import ROUTE_MARGINS, opened
 from eecompile.passes.place_routes import ROUTES
 from eecompile.program import Program
@@ -45,6 +46,7 @@ class Routing(nn.Module):
 
     program: Program
     graph_module: fx.GraphModule
+    held: Held
     route_load: list[dict[str, Any]] | None = None  # what `evaluate` saw last, for `explain`
 
     @property
@@ -54,7 +56,7 @@ class Routing(nn.Module):
     @property
     def open_exits(self) -> list[bool]:
         """Which exits rows may leave at."""
-        return [t <= 1.0 for t in self.thresholds.tolist()]
+        return [t <= 1.0 for t in self.held.numbers("thresholds", self.thresholds)]
 
     def costs(self, open_exits: Sequence[bool]) -> Tensor:
         raise NotImplementedError
@@ -128,7 +130,9 @@ class Routing(nn.Module):
         """Whether there is something to choose."""
         if not self.program.routes:
             return False
-        return any(open_exits) if self.program.routes[0].to_exits else len(opened(self.route_margins.tolist())) > 1
+        if self.program.routes[0].to_exits:
+            return any(open_exits)
+        return len(opened(self.held.numbers("margins", self.route_margins))) > 1
 
     def route_costs(self) -> Tensor:
         """[K] float32: fraction of the full model's FLOPs of a row on each route, with the exits that are open now."""
@@ -148,7 +152,7 @@ class Routing(nn.Module):
         """
         (route,) = self.program.routes
         full, total = route.ways[-1].flops, self.program.total_flops or 1.0
-        saves = torch.tensor([(full - w.flops) / total for w in route.ways], device=ways.device)
+        saves = self.held.constant([(full - w.flops) / total for w in route.ways], ways.device)
         found: Tensor = (ways * saves).sum(1) * (exit_index.to(ways.device) >= route.way_stage)
         return found
 

@@ -17,7 +17,7 @@ LAYERS = [
     {"errors", "measuring"},
     {"kernels", "ops"},
     {"signature", "criteria", "heads", "gates", "routers", "strategies", "route_records"}
-    | {"records", "program", "prediction", "thresholds"},
+    | {"reasons", "records", "program", "prediction", "thresholds"},
     {"capture"},
     {"passes"},
     {"runtime", "costs"},
@@ -27,6 +27,7 @@ LAYERS = [
         "device_programs",
         "decisions",
         "routing",
+        "held",
         "trainable",
         "api",
         "members",

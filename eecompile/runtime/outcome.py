@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from eecompile.program import Program
+from eecompile.reasons import Unless
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.survivors import Survivors
 from eecompile.runtime.timing import Piece, StageTimes
@@ -48,7 +49,7 @@ class Outcome:
     scores: tuple[Tensor, ...] | None = None
     separate: tuple[Tensor, ...] | None = None
     final: Tensor | None = None
-    stopped: str | None = None
+    stopped: str | Unless | None = None
     late: bool = False
     closing: tuple[float, int] | None = None
     step_outputs: tuple[Tensor, ...] = ()

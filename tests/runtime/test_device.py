@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import random
+from dataclasses import replace
 from unittest.mock import Mock
 
 import pytest
 import torch
 
 from eecompile import strategies
+from eecompile.reasons import Unless
 from eecompile.runtime.device import cuda as cuda_module
 from eecompile.runtime.device.build import default_buckets
 from eecompile.runtime.device.cuda import Capture
@@ -77,9 +79,61 @@ def test_a_budget_ends_the_program_early(bert):
         want = bert.run(**kwargs, budget=0.6)
     same_result(got, want)
     assert torch.equal(got.final, want.final)
-    assert (got.stopped, got.late) == ("budget", want.late)
+    assert (got.stopped, got.late) == (want.stopped, want.late) == ("budget", False)
     program = bert._executor("simulate").device_program(bert.program.signature.flatten((), kwargs), last=0)[0]
     assert program.count(Switch) == program.count(If) == 0  # nothing behind the first exit is there
+
+
+def test_a_budget_that_stops_nobody_is_no_reason(bert):
+    """Whether anybody was stopped is known on the device: it is asked when the reason is read."""
+    kwargs = spread(bert, 4, seed=2)
+    bert.set_thresholds([0.0, 0.9, 0.9])
+    want, got = (asked(bert, name, kwargs) for name in ("reference", "simulate"))
+    assert vars(got)["_stopped"] == Unless("budget", got.final)
+    assert got.final.all() and want.final.all()
+    assert got.stopped is want.stopped is None
+    assert replace(got, late=True).stopped is None
+
+
+def asked(fast, name: str, kwargs):
+    with torch.no_grad(), executor(fast, name):
+        return fast.run(**kwargs, budget=0.6)
+
+
+TOLD = ["branchy + skipnet", "ann + self_adaptive", "branchy + act"]
+
+
+@pytest.mark.parametrize("kind", [*TOLD, "router"])
+def test_a_result_is_told_without_the_host(bert, kind, monkeypatch):
+    """Cost, steps and widths of a call come from what is on the device: nothing is read and nothing is sent there."""
+    light = strategies.Router(at="bert.embeddings", to={"light": 0.5})
+    fast = again(bert, strategies.Branchy(router=light) if kind == "router" else SUMS[kind]())
+    args, kwargs = ZOO["bert"].inputs(5, seed=4)
+    at_random(fast, args, kwargs, random.Random(1))
+    flat = fast.program.signature.flatten(args, kwargs)
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("this waits for the device")
+
+    with torch.no_grad(), executor(fast, "simulate"):
+        outcome = fast._execute(flat, True)
+        want = fast._result(outcome)
+        with monkeypatch.context() as patched:
+            for name in ("item", "__bool__", "__float__", "__int__", "__index__"):
+                patched.setattr(torch.Tensor, name, forbidden)
+            patched.setattr(torch, "tensor", forbidden)
+            told, there = torch.Tensor.tolist, {t.data_ptr() for t in fast.graph_module.buffers()}
+            patched.setattr(
+                torch.Tensor, "tolist", lambda t: forbidden() if not t.ndim or t.data_ptr() in there else told(t)
+            )
+            got = fast._result(outcome)
+        assert torch.equal(got.cost, want.cost)
+        if fast.gates:
+            fast.set_gate_thresholds(0.0)
+        fast.set_thresholds(2.0)
+        fresh = again(bert, strategies.Branchy(router=light) if kind == "router" else SUMS[kind]())
+        fresh.load_state_dict(fast.state_dict())
+        torch.testing.assert_close(fast._result(outcome).cost, fresh._result(outcome).cost)  # thresholds are read again
 
 
 def test_thresholds_change_without_another_program(bert):
@@ -156,6 +210,27 @@ def test_old_numbers_give_the_same_output(bert, batch, delay):
         machine.run(flat)
     assert torch.equal(machine.values["exit_index"], want.exit_index)
     close(machine.values["output"], bert.prediction_of(want.output))
+
+
+@pytest.mark.parametrize("delay", [0, 1, 99])
+def test_old_numbers_give_the_same_output_of_regions(bert, delay):
+    """Also where a number arrives within a stage."""
+    fast = again(bert, SUMS["branchy + skipnet"]())
+    args, kwargs = ZOO["bert"].inputs(8, seed=3)
+    at_random(fast, args, kwargs, random.Random(0))
+    fast.set_gate_thresholds([float(s.median()) for s in fast.observe(**kwargs).gate_scores.T])
+    ranked = fast.observe(**kwargs).confidences[0].sort().values
+    fast.set_thresholds([float(ranked[1] + ranked[2]) / 2, 1.0])  # two of eight rows stay
+    want = reference(fast, **kwargs)
+    flat = fast.program.signature.flatten(args, kwargs)
+    simulate = fast._executor("simulate")
+    program, calls = simulate.device_program(flat)
+    memory = simulate.memory() | constants(program, "cpu") | allocated(program.buffers, "cpu")
+    with torch.no_grad():
+        machine = Bound(program, memory, calls, Late(delay))
+        machine.run(flat)
+    assert torch.equal(machine.values["exit_index"], want.exit_index)
+    close(machine.values["output"], fast.prediction_of(want.output))
 
 
 def test_a_warm_up_runs_every_body(bert):

@@ -18,6 +18,7 @@ from eecompile.passes.insert_exits import THRESHOLDS as THRESHOLD_BUFFER
 from eecompile.passes.lower import schedule
 from eecompile.passes.settings import settings_of
 from eecompile.program import Program
+from eecompile.reasons import Unless
 from eecompile.runtime.device.build import build
 from eecompile.runtime.device.deadline import kept, predictions, set_deadline
 from eecompile.runtime.device.machine import Calls, Hosted, Simulator, allocated, constants
@@ -229,11 +230,12 @@ class DeviceExecutor:
         return outcome
 
     def _stopped(self, outcome: Outcome, last: int, thresholds: Tensor) -> None:
-        """Which rows a budget stopped. Says it without asking the device: a row is final where it was sure."""
+        """Which rows a budget stopped, without asking the device: a row is final where it was sure, and whether all were is
+        for whoever reads the reason."""
         assert outcome.confidence is not None
         sure = outcome.confidence >= thresholds[last]
         outcome.final = (outcome.exit_index < last) | sure
-        outcome.stopped = "budget"
+        outcome.stopped = Unless("budget", outcome.final)
 
     def _differentiates(self, flat: Sequence[Tensor]) -> None:
         if torch.is_grad_enabled() and any(t.requires_grad for t in flat):

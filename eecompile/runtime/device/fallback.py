@@ -4,7 +4,10 @@ The number of survivors only falls, so any older one is a bound from above. Afte
 memory; the host looks only whether a copy has arrived, and runs the next stage at the bucket of the newest number that it
 knows. Kernels mask with the true number. What is computed in vain is what had left since that number was true.
 
-Gated regions run on all rows of their stage: how many are open is never known in time.
+A region within a stage (a gated one, a width, a branch) runs at the newest number of the stage's own rows: it holds, since
+nobody is open who is not live. How many are open is not asked for: that number is made just before it is needed, so it would
+arrive in time only where the host waits, and unlike survivors it rises again from region to region, so that an older one is
+no bound. So k branches cost up to k times one here, and with conditional nodes they do not.
 
 Only where there is a deadline the host waits, behind each decision: it tells the time, and what it launched in vain would
 make the output late.
@@ -110,16 +113,17 @@ class Bound(Hosted):
         return self.bound
 
     def if_(self, node: If) -> None:
-        if node.control in self.opened:
-            self.body(node.body)
-        elif self._known() > 0:
-            self.stage = node.control
+        if self._known() > 0:
+            if node.control not in self.opened:
+                self.stage = node.control
             self.body(node.body)
 
     def switch(self, node: Switch) -> None:
-        rows = self.opened.get(node.control)
-        if rows is None:
-            rows, self.stage = self._known(), node.control
+        rows = self._known()
+        if node.control in self.opened:
+            rows = min(rows, self.opened[node.control])
+        else:
+            self.stage = node.control
         if rows > 0:
             self.body(node.bodies[next(i for i, b in enumerate(self.program.buckets) if b >= rows)])
 
