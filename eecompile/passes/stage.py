@@ -17,8 +17,8 @@ from eecompile.errors import PassError
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.extract import Extractor
-from eecompile.passes.gated import GatedRegions
-from eecompile.program import Gate, Halt, Live, Program, Stage
+from eecompile.passes.gated import DYNAMIC, GatedRegions
+from eecompile.program import Gate, Halt, HaltStep, Live, Program, Stage
 
 
 def inserted(node: fx.Node) -> bool:
@@ -94,7 +94,7 @@ class Layout:
         self.leaves = [self._trunk_leaf(g) for g in given]
         # where rows go between branches: `route` reads it off what is admitted, and lowering groups rows by it
         self.choices = {self.names[r.choice]: self.names[r.node] for r in program.routes if r.ways}
-        self.own = facts.needed_for([*self.leaves, self.prediction(), *self.choices])
+        self.own = self._whole(facts.needed_for([*self.leaves, self.prediction(), *self.choices]), None)
 
     def _trunk_leaf(self, given: Any) -> fx.Node:
         node = given
@@ -133,7 +133,14 @@ class Layout:
         own = self.own if not plain else facts.needed_for([*self.leaves, self.prediction(), *self.choices], plain)
         heads = [self.names[n] for k in exits for n in self.program.exits[k].reads]
         beside = [n for n in heads if n not in own]  # none, but in a cascade of models
-        return own | facts.needed_for(beside, plain) if beside else own
+        return self._whole(own | facts.needed_for(beside, plain), how) if beside or plain else own
+
+    def _whole(self, needed: set[fx.Node], how: Sequence[str] | None) -> set[fx.Node]:
+        """With all that a halting step carries on where it runs on some rows, if only a report reads it."""
+        for i, g in enumerate(self.regions.gates):
+            if isinstance(g, HaltStep) and (how is None or how[i] == DYNAMIC) and self.regions.serves(i, needed):
+                needed = needed | facts.needed_for([self.names[c.y] for c in g.carries])
+        return needed
 
     def copy_interval(
         self, part: Extractor, start: int, stop: int, how: Sequence[str] | None = None, needed: set[fx.Node] | None = None

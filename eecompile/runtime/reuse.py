@@ -90,7 +90,7 @@ def overwriting(module: fx.GraphModule) -> set[fx.Node]:
         region = module.get_submodule(str(n.target)) if n.op == "call_module" else None
         if not isinstance(region, Gated):
             continue
-        past: tuple[fx.Node, ...] = n.args[1]  # type: ignore[assignment]
+        past: tuple[fx.Node, ...] = n.args[1]
         given = facts.output_leaves(region.body)
         if len(set(past)) < len(past) or len(set(given)) < len(given) or not all(map(_fresh, given)):
             continue

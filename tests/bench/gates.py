@@ -106,6 +106,7 @@ def spread_out(subject: Subject, factor: float = 10.0) -> None:
 def shut(subject: Subject, share: float) -> list[float]:
     """Thresholds at which every gate shuts for that share of the rows; each gate's decision moves the scores of the next."""
     fast, k = subject.fast, count(subject, share)
+    fast.set_gate_thresholds(OPEN)
     chosen = fast.gate_thresholds
 
     def between(i: int, score: Tensor) -> None:
@@ -116,7 +117,6 @@ def shut(subject: Subject, share: float) -> list[float]:
         gate.head.register_forward_hook(lambda _, args, score, i=i: between(i, score))  # type: ignore[misc]
         for i, gate in enumerate(fast.gates)
     ]
-    fast.set_gate_thresholds(OPEN)
     fast.observe(**subject.inputs)  # one pass: a decision is taken after its threshold is set
     for hook in hooks:
         hook.remove()

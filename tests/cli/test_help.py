@@ -84,7 +84,7 @@ def test_help_and_completion_need_no_torch() -> None:
         ("eecompile inspect x --format m", {"mermaid"}),
         ("eecompile rewrite x --criterion p", {"patience"}),
         ("eecompile fit x --data digits:t", {"digits:train", "digits:test"}),
-        ("eecompile inspect x --after find", {"find_blocks", "find_cuts", "find_regions"}),
+        ("eecompile inspect x --after find", {"find_blocks", "find_cuts", "find_regions", "find_token_parts"}),
     ],
 )
 def test_completion(typed: str, offered: set[str]) -> None:

@@ -300,5 +300,5 @@ def test_margins_of_branches_keep_the_promise(model):
     with pytest.raises(CalibrationError):
         fast.calibrate([(x[:8], y[:8] + 7)])
     assert fast.route_margins.tolist() == [2.0, 0.0]
-    with pytest.raises(EecompileError, match="gates or branches"):
+    with pytest.raises(EecompileError, match="gates, branches or halting"):
         fast.evaluate(Loader(), curve=True)

@@ -169,7 +169,8 @@ def test_only_the_head_of_its_own_exit_runs_for_a_row():
 
 def test_a_branch_computes_its_own_rows_and_a_closed_one_nothing():
     fast, args, kwargs = bert(Router(at="bert.encoder.layer.0", to={"light": 0.3}, unit="linear"))
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
         fast.route_units.unit.score.weight.normal_()
     assert fast.routes[0].left_out == ("bert.encoder.layer.2", "bert.encoder.layer.3")
     weights = fast.observe(*args, **kwargs).route_weights
