@@ -242,7 +242,7 @@ def timed(
         count = min(len(next(iter(inputs.values()))) if isinstance(inputs, dict) else len(inputs),
                     (rows or {}).get(size, {1: 64, 32: 256, 256: 512}.get(size, 4 * size)))  # fmt: skip
         if quick:
-            count = min(count, 4 * size)
+            count = min(count, 2 * size)
         index = [torch.arange(at, min(at + size, count)) for at in range(0, count, size)]
         batches = [as_call(take(inputs, i)) for i in index]
         calls = {"original": _over(original, batches, lambda: None)}
