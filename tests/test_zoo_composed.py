@@ -43,9 +43,8 @@ def test_a_sum_keeps_the_invariants(zoo, name, kind):
         for r in both(fast, *args, **kwargs):
             equal_bits(fast.program.signature.flatten_output(r.output), want)
             assert r.exit_index.tolist() == [len(fast.exits)] * batch
-        for _ in range(2):
-            at_random(fast, args, kwargs, rng)
-            agree(fast, args, kwargs)
+        at_random(fast, args, kwargs, rng)
+        agree(fast, args, kwargs)
 
 
 @pytest.mark.parametrize("kind", [*NAMES, *SEQUENCES])
