@@ -12,7 +12,7 @@ from eecompile.calibration.budget_report import BudgetCurve, BudgetReport
 from eecompile.calibration.calibrate import Calibration
 from eecompile.calibration.collect import Collected
 from eecompile.calibration.evidence import Evidence, pattern
-from eecompile.calibration.knobs import knobs_of
+from eecompile.calibration.knobs import exits_are_set, knobs_of
 from eecompile.calibration.options import check_options, stays_open
 from eecompile.calibration.report import CalibratedExit
 from eecompile.calibration.settings import setting_within
@@ -60,7 +60,7 @@ def calibrate_budget(
         raise CalibrationError("unknown method", got=repr(method), wanted=near(str(method), METHODS))
     check_options(fast, 0.0, None, target, metric)
     knobs = knobs_of(fast)
-    if knobs and (not fast.exits or getattr(getattr(fast, "strategy", None), "training_exits", False)):
+    if knobs and not exits_are_set(fast):
         if len(knobs) > 1:
             raise CalibrationError(
                 "a budget is for one kind of decision",

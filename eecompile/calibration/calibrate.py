@@ -36,7 +36,7 @@ from torch import Tensor
 from eecompile.calibration.collect import Collected, collect, combination_of, second_pass
 from eecompile.calibration.earned import check_models
 from eecompile.calibration.evidence import CLOSED, Evidence, pattern, remembered, sane
-from eecompile.calibration.knobs import knobs_of
+from eecompile.calibration.knobs import exits_are_set, knobs_of
 from eecompile.calibration.options import (
     FIRST_START,
     LEAST_SEARCH_ROWS,
@@ -106,7 +106,7 @@ def calibrate(
     check_options(fast, max_drop, delta, target, metric)
     before, temperatures = fast.thresholds.tolist(), fast.temperatures.tolist()
     knobs = [(knob, knob.now()) for knob in knobs_of(fast)]
-    exits = bool(fast.exits) and not (knobs and getattr(getattr(fast, "strategy", None), "training_exits", False))
+    exits = exits_are_set(fast)
     parts = len(knobs) + exits
     share = None if delta is None else delta / parts
     left, found = max_drop, []

@@ -143,6 +143,11 @@ class Halting(Knob):
 THRESHOLDS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.98, 1.0)
 
 
+def exits_are_set(fast: Any) -> bool:
+    """Whether calibration sets exits: not those that only train what else is decided."""
+    return bool(fast.exits) and not (knobs_of(fast) and getattr(getattr(fast, "strategy", None), "training_exits", False))
+
+
 def knobs_of(fast: Any) -> list[Knob]:
     """What the module has to set before its exits."""
     there = ((Gates, bool(gate_names(fast))), (Routes, branches(fast)), (Halting, halts(fast)))

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from rich.console import RenderableType
 
+from eecompile.calibration.promise import loss_in_words, proven
 from eecompile.calibration.settings_report import SettingsReport
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 
@@ -120,22 +121,14 @@ class CalibrationReport(Report):
 
 def sentence(report: CalibrationReport, smallest_p: float | None) -> str:
     """The promise, or why there is none."""
-    drop, n = f"{100 * report.max_drop:g}%", report.test_rows
-    what = {
-        "accuracy": f"accuracy drops by at most {drop} against the full model",
-        "agreement": f"at most {drop} of the answers differ from the full model's",
-        "metric": f"the mean metric drops by at most {report.max_drop:g} against the full model",
-    }[report.target]
+    n, full = report.test_rows, "the full model"
+    what = loss_in_words(report.target, report.max_drop, full, f"{full}'s", full)
     if report.delta is None:
         if report.qualified:
             return f"No guarantee was asked for: on these {report.rows} rows {what}."
         return f"No thresholds save anything while {what} on these {report.rows} rows; all exits are closed."
-    sure = f"{100 * (1 - report.delta):g}%"
     if report.qualified:
-        return (
-            f"With probability at least {sure} over the calibration data, {what} on inputs drawn like it "
-            f"(Learn then Test on {n} rows, p = {report.p_value:.2g} at level {report.level:.2g})."
-        )
+        return proven(what, report.delta, n, report.p_value, report.level)
     closed = f"No thresholds qualify for max_drop={report.max_drop:g}, delta={report.delta:g}; all exits are closed."
     if report.rows_needed is None:
         return f"{closed} No number of rows can show a drop of 0: pass max_drop above 0, or delta=None."

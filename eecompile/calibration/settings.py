@@ -106,7 +106,52 @@ def calibrate_setting(
         CalibrationError: An empty loader or one that cannot be read again, missing or wrong labels, too few rows.
     """
     with _alone(knob, loader):
-        return _run(knob, loader, max_drop, delta, target, metric, seed)
+        tried, base, most = _judged(knob, loader, target, metric)
+        rows = len(base)
+        order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+        size, _ = split_sizes(rows, max_drop, delta)
+        first, second = order[:size], order[size:]
+        path = _path(tried, base, first)
+        binary = bool(((base == 0) | (base == 1)).all()) and all(bool(((t.score == 0) | (t.score == 1)).all()) for t in path)
+        known: dict[int, float] = {}
+
+        def p_value(i: int) -> float:
+            total = (base - path[i].score).clamp(min=0)[second].sum()
+            known[i] = float(p_values(total, len(second), max_drop, binary=binary))
+            return known[i]
+
+        accepted: list[tuple[int, float | None]]
+        if delta is None:
+            accepted = [(i, None) for i, t in enumerate(path) if float((base - t.score).mean()) <= max_drop]
+        else:
+            accepted = [(i, level) for i, level in fallback(p_value, len(path), starts(len(path), delta))]
+        saving = [(i, level) for i, level in accepted if float(path[i].cost.mean()) < most]
+        best = min(saving, key=lambda found: float(path[found[0]].cost.mean()), default=None)
+        chosen = None if best is None else path[best[0]]
+        knob.set(knob.full if chosen is None else chosen.setting)
+        needed = rows_needed(max_drop, FIRST_START * delta) if delta is not None else None
+        loss = torch.zeros_like(base) if chosen is None else (base - chosen.score).clamp(min=0)
+        drop = torch.zeros_like(base) if chosen is None else base - chosen.score
+        found = Found(
+            qualified=chosen is not None,
+            target="metric" if metric is not None else target,
+            max_drop=max_drop,
+            delta=delta,
+            rows=rows,
+            search_rows=len(first),
+            test_rows=len(second),
+            rows_needed=None if needed is None else needed + LEAST_SEARCH_ROWS,
+            expected_cost=most if chosen is None else float(chosen.cost.mean()),
+            loss_test=float(loss[second].mean()) if len(second) else None,
+            drop=float(drop.mean()),
+            p_value=None if best is None else known.get(best[0]),
+            level=None if best is None else best[1],
+            tested=len(path),
+            accepted=len(accepted),
+            shares=None if chosen is None else chosen.shares,
+            curve=_curve(tried, base),
+        )
+        return knob.report(found)
 
 
 def setting_within(
@@ -118,10 +163,7 @@ def setting_within(
         CalibrationError: As `calibrate_setting`; no setting keeps the budget.
     """
     with _alone(knob, loader):
-        device = device_of(knob.fast)
-        full, told, valid = _full(knob, loader, target, metric, device)
-        settings = dict.fromkeys([*knob.settings(told), knob.full])
-        tried = [_judge(knob, loader, s, full, target, metric, device, valid) for s in settings]
+        tried, base, _ = _judged(knob, loader, target, metric, knob.full)
         costs = [float(t.cost.mean()) for t in tried]
         kept = [i for i, cost in enumerate(costs) if cost <= budget + 1e-9]
         if not kept:
@@ -130,8 +172,6 @@ def setting_within(
             )
         best = max(kept, key=lambda i: (float(tried[i].score.mean()), -costs[i]))
         knob.set(tried[best].setting)
-        agreeing = target == "agreement" and metric is None
-        base = torch.ones(int(valid.sum()), dtype=torch.float64) if agreeing else torch.cat(full.scores)[valid]
         found = Found(
             qualified=True,
             target="metric" if metric is not None else target,
@@ -177,70 +217,6 @@ def _curve(tried: Sequence[Judged], base: Tensor) -> list[dict[str, Any]]:
     ]
 
 
-def _run(
-    knob: Knob,
-    loader: Iterable[Any],
-    max_drop: float,
-    delta: float | None,
-    target: str,
-    metric: Metric | None,
-    seed: int,
-) -> SettingsReport:
-    device = device_of(knob.fast)
-    full, told, valid = _full(knob, loader, target, metric, device)
-    rows = int(valid.sum())
-    if rows < 2:
-        raise CalibrationError("too few rows to calibrate on", got=f"{rows} rows with a label", wanted="at least 2")
-    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
-    size, _ = split_sizes(rows, max_drop, delta)
-    first, second = order[:size], order[size:]
-    tried = [_judge(knob, loader, s, full, target, metric, device, valid) for s in dict.fromkeys(knob.settings(told))]
-    agreeing = target == "agreement" and metric is None
-    base = torch.ones(rows, dtype=torch.float64) if agreeing else torch.cat(full.scores)[valid]
-    path = _path(tried, base, first)
-    binary = bool(((base == 0) | (base == 1)).all()) and all(bool(((t.score == 0) | (t.score == 1)).all()) for t in path)
-    known: dict[int, float] = {}
-
-    def p_value(i: int) -> float:
-        total = (base - path[i].score).clamp(min=0)[second].sum()
-        known[i] = float(p_values(total, len(second), max_drop, binary=binary))
-        return known[i]
-
-    accepted: list[tuple[int, float | None]]
-    if delta is None:
-        accepted = [(i, None) for i, t in enumerate(path) if float((base - t.score).mean()) <= max_drop]
-    else:
-        accepted = [(i, level) for i, level in fallback(p_value, len(path), starts(len(path), delta))]
-    most = float(torch.cat(full.costs)[valid].mean())
-    saving = [(i, level) for i, level in accepted if float(path[i].cost.mean()) < most]
-    best = min(saving, key=lambda found: float(path[found[0]].cost.mean()), default=None)
-    chosen = None if best is None else path[best[0]]
-    knob.set(knob.full if chosen is None else chosen.setting)
-    needed = rows_needed(max_drop, FIRST_START * delta) if delta is not None else None
-    loss = torch.zeros_like(base) if chosen is None else (base - chosen.score).clamp(min=0)
-    drop = torch.zeros_like(base) if chosen is None else base - chosen.score
-    found = Found(
-        qualified=chosen is not None,
-        target="metric" if metric is not None else target,
-        max_drop=max_drop,
-        delta=delta,
-        rows=rows,
-        search_rows=len(first),
-        test_rows=len(second),
-        rows_needed=None if needed is None else needed + LEAST_SEARCH_ROWS,
-        expected_cost=most if chosen is None else float(chosen.cost.mean()),
-        loss_test=float(loss[second].mean()) if len(second) else None,
-        drop=float(drop.mean()),
-        p_value=None if best is None else known.get(best[0]),
-        level=None if best is None else best[1],
-        tested=len(path),
-        accepted=len(accepted),
-        shares=None if chosen is None else chosen.shares,
-        curve=_curve(tried, base),
-    )
-    return knob.report(found)
-
-
 def _path(tried: list[Judged], base: Tensor, rows: Tensor) -> list[Judged]:
     """The settings that no other beats in both loss and cost on `rows`, by growing loss."""
     measured = [(float((base - t.score).clamp(min=0)[rows].sum()), float(t.cost[rows].mean()), t) for t in tried]
@@ -255,6 +231,26 @@ def _path(tried: list[Judged], base: Tensor, rows: Tensor) -> list[Judged]:
 
 
 # --- running ----------------------------------------------------------------------------------------------
+
+
+def _judged(
+    knob: Knob, loader: Iterable[Any], target: str, metric: Metric | None, *besides: Setting
+) -> tuple[list[Judged], Tensor, float]:
+    """Every setting that the knob proposes, and `besides`; the score [n] and the mean cost with nothing left out.
+
+    Raises:
+        CalibrationError: Fewer than 2 rows with a label.
+    """
+    device = device_of(knob.fast)
+    full, told, valid = _full(knob, loader, target, metric, device)
+    rows = int(valid.sum())
+    if rows < 2:
+        raise CalibrationError("too few rows to calibrate on", got=f"{rows} rows with a label", wanted="at least 2")
+    settings = dict.fromkeys([*knob.settings(told), *besides])
+    tried = [_judge(knob, loader, s, full, target, metric, device, valid) for s in settings]
+    agreeing = target == "agreement" and metric is None
+    base = torch.ones(rows, dtype=torch.float64) if agreeing else torch.cat(full.scores)[valid]
+    return tried, base, float(torch.cat(full.costs)[valid].mean())
 
 
 @dataclass(frozen=True)

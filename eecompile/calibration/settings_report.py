@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from rich.console import RenderableType
 
+from eecompile.calibration.promise import loss_in_words, proven
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 
 
@@ -83,22 +84,14 @@ class SettingsReport(Report, Found):
         if self.budget is not None:
             kept = f"the most accurate of {self.accepted} {self.what} with a mean cost of at most {percent(self.budget, 1)}"
             return f"No guarantee: {kept} on these {self.rows} rows, of {self.tested} that were tried."
-        drop = f"{100 * self.max_drop:g}%"
-        loss = {
-            "accuracy": f"accuracy drops by at most {drop} against the model with {self.against}",
-            "agreement": f"at most {drop} of the answers differ from those with {self.against}",
-            "metric": f"the mean metric drops by at most {self.max_drop:g} against {self.against}",
-        }[self.target]
+        model, answers = f"the model with {self.against}", f"those with {self.against}"
+        loss = loss_in_words(self.target, self.max_drop, model, answers, self.against)
         if self.delta is None:
             if self.qualified:
                 return f"No guarantee was asked for: on these {self.rows} rows {loss}."
             return f"No {self.what} save anything while {loss}; {self.otherwise}."
         if self.qualified:
-            sure = f"{100 * (1 - self.delta):g}%"
-            return (
-                f"With probability at least {sure} over the calibration data, {loss} on inputs drawn like it "
-                f"(Learn then Test on {self.test_rows} rows, p = {self.p_value:.2g} at level {self.level:.2g})."
-            )
+            return proven(loss, self.delta, self.test_rows, self.p_value, self.level)
         none = f"No {self.what} qualify for max_drop={self.max_drop:g}, delta={self.delta:g}; {self.otherwise}."
         if self.rows_needed is not None and self.rows < self.rows_needed:
             return f"{none} {self.rows} rows are too few to show it: at least {self.rows_needed} are needed."

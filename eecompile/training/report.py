@@ -153,15 +153,10 @@ class EpochRow:
     def read(cls, data: dict[str, Any]) -> EpochRow:
         """Inverse of `asdict`."""
         row = cls(**data)
-        for name in ("gates", "val_gates"):
+        kinds: dict[str, type] = {"gates": GateRow, "routes": RouteRow, "halts": HaltRow}
+        for name in (*kinds, *(f"val_{kind}" for kind in kinds)):
             if data.get(name) is not None:
-                setattr(row, name, GateRow(**data[name]))
-        for name in ("routes", "val_routes"):
-            if data.get(name) is not None:
-                setattr(row, name, RouteRow(**data[name]))
-        for name in ("halts", "val_halts"):
-            if data.get(name) is not None:
-                setattr(row, name, HaltRow(**data[name]))
+                setattr(row, name, kinds[name.removeprefix("val_")](**data[name]))
         return row
 
 

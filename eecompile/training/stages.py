@@ -41,8 +41,7 @@ def stages_of(
                 )
             task = None
         for stage in asked:
-            named = "" if stage.objective is None else stage.objective["name"]
-            if isinstance(task, PerExitLoss) and ("reinforce" in named or named == "route_regret"):
+            if isinstance(task, PerExitLoss) and stage.objective is not None and resolve(stage.objective).weighs_rows:
                 raise EecompileError(
                     "this stage weighs the likelihood of class labels of every row",
                     where=f"stage {stage.name!r}",

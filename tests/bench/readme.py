@@ -32,14 +32,14 @@ def _machines(whole: dict[str, Any]) -> set[str]:
     }
 
 
-def placed(readme: str, made: str) -> str:
+def placed(readme: str, made: str, begin: str = BEGIN, end: str = END) -> str:
     """`readme` with `made` between the markers.
 
     Raises:
         ValueError: The markers are not there.
     """
-    before, found, rest = readme.partition(BEGIN)
-    _, closed, after = rest.partition(END)
+    before, found, rest = readme.partition(begin)
+    _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"README.md has no '{BEGIN}' followed by '{END}'")
-    return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
+        raise ValueError(f"README.md has no '{begin}' followed by '{end}'")
+    return f"{before}{begin}\n\n{made.rstrip()}\n\n{end}{after}"

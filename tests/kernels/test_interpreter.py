@@ -19,17 +19,27 @@ KERNELS = ["clock", "confidence", "decide", "gather", "scatter", "skip", "pool_g
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="no Triton on this platform")
 
 
-@pytest.fixture(scope="module")
-def report() -> str:
+def report_of(*options: str, **variables: str) -> str:
+    """What pytest says of `FILES`, run in a process of their own."""
     command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=short", "-p", "no:cacheprovider"]
-    command += ["-o", "python_files=interpreted*.py", *FILES]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
+    command += ["-o", "python_files=interpreted*.py", *options, *FILES]
+    environment = {**os.environ, "PYTEST_ADDOPTS": "", **variables}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     return done.stdout + done.stderr
 
 
+@pytest.fixture(scope="module")
+def report() -> str:
+    return report_of(TRITON_INTERPRET="1")
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_kernel_against_its_float64_definition(kernel: str, report: str) -> None:
+    all_passed(kernel, report)
+
+
+def all_passed(kernel: str, report: str) -> None:
+    """Every case of a kernel ran, and none failed."""
     of_kernel = rf"(PASSED|FAILED|ERROR) \S+::test_{kernel}(?:_(?!gate)\w+)?(?:\[|\s|$)"
     outcomes = re.findall(of_kernel, report)
     assert outcomes, report[-4000:]

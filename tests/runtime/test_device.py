@@ -195,19 +195,25 @@ def test_the_kernel_computes_the_confidence(bert):
 # ------------------------------------------------------------------------------------------------ without conditional nodes
 
 
+def bounded(fast, delay: int, *args, **kwargs) -> Bound:
+    """A call without conditional nodes, by numbers that come `delay` looks late."""
+    flat = fast.program.signature.flatten(args, kwargs)
+    simulate = fast._executor("simulate")
+    program, calls = simulate.device_program(flat)
+    memory = simulate.memory() | constants(program, "cpu") | allocated(program.buffers, "cpu")
+    with torch.no_grad():
+        machine = Bound(program, memory, calls, Late(delay))
+        machine.run(flat)
+    return machine
+
+
 @pytest.mark.parametrize("delay", [0, 1, 2, 99])
 @pytest.mark.parametrize("batch", [1, 7])
 def test_old_numbers_give_the_same_output(bert, batch, delay):
     """The number of survivors only falls: with an old one more is computed, and nothing else."""
     kwargs = spread(bert, batch, seed=11)
     want = reference(bert, **kwargs)
-    flat = bert.program.signature.flatten((), kwargs)
-    simulate = bert._executor("simulate")
-    program, calls = simulate.device_program(flat)
-    memory = simulate.memory() | constants(program, "cpu") | allocated(program.buffers, "cpu")
-    with torch.no_grad():
-        machine = Bound(program, memory, calls, Late(delay))
-        machine.run(flat)
+    machine = bounded(bert, delay, **kwargs)
     assert torch.equal(machine.values["exit_index"], want.exit_index)
     close(machine.values["output"], bert.prediction_of(want.output))
 
@@ -222,13 +228,7 @@ def test_old_numbers_give_the_same_output_of_regions(bert, delay):
     ranked = fast.observe(**kwargs).confidences[0].sort().values
     fast.set_thresholds([float(ranked[1] + ranked[2]) / 2, 1.0])  # two of eight rows stay
     want = reference(fast, **kwargs)
-    flat = fast.program.signature.flatten(args, kwargs)
-    simulate = fast._executor("simulate")
-    program, calls = simulate.device_program(flat)
-    memory = simulate.memory() | constants(program, "cpu") | allocated(program.buffers, "cpu")
-    with torch.no_grad():
-        machine = Bound(program, memory, calls, Late(delay))
-        machine.run(flat)
+    machine = bounded(fast, delay, *args, **kwargs)
     assert torch.equal(machine.values["exit_index"], want.exit_index)
     close(machine.values["output"], fast.prediction_of(want.output))
 

@@ -122,6 +122,7 @@ class Reinforce(Priced):
     """
 
     name: ClassVar[str] = "reinforce"
+    weighs_rows: ClassVar[bool] = True
 
     reward: str = "log_likelihood"
     entropy: float = 0.01

@@ -91,6 +91,7 @@ class RouteRegret(Balanced):
     """
 
     name: ClassVar[str] = "route_regret"
+    weighs_rows: ClassVar[bool] = True
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
         weights, costs = routes_of(result, where)

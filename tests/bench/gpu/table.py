@@ -9,6 +9,7 @@ from rich.table import Table
 
 from tests.bench.gpu.plan import BY_NAME
 from tests.bench.readme import README, VERDICTS
+from tests.bench.readme import placed as between
 
 BEGIN, END = "<!-- gpu benchmarks: python -m tests.bench.gpu --readme -->", "<!-- end of gpu benchmarks -->"
 NOT_RUN = "**None of this has run on a GPU yet:** there are no figures."
@@ -75,16 +76,8 @@ def _markdown(whole: dict[str, Any]) -> list[str]:
 
 
 def placed(readme: str, made: str) -> str:
-    """`readme` with `made` between the markers.
-
-    Raises:
-        ValueError: The markers are not there.
-    """
-    before, found, rest = readme.partition(BEGIN)
-    _, closed, after = rest.partition(END)
-    if not found or not closed:
-        raise ValueError(f"README.md has no '{BEGIN}' followed by '{END}'")
-    return f"{before}{BEGIN}\n\n{made.rstrip()}\n\n{END}{after}"
+    """`readme` with `made` between the markers of the GPU's figures."""
+    return between(readme, made, BEGIN, END)
 
 
 def write(results: Path, readme: Path = README) -> None:
