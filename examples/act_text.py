@@ -6,7 +6,8 @@ reviews that the trunk has not seen: once with one score for each review, once w
 token that has halted keeps its state and is still attended to. Halting thresholds are chosen on the validation part: 1, as
 trained, and the cheapest that loses at most 1% there against it. The test part is run once for each line.
 
-Reviews learn nothing about stopping: the price reaches the units through the remainder alone, and all take six steps still.
+Reviews learn nothing about stopping, and all take six steps still; probably, which was not tested, because the price reaches
+the units through the remainder alone.
 Of the tokens all but the first, which the classifier reads, learn to stop behind one or two blocks. That leaves 38% of the
 FLOPs and loses five points against the trunk: the other blocks have only what the first ones say of each token to read.
 """
