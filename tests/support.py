@@ -57,16 +57,76 @@ def close(got: Any, want: Any, tolerance: float = 1e-5) -> None:
 
 
 def same_result(got: Result, want: Result) -> None:
-    """Exit index equal; confidence, cost and every output leaf equal up to rounding."""
+    """Everything that two runs report is the same: indices and choices exactly, numbers up to rounding."""
     assert torch.equal(got.exit_index, want.exit_index)
     assert got.exit_index.dtype == torch.int64
     assert got.confidence.dtype == torch.float32
     torch.testing.assert_close(got.confidence, want.confidence, atol=1e-5, rtol=0)
-    assert torch.equal(got.cost, want.cost)
+    exact = want.gates is want.steps is want.route is None
+    torch.testing.assert_close(got.cost, want.cost, atol=0 if exact else 1e-6, rtol=0)
     close(got.output, want.output)
+    same_choices(got, want)
+    for name in ("final", "stopped", "late"):
+        a, b = getattr(got, name), getattr(want, name)
+        assert torch.equal(a, b) if isinstance(b, Tensor) else a == b, name
 
 
-# ------------------------------------------------------------------------------------------------ thresholds
+def same_choices(got: Result, want: Result) -> None:
+    """Gates, widths, route and steps are there in both or in neither, and the same."""
+    for name in ("gates", "widths", "route", "steps"):
+        a, b = getattr(got, name), getattr(want, name)
+        assert (a is None) == (b is None), name
+        if b is not None:
+            # steps and ponder are [B, 1] where no row reached the end of a chain in which every position halts by itself
+            assert a.dtype == b.dtype, name
+            assert torch.equal(a.expand_as(b), b), name
+    if want.ponder is not None:
+        assert got.ponder is not None
+        torch.testing.assert_close(got.ponder.expand_as(want.ponder), want.ponder)
+
+
+# ------------------------------------------------------------------------------------------------ settings
+
+
+def neutral(fast: CompiledModule) -> None:
+    """The model as it was: every exit closed, every gate open, every row on the model's own branch, halting off."""
+    fast.set_thresholds(CLOSED)
+    if fast.gates:
+        fast.set_gate_thresholds(0.0)
+    if fast.program.halts:
+        fast.set_halting_threshold(CLOSED)
+    if len(fast.route_margins):
+        fast.set_route_margins(CLOSED)
+
+
+def random_settings(fast: CompiledModule, args: Any, kwargs: Any, rng: random.Random) -> None:
+    """Settings of every kind that the program has, in gaps of what these inputs give, so that rounding decides nothing."""
+    neutral(fast)
+    if fast.program.halts:
+        fast.set_halting_threshold(rng.choice([1.0, 0.7, 0.4, CLOSED]))
+    if fast.gates:
+        scores = fast.observe(*args, **kwargs).gate_scores
+        assert scores is not None
+        fast.set_gate_thresholds([rng.choice([0.0, CLOSED, *[separating(s, rng)] * 4]) for s in scores.T])
+    if len(fast.route_margins):
+        fast.set_route_margins(random_margins(fast.observe(*args, **kwargs).route_weights, rng))
+    if fast.exits and fast.exits[0].criterion.stateful:
+        fast.set_thresholds(patience_thresholds(len(fast.exits), fast.exits[0].criterion.patience, rng))
+    elif fast.exits:  # which exits are open moves the confidences of an ensemble
+        closed = [rng.random() < 0.3 for _ in fast.exits]
+        fast.set_thresholds([CLOSED if c else 1.0 for c in closed])
+        confidences = fast.observe(*args, **kwargs).confidences
+        assert confidences is not None
+        values = random_thresholds(confidences[:-1], rng, closed=0.0)
+        fast.set_thresholds([CLOSED if c else v for c, v in zip(closed, values, strict=True)])
+
+
+def random_margins(weights: Tensor | None, rng: random.Random) -> list[float]:
+    """One margin for each branch, in a gap of the lead of the likeliest one over the model's own; `weights` [B, K]."""
+    assert weights is not None
+    lead = weights[:, :-1].max(1).values - weights[:, -1]
+    at = 2 * separating((lead + 1) / 2, rng) - 1
+    return [max(at, 0.0)] * (weights.shape[1] - 1) + [max(-at, 0.0)]
 
 
 def separating(confidences: Tensor, rng: random.Random) -> float:
@@ -200,14 +260,24 @@ def executor(fast: CompiledModule, name: str) -> Iterator[CompiledModule]:
         fast.executor = before
 
 
+def run_by(name: str, fast: CompiledModule, *args: Any, **kwargs: Any) -> Result:
+    """A call by one executor."""
+    with torch.no_grad(), executor(fast, name):
+        return fast.run(*args, **kwargs)
+
+
 def both(fast: CompiledModule, *args: Any, **kwargs: Any) -> tuple[Result, Result]:
     """The same call by `compact` and by `reference`."""
+    return run_by("compact", fast, *args, **kwargs), run_by("reference", fast, *args, **kwargs)
+
+
+def agree(fast: CompiledModule, args: Any, kwargs: Any) -> Result:
+    """Compact reports what the reference reports, called plainly too; gives the compact result."""
+    compact, reference = both(fast, *args, **kwargs)
+    same_result(compact, reference)
     with torch.no_grad():
-        with executor(fast, "compact"):
-            compact = fast.run(*args, **kwargs)
-        with executor(fast, "reference"):
-            reference = fast.run(*args, **kwargs)
-    return compact, reference
+        close(fast(*args, **kwargs), reference.output)
+    return compact
 
 
 # ------------------------------------------------------------------------------------------------ what runs

@@ -10,8 +10,7 @@ from torch import nn
 
 from eecompile import StrategyError, eecompile, load, strategies
 from tests import cascades, zoo_plain
-from tests.compositions import agree, as_it_was, at_random
-from tests.support import CLOSED, both, close, equal_bits, shares_parameters, watch
+from tests.support import CLOSED, agree, both, close, equal_bits, neutral, random_settings, shares_parameters, watch
 
 
 class Residual(nn.Module):
@@ -87,10 +86,10 @@ def test_compiled_models_bring_gates_and_halting_along(pair, tmp_path):
             close(seen.outputs[at], member.prediction_of(member(y)))
         for batch in range(1, 10):
             y = images(batch, 2)
-            as_it_was(fast)
+            neutral(fast)
             for r in both(fast, y):
                 equal_bits(r.output, models["large"](y))
-            at_random(fast, (y,), {}, rng)
+            random_settings(fast, (y,), {}, rng)
             agree(fast, (y,), {})
         fast.save(tmp_path / "program")
         same = load(tmp_path / "program")
@@ -121,10 +120,10 @@ def test_a_sum_with_a_cascade_goes_into_its_models(added, exits, tmp_path):
     rng = random.Random(4)
     for batch in (1, 4, 9):
         y = images(batch, 3)
-        as_it_was(fast)
+        neutral(fast)
         with torch.no_grad():
             equal_bits(fast(y), models["large"](y))
-        at_random(fast, (y,), {}, rng)
+        random_settings(fast, (y,), {}, rng)
         agree(fast, (y,), {})
     before = [p.clone() for m in models.values() for p in m.parameters()]
     with torch.no_grad():
@@ -155,10 +154,10 @@ def test_a_text_cascade_with_heads_inside():
     rng = random.Random(4)
     for batch in (1, 5, 8):
         _, kwargs = herd.inputs(batch, 1)
-        as_it_was(fast)
+        neutral(fast)
         with torch.no_grad():
             equal_bits(fast(**kwargs), herd.by_hand(**kwargs)[-1])
-        at_random(fast, (), kwargs, rng)
+        random_settings(fast, (), kwargs, rng)
         agree(fast, (), kwargs)
 
 
@@ -167,10 +166,10 @@ def test_a_prepared_model_has_heads_inside():
     args, _ = herd.inputs(6, 0)
     fast = eecompile(herd.models, herd.strategy + strategies.Branchy(exits=1), example_inputs=args)
     assert [e.cut.split(".")[0] for e in fast.exits] == ["lenet", "lenet", "resnet", "resnet", "vgg"]
-    as_it_was(fast)
+    neutral(fast)
     with torch.no_grad():
         equal_bits(fast(*args), herd.by_hand(*args)[-1])
-    at_random(fast, args, {}, random.Random(1))
+    random_settings(fast, args, {}, random.Random(1))
     agree(fast, args, {})
 
 
@@ -178,7 +177,7 @@ def test_a_gated_model_that_is_not_sure_leaves_its_blocks_out():
     models = {"small": small(), "large": large()}
     x = images(4)
     fast = eecompile(models, strategies.Cascade() + strategies.SkipNet(), example_inputs=(x,))
-    as_it_was(fast)
+    neutral(fast)
     whole = watch(lambda: fast(x)).ops["convolution"]
     fast.set_gate_thresholds(CLOSED)
     assert watch(lambda: fast(x)).ops["convolution"] == whole - 2 * sum(g.region.startswith("large") for g in fast.gates)

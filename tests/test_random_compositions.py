@@ -10,9 +10,8 @@ import torch
 
 from eecompile import CompiledModule, eecompile, strategies
 from eecompile.strategies import Strategy
-from tests.compositions import agree, as_it_was, at_random, same_in_all
 from tests.gates.adaptive import rows, tower
-from tests.support import both, equal_bits
+from tests.support import agree, both, equal_bits, neutral, random_settings, same_result
 
 BATCHES = (1, 6)
 
@@ -68,17 +67,17 @@ def test_random_compositions_keep_the_invariants(seed):
     fast, said = composed(rng)
     for batch in BATCHES:
         x, _, _ = rows(batch, seed=seed)
-        as_it_was(fast)
+        neutral(fast)
         with torch.no_grad():
             want = fast.source_graph(x)[0]
         for r in both(fast, x):
             equal_bits(r.output, want)
             assert r.exit_index.tolist() == [len(fast.exits)] * batch, said
         for _ in range(2):
-            at_random(fast, (x,), {}, rng)
+            random_settings(fast, (x,), {}, rng)
             compact = agree(fast, (x,), {})
             fast.executor = "simulate"
-            same_in_all(fast, fast.run(x), compact)
+            same_result(fast.run(x), compact)
             fast.executor = "auto"
             alone = fast.run(x[-1:])
             assert alone.exit_index[0] == compact.exit_index[-1], said

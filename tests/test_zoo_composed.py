@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from eecompile import CompiledModule, StrategyError, load
-from tests.compositions import SEQUENCES, SUMS, agree, as_it_was, at_random
-from tests.support import again, both, equal_bits
+from tests.compositions import SEQUENCES, SUMS
+from tests.support import again, agree, both, equal_bits, neutral, random_settings
 from tests.zoo import ZOO
 
 # One operator for all layers, or blocks that change the shape of what they hand on: nothing to skip, nothing to halt.
@@ -37,13 +37,13 @@ def test_a_sum_keeps_the_invariants(zoo, name, kind):
     rng = random.Random(CASES.index((name, kind)))
     for batch in {1 + CASES.index((name, kind)) % 9, 4}:
         args, kwargs = entry.inputs(batch, seed=3)
-        as_it_was(fast)
+        neutral(fast)
         with torch.no_grad():
             want = list(fast.source_graph(*fast.program.signature.flatten(args, kwargs)))
         for r in both(fast, *args, **kwargs):
             equal_bits(fast.program.signature.flatten_output(r.output), want)
             assert r.exit_index.tolist() == [len(fast.exits)] * batch
-        at_random(fast, args, kwargs, rng)
+        random_settings(fast, args, kwargs, rng)
         agree(fast, args, kwargs)
 
 
@@ -57,7 +57,7 @@ def test_every_batch_and_every_end(zoo, kind):
     split: set[float] = set()
     for batch in range(1, 10):
         args, kwargs = entry.inputs(batch, seed=5)
-        at_random(fast, args, kwargs, rng)
+        random_settings(fast, args, kwargs, rng)
         r = agree(fast, args, kwargs)
         taken |= set(r.exit_index.tolist())
         split |= {s / 4 for s in r.steps.flatten().tolist()} if fast.program.halts else set(r.gates.float().mean(0).tolist())
@@ -70,7 +70,7 @@ def test_saved_and_loaded(zoo, kind, tmp_path):
     entry = ZOO["hf_resnet"]
     fast = compiled(zoo, "hf_resnet", kind)
     args, kwargs = entry.inputs(5, seed=6)
-    at_random(fast, args, kwargs, random.Random(2))
+    random_settings(fast, args, kwargs, random.Random(2))
     fast.train_trunk = False
     fast.artifact["eval"] = zoo("hf_resnet").fast.artifact["eval"]  # what `again` leaves out
     fast.artifact["train"] = None

@@ -20,9 +20,9 @@ from eecompile.runtime.device.fallback import Bound
 from eecompile.runtime.device.machine import Simulator, allocated, constants
 from eecompile.runtime.device.nodes import Call, Copy, Decide, Gather, If, OpenRows, Switch, While
 from eecompile.runtime.device.warm import Warm
-from tests.compositions import SEQUENCES, SUMS, at_random, same_in_all
+from tests.compositions import SEQUENCES, SUMS
 from tests.runtime.devices import Late, reference, simulated, spread
-from tests.support import again, close, executor, random_thresholds, same_result
+from tests.support import again, close, executor, random_settings, random_thresholds, same_result
 from tests.zoo import ZOO
 
 
@@ -35,8 +35,8 @@ def test_gates_halting_and_exits_agree_with_the_reference(bert, kind):
         fast.device_options = Options(structure=structure)
         args, kwargs = ZOO["bert"].inputs(batch, seed=6)
         for _ in range(2):
-            at_random(fast, args, kwargs, rng)
-            same_in_all(fast, simulated(fast, **kwargs), reference(fast, **kwargs))
+            random_settings(fast, args, kwargs, rng)
+            same_result(simulated(fast, **kwargs), reference(fast, **kwargs))
     assert fast.check_no_sync().ok
 
 
@@ -48,7 +48,7 @@ def test_a_router_to_exits_agrees_with_the_reference(bert):
         _, kwargs = ZOO["bert"].inputs(batch, seed=8)
         confidences = fast.observe(**kwargs).confidences[:-1]
         fast.set_thresholds(random_thresholds(confidences, random.Random(batch), closed=0.0))
-        same_in_all(fast, simulated(fast, **kwargs), reference(fast, **kwargs))
+        same_result(simulated(fast, **kwargs), reference(fast, **kwargs))
     flat = fast.program.signature.flatten((), kwargs)
     runs = fast._executor("simulate")
     heads = [runs.device_program(flat, last)[0].count(OpenRows) for last in (None, 1, 0)]
@@ -109,7 +109,7 @@ def test_a_result_is_told_without_the_host(bert, kind, monkeypatch):
     light = strategies.Router(at="bert.embeddings", to={"light": 0.5})
     fast = again(bert, strategies.Branchy(router=light) if kind == "router" else SUMS[kind]())
     args, kwargs = ZOO["bert"].inputs(5, seed=4)
-    at_random(fast, args, kwargs, random.Random(1))
+    random_settings(fast, args, kwargs, random.Random(1))
     flat = fast.program.signature.flatten(args, kwargs)
 
     def forbidden(*args, **kwargs):
@@ -223,7 +223,7 @@ def test_old_numbers_give_the_same_output_of_regions(bert, delay):
     """Also where a number arrives within a stage."""
     fast = again(bert, SUMS["branchy + skipnet"]())
     args, kwargs = ZOO["bert"].inputs(8, seed=3)
-    at_random(fast, args, kwargs, random.Random(0))
+    random_settings(fast, args, kwargs, random.Random(0))
     fast.set_gate_thresholds([float(s.median()) for s in fast.observe(**kwargs).gate_scores.T])
     ranked = fast.observe(**kwargs).confidences[0].sort().values
     fast.set_thresholds([float(ranked[1] + ranked[2]) / 2, 1.0])  # two of eight rows stay
