@@ -13,7 +13,7 @@ argument of that name that the model itself has is the model's; then `fast.withi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from typing import Any
@@ -37,6 +37,9 @@ class Anytime(Trainable):
     def _result(self, outcome: Outcome) -> Result:
         raise NotImplementedError
 
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        raise NotImplementedError
+
     def stream(self, *args: Any, **kwargs: Any) -> Iterator[Result]:
         """Yields a `Result` after each open exit, each at least as far along as the one before.
 
@@ -51,7 +54,7 @@ class Anytime(Trainable):
         """
         self._evaluates("a stream")
         allowance = self._allowance(kwargs) or Allowance()
-        flat = self.program.signature.flatten(args, kwargs)
+        flat = self.flatten(args, kwargs)
         return self._results(flat, allowance)
 
     def _results(self, flat: Sequence[Tensor], allowance: Allowance) -> Iterator[Result]:
@@ -95,7 +98,7 @@ class Anytime(Trainable):
         if rounds < 1:
             raise StrategyError("stages are measured at least once", got=rounds, wanted="1 or more rounds")
         self._evaluates("a measurement")
-        flat = self.program.signature.flatten(args, kwargs)
+        flat = self.flatten(args, kwargs)
         with torch.no_grad():
             for _ in range(rounds):
                 outcome = self._chosen.measure(flat)
@@ -161,14 +164,14 @@ class Within:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         allowance = self.fast._resolved(self.limits)
         signature = self.fast.program.signature
-        outcome = self.fast._chosen.run(signature.flatten(args, kwargs), False, allowance)
+        outcome = self.fast._chosen.run(self.fast.flatten(args, kwargs), False, allowance)
         output = signature.restore(outcome.leaves)
         self.fast._close(outcome, allowance)
         return output
 
     def run(self, *args: Any, **kwargs: Any) -> Result:
         allowance = self.fast._resolved(self.limits)
-        flat = self.fast.program.signature.flatten(args, kwargs)
+        flat = self.fast.flatten(args, kwargs)
         outcome = self.fast._chosen.run(flat, True, allowance)
         result = self.fast._result(outcome)
         self.fast._close(outcome, allowance, result)
@@ -176,4 +179,4 @@ class Within:
 
     def stream(self, *args: Any, **kwargs: Any) -> Iterator[Result]:
         allowance = self.fast._resolved(self.limits)
-        return self.fast._results(self.fast.program.signature.flatten(args, kwargs), allowance)
+        return self.fast._results(self.fast.flatten(args, kwargs), allowance)

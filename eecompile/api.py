@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 
 from eecompile.artifact.read import read
 from eecompile.capture import Captured, capture
+from eecompile.capture.adapter import no_autocast
 from eecompile.capture.axes import BatchAxis
 from eecompile.capture.cascade import capture_cascade, ready
 from eecompile.capture.composite import several
@@ -76,7 +77,8 @@ def eecompile(
         UnsupportedModelError: Samples influence one another.
         StrategyError: Unknown strategy or place, an ambiguous prediction, or no place for an exit.
     """
-    with torch.random.fork_rng(devices=[]):  # tracing and new heads draw numbers; the caller's generator stays put
+    # Tracing and new heads draw numbers; the caller's generator stays put.
+    with torch.random.fork_rng(devices=[]), no_autocast():
         return _compile(
             model, resolve_strategy(strategy), _positional(example_inputs), example_kwargs, prediction, executor,
             backend, batch_axis, capture, dynamic, blocks, measure, seed, progress or (lambda _: None)
@@ -120,7 +122,8 @@ def _compile(
 
     def training_program(fast: CompiledModule) -> Program:
         assert again is not None
-        train = again()
+        with no_autocast():
+            train = again()
         fast.artifact["train"] = train.exported
         return prepare_training_graph(fast.program, train.graph_module, train.signature, recipe.equilibrium)
 

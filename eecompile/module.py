@@ -23,6 +23,7 @@ from eecompile.runtime.device.executor import DeviceExecutor, Options, SimulateE
 from eecompile.runtime.devices import move_constants, other_device
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Executor, Outcome
+from eecompile.runtime.precision import AutocastCheck, any_autocast
 from eecompile.runtime.reference import ReferenceExecutor
 from eecompile.strategies.base import Strategy
 
@@ -40,6 +41,8 @@ class CompiledModule(DevicePrograms, Anytime):
         example: Flat example inputs.
         training_program: Makes the train-mode program on demand, None where there is no way to it.
         artifact: The exported programs, by mode, for `save`.
+        notes: What capture has to say.
+        autocast: Names of dtypes under whose autocast the graph was found to be the model, as a saved program says.
     """
 
     original: nn.Module | None
@@ -59,6 +62,7 @@ class CompiledModule(DevicePrograms, Anytime):
         training_program: Callable[[CompiledModule], Program] | None = None,
         artifact: Mapping[str, Any] | None = None,
         notes: Sequence[str] = (),
+        autocast: Sequence[str] = (),
     ) -> None:
         super().__init__()
         if program.marked is None:
@@ -77,6 +81,7 @@ class CompiledModule(DevicePrograms, Anytime):
         self.__dict__["_lock"] = threading.RLock()
         self.__dict__["_device_options"] = Options()
         self.__dict__["_costs"] = {}
+        self.__dict__["autocast"] = AutocastCheck(program, original, autocast)
         self.__dict__["held"] = Held()
         self.__dict__["_full"] = []
         self.train_trunk = strategy.joint
@@ -93,7 +98,7 @@ class CompiledModule(DevicePrograms, Anytime):
         exceed) the best output until then; see `eecompile.anytime`.
         """
         allowance = self._allowance(kwargs) if kwargs else None
-        flat = self.program.signature.flatten(args, kwargs)
+        flat = self.flatten(args, kwargs)
         outcome = self._execute(flat, False, allowance)
         output = self.program.signature.restore(outcome.leaves)
         self._close(outcome, allowance)
@@ -110,7 +115,7 @@ class CompiledModule(DevicePrograms, Anytime):
             StrategyError: A limit that is no number or cannot be kept.
         """
         allowance = self._allowance(kwargs) if kwargs else None
-        flat = self.program.signature.flatten(args, kwargs)
+        flat = self.flatten(args, kwargs)
         outcome = self._execute(flat, True, allowance)
         result = self._result(outcome)
         if self.training and self.gate_mode == "every" and result.route_weights is not None:
@@ -124,15 +129,26 @@ class CompiledModule(DevicePrograms, Anytime):
         `gates` and `steps` are still what `run` would tell: a row that left passes no later gate. `gate_scores` are there
         for every row; with exits closed first (`set_thresholds(2.0)`) every gate decides about every row.
         """
-        flat = self.program.signature.flatten(args, kwargs)
+        flat = self.flatten(args, kwargs)
         with torch.no_grad(), self._mode(False):
             return self._result(self._reference().run(flat))
 
     def full(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the model without any exit."""
-        flat = self.program.signature.flatten(args, kwargs)
+        flat = self.flatten(args, kwargs)
         with torch.no_grad():
             return self.program.signature.restore(list(self.full_graph(*flat)))
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors of a call in the graph's order.
+
+        Raises:
+            CaptureError: The graph does not take this call, or is not the model under the present autocast.
+        """
+        flat = self.program.signature.flatten(args, kwargs)
+        if any_autocast():
+            self.__dict__["autocast"](flat)
+        return flat
 
     def _execute(self, flat: Sequence[Tensor], want_confidence: bool, allowance: Allowance | None = None) -> Outcome:
         try:
@@ -327,14 +343,15 @@ class CompiledModule(DevicePrograms, Anytime):
     # ------------------------------------------------------------------ moving and saving
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledModule:
-        probe = fn(torch.zeros(1, device=self.thresholds.device))
-        if probe.dtype != torch.float32:
-            raise EecompileError(
-                "a compiled module keeps the dtype that it was captured in",
-                got=str(probe.dtype),
-                wanted="a move to another device only",
-                hint="convert the model first, then compile it",
-            )
+        for dtype in {t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()}:
+            probe = fn(torch.zeros(1, dtype=dtype, device=self.thresholds.device))
+            if probe.dtype != dtype:
+                raise EecompileError(
+                    "a compiled module keeps the dtype that it was captured in",
+                    got=str(probe.dtype),
+                    wanted=f"{dtype}: a move to another device only",
+                    hint=f"convert the model first, then compile it: eecompile(model.to({probe.dtype}), ...)",
+                )
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = self.thresholds.device
         for gm in (self.program.source, self.program.graph_module, *self.__dict__["_training_graphs"].values()):

@@ -119,6 +119,7 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
         backend=data["backend"],
         training_program=training,
         artifact=artifact,
+        autocast=data.get("autocast", ()),
         notes=[*(n for n in data["notes"] if not n.startswith(LOADED)), f"{LOADED}{directory.name}"],
     )
 
@@ -182,7 +183,7 @@ def _combination(tensors: dict[str, Tensor]) -> EnsembleWeights | None:
     if weights is None or bias is None or weights.shape[0] != bias.shape[0]:
         raise ArtifactError("the weights of the exits' ensemble are incomplete", got=str(sorted(own)))
     found = EnsembleWeights(*bias.shape)
-    found.load_state_dict({"weights": weights, "bias": bias})
+    found.load_state_dict({"weights": weights, "bias": bias}, assign=True)
     return found
 
 
@@ -212,7 +213,7 @@ def _heads(
         missing = sorted(set(wanted) ^ set(own))
         if missing:
             raise ArtifactError("the weights do not fit the heads", where=f"{HEADS}.{e.name}", got=missing[:5])
-        heads[e.name].load_state_dict(own, strict=False)
+        heads[e.name].load_state_dict(own, strict=False, assign=True)  # in the dtype that was saved
     return heads
 
 

@@ -63,6 +63,7 @@ def write(fast: Any, path: str | Path) -> None:
         "routes": _routes(fast),
         "stages": [s.flops for s in program.stages],
         "notes": list(fast.notes),
+        "autocast": sorted(str(d).removeprefix("torch.") for d in fast.autocast.verified),
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)

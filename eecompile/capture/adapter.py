@@ -111,6 +111,16 @@ def mode(model: nn.Module, training: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def no_autocast() -> Iterator[None]:
+    """Autocast off on every kind of device: a graph is captured without it, and run under that of the call."""
+    with contextlib.ExitStack() as stack:
+        for device in ("cpu", "cuda", "xpu", "mps"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
+
+
+@contextlib.contextmanager
 def no_attention_fastpath() -> Iterator[bool]:
     """`nn.TransformerEncoder` takes another, untraceable path in eval mode unless this is off. Gives what was set."""
     before = torch.backends.mha.get_fastpath_enabled()

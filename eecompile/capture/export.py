@@ -106,13 +106,17 @@ def capture_export(
                 return model(*a, **k)
 
             module = exported.module()
-            problems, unknown = check.verify(
-                captured.signature,
-                flat,
-                lambda *t, m=module, s=captured.signature: s.flatten_output(m(*t)),
-                run,
-                type(model).__name__,
-            )
+            try:
+                problems, unknown = check.verify(
+                    captured.signature,
+                    flat,
+                    lambda *t, m=module, s=captured.signature: s.flatten_output(m(*t)),
+                    run,
+                    type(model).__name__,
+                )
+            except (RuntimeError, TypeError, ValueError, IndexError):
+                _try_model(model, call, training)
+                raise
             if not problems:
                 check.fused_attention(captured.signature, flat, module, run, model, fused)
                 return _with_notes(captured, attempts, unknown)
@@ -298,6 +302,7 @@ def flat_graph(exported: ExportedProgram, prefix: str, paths: Sequence[str]) -> 
     module = exported.module()
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
+    _drop_dtype_checks(module)
     graph.graph_copy(module.graph, env)
     output = module.graph.output_node()
     values = [env.get(v, v) if isinstance(v, fx.Node) else v for v in pytree.tree_leaves(output.args[0])]
@@ -321,6 +326,15 @@ def flat_graph(exported: ExportedProgram, prefix: str, paths: Sequence[str]) -> 
     graph_module.meta["out_leaves"] = values
     graph_module.train(False)
     return graph_module
+
+
+def _drop_dtype_checks(module: fx.GraphModule) -> None:
+    """Takes out the checks that a value has the dtype of capture, in autocast regions too: under autocast it has another."""
+    for part in module.modules():
+        if isinstance(part, fx.GraphModule):
+            for node in part.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+                part.graph.erase_node(node)
+            part.recompile()
 
 
 def strip(name: str, prefix: str) -> str:

@@ -1,6 +1,7 @@
 """The first exit that is sure enough: the reference meaning of "early exit".
 
-E exits and the model's own end, each with an output `[B, ...]` and a confidence `[B]`. Row b takes the
+E exits and the model's own end, each with an output `[B, ...]` and a confidence `[B]`. The result has the dtype of the
+model's own output: under autocast a head may give another one. Row b takes the
 smallest k with `confidences[k][b] >= thresholds[k]`, else E, the model's own end. NaN is never sure, at
 threshold 0 either; the confidence that is returned has 0 in its place. Rows are copied, never computed
 with, so outputs stay bit for bit.
@@ -23,7 +24,7 @@ def select(outputs: Sequence[Tensor], confidences: Sequence[Tensor], thresholds:
     """The definition, in plain torch. Without an exit it returns `outputs[0]` itself; the operator copies.
 
     Args:
-        outputs: E + 1 tensors `[B, ...]` of one shape and dtype; the model's own output is the last.
+        outputs: E + 1 floating tensors `[B, ...]` of one shape; the model's own output is the last.
         confidences: E + 1 tensors `[B]`.
         thresholds: `[E]` float32.
 
@@ -39,7 +40,7 @@ def select(outputs: Sequence[Tensor], confidences: Sequence[Tensor], thresholds:
     index = torch.full(value.shape, exits, dtype=torch.int64, device=value.device)
     for k in reversed(range(exits)):  # backwards, so that an earlier exit overwrites a later one
         sure = confidences[k] >= thresholds[k]
-        output = torch.where(sure.view(-1, *(1,) * (output.ndim - 1)), outputs[k], output)
+        output = torch.where(sure.view(-1, *(1,) * (output.ndim - 1)), outputs[k].to(output.dtype), output)
         value = torch.where(sure, confidences[k], value)
         index = index.masked_fill(sure, k)
     return output, index, value.float().masked_fill(value.isnan(), 0)
@@ -56,12 +57,12 @@ def _check(outputs: Sequence[Tensor], confidences: Sequence[Tensor], thresholds:
         raise StrategyError("select needs one threshold per exit", got=thresholds.shape[0], wanted=len(outputs) - 1)
     last = outputs[-1]
     for k, (output, value) in enumerate(zip(outputs, confidences, strict=True)):
-        if output.shape != last.shape or output.dtype != last.dtype or value.ndim != 1:
+        if output.shape != last.shape or value.ndim != 1:
             raise StrategyError(
                 "an exit's output does not look like the model's own",
                 where=f"exit {k}",
-                got=f"{output.dtype} {list(output.shape)}, confidence {list(value.shape)}",
-                wanted=f"{last.dtype} {list(last.shape)}, confidence [B]",
+                got=f"{list(output.shape)}, confidence {list(value.shape)}",
+                wanted=f"{list(last.shape)}, confidence [B]",
             )
 
 

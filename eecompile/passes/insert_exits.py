@@ -215,6 +215,7 @@ class _Marker:
             if branch.score is not None:
                 logits = self._item(call, 0, f"{e.name}_logits", self.prediction)
                 self.scores.append(self._item(call, 1, f"{e.name}_score"))
+            logits = self._as_prediction(e, logits)
             self.separate.append(logits)
             if e.combine in ("ensemble", "weighted"):
                 logits = self._ensemble(e, logits, index)
@@ -227,6 +228,14 @@ class _Marker:
                 logits = self._surest(e.name, logits, index)
         self.graph.erase_node(anchor)
         self.outputs.append(self._role(logits, "output"))
+
+    def _as_prediction(self, e: Exit, logits: fx.Node) -> fx.Node:
+        """The logits in the dtype of the model's own, where the value at the exit has another one."""
+        given, wanted = (facts.value(n) for n in (self.nodes[e.head_inputs[0]], self.prediction))
+        if given is None or e.head_kind == "shared" or given.dtype == wanted.dtype:
+            return logits
+        cast = self.graph.call_function(aten.to.dtype, (logits, wanted.dtype))
+        return self._new(cast, f"{e.name}_cast", self.prediction)
 
     def _sent(self, e: Exit, index: int) -> None:
         """The router's confidence for this exit: nothing of the head is in it."""

@@ -24,6 +24,7 @@ from eecompile.passes.insert_exits import COMBINATION, TEMPERATURES, THRESHOLDS,
 from eecompile.program import Program
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome, assemble, times_of
+from eecompile.runtime.precision import OutputDtypes
 from eecompile.runtime.survivors import Survivors
 from eecompile.runtime.timing import StageTimes
 
@@ -47,6 +48,7 @@ class BlocksExecutor:
     def __init__(self, program: Program) -> None:
         self.program = program
         self._lock = threading.Lock()
+        self._dtypes = OutputDtypes(program)
         self._running: set[_Call] = set()
         self.times = times_of(program)
         self.thresholds_changed()
@@ -60,7 +62,15 @@ class BlocksExecutor:
 
     def run(self, flat: Sequence[Tensor], want_confidence: bool = False, allowance: Allowance | None = None) -> Outcome:
         with self._lock:
-            call = _Call(self.program, flat, self._thresholds, want_confidence, allowance or Allowance(), self.times)
+            call = _Call(
+                self.program,
+                flat,
+                self._dtypes.of(flat),
+                self._thresholds,
+                want_confidence,
+                allowance or Allowance(),
+                self.times,
+            )
             self._running.add(call)
             try:
                 return call.outcome()
@@ -117,6 +127,7 @@ class _Call:
         self,
         program: Program,
         flat: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype],
         thresholds: Sequence[float],
         want_confidence: bool,
         allowance: Allowance,
@@ -124,11 +135,11 @@ class _Call:
     ) -> None:
         assert program.marked is not None
         self.program, self.flat, self.want_confidence = program, list(flat), want_confidence
-        self.thresholds = thresholds
+        self.thresholds, self.dtypes = thresholds, dtypes
         self.model: BlocksModel = program.marked.get_submodule("model")  # type: ignore[assignment]
         index, axis = program.signature.batch_input
         first = flat[index]
-        self.in_ = Survivors(first.shape[axis], first.device, len(program.exits))
+        self.in_ = Survivors(first.shape[axis], first.device, len(program.exits), dtypes[program.prediction or 0])
         self.taps: dict[str, Tap] = {t.name: t for t in self.model.found.taps}
         self.exits = {e.cut: (i, e) for i, e in enumerate(program.exits) if thresholds[i] <= 1.0}
         self.counts: dict[str, int] = {}
@@ -167,7 +178,7 @@ class _Call:
         finally:
             for h in handles:
                 h.remove()
-        outcome = assemble(self.program, self.flat, self.in_, leaves, self.want_confidence)
+        outcome = assemble(self.program, self.flat, self.in_, leaves, self.dtypes, self.want_confidence)
         outcome.stopped = self.stopped
         deadline = self.allowance.deadline
         outcome.late = self.allowance.over or (deadline is not None and self.times.clock() > deadline)

@@ -22,6 +22,7 @@ from eecompile.runtime.anytime import run_within, stream_of
 from eecompile.runtime.known import current, with_known
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome, assemble, nothing, times_of
+from eecompile.runtime.precision import OutputDtypes
 from eecompile.runtime.runnable import EagerSegment, compiled
 from eecompile.runtime.survivors import Logits, Survivors, taken
 
@@ -70,6 +71,7 @@ class CompactExecutor:
         self.program, self.backend = program, backend
         self._plans: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], tuple[Step, ...]] = {}
         self._lock = threading.Lock()
+        self._dtypes = OutputDtypes(program)
         self._running: set[_Run] = set()
         self.times = times_of(program)
         self.thresholds_changed()
@@ -139,7 +141,8 @@ class CompactExecutor:
     def _begin(self, flat: Sequence[Tensor], want_confidence: bool) -> _Run:
         thresholds, open_exits, gates, settings = self._current
         plan = self.plan(open_exits, want_confidence, gates)
-        return _Run(self.program, flat, want_confidence, plan, thresholds, settings, gates)
+        dtypes = self._dtypes.of(flat)
+        return _Run(self.program, flat, dtypes, want_confidence, plan, thresholds, settings, gates)
 
 
 class _Run:
@@ -149,19 +152,20 @@ class _Run:
         self,
         program: Program,
         flat: Sequence[Tensor],
+        dtypes: Sequence[torch.dtype],
         want_confidence: bool,
         plan: Sequence[Step],
         thresholds: Sequence[float],
         settings: Mapping[str, Tensor],
         gates: tuple[str, ...] = (),
     ) -> None:
-        self.program, self.flat, self.want_confidence = program, flat, want_confidence
+        self.program, self.flat, self.dtypes, self.want_confidence = program, flat, dtypes, want_confidence
         self.plan, self.thresholds, self.settings, self.gates = plan, thresholds, settings, gates
         self.outputs = program.signature.outputs
         index, axis = program.signature.batch_input
         first = flat[index]
         self.size = first.shape[axis]
-        self.in_ = Survivors(self.size, first.device, len(program.exits))
+        self.in_ = Survivors(self.size, first.device, len(program.exits), dtypes[program.prediction or 0])
         self.leaves: list[Tensor | None] = [None] * len(self.outputs)
         self.interrupted = False
         self.stopped: str | None = None
@@ -213,7 +217,7 @@ class _Run:
     def so_far(self) -> Outcome:
         survivors = self.in_.copy()
         self._take_last(survivors)
-        return self._told(assemble(self.program, self.flat, survivors, self.leaves, self.want_confidence))
+        return self._told(assemble(self.program, self.flat, survivors, self.leaves, self.dtypes, self.want_confidence))
 
     def _take_last(self, survivors: Survivors) -> None:
         """Rows that are still in have the output of the exit that they have just passed."""
@@ -223,7 +227,7 @@ class _Run:
         survivors.finish(taken(logits, stay), confidence, at=exit_index)
 
     def outcome(self) -> Outcome:
-        outcome = assemble(self.program, self.flat, self.in_, self.leaves, self.want_confidence)
+        outcome = assemble(self.program, self.flat, self.in_, self.leaves, self.dtypes, self.want_confidence)
         outcome.stopped = self.stopped
         return self._told(outcome)
 
@@ -247,7 +251,7 @@ class _Run:
             if rows is None or leaf.batch_axis is None:
                 self.leaves[i] = value
             else:
-                full = nothing(leaf, self.program.signature, self.flat, value.device)
+                full = nothing(leaf, self.program.signature, self.flat, value.device, value.dtype)
                 self.leaves[i] = full.index_copy_(leaf.batch_axis, rows, value)
 
     def _keep_reports(self, segment: Segment, values: Sequence[Tensor]) -> None:

@@ -89,6 +89,7 @@ def assemble(
     flat: Sequence[Tensor],
     survivors: Survivors,
     leaves: Sequence[Tensor | None],
+    dtypes: Sequence[torch.dtype],
     want_confidence: bool,
 ) -> Outcome:
     """The outcome of a call that compacted: predictions by row, other leaves where they were computed."""
@@ -98,8 +99,8 @@ def assemble(
     filled = list(leaves)
     filled[at] = survivors.prediction.movedim(0, axis) if axis else survivors.prediction
     done = [
-        nothing(leaf, signature, flat, survivors.device) if t is None else t
-        for t, leaf in zip(filled, signature.outputs, strict=True)
+        nothing(leaf, signature, flat, survivors.device, dtype) if t is None else t
+        for t, leaf, dtype in zip(filled, signature.outputs, dtypes, strict=True)
     ]
     confidence = None
     if want_confidence and survivors.confidence is not None:
@@ -123,14 +124,14 @@ def times_of(program: Program) -> StageTimes:
     return StageTimes(work)
 
 
-def nothing(like: Leaf, signature: Signature, flat: Sequence[Tensor], device: torch.device) -> Tensor:
+def nothing(like: Leaf, signature: Signature, flat: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
     """An output leaf that holds nothing: NaN, or 0 where the dtype has no NaN. Sizes from the call's inputs."""
     sizes: dict[str, int] = {}
     for t, leaf in zip(flat, signature.inputs, strict=True):
         sizes |= {n: int(t.shape[i]) for i, n in enumerate(leaf.shape) if isinstance(n, str)}
     shape = [s if isinstance(s, int) else _size(s, sizes) for s in like.shape]
-    fill = math.nan if like.dtype.is_floating_point else 0
-    return torch.full(shape, fill, dtype=like.dtype, device=device)
+    fill = math.nan if dtype.is_floating_point else 0
+    return torch.full(shape, fill, dtype=dtype, device=device)
 
 
 def _size(text: str, sizes: dict[str, int]) -> int:

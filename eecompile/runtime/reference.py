@@ -47,7 +47,7 @@ class ReferenceExecutor:
             leaves=leaves,
             exit_index=index,
             confidence=confidence,
-            outputs=tuple(rest[: exits + 1]),
+            outputs=tuple(o.to(rest[exits].dtype) for o in rest[: exits + 1]),
             confidences=tuple(rest[exits + 1 : 2 * exits + 2]),
             scores=tuple(last[:learned]) or None,
             separate=tuple(last[learned:]) or None,

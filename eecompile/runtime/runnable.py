@@ -2,7 +2,8 @@
 
 An FX module looks every parameter up by its dotted path at every call, and an `OpOverload` parses its schema in the
 dispatcher's slow path. On a LeNet at batch 1 that is a tenth of the time. Without gradients, operators write over operands
-that nobody needs again (`runtime/reuse.py`). Numbers do not change: the same kernels run.
+that nobody needs again (`runtime/reuse.py`). Numbers do not change: the same kernels run. Under autocast an operator may
+give another dtype than when it was captured, so nothing is written over there.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from eecompile.passes.gated import Gated
 from eecompile.passes.live_positions import LivePositions
 from eecompile.passes.routed import Routed
 from eecompile.passes.widened import Widened
+from eecompile.runtime.precision import any_autocast
 from eecompile.runtime.reuse import overwriting, reusable
 
 aten = torch.ops.aten
@@ -75,7 +77,7 @@ def lifted(module: fx.GraphModule, reuse: bool = False) -> tuple[fx.GraphModule,
 
     Args:
         reuse: Whether operators and gated regions may write over values that nobody needs again; only right without
-            gradients.
+            gradients, and outside of autocast.
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
@@ -116,10 +118,10 @@ class EagerSegment:
         self.source = module
         self.module, self.attributes = lifted(module, reuse=True)
         self.forward = self.module.forward
-        self._differentiable: Callable[..., tuple[Tensor, ...]] | None = None
+        self._plain: Callable[..., tuple[Tensor, ...]] | None = None
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
-        forward = self.differentiable() if torch.is_grad_enabled() else self.forward
+        forward = self.plain() if torch.is_grad_enabled() or any_autocast() else self.forward
         result: tuple[Tensor, ...] = forward(*self.attributes, *inputs)
         return result
 
@@ -133,11 +135,11 @@ class EagerSegment:
 
         return call
 
-    def differentiable(self) -> Callable[..., tuple[Tensor, ...]]:
-        """The code that leaves every operand as it was, built when gradients are first asked for."""
-        if self._differentiable is None:
-            self._differentiable = lifted(self.source)[0].forward
-        return self._differentiable
+    def plain(self) -> Callable[..., tuple[Tensor, ...]]:
+        """The code that leaves every operand as it was, built when gradients or autocast first need it."""
+        if self._plain is None:
+            self._plain = lifted(self.source)[0].forward
+        return self._plain
 
 
 def compiled(module: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:

@@ -21,13 +21,18 @@ def taken(logits: Logits, at: Tensor | None) -> Tensor:
 class Survivors:
     """The state of one call.
 
+    Args:
+        size: Rows of the batch.
+        end: Exit index of rows that no exit takes.
+        dtype: Of the prediction that the call returns; heads may give another one under autocast.
+
     Attributes:
         rows: [n] int64, the batch's rows that are still in; None means all of them, in order.
         prediction: [B, ..., C]; rows that left are filled in. None until somebody leaves or the end is reached.
     """
 
-    def __init__(self, size: int, device: torch.device, end: int) -> None:
-        self.size, self.device, self.end = size, device, end
+    def __init__(self, size: int, device: torch.device, end: int, dtype: torch.dtype) -> None:
+        self.size, self.device, self.end, self.dtype = size, device, end, dtype
         self.rows: Tensor | None = None
         self.prediction: Tensor | None = None
         self.exit_index: Tensor | None = None
@@ -55,7 +60,7 @@ class Survivors:
 
     def _write(self, exit_index: int, logits: Logits, confidence: Tensor, sure: Tensor | None) -> None:
         if sure is None and self.rows is None:  # everybody at the first decision: nothing to gather
-            self.prediction, self.confidence = taken(logits, None), confidence
+            self.prediction, self.confidence = taken(logits, None).to(self.dtype), confidence
             self.exit_index = torch.full((self.size,), exit_index, dtype=torch.int64, device=self.device)
             return
         rows, at, surest = self.rows, None, confidence
@@ -63,7 +68,7 @@ class Survivors:
             at = torch.nonzero(sure).view(-1)
             rows = at if self.rows is None else self.rows[at]
             surest = confidence.index_select(0, at)
-        given = taken(logits, at)
+        given = taken(logits, at).to(self.dtype)
         assert rows is not None
         if self.prediction is None:
             self.prediction = given.new_empty((self.size, *given.shape[1:]))
@@ -81,6 +86,8 @@ class Survivors:
         Args:
             at: The exit that a call was stopped at: these rows are not final. None for the model's own end.
         """
+        if prediction.dtype != self.dtype:
+            prediction = prediction.to(self.dtype)
         if at is not None:
             self.final = torch.zeros(self.size, dtype=torch.bool, device=self.device)
             if self.rows is not None:
@@ -99,7 +106,7 @@ class Survivors:
 
     def copy(self) -> Survivors:
         """The same state; what becomes of one does not touch the other."""
-        new = Survivors(self.size, self.device, self.end)
+        new = Survivors(self.size, self.device, self.end, self.dtype)
         new.rows = self.rows
         for name in ("prediction", "exit_index", "confidence"):
             value = getattr(self, name)

@@ -27,6 +27,7 @@ from eecompile.runtime.device.nodes import CLOCK, PREDICTED, TEMPERATURES, THRES
 from eecompile.runtime.known import current, with_known
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome, nothing, times_of
+from eecompile.runtime.precision import any_autocast, autocast_dtype
 from eecompile.runtime.runnable import EagerSegment
 from eecompile.runtime.timing import StageTimes
 
@@ -157,7 +158,7 @@ class DeviceExecutor:
         return [EagerSegment(m).forward_only() for m in program.modules]
 
     def run(self, flat: Sequence[Tensor], want_confidence: bool, allowance: Allowance | None = None) -> Outcome:
-        self._differentiates(flat)
+        self._accepts(flat)
         allowance = allowance or Allowance()
         now = self._current
         program, calls = self._program_for(now, flat, allowance.deepest, allowance.deadline is not None)
@@ -222,7 +223,7 @@ class DeviceExecutor:
             if i == at:
                 leaves.append(found["output"].movedim(0, axis) if axis else found["output"])
             else:
-                leaves.append(nothing(leaf, signature, flat, flat[0].device) if name is None else found[name])
+                leaves.append(nothing(leaf, signature, flat, flat[0].device, leaf.dtype) if name is None else found[name])
         index, confidence = found["exit_index"], torch.nan_to_num(found["confidence"], nan=0.0)
         reports = {told: found[buffer] for told, buffer in program.reports}
         outcome = Outcome(leaves, index, confidence, reports=reports)
@@ -237,7 +238,13 @@ class DeviceExecutor:
         outcome.final = (outcome.exit_index < last) | sure
         outcome.stopped = Unless("budget", outcome.final)
 
-    def _differentiates(self, flat: Sequence[Tensor]) -> None:
+    def _accepts(self, flat: Sequence[Tensor]) -> None:
+        if any_autocast() and (dtype := autocast_dtype(flat[0].device)) is not None:
+            raise StrategyError(
+                f"the {self.name} executor does not run under autocast: its buffers have the dtypes of the captured graph",
+                got=f"autocast to {dtype}",
+                hint=f'compile model.to({dtype}), or set fast.executor = "compact"',
+            )
         if torch.is_grad_enabled() and any(t.requires_grad for t in flat):
             raise StrategyError(
                 f"the {self.name} executor gives no gradients",
