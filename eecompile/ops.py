@@ -1,29 +1,29 @@
 """The vocabulary: importing this module registers `torch.ops.eecompile.*`.
 
-The names below are the plain torch definitions. They copy nothing that they need not copy, and executors call
-them directly; in graphs stand the operators of the same names, each with a fake implementation and a
-gradient.
+In graphs stand the operators, each with a fake implementation and a gradient; they run as Triton kernels where they have
+one and it can run. The names below are the plain torch definitions, which copy nothing that they need not copy, and which
+executors call directly; `confidence` and `halt` are their kernels where those can run.
 
-`decide`, `tick`, `gather`, `scatter`, `open_rows`, `pool_gate` and `head_confidence` are what executors are made of:
-they write into buffers (but for `head_confidence`), have no gradient, and run as Triton kernels where those can run.
+`decide`, `tick`, `gather`, `scatter`, `open_rows` and `head_confidence` are what executors are made of: they write into
+buffers (but for `head_confidence`) and have no gradient.
 """
 
 from eecompile.kernels.blank import blank
+from eecompile.kernels.choose import choose
 from eecompile.kernels.clock import tick
 from eecompile.kernels.combine import ensemble, keep_best, weighted_ensemble
-from eecompile.kernels.confidence import confidence
+from eecompile.kernels.confidence import run_confidence as confidence
 from eecompile.kernels.decide import decide
 from eecompile.kernels.gate import gate
 from eecompile.kernels.gather import gather, scatter
-from eecompile.kernels.halt import halt
+from eecompile.kernels.halt import run_halt as halt
 from eecompile.kernels.head_confidence import head_confidence
 from eecompile.kernels.open_rows import open_rows
-from eecompile.kernels.route import route
 from eecompile.kernels.select import select
-from eecompile.kernels.skip import pool_gate, skip
 
 __all__ = [
     "blank",
+    "choose",
     "confidence",
     "decide",
     "ensemble",
@@ -33,11 +33,8 @@ __all__ = [
     "head_confidence",
     "keep_best",
     "open_rows",
-    "pool_gate",
-    "route",
     "scatter",
     "select",
-    "skip",
     "tick",
     "weighted_ensemble",
 ]

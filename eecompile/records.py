@@ -165,7 +165,7 @@ class Region:
 
 @dataclass(frozen=True)
 class Carry:
-    """One value of a conditional region: `y` where the gate is open, else `x`, chosen by the `skip` at `node`."""
+    """One value of a conditional region: `y` where the gate is open, else `x`, picked by the `choose` at `node`."""
 
     y: str
     x: str
@@ -231,7 +231,7 @@ class Width:
         channels: For each group of channels in the region, in graph order, how many of them run at each share.
         skips: Whether a row may skip the region altogether; else the smallest width always runs.
         gates: Names of the gates, in order: one for each share, without the first where that always runs.
-        values: Names of the nodes with the region's value at each share, before `skip` chooses; set by `insert_gates`.
+        values: Names of the nodes with the region's value at each share, before `choose`; set by `insert_gates`.
     """
 
     name: str

@@ -99,7 +99,7 @@ def test_every_launch_is_carried(monkeypatch):
         for launch in [n for n in vars(module or object) if n.startswith("launch_")]:
             monkeypatch.setattr(module, launch, getattr(module, launch))  # put back afterwards
     found = carried.install("cpu")
-    assert {"decide.launch_decide", "skip.launch_pool_gate", "gather.launch_scatter", "clock.launch_tick"} <= set(found)
+    assert {"decide.launch_decide", "gather.launch_scatter", "clock.launch_tick"} <= set(found)
     assert decide.launch_decide is not found["decide.launch_decide"]
     assert clock.launch_tick.__wrapped__ is found["clock.launch_tick"]
     assert halt.launch_halt.__wrapped__ is found["halt.launch_halt"]

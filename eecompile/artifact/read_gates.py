@@ -21,7 +21,6 @@ def insert_saved_gates(program: Program, data: dict[str, Any], tensors: dict[str
     Raises:
         ArtifactError: The weights do not fit the units.
     """
-    data = _as_now(data)
     gates, halts = tuple(_gate(g) for g in data["gates"]), tuple(_halt(h) for h in data["halts"])
     recipes = [GateRecipe(**_options(r)) for r in data["recipes"]]
     shared = {k: RecurrentCore(r.open_bias) for k, r in enumerate(recipes) if r.unit == "recurrent"}
@@ -45,16 +44,6 @@ def insert_saved_gates(program: Program, data: dict[str, Any], tensors: dict[str
     )
     buffers = {GATE_THRESHOLDS: tensors.pop("gate_thresholds", None), HALT_SCALE: tensors.pop("halt_scale", None)}
     return inserted_again(program, like, units, buffers)
-
-
-def _as_now(data: dict[str, Any]) -> dict[str, Any]:
-    """What programs with gates or halting of a single model were saved as before cascades had them."""
-    if "recipes" in data:
-        return data
-    empty: dict[str, Any] = {"units": data["units"], "recipes": [], "gates": [], "widths": [], "halting": [], "halts": []}
-    if "halting" in data:
-        return {**empty, "halting": [data["halting"]], "halts": data["records"]}
-    return {**empty, "recipes": [data["recipe"]], "gates": data["records"], "widths": data.get("widths", [])}
 
 
 def _options(saved: dict[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ import eecompile
 PACKAGES = ("torch", "accelerate", "networkx", "numpy", "rich", "safetensors", "typer")
 EXTRAS = {"scikit-learn": ("sklearn", "demo"), "transformers": ("transformers", "hf"), "pillow": ("PIL", "examples")}
 OPERATORS = tuple(
-    "confidence select gate skip halt route blank ensemble keep_best weighted_ensemble decide open_rows tick".split()
+    "confidence select gate choose halt blank ensemble keep_best weighted_ensemble decide open_rows tick".split()
 )
 
 

@@ -7,9 +7,11 @@ Kernels are defined under `if HAVE_TRITON:`; everything else in a kernel's file 
 from __future__ import annotations
 
 import collections
+import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -17,6 +19,7 @@ __all__ = [  # triton and tl are handed on from here: nothing else imports Trito
     "HAVE_TRITON",
     "INTERPRETED",
     "LAUNCHES",
+    "either",
     "extern_libs",
     "power_of_2",
     "runs_on",
@@ -42,7 +45,32 @@ LAUNCHES: collections.Counter[str] = collections.Counter()
 
 def runs_on(tensor: torch.Tensor) -> bool:
     """Whether a Triton kernel can run on this tensor: on a GPU, or anywhere in the interpreter."""
-    return HAVE_TRITON and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))
+    if not (HAVE_TRITON and (tensor.is_cuda or (INTERPRETED and tensor.device.type == "cpu"))):
+        return False
+    return type(tensor) in (torch.Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
+
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+
+def either(definition: Function, launch: Callable[..., Any]) -> Function:
+    """`definition` by its kernel where that can run on the first argument.
+
+    The definition runs where gradients are asked for, which it alone has, and in float64, in which no kernel computes.
+    """
+
+    @functools.wraps(definition)
+    def run(first: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if runs_on(first) and first.dtype != torch.float64 and not _differentiates((first, *args, *options.values())):
+            return launch(first, *args, **options)
+        return definition(first, *args, **options)
+
+    run.__name__ = run.__qualname__ = f"run_{definition.__name__}"  # where it lies in the kernel's module
+    return cast(Function, run)
+
+
+def _differentiates(given: tuple[Any, ...]) -> bool:
+    return torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
 
 
 def power_of_2(n: int) -> int:

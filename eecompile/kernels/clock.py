@@ -1,6 +1,6 @@
 """The clock of a device program: when it began, when its output is wanted, and whether it was stopped on the way.
 
-`clock` holds `[SIZE]` int64, nanoseconds but for one:
+`clock` holds `[5]` int64, nanoseconds but for one:
 
     clock[START]     when the program began
     clock[DEADLINE]  how long after that its output is wanted; NEVER for no deadline
@@ -27,7 +27,6 @@ from eecompile.kernels._triton import HAVE_TRITON, LAUNCHES, runs_on, tl, triton
 
 START, DEADLINE, STOPPED, END, NOW = range(5)
 """Elements of `clock`."""
-SIZE = 5
 NEVER = (1 << 63) - 1
 NONE, HOST, DEVICE = "none", "host", "device"
 """Whose clock a kernel reads."""
@@ -36,7 +35,7 @@ NONE, HOST, DEVICE = "none", "host", "device"
 
 
 def tick(clock: Tensor, element: int) -> None:
-    """The definition: the time goes to an element of `clock` `[SIZE]` int64."""
+    """The definition: the time goes to an element of `clock` `[5]` int64."""
     clock[element].copy_(clock[NOW])
     if element == START:
         clock[STOPPED].fill_(-1)
@@ -46,7 +45,7 @@ def overdue(clock: Tensor, predicted: Tensor, alive: Tensor, bucket: Tensor) -> 
     """The definition: whether a stage that starts now would be late, [] bool.
 
     Args:
-        clock: `[SIZE]` int64.
+        clock: `[5]` int64.
         predicted: `[K]` int64, how long the next stage takes in each bucket and what follows it in any case.
         alive: `[]`, not 0 where anybody is left.
         bucket: `[]` integer, below K where anybody is left.

@@ -24,13 +24,14 @@ not move a prediction.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from eecompile.errors import StrategyError, near
 from eecompile.kernels._autograd import differentiable
-from eecompile.kernels._triton import HAVE_TRITON, LAUNCHES, tiles, tl, triton
+from eecompile.kernels._triton import HAVE_TRITON, LAUNCHES, either, tiles, tl, triton
 
 CRITERIA = ("max_probability", "entropy", "margin", "energy", "patience", "learned")
 REDUCTIONS = ("min", "mean", "last")
@@ -73,16 +74,25 @@ def confidence(
         StrategyError: Unknown criterion or reduction, or a shape that does not fit.
     """
     check(logits, criterion, reduce, mask)
-    if criterion == "patience":
-        per_position, state = _agreement(logits, state, patience, threshold, dtype)
-    else:
-        state = logits.new_empty((0,), dtype=torch.int64)
-        if reduce == "last" and logits.ndim == 3:  # the other positions would be computed for nothing
-            real, found = _last(logits, mask)
-            value = _STATELESS[criterion](_scaled(real, temperature, dtype))
-            return (value if found is None else value.masked_fill(~found, math.nan)), state
-        per_position = _STATELESS[criterion](_scaled(logits, temperature, dtype))
-    return (per_position if logits.ndim == 2 else _reduce(per_position, reduce, mask)), state
+
+    def judged(logits: Tensor) -> tuple[Tensor, Tensor]:
+        if criterion == "patience":
+            return _agreement(logits, state, patience, threshold, dtype)
+        return _STATELESS[criterion](_scaled(logits, temperature, dtype)), logits.new_empty((0,), dtype=torch.int64)
+
+    return _over_positions(judged, logits, criterion, reduce, mask)
+
+
+def _over_positions(
+    judged: Callable[[Tensor], tuple[Tensor, Tensor]], logits: Tensor, criterion: str, reduce: str, mask: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """What `judged` gives for logits `[..., C]`: confidence `[...]`, reduced to `[n]`, and the new state."""
+    if reduce == "last" and logits.ndim == 3 and criterion != "patience":  # the others would be computed for nothing
+        real, found = _last(logits, mask)
+        value, state = judged(real)
+        return (value if found is None else value.masked_fill(~found, math.nan)), state
+    value, state = judged(logits)
+    return (value if logits.ndim == 2 else _reduce(value, reduce, mask)), state
 
 
 def check(logits: Tensor, criterion: str, reduce: str, mask: Tensor | None) -> None:
@@ -251,41 +261,58 @@ def launch_confidence(
     mask: Tensor | None = None,
     threshold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`confidence` with the kernel; positions are reduced by the definition.
-
-    The operator itself always runs the definition: it is the reference that executors are held against.
-    """
+    """`confidence` with the kernel; positions are reduced by the definition."""
     check(logits, criterion, reduce, mask)
-    flat = logits.flatten(0, -2)
-    n, C = flat.shape
-    value = torch.empty((n,), dtype=torch.float32, device=logits.device)
-    shape = (*logits.shape[:-1], 2) if criterion == "patience" else (0,)
-    new = torch.empty(shape, dtype=torch.int64, device=logits.device)
-    options = tiles(C, n)
-    LAUNCHES["confidence"] += 1
-    confidence_kernel[(triton.cdiv(n, options["R"]),)](
-        flat,
-        new if state is None else state.contiguous(),
-        temperature,
-        temperature if threshold is None else threshold,
-        value,
-        new,
-        flat.stride(0),
-        flat.stride(1),
-        n,
-        C,
-        patience,
-        CRITERION=criterion,
-        FIRST=state is None,
-        OPEN=threshold is None,
-        enable_fp_fusion=True,
-        **options,
-    )
-    value = value.view(logits.shape[:-1])
-    return (value if logits.ndim == 2 else _reduce(value, reduce, mask)), new
 
+    def judged(logits: Tensor) -> tuple[Tensor, Tensor]:
+        flat = logits.flatten(0, -2)
+        n, C = flat.shape
+        value = torch.empty((n,), dtype=torch.float32, device=logits.device)
+        shape = (*logits.shape[:-1], 2) if criterion == "patience" else (0,)
+        new = torch.empty(shape, dtype=torch.int64, device=logits.device)
+        options = tiles(C, n)
+        LAUNCHES["confidence"] += 1
+        confidence_kernel[(triton.cdiv(n, options["R"]),)](
+            flat,
+            new if state is None else state.contiguous(),
+            temperature,
+            temperature if threshold is None else threshold,
+            value,
+            new,
+            flat.stride(0),
+            flat.stride(1),
+            n,
+            C,
+            patience,
+            CRITERION=criterion,
+            FIRST=state is None,
+            OPEN=threshold is None,
+            enable_fp_fusion=True,
+            **options,
+        )
+        return value.view(logits.shape[:-1]), new
+
+    return _over_positions(judged, logits, criterion, reduce, mask)
+
+
+run_confidence = either(confidence, launch_confidence)
 
 # --- operator -------------------------------------------------------------------------------------
+
+
+def _positional(
+    logits: Tensor,
+    state: Tensor | None,
+    criterion: str,
+    temperature: Tensor,
+    patience: int,
+    reduce: str,
+    mask: Tensor | None,
+    threshold: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    return run_confidence(
+        logits, state, criterion, temperature, patience=patience, reduce=reduce, mask=mask, threshold=threshold
+    )
 
 
 @torch.library.custom_op("eecompile::confidence", mutates_args=())
@@ -299,17 +326,11 @@ def confidence_op(
     mask: Tensor | None = None,
     threshold: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """`confidence` as `torch.ops.eecompile.confidence`. No argument is keyword-only: autograd needs it so."""
-    value, new = confidence(
-        logits,
-        state,
-        criterion,
-        temperature,
-        patience=patience,
-        reduce=reduce,
-        mask=mask,
-        threshold=threshold,
-    )
+    """`confidence` as `torch.ops.eecompile.confidence`: the kernel where it can run, else the definition.
+
+    No argument is keyword-only: autograd needs it so.
+    """
+    value, new = _positional(logits, state, criterion, temperature, patience, reduce, mask, threshold)
     value = value.clone() if value.storage_offset() or not value.is_contiguous() else value
     return value, new.clone() if new is state else new
 
@@ -328,28 +349,6 @@ def _fake(
     check(logits, criterion, reduce, mask)
     shape = (*logits.shape[:-1], 2) if criterion == "patience" else (0,)
     return logits.new_empty(logits.shape[:1], dtype=torch.float32), logits.new_empty(shape, dtype=torch.int64)
-
-
-def _positional(
-    logits: Tensor,
-    state: Tensor | None,
-    criterion: str,
-    temperature: Tensor,
-    patience: int,
-    reduce: str,
-    mask: Tensor | None,
-    threshold: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    return confidence(
-        logits,
-        state,
-        criterion,
-        temperature,
-        patience=patience,
-        reduce=reduce,
-        mask=mask,
-        threshold=threshold,
-    )
 
 
 differentiable(confidence_op, _positional)

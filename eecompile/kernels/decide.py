@@ -95,7 +95,7 @@ def decide(
         positions: `[capacity]` int64; written.
         control: `[control_size(capacity)]` int32; written.
         final: Whether this is the model's own end: everyone leaves.
-        clock: `[clock.SIZE]` int64; written where the program is stopped. None for no deadline, and at the end.
+        clock: `[5]` int64; written where the program is stopped. None for no deadline, and at the end.
         predicted: `[K]` int64, nanoseconds of what comes next in each bucket; with `clock`.
         dtype: Arithmetic; float32 everywhere but in tests.
 

@@ -21,9 +21,10 @@ from torch import Tensor
 
 from eecompile.errors import StrategyError
 from eecompile.kernels._autograd import differentiable
-from eecompile.kernels._triton import HAVE_TRITON, LAUNCHES, power_of_2, tl, triton
+from eecompile.kernels._triton import HAVE_TRITON, LAUNCHES, either, power_of_2, tl, triton
 
-ACCUMULATED, STEPS, PONDER = 0, 1, 2
+ACCUMULATED = 0
+"""Where in the ledger `a` lies."""
 
 # --- definition -----------------------------------------------------------------------------------
 
@@ -107,7 +108,7 @@ if HAVE_TRITON:
         LAST: tl.constexpr,
         BLOCK: tl.constexpr,
     ):
-        """One row or position per block. Old and new buffers may be the same."""
+        """One row or position per block."""
         i = tl.program_id(0).to(tl.int64)
         h = tl.load(score + i).to(tl.float32)
         h = tl.where(h == h, tl.minimum(tl.maximum(h, 0.0), 1.0), 0.0)
@@ -132,7 +133,6 @@ if HAVE_TRITON:
                 old = tl.load(weighted + at, mask=mask, other=0.0)
             x = tl.load(state + at, mask=mask, other=0.0).to(tl.float32)
             tl.store(new_weighted + at, tl.where(ran > 0, old + weight * x, old), mask=mask)
-        tl.debug_barrier()  # where the ledger is written in place, every thread has read it by now
         tl.store(new_ledger + i * 3, tl.where(halts > 0, 1.0, tl.where(ran > 0, a + h, a)))
         tl.store(new_ledger + i * 3 + 1, steps + ran.to(tl.float32))
         tl.store(new_ledger + i * 3 + 2, ponder + ran.to(tl.float32) + tl.where(halts > 0, weight, 0.0))
@@ -149,10 +149,8 @@ def launch_halt(
     ledger: Tensor | None,
     epsilon: float = 0.01,
     last: bool = False,
-    in_place: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`halt` as one kernel, one pass over the state; with `in_place` `weighted` and `ledger` are
-    overwritten."""
+    """`halt` as one kernel, one pass over the state; not in float64."""
     _check(score, state, weighted, ledger)
     first = weighted is None or ledger is None
     if first != (weighted is None and ledger is None):
@@ -160,11 +158,8 @@ def launch_halt(
     score, state = score.contiguous(), state.contiguous()
     old, book = (weighted, ledger) if weighted is not None and ledger is not None else (state, state)
     old, book = old.contiguous(), book.contiguous()
-    if first or not in_place:
-        new = torch.empty(state.shape, dtype=torch.float32, device=state.device)
-        new_book = torch.empty((*score.shape, 3), dtype=torch.float32, device=state.device)
-    else:
-        new, new_book = old, book
+    new = torch.empty(state.shape, dtype=torch.float32, device=state.device)
+    new_book = torch.empty((*score.shape, 3), dtype=torch.float32, device=state.device)
     running = torch.empty(score.shape, dtype=torch.bool, device=state.device)
     positions = score.numel()
     D = state.numel() // max(positions, 1)
@@ -187,6 +182,8 @@ def launch_halt(
     return new, new_book, running
 
 
+run_halt = either(halt, launch_halt)
+
 # --- operator -------------------------------------------------------------------------------------
 
 
@@ -199,8 +196,8 @@ def halt_op(
     epsilon: float = 0.01,
     last: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`halt` as `torch.ops.eecompile.halt`."""
-    return halt(score, state, weighted, ledger, epsilon, last)
+    """`halt` as `torch.ops.eecompile.halt`: the kernel where it can run, else the definition."""
+    return run_halt(score, state, weighted, ledger, epsilon, last)
 
 
 @halt_op.register_fake

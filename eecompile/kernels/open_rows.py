@@ -1,6 +1,6 @@
 """The list of rows whose gate is open, for executors that leave the decision on the device.
 
-There are n live rows, n = `count[0]` on the device. With `open_i` of the decision (see `skip`: bool, or 0.5 and above; a
+There are n live rows, n = `count[0]` on the device. With `open_i` of the decision (see `choose`: bool, or 0.5 and above; a
 NaN opens)
 
     positions = the i < n with open_i, in order, then -1
@@ -19,7 +19,7 @@ from torch import Tensor
 from eecompile.errors import StrategyError
 from eecompile.kernels._lists import control_size, write_lists
 from eecompile.kernels._triton import HAVE_TRITON, LAUNCHES, power_of_2, runs_on, tl, triton
-from eecompile.kernels.skip import is_open
+from eecompile.kernels.choose import is_open
 
 # --- definition -----------------------------------------------------------------------------------
 

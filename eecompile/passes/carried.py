@@ -132,7 +132,7 @@ def _able(name: str, fast: Any, program: Program) -> None:
         raise refuse("a loaded program, without the Python model", "one that was compiled in this process")
     if program.front_end != "export":
         raise refuse('capture="blocks"', 'capture="export"')
-    if program.routes or getattr(program, "widths", ()):
+    if program.routes or program.widths:
         raise refuse("routes or widths", "exits, gates and halting only")
     weights = fast.combination.state_dict()
     if weights and bool(weights["bias"].any()):

@@ -18,7 +18,6 @@ from eecompile.program import Anchor, Live
 from eecompile.signature import Signature
 
 aten = torch.ops.aten
-SKIP_TARGETS = (aten.sym_size.int,)
 
 
 def expression(size: Any) -> sympy.Expr:

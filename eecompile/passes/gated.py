@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 import eecompile.ops as ops
 from eecompile.errors import PassError
-from eecompile.kernels.skip import is_open
+from eecompile.kernels.choose import is_open
 from eecompile.passes import facts
 from eecompile.passes.extract import Extractor, extract
 from eecompile.passes.find_regions import exclusive
@@ -270,7 +270,7 @@ class GatedRegions:
         return module, inputs
 
     def show_in(self, part: Extractor, i: int) -> None:
-        """Writes region i into `part` as a submodule that computes every row, followed by its `skip`s or its `route`."""
+        """Writes region i into `part` as a submodule that computes every row, followed by its `choose`s."""
         gate = self.gates[i]
         if isinstance(gate, Route):
             for way in gate.ways:

@@ -1,8 +1,8 @@
-"""Writes gates into the graph: a score, a decision, and `skip` behind each region.
+"""Writes gates into the graph: a score, a decision, and `choose` after each region.
 
     score    = unit(x, mask)               [B] in [0, 1]
     decision = gate(score, thresholds, i)  [B] 1 or 0
-    value    = skip(decision, y, x)
+    value    = choose(decision, [x, y])
 
 Run as it stands the graph computes every region and chooses: the reference meaning of a skipped block. What lies between
 x and y stays where it is; lowering takes it out as a submodule and runs it on the open rows.
@@ -241,8 +241,8 @@ class _Writer:
         done: list[Gate] = []
         for gate, value, (score, decision) in zip(gates, values[-len(gates) :] or [y], decisions, strict=True):
             with self.graph.inserting_after(last):
-                args = (decision, value, before, carry.batch_axis)
-                node = self.graph.call_function(torch.ops.eecompile.skip.default, args)
+                args = (decision, [before, value], carry.batch_axis)
+                node = self.graph.call_function(torch.ops.eecompile.choose.default, args)
             node._rename(f"{gate.name}_value")
             node.meta = {k: v for k, v in y.meta.items() if k in ("val", "stack")}
             made = (Carry(value.name, before.name, node.name, carry.batch_axis),)

@@ -2,7 +2,7 @@
 
     score_k                       = unit_k(y_k) * scale                  [B] or [B, S]
     weighted, ledger, running     = halt(score_k, y_k, weighted, ledger)
-    y_k, weighted, ledger, running = skip(running before, new, old)      each, but for the first step
+    y_k, weighted, ledger, running = choose(running before, [old, new])      each, but for the first step
     output                        = weighted                             what the model reads behind the chain
 
 Where scores are probabilities of stopping (rule "stop", PonderNet), what is added up is the probability of having stopped,
@@ -191,7 +191,7 @@ class _Writer:
             unread = ("running",) if self.stops else ("value", "running")
             if old is None or decision is None or (chain.done(k) and name in unread):
                 continue
-            kept = self.call(f"{step.name}_{name}_kept", torch.ops.eecompile.skip.default, decision, new, old, 0)
+            kept = self.call(f"{step.name}_{name}_kept", torch.ops.eecompile.choose.default, decision, [old, new], 0)
             carries.append(Carry(new.name, old.name, kept.name, 0))
             after[i] = kept
         chain.ys.append(y.name)

@@ -5,7 +5,7 @@ To branches:
     weights  = unit(reads, mask)                        [B, K] float32, the model's own way last
     admitted = weights - margins                        a margin above 1 closes a route
     choice   = the largest of admitted                  [B] int64
-    value    = route(admitted, [branch_0(x), ..., y])   rows of each branch
+    value    = choose(admitted, [branch_0(x), ..., y])   rows of each branch
 
 To exits:
 
@@ -202,7 +202,7 @@ class _Writer:
             values.append(self.call(f"route_{way.name}", operator.getitem, call, 0))
         args = (admitted, [*values, y], route.batch_axis)
         with self.graph.inserting_after(self.at):
-            node = self.graph.call_function(torch.ops.eecompile.route.default, args)
+            node = self.graph.call_function(torch.ops.eecompile.choose.default, args)
         node._rename("route_value")
         node.meta = {k: v for k, v in y.meta.items() if k in ("val", "stack")}
         y.replace_all_uses_with(node, delete_user_cb=lambda u: u is not node)

@@ -92,7 +92,7 @@ class Layout:
         given = list(self.gm.graph.output_node().args[0])[:count]  # type: ignore[arg-type]
         # the leaves as the trunk gives them, before selection and blanking
         self.leaves = [self._trunk_leaf(g) for g in given]
-        # where rows go between branches: `route` reads it off what is admitted, and lowering groups rows by it
+        # where rows go between branches: `choose` reads it off what is admitted, and lowering groups rows by it
         self.choices = {self.names[r.choice]: self.names[r.node] for r in program.routes if r.ways}
         self.own = self._whole(facts.needed_for([*self.leaves, self.prediction(), *self.choices]), None)
 

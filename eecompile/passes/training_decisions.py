@@ -1,4 +1,4 @@
-"""How gates and routers decide while they are trained: other decisions in place of `gate`, `skip` and `route`'s choice.
+"""How gates and routers decide while they are trained: other decisions in place of `gate` and `choose`.
 
 | mode | decision | gradient of the score |
 |---|---|---|
@@ -27,7 +27,7 @@ from torch import Tensor, fx
 
 import eecompile.ops  # registers torch.ops.eecompile.*
 from eecompile.errors import EecompileError, near
-from eecompile.kernels.route import per_row
+from eecompile.kernels.choose import per_row
 from eecompile.passes import facts
 
 EPSILON = 1e-6
@@ -59,15 +59,17 @@ def with_decisions(
             if full_share:
                 with new.graph.inserting_after(n):
                     let_in = new.graph.call_function(open_for_first, (n, full_share))
+                let_in.meta = dict(n.meta)
                 n.replace_all_uses_with(let_in, delete_user_cb=lambda user, own=let_in: user is not own)
-        elif mode == "soft" and n.target is torch.ops.eecompile.skip.default:
-            n.target = blend
-        elif n.target is torch.ops.eecompile.route.default and way is not None:
-            n.replace_all_uses_with(n.args[1][way])
-        elif n.target is torch.ops.eecompile.route.default and mode in WAYS:
-            n.args[0].target = WAYS[mode]
+        elif n.target is torch.ops.eecompile.choose.default:
+            routed = facts.value(n.args[0]).ndim == 2  # a router's weights for each branch, else a gate
+            if routed and way is not None:
+                n.replace_all_uses_with(n.args[1][way])
+                continue
+            if routed and mode in WAYS:
+                n.args[0].target = WAYS[mode]
             if mode == "soft":
-                n.target = mixture
+                n.target = mixture if routed else blend
     if way is not None:
         new.graph.eliminate_dead_code()
     new.recompile()
@@ -136,8 +138,9 @@ def _bounded(decision: Tensor, threshold: Tensor, opened: Tensor | None, least: 
     return torch.where(threshold > 1, 0.0, torch.where(forced, 1.0, decision))
 
 
-def blend(gate: Tensor, y: Tensor, x: Tensor, batch_axis: int = 0) -> Tensor:
-    """`gate * y + (1 - gate) * x`, rows along `batch_axis`."""
+def blend(gate: Tensor, values: Sequence[Tensor], batch_axis: int) -> Tensor:
+    """`gate * y + (1 - gate) * x` of the values `[x, y]`, rows along `batch_axis`."""
+    x, y = values
     weight = per_row(gate, y, batch_axis).to(y.dtype)
     return weight * y + (1 - weight) * x
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from eecompile.kernels.skip import is_open
+from eecompile.kernels.choose import is_open
 from eecompile.program import Gate, Program
 
 

@@ -114,9 +114,3 @@ def reached(value: Tensor, exit_index: Tensor, stage: int) -> Tensor:
     if stage == 0:
         return value
     return value.masked_fill((exit_index < stage).view(-1, *(1,) * (value.ndim - 1)), 0)
-
-
-def every_exit(outcome: Outcome) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
-    """Outputs and confidences of all exits, confidences with NaN as 0."""
-    assert outcome.outputs is not None and outcome.confidences is not None
-    return outcome.outputs, tuple(torch.nan_to_num(c, nan=0.0) for c in outcome.confidences)

@@ -14,7 +14,7 @@ from eecompile.strategies.cascade import Cascade
 
 PRIMITIVES = ("exits", "gates", "halting", "routes")
 # Objectives that hold the task's loss; a sum has one of them.
-TASKS = ("exits", "weighted_cross_entropy", "distillation", "adaloss", "zero_time_waste", "depth_targets", "per_exit_loss")
+TASKS = ("exits", "weighted_cross_entropy", "distillation", "adaloss", "depth_targets", "per_exit_loss")
 # What the exits of one program share. A cascade's and those inside of its models agree on it.
 SHARED = ("criterion", "combine", "weights", "distillation", "mask")
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from eecompile.kernels._triton import LAUNCHES
 
-MODULES = ("clock", "confidence", "decide", "gather", "halt", "head_confidence", "open_rows", "skip")
+MODULES = ("clock", "confidence", "decide", "gather", "choose", "halt", "head_confidence", "open_rows")
 
 
 def carried(launch: Callable[..., Any], device: torch.device | str) -> Callable[..., Any]:

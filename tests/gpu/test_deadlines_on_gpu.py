@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from eecompile import eecompile, strategies
-from eecompile.kernels.clock import DEADLINE, DEVICE, END, SIZE, START, STOPPED, launch_tick
+from eecompile.kernels.clock import DEADLINE, DEVICE, END, START, STOPPED, launch_tick
 from eecompile.kernels.decide import launch_decide
 from eecompile.runtime.device.deadline import predictions
 from tests.support import executor, same_result
@@ -21,7 +21,7 @@ pytestmark = [
 
 
 def test_the_gpus_clock_counts_nanoseconds():
-    clock = torch.zeros(SIZE, dtype=torch.int64, device="cuda")
+    clock = torch.zeros(5, dtype=torch.int64, device="cuda")
     for _ in range(2):  # the first loads the kernel
         torch.cuda.synchronize()
         before = time.perf_counter()
@@ -39,7 +39,7 @@ def test_the_gpus_clock_counts_nanoseconds():
 def test_a_decision_stops_by_the_gpus_clock(until, stopped):
     """5,000 rows are decided by several blocks, of which one reads the clock."""
     n = 5000
-    clock = torch.zeros(SIZE, dtype=torch.int64, device="cuda")
+    clock = torch.zeros(5, dtype=torch.int64, device="cuda")
     launch_tick(clock, START, DEVICE)
     torch.cuda._sleep(100_000_000)
     clock[DEADLINE] = until

@@ -5,12 +5,11 @@ its own, because Triton reads TRITON_INTERPRET when a kernel is defined.
 from __future__ import annotations
 
 import contextlib
-from typing import Any
 
 import pytest
 import torch
 
-from eecompile.kernels import confidence, gather, halt, head_confidence, open_rows, skip
+from eecompile.kernels import choose, confidence, gather, halt, head_confidence, open_rows
 from eecompile.kernels._lists import COUNTER, control_size
 from tests.kernels.interpreting import BUCKETS, DTYPES, INF, NAN, close, launched, logits
 
@@ -118,50 +117,21 @@ def test_scatter(n: int, b: int, live: int) -> None:
         assert torch.equal(a, w)
 
 
-# --- skip -----------------------------------------------------------------------------------------
+# --- choose ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool])
 @pytest.mark.parametrize(("shape", "axis"), [((1, 1), 0), ((63,), 0), ((2, 7, 1023), 1), ((3, 4100), 0)])
-def test_skip(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
-    y, x = (torch.randn(*shape[:-1], shape[-1] * 2).mul(9).to(dtype)[..., ::2] for _ in range(2))
-    gate = torch.rand(shape[axis])
-    gate[-1] = 0.5
-    gate[0] = NAN
-    for g in (gate, gate > 0.5, gate.half()):
-        with launched("skip"):
-            assert torch.equal(skip.launch_skip(g, y, x, axis), skip.skip(g, y, x, axis))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "capacity", "P", "D"), [(1, 1, 1, 1), (5, 9, 49, 63), (3, 4, 65, 1023), (60, 63, 1, 3)])
-def test_pool_gate(n: int, capacity: int, P: int, D: int, dtype: torch.dtype) -> None:
-    g = torch.Generator().manual_seed(D)
-    x = torch.randn(capacity, D, P, generator=g).to(dtype).mT
-    weight = torch.randn(D, generator=g).to(dtype)
-    if n > 1:
-        x[1, 0, 0] = NAN
-    rows = torch.randperm(capacity + 3, generator=g)[:capacity] if n % 2 else None
-
-    def run(function: Any, **options: Any) -> list[torch.Tensor]:
-        buffers = [
-            torch.full((capacity + 3,), NAN),
-            torch.full((capacity,), -9),
-            torch.full((capacity,), -9),
-            torch.zeros(control_size(capacity), dtype=torch.int32),
-        ]
-        count = torch.tensor([n], dtype=torch.int32)
-        bias = torch.tensor([0.1], dtype=dtype)
-        function(x, rows, count, weight, bias, torch.tensor([9.0, 0.5]), 1, BUCKETS, *buffers, **options)
-        buffers[3] = buffers[3][:4]
-        return buffers
-
-    with launched("pool_gate"):
-        got = run(skip.launch_pool_gate)
-    for a, b in zip(got, run(skip.pool_gate, dtype=torch.float64), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, equal_nan=True)
-    if n > 1:
-        assert 1 in got[2]  # a NaN opens
+def test_choose(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
+    values = [torch.randn(*shape[:-1], shape[-1] * 2).mul(9).to(dtype)[..., ::2] for _ in range(3)]
+    n = shape[axis]
+    gate, weights = torch.rand(n), torch.rand(n, 3).round()
+    gate[-1], gate[0], weights[0, 1] = 0.5, NAN, NAN
+    for index in (gate, gate > 0.5, gate.half(), torch.arange(n) % 5 - 1, weights):
+        own = values[:2] if index.ndim == 1 and index.dtype != torch.int64 else values
+        with launched("choose"):
+            got = torch.ops.eecompile.choose(index, own, axis)
+        assert torch.equal(got, choose.choose(index, own, axis))
 
 
 # --- open_rows ------------------------------------------------------------------------------------
@@ -203,7 +173,7 @@ def test_halt(shape: tuple[int, ...], D: tuple[int, ...], dtype: torch.dtype) ->
         if ledger is not None:
             state[ledger[..., 0] >= 1] = NAN  # what has halted must not be read into anything
         with launched("halt"):
-            weighted, ledger, running = halt.launch_halt(score, state, weighted, ledger, 0.01, step == 3, in_place=step == 2)
+            weighted, ledger, running = halt.launch_halt(score, state, weighted, ledger, 0.01, step == 3)
         exact, book, still = halt.halt(score.double(), state.double(), exact, book, 0.01, step == 3)
         torch.testing.assert_close(weighted.double(), exact, rtol=1e-4, atol=1e-5)
         torch.testing.assert_close(ledger.double(), book, rtol=1e-4, atol=1e-5)

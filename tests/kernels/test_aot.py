@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import subprocess
 import sys
 
 import pytest
 
-from eecompile.errors import MissingDependencyError, StrategyError
-from eecompile.kernels import aot
 from eecompile.kernels._triton import HAVE_TRITON, INTERPRETED
+from tests.kernels import aot
 
 compiles = pytest.mark.skipif(not HAVE_TRITON or INTERPRETED, reason="needs Triton's compiler")
 KERNELS = [
@@ -20,8 +17,7 @@ KERNELS = [
     "confidence",
     "gather",
     "scatter",
-    "skip",
-    "pool_gate",
+    "choose",
     "open_rows",
     "condition",
     "halt",
@@ -32,7 +28,7 @@ KERNELS = [
 @compiles
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_compiles_without_spilling(kernel: str, capsys: pytest.CaptureFixture[str]) -> None:
-    figures = list(aot.compile_all(kernels=[kernel]))
+    figures = list(aot.compile_all(kernel))
     nvidia_only = kernel == "condition"  # ROCm has no conditional nodes
     assert {f.target for f in figures} == {t for t in aot.TARGETS if t.startswith("sm_") or not nvidia_only}
     with capsys.disabled():
@@ -45,17 +41,6 @@ def test_compiles_without_spilling(kernel: str, capsys: pytest.CaptureFixture[st
 @compiles
 def test_every_kernel_is_compiled() -> None:
     assert {c.kernel for c in aot.cases()} == set(KERNELS)
-
-
-@compiles
-def test_json_and_exit_code(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    assert aot.main(["--json", "--target", "sm_90", "--kernel", "halt"]) == 0
-    shown = json.loads(capsys.readouterr().out)
-    assert [(row["kernel"], row["target"], row["spilled"]) for row in shown] == [("halt", "sm_90", 0)] * 2
-    compiled = aot.compile_case
-    monkeypatch.setattr(aot, "compile_case", lambda *a: dataclasses.replace(compiled(*a), spilled=8))
-    assert aot.main(["--target", "sm_90", "--kernel", "scatter"]) == 1
-    assert "scatter          i64" in capsys.readouterr().out
 
 
 @compiles
@@ -76,17 +61,6 @@ def test_only_the_condition_calls_the_driver() -> None:
         assert ptx.count("cudaGraphSetConditional,") == calls
 
 
-def test_unknown_names_list_the_valid_ones() -> None:
-    with pytest.raises(StrategyError, match="sm_90"):
-        aot.compile_case(aot.Case("halt", "", None, {}, {}), "sm_91")
-    if HAVE_TRITON and not INTERPRETED:
-        with pytest.raises(StrategyError, match="decide"):
-            list(aot.compile_all(kernels=["decode"]))
-    else:
-        with pytest.raises(MissingDependencyError):
-            aot.cases()
-
-
 BINDING = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -102,7 +76,7 @@ class Named:  # a driver that can only say what it would compile for
     class utils: pass
 
 driver.set_active(Named())
-from eecompile.kernels import clock, condition, confidence, decide, gather, halt, head_confidence, open_rows, skip
+from eecompile.kernels import choose, clock, condition, confidence, decide, gather, halt, head_confidence, open_rows
 compiled = []
 plain = JITFunction.run
 def warm(self, *args, grid, warmup, **options):
@@ -116,7 +90,7 @@ for handle in (None, 0, 1, 2**63 + 5):
     x = torch.zeros(3, 10)
     decide.launch_decide(x, x, None, i32(1), torch.zeros(1), torch.ones(2), 0, "entropy", 1, None, i32(1, 1),
         torch.zeros(9, 10), i64(9), torch.zeros(9), i64(3), i64(3), i32(7), alive_handle=handle, bucket_handle=handle or 0)
-times = i64(clock.SIZE)
+times = i64(5)
 decide.launch_decide(x, x, None, i32(1), torch.zeros(1), torch.ones(2), 0, "entropy", 1, None, i32(1, 1), torch.zeros(9, 10),
     i64(9), torch.zeros(9), i64(3), i64(3), i32(7), clock=times, predicted=i64(1), source=clock.DEVICE, alive_handle=1)
 print("decide", len(set(compiled)))
@@ -132,10 +106,9 @@ for n in (1, 5):  # Triton makes constants of ones
     s = [torch.zeros(n), torch.zeros(2, n, 6).half(), torch.zeros(n, 1024)]
     gather.launch_gather(s, [x.clone() for x in s], i64(n), i32(1, 1), [0, 1, 0])
     gather.launch_scatter(s[:1], [s[0].clone()], i64(n), i32(1, 1), [0])
-    skip.launch_skip(torch.zeros(n), s[0], s[0])
-    skip.launch_skip(torch.zeros(n) > 0, s[1], s[1], 1)
-    skip.launch_pool_gate(torch.zeros(n, 1, 1), None, i32(1, 1), torch.ones(1), torch.ones(1), torch.ones(1), 0,
-        i32(1, 1), torch.ones(n), i64(n), i64(n), i32(n + 4))
+    choose.launch_choose(torch.zeros(n), [s[0], s[0]])
+    choose.launch_choose(torch.zeros(n) > 0, [s[1]] * 2, 1)
+    choose.launch_choose(i64(n), [s[1]] * 3, 1)
     open_rows.launch_open_rows(torch.ones(n), i32(1, n), i32(1, 1), i64(n), i32(n + 4))
     w, ledger, _ = halt.launch_halt(torch.zeros(n), torch.zeros(n), None, None)
     halt.launch_halt(torch.zeros(n), torch.zeros(n), w, ledger)
@@ -153,6 +126,6 @@ def test_launches_bind_and_compile_through_triton() -> None:
     assert decide == "decide 3"  # with a condition and without, and with a deadline
     assert condition == "condition 2"  # the number itself, or whether it is below another
     assert names == (
-        "clock_kernel condition_kernel confidence_kernel decide_kernel halt_kernel head_kernel move_kernel open_rows_kernel "
-        "pool_gate_kernel skip_kernel"
+        "choose_kernel clock_kernel condition_kernel confidence_kernel decide_kernel halt_kernel head_kernel move_kernel "
+        "open_rows_kernel"
     )

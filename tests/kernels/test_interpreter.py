@@ -13,8 +13,19 @@ import pytest
 from eecompile.kernels._triton import HAVE_TRITON
 
 ROOT = Path(__file__).parents[2]
-FILES = ["tests/kernels/interpreted.py", "tests/kernels/interpreted_decisions.py"]
-KERNELS = ["clock", "confidence", "decide", "gather", "scatter", "skip", "pool_gate", "open_rows", "halt", "head_confidence"]
+FILES = ["tests/kernels/interpreted.py", "tests/kernels/interpreted_decisions.py", "tests/kernels/interpreted_programs.py"]
+KERNELS = [
+    "programs",
+    "clock",
+    "confidence",
+    "decide",
+    "gather",
+    "scatter",
+    "choose",
+    "open_rows",
+    "halt",
+    "head_confidence",
+]
 
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="no Triton on this platform")
 
@@ -40,7 +51,7 @@ def test_kernel_against_its_float64_definition(kernel: str, report: str) -> None
 
 def all_passed(kernel: str, report: str) -> None:
     """Every case of a kernel ran, and none failed."""
-    of_kernel = rf"(PASSED|FAILED|ERROR) \S+::test_{kernel}(?:_(?!gate)\w+)?(?:\[|\s|$)"
+    of_kernel = rf"(PASSED|FAILED|ERROR) \S+::test_{kernel}(?:_\w+)?(?:\[|\s|$)"
     outcomes = re.findall(of_kernel, report)
     assert outcomes, report[-4000:]
     assert set(outcomes) == {"PASSED"}, report[-8000:]

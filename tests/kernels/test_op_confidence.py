@@ -14,7 +14,7 @@ from torch import Tensor
 
 import eecompile.criteria as options
 from eecompile.errors import StrategyError
-from eecompile.kernels.confidence import CRITERIA, REDUCTIONS, confidence
+from eecompile.kernels.confidence import CRITERIA, REDUCTIONS, confidence, run_confidence
 from eecompile.ops import confidence as exported
 
 NAN, INF = math.nan, math.inf
@@ -148,7 +148,7 @@ def test_refusals(arguments: Any, message: str) -> None:
 def test_names_are_those_of_the_options() -> None:
     assert {*CRITERIA, "routed"} == set(options.CRITERIA)  # a router's word is taken as it is
     assert REDUCTIONS == options.REDUCTIONS
-    assert exported is confidence
+    assert exported is run_confidence
 
 
 # --- gradients ------------------------------------------------------------------------------------

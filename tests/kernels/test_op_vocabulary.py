@@ -1,4 +1,4 @@
-"""`select`, `blank`, `skip`, `route` and `halt`: meaning, bits, gradients, and use as operators."""
+"""`select`, `blank`, `choose` and `halt`: meaning, bits, gradients, and use as operators."""
 
 from __future__ import annotations
 
@@ -130,50 +130,66 @@ def test_blank_without_a_batch() -> None:
         ops.blank(torch.ones(3, 2), torch.tensor([0, 1]), 1, 0)
 
 
-# --- skip and route -------------------------------------------------------------------------------
+# --- choose ---------------------------------------------------------------------------------------
+
+WEIGHTS = [[1, 1, 0], [0, 2, 2], [NAN, 0, 1], [NAN, NAN, NAN], [-3, -2, -1.0]]
 
 
-def test_skip_opens_at_one_half_and_for_nan() -> None:
-    y, x = torch.zeros(2, 4), torch.full((2, 4), NAN)
-    gate = torch.tensor([0.49, 0.5, 1.0, NAN])
-    for function in (ops.skip, OPS.skip):
-        assert function(gate, y, x, 1).isnan()[0].tolist() == [True, False, False, False]
-        assert function(gate > 0.6, y, x, 1).isnan()[0].tolist() == [True, True, False, True]
-    with pytest.raises(StrategyError, match="one gate per row"):
-        ops.skip(gate, y, x, 0)
-    with pytest.raises(StrategyError, match="hand on what it was given"):
-        ops.skip(gate, y, x.half(), 1)
+@pytest.mark.parametrize(
+    ("index", "wanted"),
+    [
+        (torch.tensor([0, 1, 2, -4, 9]), [0, 1, 2, 0, 2]),
+        (torch.tensor(WEIGHTS), [0, 1, 2, 0, 2]),
+        (torch.tensor([0.49, 0.5, 1.0, NAN, 0.0]), [0, 1, 1, 1, 0]),
+        (torch.tensor([True, False, True, False, True]), [1, 0, 1, 0, 1]),
+    ],
+    ids=["index", "weights", "scores", "bool"],
+)
+def test_choose(index: Tensor, wanted: list[int]) -> None:
+    values = [torch.full((2, 5), float(k)) for k in range(max(wanted) + 1)]
+    values[0][1] = NAN  # a value that is not taken goes nowhere
+    for function in (ops.choose, OPS.choose):
+        picked = function(index, values, 1)
+        assert picked[0].tolist() == wanted
+        assert picked[1].isnan().tolist() == [k == 0 for k in wanted]
 
 
-def test_skip_gradient_is_straight_through() -> None:
+def test_choose_from_one_value() -> None:
+    value = torch.ones(2, 3)
+    assert ops.choose(torch.zeros(2).long(), [value]) is value
+    assert OPS.choose(torch.zeros(2).long(), [value], 0).data_ptr() != value.data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("index", "values", "message"),
+    [
+        (torch.zeros(4).long(), [torch.ones(5)] * 3, "index does not fit"),
+        (torch.zeros(5), [torch.ones(5)] * 3, "index does not fit"),
+        (torch.zeros(5) > 0, [torch.ones(5)], "index does not fit"),
+        (torch.zeros(5, 2), [torch.ones(5)] * 3, "index does not fit"),
+        (torch.zeros(5), [torch.ones(5), torch.ones(5).half()], "value 1"),
+        (torch.zeros(5).long(), [], "nothing to choose"),
+    ],
+)
+def test_choose_refusals(index: Tensor, values: list[Tensor], message: str) -> None:
+    with pytest.raises(StrategyError, match=message):
+        ops.choose(index, values)
+
+
+def test_choose_gradient_is_straight_through() -> None:
     gate = torch.tensor([0.2, 0.7], requires_grad=True)
     y, x = torch.randn(3, 2, requires_grad=True), torch.randn(3, 2, requires_grad=True)
     upstream = torch.randn(3, 2)
-    to_gate, to_y, to_x = torch.autograd.grad(OPS.skip(gate, y, x, 1), (gate, y, x), upstream)
+    to_gate, to_y, to_x = torch.autograd.grad(OPS.choose(gate, [x, y], 1), (gate, y, x), upstream)
     blend = torch.autograd.grad(gate * y + (1 - gate) * x, gate, upstream)[0]
     torch.testing.assert_close(to_gate, blend)
     opened = torch.tensor([0.0, 1.0])
     assert torch.equal(to_y, upstream * opened)
     assert torch.equal(to_x, upstream * (1 - opened))
-
-
-def test_route() -> None:
-    branches = [torch.full((2, 5), float(k)) for k in range(3)]
-    for function in (ops.route, OPS.route):
-        picked = function(torch.tensor([0, 1, 2, -4, 9]), branches, 1)
-        assert picked[0].tolist() == [0, 1, 2, 0, 2]
-        weights = torch.tensor([[1, 1, 0], [0, 2, 2], [NAN, 0, 1], [NAN, NAN, NAN], [-3, -2, -1.0]])
-        assert function(weights, branches, 1)[0].tolist() == [0, 1, 2, 0, 2]
-    assert OPS.route(torch.zeros(5, dtype=torch.int64), branches[:1], 1).data_ptr() != branches[0].data_ptr()
-    with pytest.raises(StrategyError, match="choice does not fit"):
-        ops.route(torch.zeros(4, dtype=torch.int64), branches, 1)
-
-
-def test_route_gradient_is_straight_through() -> None:
     weights = torch.tensor([[0.2, 0.8], [0.9, 0.1]], requires_grad=True)
     branches = [torch.randn(2, 3, requires_grad=True) for _ in range(2)]
     upstream = torch.randn(2, 3)
-    to_w, *to_b = torch.autograd.grad(OPS.route(weights, branches, 0), (weights, *branches), upstream)
+    to_w, *to_b = torch.autograd.grad(OPS.choose(weights, branches, 0), (weights, *branches), upstream)
     blend = weights[:, :1] * branches[0] + weights[:, 1:] * branches[1]
     torch.testing.assert_close(to_w, torch.autograd.grad(blend, weights, upstream)[0])
     assert torch.equal(to_b[0], upstream * torch.tensor([[0.0], [1.0]]))
@@ -231,8 +247,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
     return {
         "select": (x, c, torch.tensor([0.5, 0.5])),
         "blank": (x[0], torch.arange(4) + 2, 2, 0),
-        "skip": (c[0], x[0], x[1]),
-        "route": (torch.rand(4, 3, requires_grad=True), x, 0),
+        "choose": (torch.rand(4, 3, requires_grad=True), x, 0),
         "halt": (c[0], x[0], None, None),
         "decide": (
             torch.randn(4, 3), torch.randn(4, 3), None, i32, torch.tensor([0.5]), torch.ones(2), 0, "margin", 1,
@@ -242,10 +257,6 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "tick": (torch.arange(5), 0),
         "gather": ([torch.randn(4, 3)], [torch.zeros(8, 3)], rows, i32, [0]),
         "scatter": ([torch.randn(4, 3)], [torch.zeros(8, 3)], rows, i32, [0]),
-        "pool_gate": (
-            torch.randn(4, 2, 3), None, i32, torch.randn(3), torch.zeros(1), torch.tensor([0.5]), 0, buckets,
-            torch.zeros(4), *lists(),
-        ),
         "open_rows": (c[0], i32, buckets, torch.zeros(4).long(), torch.zeros(8, dtype=torch.int32)),
         "head_confidence": (torch.randn(4, 3), torch.randn(9, 3), None, torch.ones(())),
     }  # fmt: skip
@@ -257,7 +268,7 @@ def test_operator(name: str) -> None:
     torch.library.opcheck(getattr(OPS, name).default, samples()[name])
 
 
-@pytest.mark.parametrize("name", ["decide", "tick", "gather", "scatter", "open_rows", "pool_gate", "head_confidence"])
+@pytest.mark.parametrize("name", ["decide", "tick", "gather", "scatter", "open_rows", "head_confidence"])
 def test_executors_operators_need_no_value_on_the_host(name: str) -> None:
     """Their definitions too: under fake tensors a value that is read on the host raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode

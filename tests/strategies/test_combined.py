@@ -7,7 +7,8 @@ import torch
 from torch.utils.data import DataLoader, TensorDataset
 
 from eecompile import StrategyError, eecompile, load, strategies
-from eecompile.strategies import strategy
+from eecompile.strategies import conflicts, strategy
+from eecompile.training.objectives import OBJECTIVES
 from tests.inspect.conftest import images, resnet
 from tests.support import equal_bits
 
@@ -60,6 +61,10 @@ def test_conflicts_are_named(first, second, says, clauses):
             sum_()
         for clause in clauses.split(" + "):
             assert clause in str(caught.value)
+
+
+def test_every_objective_that_holds_the_tasks_loss_exists():
+    assert set(conflicts.TASKS) <= set(OBJECTIVES)
 
 
 def test_conflicts_that_the_number_of_models_decides():

@@ -35,7 +35,7 @@ def set_deadline(clock: Tensor, deadline: float, times: StageTimes) -> None:
     """Writes how much time is left into a program's clock, without waiting for the device.
 
     Args:
-        clock: [SIZE] int64.
+        clock: [5] int64.
         deadline: Seconds on the clock of `times`.
     """
     seconds = deadline - times.clock()
@@ -48,7 +48,7 @@ class Kept:
 
     Attributes:
         beyond: [B] bool, rows that were stopped.
-        clock: [SIZE] int64.
+        clock: [5] int64.
     """
 
     beyond: Tensor

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from eecompile.kernels.skip import is_open
+from eecompile.kernels.choose import is_open
 from eecompile.passes import facts
 from eecompile.passes.gated import Gated
 from eecompile.passes.routed import Routed

@@ -1,29 +1,21 @@
-"""Compiles every kernel ahead of time, without a GPU, and says what it costs there.
+"""Compiles every kernel ahead of time, without a GPU: registers of a thread, shared memory of a block in bytes, and spilled
+bytes of a thread (its stack, which holds nothing else).
 
-    python -m eecompile.kernels.aot [--json] [--target sm_90 ...] [--kernel decide ...]
-
-For sm_80, sm_90, sm_100 (NVIDIA) and gfx942 (AMD): registers of a thread, shared memory of a block in bytes,
-and spilled bytes of a thread (its stack, which holds nothing else). Exits with 1 if anything spills. That a
-kernel compiles says nothing about its speed, and nothing here has run on a GPU.
+For sm_80, sm_90, sm_100 (NVIDIA) and gfx942 (AMD). That a kernel compiles says nothing about its speed.
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
 import re
 import subprocess
-import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eecompile.errors import MissingDependencyError, StrategyError, near
-from eecompile.kernels import clock, condition, confidence, decide, gather, halt, head_confidence, open_rows, skip
-from eecompile.kernels._triton import HAVE_TRITON, INTERPRETED, extern_libs, triton
+from eecompile.kernels import choose, clock, condition, confidence, decide, gather, halt, head_confidence, open_rows
+from eecompile.kernels._triton import extern_libs, triton
 
 TARGETS = {
     "sm_80": ("cuda", 80, 32),
@@ -132,33 +124,16 @@ def _move(kernel: str, words: tuple[str, ...]) -> Case:
     return Case(kernel, ", ".join(words), gather.move_kernel, types, constants)
 
 
-def _skip(word: str, gate: str) -> Case:
+def _choose(word: str, index: str, values: int) -> Case:
     types = {
-        "gate": f"*{gate}",
-        **_pointers(f"*{word}", "y x result"),
-        **_pointers("i32", "rows inner y_outer y_row x_outer x_row"),
+        "index": f"*{index}",
+        "values": (f"*{word}",) * values,
+        "strides": (("i32", "i32"),) * values,
+        "result": f"*{word}",
+        **_pointers("i32", "rows inner"),
     }
-    constants = {"IS_BOOL": gate == "i1", "BLOCK": 1024}
-    return Case("skip", f"{word} gate {gate}", skip.skip_kernel, types, constants)
-
-
-def _pool_gate(dtype: str) -> Case:
-    types = {
-        **_pointers(f"*{dtype}", "x weight bias"),
-        **_pointers("*i64", "rows opened positions"),
-        **_pointers("*i32", "count buckets control"),
-        **_pointers("*fp32", "thresholds score"),
-        **_pointers("i32", "stride_row stride_feature P D capacity K gate"),
-    }
-    constants = {
-        "stride_position": 1,
-        "IDENTITY": False,
-        "BLOCK_P": 64,
-        "BLOCK_D": 32,
-        "BLOCK_N": 1024,
-        "MAX_K": 16,
-    }
-    return Case("pool_gate", dtype, skip.pool_gate_kernel, types, constants)
+    constants = {"SCORE": index == "fp32", "BLOCK": 1024}
+    return Case("choose", f"{values} {word} by {index}", choose.choose_kernel, types, constants)
 
 
 def _open_rows(dtype: str) -> Case:
@@ -223,12 +198,6 @@ def _head(dtype: str, criterion: str, aligned: bool = True) -> Case:
 
 def cases() -> list[Case]:
     """Every kernel in the shapes that matter: few and many classes, a vocabulary, the three dtypes."""
-    if not HAVE_TRITON or INTERPRETED:
-        raise MissingDependencyError(
-            "kernels cannot be compiled here",
-            got="Triton's interpreter (TRITON_INTERPRET=1)" if INTERPRETED else "no Triton",
-            hint="unset TRITON_INTERPRET" if INTERPRETED else "pip install triton (Linux)",
-        )
     return [
         _decide("fp32", "max_probability", (16, 16), conditional=True),
         _decide("bf16", "entropy", (1, 1024), conditional=True),
@@ -241,9 +210,9 @@ def cases() -> list[Case]:
         _confidence("bf16", "patience", (16, 64)),
         _move("gather", ("i64", "i64", "i32", "i16")),
         _move("scatter", ("i64",)),
-        _skip("i64", "fp32"),
-        _skip("i16", "i1"),
-        _pool_gate("bf16"),
+        _choose("i64", "fp32", 2),
+        _choose("i16", "i1", 2),
+        _choose("i32", "i64", 5),
         _open_rows("fp32"),
         _open_rows("i1"),
         _clock(),
@@ -271,13 +240,7 @@ def _divisible(function: Any, types: Types) -> dict[tuple[int, ...], list[list[A
 
 
 def compile_case(case: Case, target: str) -> Figures:
-    """Compiles one case for one of `TARGETS`.
-
-    Raises:
-        StrategyError: The target is not in the list.
-    """
-    if target not in TARGETS:
-        raise StrategyError("unknown target", got=target, wanted=near(target, TARGETS))
+    """Compiles one case for one of `TARGETS`."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -322,40 +285,9 @@ def _read_amd(built: Any) -> tuple[int, int]:
     return figure("vgpr_count"), max(figure("private_segment_fixed_size"), 4 * figure("vgpr_spill_count"))
 
 
-def compile_all(targets: Sequence[str] = (), kernels: Sequence[str] = ()) -> Iterator[Figures]:
-    """The figures of every case, or of the kernels named, on every target, or on those named."""
-    listed = cases()
-    for name in kernels:
-        if name not in {c.kernel for c in listed}:
-            raise StrategyError("unknown kernel", got=name, wanted=near(name, [c.kernel for c in listed]))
-    for case in listed:
-        if not kernels or case.kernel in kernels:
-            for target in targets or TARGETS:
-                if case.kernel != "condition" or target.startswith("sm_"):  # ROCm has no conditional nodes
-                    yield compile_case(case, target)
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """The command line; gives the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m eecompile.kernels.aot", description=__doc__.splitlines()[0])
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--target", action="append", default=[], help=f"one of {', '.join(TARGETS)}; repeatable")
-    parser.add_argument("--kernel", action="append", default=[], help="only this kernel; repeatable")
-    options = parser.parse_args(arguments)
-    figures = []
-    if not options.json:
-        print(f"{'kernel':16} {'case':44} {'target':8} {'registers':>9} {'shared':>7} {'spilled':>7}")
-    for f in compile_all(options.target, options.kernel):
-        figures.append(f)
-        if not options.json:
-            print(
-                f"{f.kernel:16} {f.label:44} {f.target:8} {f.registers:9} {f.shared:7} {f.spilled:7}",
-                flush=True,
-            )
-    if options.json:
-        print(json.dumps([dataclasses.asdict(f) for f in figures], indent=1))
-    return int(any(f.spilled for f in figures))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+def compile_all(kernel: str) -> Iterator[Figures]:
+    """The figures of every case of a kernel on every target."""
+    for case in (c for c in cases() if c.kernel == kernel):
+        for target in TARGETS:
+            if kernel != "condition" or target.startswith("sm_"):  # ROCm has no conditional nodes
+                yield compile_case(case, target)
