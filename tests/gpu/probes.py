@@ -1,4 +1,4 @@
-"""The mechanisms that the device executor stands on, one by one, in order of risk: `python -m tests.gpu.probes [NAME ...]`.
+"""The mechanisms that the device executor stands on, one by one, in order of risk: `python -m tests.gpu.probes`.
 
 Each probe is a process of its own, since a stuck capture must not take the others down. Those about graphs run on the CPU
 too, with the stand-in of the benchmark, which is how they are tested.
@@ -305,11 +305,11 @@ def one(name: str) -> int:
     return 0
 
 
-def run(names: Sequence[str], at_a_time: int = 4, module: str = "tests.gpu.probes") -> dict[str, dict[str, Any]]:
+def run(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Each in its own process: whether it went well, and what it said."""
 
     def verdict(name: str) -> tuple[str, dict[str, Any]]:
-        command = [sys.executable, "-m", module, "--one", name]
+        command = [sys.executable, "-m", "tests.gpu.probes", "--one", name]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
         except subprocess.TimeoutExpired:
@@ -319,17 +319,16 @@ def run(names: Sequence[str], at_a_time: int = 4, module: str = "tests.gpu.probe
             return name, {"ok": True, "said": json.loads(said[-1][len("RESULT ") :])}
         return name, {"ok": False, "said": done.stderr.strip()[-1500:] or f"exit code {done.returncode}"}
 
-    with ThreadPoolExecutor(at_a_time) as pool:
+    with ThreadPoolExecutor(4) as pool:
         return dict(pool.map(verdict, names))
 
 
 def main(argv: Sequence[str]) -> int:
-    if len(argv) == 2 and argv[0] == "--one":
+    if argv[:1] == ["--one"]:
         return one(argv[1])
-    report = argv[1] if len(argv) > 1 and argv[0] == "--json" else None
-    verdicts = run(list(PROBES) if report or not argv else argv)
-    if report is not None:
-        Path(report).write_text(json.dumps(verdicts, indent=2) + "\n")
+    verdicts = run(list(PROBES))
+    if argv[:1] == ["--out"]:
+        Path(argv[1]).write_text(json.dumps(verdicts, indent=2) + "\n")
     for name, said in verdicts.items():
         print(f"{'ok    ' if said['ok'] else 'FAILED'} {name}: {said['said']}")
     return 0 if all(said["ok"] for said in verdicts.values()) else 1

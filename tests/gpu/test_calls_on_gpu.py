@@ -11,7 +11,7 @@ import torch
 from eecompile.errors import EecompileError
 from eecompile.kernels.condition import launch_condition
 from eecompile.runtime.device.graphs import CAPTURING, ConditionalGraph
-from tests.gpu.moving import compiled, moved, run
+from tests.gpu.test_zoo_on_gpu import compiled, inputs, run
 from tests.support import executor, random_thresholds, same_result
 
 pytestmark = [
@@ -20,25 +20,21 @@ pytestmark = [
 ]
 
 
-def inputs(entry, batch: int, seed: int = 1):
-    return moved(entry.inputs(batch, seed=seed), "cuda", torch.float32)
-
-
 @pytest.fixture(scope="module")
 def bert():
-    entry, fast = compiled("bert")
-    args, kwargs = inputs(entry, 6)
+    fast = compiled("bert")
+    args, kwargs = inputs("bert", 6)
     fast.set_thresholds(
         random_thresholds([c.cpu() for c in fast.observe(*args, **kwargs).confidences[:-1]], random.Random(0))
     )
     fast.executor = "device"
     with torch.no_grad():
         fast(*args, **kwargs)  # captures
-    return entry, fast, args, kwargs
+    return fast, args, kwargs
 
 
 def test_a_call_synchronises_nothing(bert):
-    _, fast, args, kwargs = bert
+    fast, args, kwargs = bert
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
@@ -49,7 +45,7 @@ def test_a_call_synchronises_nothing(bert):
 
 
 def test_a_trace_has_no_copy_to_the_host(bert):
-    _, fast, args, kwargs = bert
+    fast, args, kwargs = bert
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as trace, torch.no_grad():
@@ -60,7 +56,7 @@ def test_a_trace_has_no_copy_to_the_host(bert):
 
 
 def test_a_call_behind_a_long_kernel_returns_at_once(bert):
-    _, fast, args, kwargs = bert
+    fast, args, kwargs = bert
     torch.cuda.synchronize()
     slept = torch.cuda.Event()
     torch.cuda._sleep(2_000_000_000)  # about a second
@@ -75,8 +71,8 @@ def test_a_call_behind_a_long_kernel_returns_at_once(bert):
 
 
 def test_ten_thousand_calls_drift_and_leak_nothing(bert):
-    entry, fast, _, _ = bert
-    made = [inputs(entry, 6, seed=s) for s in range(4)]
+    fast, _, _ = bert
+    made = [inputs("bert", 6, seed=s) for s in range(4)]
     rng = random.Random(1)
     thresholds = [[rng.random() for _ in fast.exits] for _ in range(4)]
     want = {}
@@ -98,8 +94,8 @@ def test_ten_thousand_calls_drift_and_leak_nothing(bert):
 
 
 def test_streams_have_programs_of_their_own(bert):
-    entry, fast, _, _ = bert
-    made = [inputs(entry, 6, seed=s) for s in range(3)]
+    fast, _, _ = bert
+    made = [inputs("bert", 6, seed=s) for s in range(3)]
     want = [run(fast, "reference", *m) for m in made]
     streams = [torch.cuda.Stream() for _ in made]
     got = []
@@ -122,7 +118,7 @@ def broken(what):
 
 @pytest.mark.parametrize("what", ["an error of the caller", "a value for the host", "nothing at all"])
 def test_an_error_inside_a_body_leaves_torch_usable(bert, what):
-    _, fast, args, kwargs = bert
+    fast, args, kwargs = bert
     numbers = torch.ones(1, dtype=torch.int32, device="cuda")
     total = torch.zeros(1, device="cuda")
     launch_condition(numbers, 0, 0)
@@ -151,7 +147,7 @@ def test_an_error_inside_a_body_leaves_torch_usable(bert, what):
 
 def test_memory_that_is_freed_and_taken_again_is_not_the_graphs(bert):
     """Bodies keep what they allocate in the graph's own pool: eager work between replays must not reach it."""
-    _, fast, args, kwargs = bert
+    fast, args, kwargs = bert
     want = run(fast, "device", args, kwargs)
     for _ in range(20):
         junk = [torch.full((1 << 18,), float("nan"), device="cuda") for _ in range(64)]
@@ -160,8 +156,8 @@ def test_memory_that_is_freed_and_taken_again_is_not_the_graphs(bert):
 
 
 def test_results_belong_to_the_caller(bert):
-    entry, fast, _, _ = bert
-    made = [inputs(entry, 6, seed=s) for s in range(4)]
+    fast, _, _ = bert
+    made = [inputs("bert", 6, seed=s) for s in range(4)]
     with executor(fast, "device"), torch.no_grad():
         got = [fast.run(*a, **k) for a, k in made]
     for g, m in zip(got, made, strict=True):

@@ -11,7 +11,7 @@ import torch
 
 from eecompile.kernels import choose, confidence, gather, halt, head_confidence, open_rows
 from eecompile.kernels._lists import COUNTER, control_size
-from tests.kernels.interpreting import BUCKETS, DTYPES, INF, NAN, close, launched, logits
+from tests.kernels.interpreting import BUCKETS, DTYPES, INF, NAN, close, launched, logits, seeded
 
 # --- confidence -----------------------------------------------------------------------------------
 
@@ -69,7 +69,7 @@ def test_confidence_over_positions(reduce: str) -> None:
 
 def tensors(n: int) -> tuple[list[torch.Tensor], list[int]]:
     """Seven dtypes, four layouts, three batch axes; widths of one word, odd bytes and past one block."""
-    g = torch.Generator().manual_seed(n)
+    g = seeded(n)
     return [
         torch.randn(n, 5, generator=g),
         torch.randn(3, n, 4, generator=g).half(),
@@ -140,7 +140,7 @@ def test_choose(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("kind", ["bool", "float32", "bfloat16"])
 @pytest.mark.parametrize(("n", "capacity"), [(0, 1), (1, 1), (1, 63), (63, 63), (1000, 1023), (1400, 1500)])
 def test_open_rows(n: int, capacity: int, kind: str) -> None:
-    g = torch.Generator().manual_seed(n)
+    g = seeded(n)
     decision = torch.rand(2 * capacity, generator=g)[::2].round()
     decision[:: max(capacity // 3, 1)] = NAN
     decision = decision > 0.5 if kind == "bool" else decision.to(getattr(torch, kind))
@@ -164,7 +164,7 @@ def test_open_rows(n: int, capacity: int, kind: str) -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("shape", "D"), [((1,), ()), ((63,), (7,)), ((2, 3), (1023,)), ((4,), (3, 400))])
 def test_halt(shape: tuple[int, ...], D: tuple[int, ...], dtype: torch.dtype) -> None:
-    g = torch.Generator().manual_seed(3)
+    g = seeded(3)
     weighted = ledger = exact = book = None
     for step in range(4):
         score = torch.rand(shape, generator=g) * 0.6
@@ -192,7 +192,7 @@ def eighths(*shape: int, generator: torch.Generator) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("n", "D", "V", "splits"), [(1, 7, 1, None), (5, 33, 63, 2), (1, 16, 1023, 3), (20, 65, 300, None)])
 def test_head_confidence(n: int, D: int, V: int, splits: int | None, dtype: torch.dtype) -> None:
-    g = torch.Generator().manual_seed(V)
+    g = seeded(V)
     # Eighths: every sum is exact in float32, in whatever order it is added, so that a tie is a tie on every processor.
     hidden = eighths(n, 2 * D, generator=g).to(dtype)[:, ::2]
     weight = eighths(V, D, generator=g).to(dtype)

@@ -10,7 +10,7 @@ import torch
 
 from eecompile.kernels import clock, confidence, decide
 from eecompile.kernels._lists import COUNTER, control_size
-from tests.kernels.interpreting import BUCKETS, DTYPES, NAN, close, launched, logits
+from tests.kernels.interpreting import BUCKETS, DTYPES, NAN, close, launched, logits, seeded
 
 # --- decide ---------------------------------------------------------------------------------------
 
@@ -20,7 +20,7 @@ def decided(run: Any, criterion: str, n: int, capacity: int, C: int, kind: torch
     final, identity = options.pop("final", False), options.pop("identity", False)
     threshold = options.pop("threshold", 0.5)
     samples = capacity + 3
-    g = torch.Generator().manual_seed(capacity)
+    g = seeded(capacity)
     x = logits(capacity, C, kind, strided=True)
     if criterion == "given":
         x = torch.rand(capacity, generator=g)

@@ -1,4 +1,4 @@
-"""What the tests of kernels in Triton's interpreter share."""
+"""What the tests of kernels share, in Triton's interpreter on the CPU or compiled on a GPU."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from triton.runtime import interpreter
 
 from eecompile.kernels._triton import INTERPRETED, LAUNCHES
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAN, INF = math.nan, math.inf
+DEVICE = "cpu" if INTERPRETED else "cuda"
+torch.set_default_device(DEVICE)
 BUCKETS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 2048], dtype=torch.int32)
 
 torch.set_num_threads(1)
@@ -22,6 +23,8 @@ torch.set_num_threads(1)
 
 def _loop_bounds_with_numpy_2_4() -> None:
     """Triton 3.6 takes int() of an array of one element, which NumPy 2.4 refuses; later Tritons do what this does."""
+    from triton.runtime import interpreter
+
     plain = interpreter._patch_lang_tensor
 
     def patched(tensor: Any, scope: Any) -> None:
@@ -31,13 +34,17 @@ def _loop_bounds_with_numpy_2_4() -> None:
     interpreter._patch_lang_tensor = patched
 
 
-_loop_bounds_with_numpy_2_4()
+if INTERPRETED:
+    _loop_bounds_with_numpy_2_4()
+
+
+def seeded(seed: int) -> torch.Generator:
+    return torch.Generator(DEVICE).manual_seed(seed)
 
 
 @contextlib.contextmanager
 def launched(name: str) -> Iterator[None]:
-    """Fails unless the kernel ran in the interpreter meanwhile; numpy's remarks on inf and NaN are not news."""
-    assert INTERPRETED
+    """Fails unless the kernel ran meanwhile; numpy's remarks on inf and NaN are not news."""
     before = LAUNCHES[name]
     with np.errstate(all="ignore"):
         yield
@@ -53,7 +60,7 @@ def close(got: torch.Tensor, wanted: torch.Tensor) -> None:
 
 def logits(n: int, C: int, dtype: torch.dtype, strided: bool = False) -> torch.Tensor:
     """Rows with a NaN, a +inf, masked classes, nothing but -inf, and a tie for the largest, where they fit in."""
-    g = torch.Generator().manual_seed(n * 7919 + C)
+    g = seeded(n * 7919 + C)
     x = (torch.randn(n, C, generator=g) * 4).to(dtype)
     if C > 2:
         x[-1, [0, C // 2, C - 1]] = 30.0

@@ -23,7 +23,7 @@ from tests.bench.record import Figure, Target, timed
 
 DEVICE, MACHINE, ORIGINAL, IDEAL = "device", "device, as a state machine", "original, one graph", "ideal"
 EAGER, GRAPHS = "host branch", "host branch, graphs"
-ROWS, WAITING, COND, TUNED = "host branch, rows taken out", "waiting, graphs", "torch.cond", "original, max-autotune"
+ROWS, WAITING = "host branch, rows taken out", "waiting, graphs"
 ALONE, IDEAL_ALONE = "device, replay alone", "ideal, replay alone"
 ONE = 4  # calls of one row each, at batch 1
 FAILURES = (
@@ -35,7 +35,6 @@ FAILURES = (
     AssertionError,
     TypeError,
     EecompileError,
-    torch._dynamo.exc.TorchDynamoException,
 )
 
 
@@ -195,7 +194,7 @@ def enter(case: Case, setting: Setting, found: Found) -> Line:
 
 
 def figures(case: Case, rounds: Rounds, found: Found) -> None:
-    """The ratios that the issue asks for, with its targets."""
+    """Ratios, with their targets."""
     middle, large = case.mix == mixes.MIXES[1], case.batch >= 32
 
     def add(what: str, name: str, target: float | None = None, *, faster: bool = True) -> None:
@@ -241,28 +240,3 @@ def state_machine(case: Case, setting: Setting, found: Found) -> None:
         found.add(timed(f"{case.name}: state machine over nested", rounds, MACHINE, DEVICE))
     finally:
         fast.device_options = before
-
-
-def run_compiled(subject: Subject, batch: int, setting: Setting, found: Found, cond: bool) -> None:
-    """Rivals that torch.compile takes long to build: `torch.cond` by hand, or the original with every kernel tuned."""
-    platform, known = setting.platform, confidences(subject)
-    tuned: rivals.Logits | None = None
-    for mix in mixes.MIXES[1:] if cond else mixes.MIXES:
-        with found.trying(f"{subject.name}, batch {batch}, {mix}"), torch.no_grad():
-            case = Case(subject, batch, mix, known)
-            line = Line(case, setting, found)
-            line.enter(DEVICE, lambda case=case: case.device(platform.executor))
-            thresholds = case.chosen.thresholds
-            if cond:
-                line.enter(COND, lambda t=thresholds: rivals.conditional(platform, subject, t))
-            else:
-                tuned = tuned or autotuned(platform, subject)
-                line.enter(TUNED, lambda f=tuned: f, full=True)
-            name = COND if cond else TUNED
-            if name in line.calls and DEVICE in line.calls:
-                found.add(timed(f"{case.name}: against {name}", line.times(), DEVICE, name, inverse=True))
-
-
-def autotuned(platform: Platform, subject: Subject) -> rivals.Logits:
-    compiled = platform.compiled(subject.logits, "max-autotune")
-    return lambda x: compiled(x).clone()

@@ -101,19 +101,3 @@ def run(setting: Setting, found: Found, chain: int = CHAIN) -> None:
     for name, seconds in times.items():
         value, spread = summary([1e6 * s / chain for s in seconds])
         found.add(Figure(f"per node: {name}", value, "us", spread, len(seconds), detail={"nodes in a chain": chain}))
-
-
-def costs(figures: list[Figure]) -> dict[str, float]:
-    """Microseconds of the nodes themselves: without the kernel that sets a condition, and without the body."""
-    per = {f.name.removeprefix("per node: "): f.value for f in figures}
-    wanted = {
-        "IF taken": ("set, IF taken, k", ("set", "k")),
-        "IF not taken": ("set, IF not taken", ("set",)),
-        "SWITCH": ("set, SWITCH of 8, k", ("set", "k")),
-        "round of a WHILE": ("WHILE: round of k, count, set", ("set", "k", "k")),
-    }
-    return {
-        name: per[whole] - sum(per[p] for p in parts)
-        for name, (whole, parts) in wanted.items()
-        if whole in per and all(p in per for p in parts)
-    }

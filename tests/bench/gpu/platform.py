@@ -6,10 +6,8 @@ are, and the device program runs in the simulator.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +19,6 @@ from eecompile.runtime.device.cuda import CudaExecutor
 from eecompile.runtime.device.graphs import ConditionalGraph
 
 Call = Callable[[], Any]
-FLUSHED = 256 << 20  # bytes written to empty the second-level cache: several times its size
 
 
 class Captured:
@@ -40,56 +37,22 @@ class Captured:
         return self.outputs
 
 
-class Platform(Protocol):
-    """A machine to measure on.
+class Cuda:
+    """Times by events on the stream; at least `min_seconds` of calls in a round.
 
     Attributes:
         executor: The executor whose program is measured.
+        dtype: Of weights and images.
     """
 
-    device: torch.device
-    executor: str
-
-    def measure(self, calls: Mapping[str, Call], rounds: int, flush: bool = False) -> Rounds:
-        """Seconds per call of each, in turns. `flush` empties the second-level cache before each call."""
-
-    def capture(self, call: Callable[[], tuple[Tensor, ...]]) -> Captured:
-        """The call as one CUDA graph. What it reads must stay where it is."""
-
-    def compiled(self, function: Callable[..., Tensor], mode: str | None = None) -> Callable[..., Tensor]:
-        """Through torch.compile, the whole as one graph."""
-
-    def conditional(self) -> Any:
-        """A new graph that can hold conditional nodes."""
-
-    def add(self, graph: Any, call: Call) -> None:
-        """Puts a call into a graph or a body that is being captured."""
-
-    def set_condition(self, numbers: Tensor, element: int, handle: int, below: int | None = None) -> None:
-        """A kernel that sets a condition; see `launch_condition`."""
-
-    def replay_of(self, fast: CompiledModule, inputs: Mapping[str, Tensor]) -> Call:
-        """The device program of one call alone: no inputs copied in, no results copied out."""
-
-    def peak_bytes(self, call: Call) -> int:
-        """The most memory that a call holds beyond what was held before it."""
-
-    def bandwidth(self) -> tuple[float, float]:
-        """Bytes per second to and from memory: by the data sheet (0 where it is not known), and of a measured copy."""
-
-
-SHEET = {"H200": 4.8e12, "H100": 3.35e12}  # SXM cards
-
-
-class Cuda:
-    """Times by events on the stream; at least `min_seconds` of calls in a round."""
+    dtype = torch.float16
 
     def __init__(self, min_seconds: float = 0.02) -> None:
         self.device, self.executor = torch.device("cuda", torch.cuda.current_device()), "device"
         self.min_seconds = min_seconds
-        self.junk: Tensor | None = None
 
-    def measure(self, calls: Mapping[str, Call], rounds: int, flush: bool = False) -> Rounds:
+    def measure(self, calls: Mapping[str, Call], rounds: int) -> Rounds:
+        """Seconds per call of each, in turns."""
         repeats = {}
         for name, call in calls.items():
             for _ in range(3):
@@ -101,7 +64,7 @@ class Cuda:
         for i in range(rounds):
             for name in names if i % 2 else reversed(names):
                 n = repeats[name]
-                kept.times[name].append(self._flushed(calls[name], min(n, 20)) if flush else self._seconds(calls[name], n))
+                kept.times[name].append(self._seconds(calls[name], n))
         return kept
 
     def _seconds(self, call: Call, n: int) -> float:
@@ -114,22 +77,8 @@ class Cuda:
         ended.synchronize()
         return float(started.elapsed_time(ended)) / 1e3 / n
 
-    def _flushed(self, call: Call, n: int) -> float:
-        """The writing before each call also lets the host run ahead, so that launching is not timed."""
-        if self.junk is None:
-            self.junk = torch.empty(FLUSHED, dtype=torch.uint8, device=self.device)
-        found = []
-        for _ in range(n):
-            started, ended = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self.junk.zero_()
-            started.record()
-            call()
-            ended.record()
-            ended.synchronize()
-            found.append(float(started.elapsed_time(ended)) / 1e3)
-        return statistics.median(found)
-
     def capture(self, call: Callable[[], tuple[Tensor, ...]]) -> Captured:
+        """The call as one CUDA graph. What it reads must stay where it is."""
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -146,19 +95,18 @@ class Cuda:
 
         return Captured(call, replay, outputs)
 
-    def compiled(self, function: Callable[..., Tensor], mode: str | None = None) -> Callable[..., Tensor]:
-        return torch.compile(function, mode=mode, fullgraph=True, dynamic=False)
-
     def conditional(self) -> Any:
         return ConditionalGraph(self.device)
 
     def add(self, graph: Any, call: Call) -> None:
+        """Puts a call into a graph or a body that is being captured."""
         call()
 
     def set_condition(self, numbers: Tensor, element: int, handle: int, below: int | None = None) -> None:
         launch_condition(numbers, element, handle, below)
 
     def replay_of(self, fast: CompiledModule, inputs: Mapping[str, Tensor]) -> Call:
+        """The device program of one call alone: no inputs copied in, no results copied out."""
         found = fast._executor("device")
         assert isinstance(found, CudaExecutor)
         flat = fast.program.signature.flatten((), inputs)
@@ -169,32 +117,16 @@ class Cuda:
         instance.run(flat, read)
         return lambda: instance.graph.replay()  # holds the instance, and with it the buffers
 
-    def peak_bytes(self, call: Call) -> int:
-        call()
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        kept = call()
-        torch.cuda.synchronize()
-        del kept
-        return torch.cuda.max_memory_allocated() - before
-
-    def bandwidth(self) -> tuple[float, float]:
-        name = torch.cuda.get_device_name(self.device)
-        sheet = next((value for card, value in SHEET.items() if card in name and "PCIe" not in name), 0.0)
-        source = torch.empty(2 << 30, dtype=torch.uint8, device=self.device)
-        target = torch.empty_like(source)
-        seconds = statistics.median(self._seconds(lambda: target.copy_(source), 5) for _ in range(7))
-        return sheet, 2 * source.numel() / seconds
-
 
 class Host:
     """A stand-in without a GPU, for tests of the driver."""
 
+    dtype = torch.float32
+
     def __init__(self) -> None:
         self.device, self.executor = torch.device("cpu"), "simulate"
 
-    def measure(self, calls: Mapping[str, Call], rounds: int, flush: bool = False) -> Rounds:
+    def measure(self, calls: Mapping[str, Call], rounds: int) -> Rounds:
         return rounds_of(calls, rounds, min_seconds=0.0, warm_up=0)
 
     def capture(self, call: Callable[[], tuple[Tensor, ...]]) -> Captured:
@@ -205,9 +137,6 @@ class Host:
                 kept.copy_(made)
 
         return Captured(call, replay, outputs)
-
-    def compiled(self, function: Callable[..., Tensor], mode: str | None = None) -> Callable[..., Tensor]:
-        return torch.compile(function, backend="eager", fullgraph=True, dynamic=False)
 
     def conditional(self) -> Any:
         return OnHost()
@@ -222,16 +151,8 @@ class Host:
     def replay_of(self, fast: CompiledModule, inputs: Mapping[str, Tensor]) -> Call:
         return lambda: fast(**inputs)
 
-    def peak_bytes(self, call: Call) -> int:
-        call()
-        return 0
 
-    def bandwidth(self) -> tuple[float, float]:
-        source, started = torch.zeros(1 << 16), time.perf_counter()
-        source.clone()
-        return 0.0, 2 * source.numel() * 4 / (time.perf_counter() - started)
-
-
+Platform = Cuda | Host
 CONDITIONS: dict[int, int] = {}
 """What conditions are set to, where no GPU keeps them."""
 

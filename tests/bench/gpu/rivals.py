@@ -12,7 +12,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from eecompile.kernels.confidence import confidence as confidence_of
 from tests.bench.gpu.platform import Captured, Platform
 from tests.bench.gpu.subjects import EXITS, Subject
 
@@ -121,42 +120,6 @@ class GraphedBranch:
             if done.item():
                 return answers.clone()
         return self.last()[0].clone()
-
-
-def conditional(platform: Platform, subject: Subject, thresholds: Sequence[float]) -> Logits:
-    """`torch.cond` by hand, nested, under torch.compile: the whole batch goes on until all rows are sure."""
-
-    stem, segment, end = subject.stem, subject.segment, subject.end
-    heads = [subject.fast.branch(e.name) for e in subject.fast.exits]
-    temperatures, criterion = list(subject.fast.temperatures[:EXITS].unbind()), subject.fast.exits[0].criterion.name
-
-    def level(k: int, hidden: Tensor, answers: Tensor, sure: Tensor) -> Tensor:
-        hidden = segment(k, hidden)
-        if k == EXITS:
-            return torch.where(sure[:, None], answers, end(hidden))
-        logits = heads[k](hidden)
-        confidence, _ = confidence_of(logits, None, criterion, temperatures[k])
-        answers, sure = settled(logits, confidence, thresholds[k], answers, sure)
-        return torch.cond(
-            sure.all(),
-            lambda hidden, answers, sure: answers.clone(),
-            lambda hidden, answers, sure: level(k + 1, hidden, answers, sure),
-            (hidden, answers, sure),
-        )
-
-    def whole(x: Tensor, answers: Tensor) -> Tensor:
-        sure = torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        return level(0, stem(x), answers, sure)
-
-    compiled = platform.compiled(whole)
-    some: dict[int, Tensor] = {}
-
-    def call(x: Tensor) -> Tensor:
-        if len(x) not in some:
-            some[len(x)] = subject.logits(x).zero_()
-        return compiled(x, some[len(x)])
-
-    return call
 
 
 def cut_at(platform: Platform, subject: Subject, exit: int, x: Tensor) -> Logits:

@@ -1,7 +1,4 @@
-"""The models of the GPU benchmark, whole and in the pieces that rivals are built from. Weights are random.
-
-BERT-base is that of transformers; the other two are plain torch, as in `tests/zoo_plain.py`.
-"""
+"""The models of the GPU benchmark, whole and in the pieces that rivals are built from. Weights are random."""
 
 from __future__ import annotations
 
@@ -17,7 +14,6 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 import torch
 import transformers as hf
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from eecompile import CompiledModule, eecompile
 from eecompile.kernels.confidence import confidence as confidence_of
@@ -26,96 +22,6 @@ from eecompile.strategies import Branchy, MeBert, Strategy
 EXITS = 4
 POOL = 512  # rows that the inputs of a call are chosen from
 CRITERION = "entropy"
-
-
-class Block(nn.Module):
-    """A Transformer block that normalises first."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.qkv, self.out = nn.Linear(width, 3 * width), nn.Linear(width, width)
-        self.up, self.down = nn.Linear(width, 4 * width), nn.Linear(4 * width, width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        x = x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
-        out: Tensor = x + self.down(F.gelu(self.up(self.norm2(x))))
-        return out
-
-
-class VisionTransformer(nn.Module):
-    """ViT-base by default (Dosovitskiy et al. 2021): patches of 16 of an image of 224."""
-
-    def __init__(
-        self, width: int = 768, depth: int = 12, heads: int = 12, side: int = 224, patch: int = 16, classes: int = 1000
-    ) -> None:
-        super().__init__()
-        self.patches = nn.Conv2d(3, width, patch, patch)
-        self.token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
-        self.position = nn.Parameter(torch.randn(1, (side // patch) ** 2 + 1, width) * 0.02)
-        self.blocks = nn.ModuleList(Block(width, heads) for _ in range(depth))
-        self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, classes)
-
-    def stem(self, x: Tensor) -> Tensor:
-        rows = self.patches(x).flatten(2).transpose(1, 2)
-        return torch.cat([self.token.expand(rows.shape[0], -1, -1), rows], 1) + self.position
-
-    def end(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.head(self.norm(hidden)[:, 0])
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.stem(x)
-        for block in self.blocks:
-            hidden = block(hidden)
-        return self.end(hidden)
-
-
-class Bottleneck(nn.Module):
-    def __init__(self, before: int, width: int, stride: int) -> None:
-        super().__init__()
-        self.conv1, self.bn1 = nn.Conv2d(before, width, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv2, self.bn2 = nn.Conv2d(width, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width)
-        self.conv3, self.bn3 = nn.Conv2d(width, 4 * width, 1, bias=False), nn.BatchNorm2d(4 * width)
-        self.short = (
-            nn.Sequential(nn.Conv2d(before, 4 * width, 1, stride, bias=False), nn.BatchNorm2d(4 * width))
-            if stride > 1 or before != 4 * width
-            else nn.Identity()
-        )
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn1(self.conv1(x)))
-        y = F.relu(self.bn2(self.conv2(y)))
-        return F.relu(self.bn3(self.conv3(y)) + self.short(x))
-
-
-class ResNet(nn.Module):
-    """ResNet-50 by default (He et al. 2016)."""
-
-    def __init__(self, width: int = 64, depths: tuple[int, ...] = (3, 4, 6, 3), classes: int = 1000) -> None:
-        super().__init__()
-        self.conv, self.bn = nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width)
-        self.blocks, before = nn.ModuleList(), width
-        for i, depth in enumerate(depths):
-            for j in range(depth):
-                self.blocks.append(Bottleneck(before, width << i, 2 if i > 0 and j == 0 else 1))
-                before = 4 * width << i
-        self.head = nn.Linear(before, classes)
-
-    def stem(self, x: Tensor) -> Tensor:
-        return F.max_pool2d(F.relu(self.bn(self.conv(x))), 3, 2, 1)
-
-    def end(self, hidden: Tensor) -> Tensor:
-        out: Tensor = self.head(hidden.mean((2, 3)))
-        return out
-
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.stem(x)
-        for block in self.blocks:
-            hidden = block(hidden)
-        return self.end(hidden)
 
 
 def linear(**options: Any) -> Strategy:
@@ -138,7 +44,7 @@ class Subject:
     pool: Tensor
     given: str
     stem: Callable[[Tensor], Tensor]
-    blocks: nn.ModuleList
+    blocks: list[nn.Module]
     end: Callable[[Tensor], Tensor]
     after: tuple[int, ...]
     strategy: Callable[..., Strategy] = linear
@@ -208,10 +114,9 @@ class Subject:
         return logits, found
 
 
-def bert(device: torch.device, dtype: torch.dtype, small: bool) -> Subject:
+def bert(device: torch.device, small: bool, dtype: torch.dtype) -> Subject:
     """BERT-base at 128 tokens, two classes."""
     sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 6}
-    torch.manual_seed(0)
     config = hf.BertConfig(num_labels=2, **(sizes if small else {}))
     model: Any = hf.BertForSequenceClassification(config).eval().to(device, dtype)
     length, rows = (12, 48) if small else (128, POOL)
@@ -222,46 +127,57 @@ def bert(device: torch.device, dtype: torch.dtype, small: bool) -> Subject:
         ids.to(device),
         "input_ids",
         lambda x: model.bert.embeddings(input_ids=x),
-        model.bert.encoder.layer,
+        list(model.bert.encoder.layer),
         lambda hidden: model.classifier(model.bert.pooler(hidden)),
         (0, 1, 2, 3) if small else (2, 5, 8, 10),
         MeBert,
     )
 
 
-def vit(device: torch.device, dtype: torch.dtype, small: bool) -> Subject:
+def vit(device: torch.device, small: bool, dtype: torch.dtype) -> Subject:
     """ViT-base at 224 x 224, a thousand classes."""
-    torch.manual_seed(0)
-    model = VisionTransformer(32, 6, 2, 32, 8, 10) if small else VisionTransformer()
-    made = images(32, 48) if small else images(224, POOL // 2)
-    return plain("ViT-base", model, made, (0, 1, 2, 3) if small else (2, 5, 8, 10), device, dtype)
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 6}
+    config = hf.ViTConfig(
+        num_labels=10 if small else 1000, **({**sizes, "image_size": 32, "patch_size": 8} if small else {})
+    )
+    model: Any = hf.ViTForImageClassification(config).eval().to(device, dtype)
+    return Subject(
+        "ViT-base",
+        model,
+        images(32, 48).to(device, dtype) if small else images(224, POOL // 2).to(device, dtype),
+        "pixel_values",
+        model.vit.embeddings,
+        [m for m in model.vit.modules() if type(m).__name__ == "ViTLayer"],
+        lambda hidden: model.classifier(model.vit.layernorm(hidden)[:, 0]),
+        (0, 1, 2, 3) if small else (2, 5, 8, 10),
+    )
 
 
-def resnet(device: torch.device, dtype: torch.dtype, small: bool) -> Subject:
+def resnet(device: torch.device, small: bool, dtype: torch.dtype) -> Subject:
     """ResNet-50 at 224 x 224, a thousand classes; its statistics are those of such images."""
-    torch.manual_seed(0)
-    model = ResNet(8, (1, 2, 2, 2), 10) if small else ResNet()
-    made = images(64, 48) if small else images(224, POOL // 2)
+    sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 2, 2, 2]}
+    model: Any = hf.ResNetForImageClassification(
+        hf.ResNetConfig(num_labels=10 if small else 1000, **(sizes if small else {}))
+    )
+    pool = images(64, 48) if small else images(224, POOL // 2)
     with torch.no_grad():
         model.to(device).train()
         for norm in model.modules():
             if isinstance(norm, nn.BatchNorm2d):
                 norm.momentum = 0.5
-        for rows in made[:32].to(device).split(16):
+        for rows in pool[:32].to(device).split(16):
             model(rows)
-    return plain("ResNet-50", model, made, (0, 1, 2, 3) if small else (4, 7, 10, 13), device, dtype)
-
-
-def plain(
-    name: str,
-    model: VisionTransformer | ResNet,
-    pool: Tensor,
-    after: tuple[int, ...],
-    device: torch.device,
-    dtype: torch.dtype,
-) -> Subject:
     model.eval().to(device, dtype)
-    return Subject(name, model, pool.to(device, dtype), "x", model.stem, model.blocks, model.end, after)
+    return Subject(
+        "ResNet-50",
+        model,
+        pool.to(device, dtype),
+        "pixel_values",
+        model.resnet.embedder,
+        [layer for stage in model.resnet.encoder.stages for layer in stage.layers],
+        lambda hidden: model.classifier(model.resnet.pooler(hidden)),
+        (0, 1, 2, 3) if small else (4, 7, 10, 13),
+    )
 
 
 def images(side: int, rows: int) -> Tensor:
@@ -272,3 +188,12 @@ def images(side: int, rows: int) -> Tensor:
 
 
 BUILDERS = {"bert": bert, "vit": vit, "resnet": resnet}
+
+
+def made(name: str, device: torch.device, small: bool, dtype: torch.dtype) -> Subject:
+    """A model whose heads tell the rows apart."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        subject = BUILDERS[name](device, small, dtype)
+        subject.tell_apart()
+    return subject
