@@ -33,7 +33,7 @@ def test_every_test_for_a_gpu_is_collected():
     assert "deselected" not in done.stdout, "tests/gpu has tests that are not marked"
 
 
-@pytest.mark.parametrize("name", [*ON_HOST, "the_profiler_sees_bodies"])
+@pytest.mark.parametrize("name", ON_HOST)
 def test_probes_of_graphs_hold_on_the_host(name):
     with torch.no_grad():
         probes.PROBES[name](Host())

@@ -33,23 +33,6 @@ def probe(function: Callable[[Platform], Any]) -> Callable[[Platform], Any]:
 
 
 @probe
-def versions(platform: Platform) -> dict[str, Any]:
-    """What there is, and that CUDA works at all."""
-    import triton
-    from cuda.bindings import runtime
-
-    torch.zeros(1, device=platform.device)
-    return {
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "driver": runtime.cudaDriverGetVersion()[1],
-        "runtime": runtime.cudaRuntimeGetVersion()[1],
-        "device": torch.cuda.get_device_name(),
-        "allocator": torch.cuda.get_allocator_backend(),
-    }
-
-
-@probe
 def conditional_nodes_are_there(platform: Platform) -> str:
     """What the package itself thinks."""
     from eecompile.runtime.device.support import support
@@ -277,26 +260,6 @@ def replays_queue_without_the_host(platform: Platform) -> dict[str, float]:
     assert float(y) == 5, float(y)
     assert each < 0.02, f"{each:.3f} s for a launch: something waited"
     return {"us of the host for a replay": 1e6 * each}
-
-
-@probe
-def the_profiler_sees_bodies(platform: Platform) -> dict[str, int]:
-    """How many kernels a trace shows of a body of seven: what a trace without copies is worth."""
-    numbers, y = numbers_of(platform, 1), torch.zeros(1, device=platform.device)
-
-    def fill(graph: Any) -> None:
-        def body() -> None:
-            for _ in range(7):
-                platform.add(graph, lambda: y.add_(1))
-
-        branch(platform, graph, numbers, 0, body)
-
-    graph = captured(platform, fill)
-    graph.replay()
-    with torch.profiler.profile() as trace:
-        graph.replay()
-        assert float(y) == 14
-    return {e.key[:60]: e.count for e in trace.key_averages() if "elementwise" in e.key or "add" in e.key}
 
 
 def one(name: str) -> int:
