@@ -147,7 +147,8 @@ class Region:
         batch_axis: Axis of the rows in both.
         flops: Cost of one row.
         depth: Fraction of the model's cost before it.
-        residual: Whether `x` reaches `y` through additions: what is left out is then a correction, not the value.
+        residual: Whether `x` reaches `y` through additions: what is left out is then a correction, not the value. Or both
+            are what recurrent layers of one shape hand on.
         anchors: Where to find `x` and `y` in another capture; None for an input of the model.
     """
 

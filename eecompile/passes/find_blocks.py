@@ -17,6 +17,7 @@ from torch import fx
 from eecompile.errors import StrategyError, near
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
+from eecompile.passes.recurrent import OPERATORS
 from eecompile.program import Block, Program, Refusal
 
 MIN_COVERAGE = 0.2
@@ -129,6 +130,7 @@ def candidates(
     for (path, call), one in every.items():
         again = call > 0 or (path, 1) in every
         cell = one.kind.endswith("Cell") and again  # a leaf, but the unit of a recurrent net
+        cell = cell or (path not in parents and any(nodes[i].target in OPERATORS for i in one.nodes))
         if cell or (path in parents and (re.search(r"\d", path) or again)):
             groups[(re.sub(r"\d+", "*", path), one.kind)].append(one)
     ranked = []
@@ -136,7 +138,7 @@ def candidates(
     live = _live_counts(nodes, trunk, last)
     for (pattern, kind), members in groups.items():
         members.sort(key=lambda m: m.first)
-        cell = kind.endswith("Cell")
+        cell = kind.endswith("Cell") or any(nodes[i].target in OPERATORS for i in members[0].nodes)
         coverage = sum(len(m.nodes) for m in members) / max(total, 1)
         if len(members) < 2:
             continue

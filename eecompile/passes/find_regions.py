@@ -17,6 +17,7 @@ from torch import fx
 
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
+from eecompile.passes.recurrent import hidden
 from eecompile.program import Block, Program, Refusal, Region
 
 aten = torch.ops.aten
@@ -93,7 +94,7 @@ class Finder:
         best = None
         for x in sorted(alike, key=lambda n: -self.position[n]):
             chain = self.chain(x, y)
-            residual = self.reaches(x, y)
+            residual = self.reaches(x, y) or (hidden(x) and hidden(y))
             if best is None or (residual and not best[2]):
                 best = (x, chain, residual)
         assert best is not None

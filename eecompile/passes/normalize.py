@@ -15,6 +15,7 @@ from torch import fx
 from eecompile.capture.memory import written
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
+from eecompile.passes.recurrent import split_layers
 from eecompile.program import Program
 
 aten = torch.ops.aten
@@ -30,6 +31,7 @@ class Normalize(Pass):
     - `view(B, S, -1, h)` gets its size written out: -1 is ambiguous when no row is left.
     - `squeeze()` names its axes: it would drop the batch axis when one row is left.
     - Masks that are all true, or causal, whatever the input, become what eager models pass: none, or a flag.
+    - Stacks of recurrent layers become one call for each layer (`recurrent`).
     - Dropout in eval mode and run-time checks that the signature makes anyway go away.
     - So does work that no output needs, in-place operators on it included.
     """
@@ -41,6 +43,7 @@ class Normalize(Pass):
         graph_module = facts.copy(program.graph_module)
         batch = facts.Batch(graph_module, program.signature)
         counts = {
+            "recurrent layers": split_layers(graph_module),
             "views": _concrete_views(graph_module),
             "masks": _fold_masks(graph_module, batch),
             "no-ops": _drop_noops(graph_module),
