@@ -169,7 +169,9 @@ def test_a_trunk_that_was_trained_once_can_be_trained_again(tmp_path):
     fast.fit(batches(), epochs=1, trunk=True, progress=False)
     fast.save(tmp_path / "trained")
     again = load(tmp_path / "trained")
+    before = {n: p.clone() for n, p in again.named_parameters()}
     again.fit(batches(), epochs=1, trunk=True, progress=False)
+    assert [n for n, p in again.named_parameters() if torch.equal(p, before[n])] == [], "these were not trained"
 
 
 def test_a_shared_head_is_the_models_own_after_loading(saved):

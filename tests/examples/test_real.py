@@ -14,7 +14,7 @@ from examples._common import Options, Recipe, Record, fitted, image_data, judged
 
 
 @pytest.mark.data
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_b_lenet_on_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EECOMPILE_RUNS", str(tmp_path / "runs"))
     options = Options(out=tmp_path)

@@ -55,7 +55,7 @@ def small() -> tuple[CompiledModule, Tensor]:
     return eecompile(model, strategy, example_inputs=(x,)), x
 
 
-@pytest.mark.parametrize("calls", [40, pytest.param(500, marks=pytest.mark.slow)], ids=["160 calls", "2,000 calls"])
+@pytest.mark.parametrize("calls", [40, pytest.param(500, marks=pytest.mark.nightly)], ids=["160 calls", "2,000 calls"])
 def test_calls_under_any_deadline_with_interrupts(small, calls):
     """Runs, streams and interrupts: each gives a whole output, none hangs, nothing is left over."""
     fast, x = small
