@@ -1,5 +1,6 @@
 # make demo    set up what is missing and run the main job on real input
 # make test    set up what is missing, then lint, type-check and test
+# make test-all  the same with the long tests too
 # PYTHON=...   the interpreter that .venv is made with (3.10 or later)
 
 PYTHON ?= python3
@@ -20,7 +21,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint test-data bench gpu clean
+.PHONY: help demo test test-all lint test-data bench gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -29,7 +30,10 @@ demo: $(DEMO)  ## train, compile, fit, calibrate and run a small model on digits
 	$(VENV)/bin/eecompile demo
 
 test: lint  ## lint, type-check, test (no GPU, no network data)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadfile -m "not gpu and not data"
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m "not gpu and not data and not nightly"
+
+test-all: lint  ## make test, and what is long: every example, hypothesis at full count, stress of threads
+	OMP_NUM_THREADS=1 EECOMPILE_TESTS=all $(PY) -m pytest -n 2 --dist loadgroup -m "not gpu and not data"
 
 lint: $(DEV)  ## ruff and mypy only
 	$(PY) -m ruff check .

@@ -1,7 +1,8 @@
-"""Fixtures of every test: one thread, and the zoo, each model compiled once per session."""
+"""Fixtures of every test: one thread, and the zoo, each model compiled once; and which tests share a process."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,6 +15,25 @@ from tests.support import Fingerprint
 from tests.zoo import ZOO, Entry
 
 ROWS = 6  # of the example that a model is compiled with
+STARTED = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--stop-after", type=float, metavar="SECONDS", help="skip, by name, the tests that begin later")
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    limit = item.config.getoption("--stop-after")
+    if limit is not None and time.monotonic() - STARTED > limit:
+        pytest.skip(f"NOT RUN, the time was up: {item.nodeid}")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With `--dist loadgroup` tests of one model of the zoo share a process: it is compiled once. Others share by file."""
+    for item in items:
+        name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
+        shared = name in ZOO and "zoo" in getattr(item, "fixturenames", ())
+        item.add_marker(pytest.mark.xdist_group(name if shared else str(item.path.relative_to(item.config.rootpath))))
 
 
 @dataclass(frozen=True)

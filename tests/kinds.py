@@ -58,7 +58,6 @@ class Kind:
         splits: Fields of a result that differ from row to row at some random settings.
         executors: What must agree with the reference.
         saves: Whether it can be saved.
-        fit: Options of `fit` that pass through every phase of training.
         options: Further options of `eecompile`.
     """
 
@@ -70,7 +69,6 @@ class Kind:
     splits: tuple[str, ...] = ("exit_index",)
     executors: tuple[str, ...] = ("compact", "simulate")
     saves: bool = True
-    fit: dict[str, Any] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
 
     def build(self) -> Program:

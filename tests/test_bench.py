@@ -52,6 +52,7 @@ def check(whole: dict) -> None:
             assert math.isfinite(f["value"])
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("group", ["closed", "nobody", "memory", "deadlines"])
 def test_a_group_runs_and_is_merged(tmp_path, capsys, group):
     out = tmp_path / "cpu.json"

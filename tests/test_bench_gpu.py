@@ -14,6 +14,8 @@ from tests.bench.gpu.cases import Case, Found, Setting, confidences, same
 from tests.bench.gpu.platform import Host
 from tests.test_bench import FIGURE
 
+pytestmark = pytest.mark.nightly  # tests of a harness
+
 HOST = Setting(Host(), rounds=2, check=1e-3)
 
 

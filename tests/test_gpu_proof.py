@@ -17,6 +17,8 @@ from tests.gpu import __main__ as proof
 from tests.gpu import probes
 from tests.gpu.test_zoo_on_gpu import agree, check, compiled, inputs, run, wide
 
+pytestmark = pytest.mark.nightly  # tests of a harness
+
 ROOT = Path(__file__).parents[1]
 ON_HOST = ["if_node", "nested_ifs", "switch_node", "while_node", "a_model_in_a_body", "replays_queue_without_the_host"]
 

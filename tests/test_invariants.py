@@ -143,11 +143,10 @@ def test_what_is_loaded_is_what_was_saved(program, tmp_path):
     once.save(tmp_path / "twice")
     twice = load(tmp_path / "twice")
     for back in (once, twice):
-        assert back.strategy == fast.strategy
+        # a module among a strategy's options comes back as its name
+        assert str(back.strategy.to_dict()) == str(fast.strategy.to_dict())
         for name in ("exits", "gates", "halts", "routes", "widths"):
-            assert [without_modules(r) for r in getattr(back, name)] == [without_modules(r) for r in getattr(fast, name)], (
-                name
-            )
+            assert [plain(r) for r in getattr(back, name)] == [plain(r) for r in getattr(fast, name)], name
         for name in ("compact", "reference"):
             want, got = (run_by(name, one, *args, **kwargs) for one in (fast, back))
             equal_bits(got.output, want.output)
@@ -157,8 +156,10 @@ def test_what_is_loaded_is_what_was_saved(program, tmp_path):
             equal_bits(back(*args, **kwargs), fast.full(*args, **kwargs))
 
 
-def without_modules(record: Any) -> dict[str, Any]:
-    return {k: v for k, v in vars(record).items() if not isinstance(v, torch.nn.Module)}
+def plain(record: Any) -> dict[str, Any]:
+    """What a record says, without modules; numbers up to what float32 keeps."""
+    kept = {k: v for k, v in vars(record).items() if not isinstance(v, torch.nn.Module)}
+    return {k: pytest.approx(v, rel=1e-6) if isinstance(v, float) else v for k, v in kept.items()}
 
 
 def test_the_original_is_untouched(program):
@@ -171,12 +172,16 @@ def test_the_original_is_untouched(program):
     for name in ("reference", *program.kind.executors):
         run_by(name, fast, *args, **kwargs)
     fast.observe(*args, **kwargs)
-    list(fast.stream(*args, **kwargs))
     assert program.changes() == []
-    fast.train_trunk = False
+    if not list(fast.head_parameters()):
+        return
+    fast.train_trunk, modes = False, [stage.gate_mode for stage in fast.strategy.stages]
+    fast.gate_mode = modes[0] if modes else "hard"
     fast.train()
     fast.loss(fast.run(*args, **kwargs), torch.arange(5) % 2).backward()
     fast.eval()
+    fast.gate_mode = "hard"
+    fast.zero_grad()
     assert program.changes() == []
 
 
@@ -187,7 +192,9 @@ class Killed(BaseException):
 def test_a_fit_that_is_resumed_ends_where_an_unbroken_one_does(program, tmp_path):
     fast, batches = program.fast, program.kind.batches()
     epochs = max(2, len(fast.strategy.stages))
-    options: dict[str, Any] = {"epochs": epochs, "checkpoint_every": 2, "progress": False, "lr": 1e-2, **program.kind.fit}
+    options: dict[str, Any] = {"epochs": epochs, "checkpoint_every": 2, "progress": False, "lr": 1e-2}
+    if not list(fast.head_parameters()):
+        options["trunk"] = True
     start = {name: t.clone() for name, t in fast.state_dict().items()}
     middle = 3 * epochs // 2 + 1
 

@@ -69,6 +69,8 @@ class Loop:
     def run(self, resume: bool | str) -> FitReport:
         started = time.perf_counter()
         random_before, mode = random_state(self.device), self.fast.training
+        for parameter in self.fast.parameters():  # gradients that somebody left are not part of the first step
+            parameter.grad = None
         try:
             with self.interrupt, Bar(self.plan, self.accelerator, length_of(self.loader)) as self.bar:
                 for stage in self.plan.stages:

@@ -64,6 +64,7 @@ def test_branchy_lenet(environment: dict[str, str], tmp_path: Path) -> None:
     assert found["mnist"]["rows"] == {"train": 1024, "val": 512, "test": 512}
 
 
+@pytest.mark.nightly
 def test_branchy_resnet(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(run("branchy_resnet", environment, tmp_path, "--json").stdout)
     assert [row["thresholds"] for row in found["rows"]] == ["guaranteed", "empirical"]
@@ -72,6 +73,7 @@ def test_branchy_resnet(environment: dict[str, str], tmp_path: Path) -> None:
         assert [(e["after"], e["head"]) for e in row["exits"]] == [("stage1", "Branch"), ("stage2", "Branch")]
 
 
+@pytest.mark.nightly
 def test_mebert_imdb(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(run("mebert_imdb", environment, tmp_path, "--json").stdout)
     assert found["chosen"] in ("joint", "staged")
@@ -87,6 +89,7 @@ def test_mebert_imdb(environment: dict[str, str], tmp_path: Path) -> None:
     assert len(full) == 1  # both criteria judge the same weights
 
 
+@pytest.mark.nightly
 def test_depth_adaptive_text(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(run("depth_adaptive_text", environment, tmp_path, "--json").stdout)
     assert [(row["what"].split(", ")[-1], row["thresholds"]) for row in found["rows"]] == [
@@ -104,6 +107,7 @@ def test_depth_adaptive_text(environment: dict[str, str], tmp_path: Path) -> Non
     assert len({row["full_accuracy"] for row in found["rows"]}) == 1  # the second program leaves the trunk as it is
 
 
+@pytest.mark.nightly
 def test_skipnet_cifar(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(run("skipnet_cifar", environment, tmp_path, "--json").stdout)
     assert [(row["what"], row["thresholds"]) for row in found["rows"]] == [
@@ -117,6 +121,7 @@ def test_skipnet_cifar(environment: dict[str, str], tmp_path: Path) -> None:
         assert set(row["speedup"]) == {"1", "64"}
 
 
+@pytest.mark.nightly
 def test_self_adaptive_images(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(run("self_adaptive_images", environment, tmp_path, "--json").stdout)
     alone, exits = found["rows"]
@@ -128,6 +133,7 @@ def test_self_adaptive_images(environment: dict[str, str], tmp_path: Path) -> No
         assert set(row["speedup"]) == {"1", "32", "64"}
 
 
+@pytest.mark.nightly
 def test_self_adaptive_text(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(run("self_adaptive_text", environment, tmp_path, "--json").stdout)
     alone, exits = found["rows"]
@@ -142,6 +148,7 @@ def test_self_adaptive_text(environment: dict[str, str], tmp_path: Path) -> None
         assert set(row["speedup"]) == {"1", "32", "64"}
 
 
+@pytest.mark.nightly
 def test_routing(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(run("routing", environment, tmp_path, "--json").stdout)
     assert [(row["what"].split()[-1], row["thresholds"]) for row in found["rows"]] == [
@@ -184,6 +191,7 @@ def test_help_has_examples(environment: dict[str, str]) -> None:
     ("name", "models"),
     [("images", ["tinyconv", "resnet8", "mobilenetv2"]), ("text", ["bagofwords", "minilm3", "minilm6"])],
 )
+@pytest.mark.nightly
 def test_cascades(environment: dict[str, str], tmp_path: Path, name: str, models: list[str]) -> None:
     found = json.loads(run(f"cascade_{name}", environment, tmp_path, "--json").stdout)
     assert list(found["models"]) == models
@@ -193,6 +201,7 @@ def test_cascades(environment: dict[str, str], tmp_path: Path, name: str, models
         assert row["original_accuracy"] == row["full_accuracy"]  # nothing was trained
 
 
+@pytest.mark.nightly
 def test_ann_budget(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(run("ann_budget", environment, tmp_path, "--json").stdout)
     assert {row["what"] for row in found["rows"]} <= {
@@ -213,6 +222,7 @@ def test_ann_budget(environment: dict[str, str], tmp_path: Path) -> None:
         assert curves["no image above"][-1]["stopped"] == 0
 
 
+@pytest.mark.nightly
 def test_anytime_stream(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(run("anytime_stream", environment, tmp_path, "--json").stdout)
     assert 2 <= len(found["stream"]) <= len(found["exits"]) + 1
@@ -238,6 +248,7 @@ def test_act_recurrent(environment, tmp_path):
     assert sum(made["chosen"]["steps"].values()) == 512
 
 
+@pytest.mark.nightly
 def test_act_text(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(run("act_text", environment, tmp_path, "--json").stdout)
     assert [(row["what"].split(", ")[-1], row["thresholds"]) for row in found["rows"]] == [

@@ -94,22 +94,6 @@ def scores(fast, args, kwargs) -> Tensor:
     return found
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
-def test_open_gates_give_the_models_own_numbers(model, recipe):
-    entry, base = model
-    fast = again(base, Given(RECIPES[recipe]))
-    fast.set_thresholds(CLOSED)
-    fast.set_gate_thresholds(0.0)
-    args, kwargs = entry.inputs(3, seed=4)
-    with torch.no_grad():
-        want = list(fast.source_graph(*fast.program.signature.flatten(args, kwargs)))
-        compact, reference = both(fast, *args, **kwargs)
-    for r in (compact, reference):
-        equal_bits(fast.program.signature.flatten_output(r.output), want)
-        assert bool(r.gates.all())
-    assert compact.cost.tolist() == [1.0] * 3
-
-
 def test_a_shut_gate_runs_nothing_and_an_open_one_copies_nothing():
     entry = ZOO["bert"]
     args, kwargs = entry.inputs(4)

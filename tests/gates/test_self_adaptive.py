@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 
-from eecompile import StrategyError, eecompile, load
+from eecompile import StrategyError, eecompile
 from eecompile.strategies import SelfAdaptive
 from tests.gates.adaptive import Loader, rows, tower
-from tests.support import CLOSED, both, close, equal_bits, random_thresholds, separating, watch
+from tests.support import CLOSED, watch
 from tests.zoo import ZOO
 
 
@@ -43,28 +41,6 @@ def test_one_policy_scores_every_part(model):
     free = watch(lambda: fast(*args, **kwargs)).ops
     assert seen["sigmoid"] - free["sigmoid"] == 1
     assert (fast.run(*args, **kwargs).steps is None) == (name == "vit")
-
-
-def test_compact_agrees_with_the_reference(model):
-    _, entry, fast = model
-    rng = random.Random(5)
-    shares: set[float] = set()
-    left: set[int] = set()
-    for batch in (1, 4, 7):
-        args, kwargs = entry.inputs(batch, seed=5)
-        fast.set_thresholds(CLOSED)
-        found = scores(fast, args, kwargs)
-        fast.set_gate_thresholds([rng.choice([0.0, CLOSED, *[separating(s, rng)] * 4]) for s in found.T])
-        fast.set_thresholds(random_thresholds(fast.observe(*args, **kwargs).confidences[:-1], rng))
-        compact, reference = both(fast, *args, **kwargs)
-        assert torch.equal(compact.exit_index, reference.exit_index)
-        assert torch.equal(compact.gates, reference.gates)
-        torch.testing.assert_close(compact.cost, reference.cost, atol=1e-6, rtol=0)
-        close(compact.output, reference.output)
-        shares |= set(compact.gates.float().mean(0).tolist())
-        left |= set(compact.exit_index.tolist())
-    assert any(0 < share < 1 for share in shares)
-    assert len(left) > 1
 
 
 def test_a_curriculum_frees_the_last_parts_first(model):
@@ -102,19 +78,6 @@ def test_the_policy_meets_its_target_and_keeps_the_task(estimator):
     assert float((result.output.argmax(1) == y).float().mean()) > 0.93
     assert abs(float(result.cost.mean()) - 0.6) < 0.15
     assert fast.gates_kept_open == 0
-
-
-def test_a_saved_program_has_its_policy(tmp_path):
-    x, _, _ = rows(6)
-    fast = eecompile(tower(), SelfAdaptive(exits=1, head="linear", open_bias=0.0), example_inputs=(x,))
-    fast.set_gate_thresholds(scores(fast, (x,), {}).median(0).values.tolist())
-    want = fast.run(x)
-    fast.save(tmp_path / "program")
-    back = load(tmp_path / "program")
-    got = back.run(x)
-    equal_bits(got.output, want.output)
-    assert torch.equal(got.gates, want.gates)
-    assert back.strategy == fast.strategy
 
 
 @pytest.mark.parametrize(
