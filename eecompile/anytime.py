@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import StrategyError
+from eecompile.ir.settings import Settings
 from eecompile.program import Result
 from eecompile.runtime.limits import NAMES, Allowance, Limits, deepest, no_exit, own_names
 from eecompile.runtime.outcome import Executor, Outcome
@@ -34,7 +35,7 @@ class Anytime(Trainable):
 
     _chosen: Executor
 
-    def _result(self, outcome: Outcome) -> Result:
+    def _result(self, outcome: Outcome, settings: Settings) -> Result:
         raise NotImplementedError
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -58,9 +59,10 @@ class Anytime(Trainable):
         return self._results(flat, allowance)
 
     def _results(self, flat: Sequence[Tensor], allowance: Allowance) -> Iterator[Result]:
-        with closing(self._chosen.stream(flat, allowance)) as outcomes:
+        settings = self.settings
+        with closing(self._chosen.stream(flat, settings, allowance)) as outcomes:
             for outcome in outcomes:
-                result = self._result(outcome)
+                result = self._result(outcome, settings)
                 self._close(outcome, allowance, result)
                 yield result
 
@@ -101,9 +103,10 @@ class Anytime(Trainable):
         flat = self.flatten(args, kwargs)
         with torch.no_grad():
             for _ in range(rounds):
-                outcome = self._chosen.measure(flat)
+                settings = self.settings
+                outcome = self._chosen.measure(flat, settings)
                 if outcome is not None:
-                    self._result(outcome)
+                    self._result(outcome, settings)
                     self._close(outcome, None)
         return self._chosen.times
 
@@ -164,7 +167,7 @@ class Within:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         allowance = self.fast._resolved(self.limits)
         signature = self.fast.program.signature
-        outcome = self.fast._chosen.run(self.fast.flatten(args, kwargs), False, allowance)
+        outcome = self.fast._chosen.run(self.fast.flatten(args, kwargs), self.fast.settings, False, allowance)
         output = signature.restore(outcome.leaves)
         self.fast._close(outcome, allowance)
         return output
@@ -172,8 +175,9 @@ class Within:
     def run(self, *args: Any, **kwargs: Any) -> Result:
         allowance = self.fast._resolved(self.limits)
         flat = self.fast.flatten(args, kwargs)
-        outcome = self.fast._chosen.run(flat, True, allowance)
-        result = self.fast._result(outcome)
+        settings = self.fast.settings
+        outcome = self.fast._chosen.run(flat, settings, True, allowance)
+        result = self.fast._result(outcome, settings)
         self.fast._close(outcome, allowance, result)
         return result
 

@@ -24,7 +24,6 @@ from eecompile.members import compiled_members
 from eecompile.module import CompiledModule
 from eecompile.passes import analysis, insertion, prepare_training_graph, run_passes
 from eecompile.passes.carried import Brought, unwrapped
-from eecompile.passes.insert_exits import THRESHOLDS
 from eecompile.prediction import find_prediction
 from eecompile.program import Program
 from eecompile.strategies import Strategy
@@ -275,4 +274,4 @@ def load(path: str | Path, *, executor: str | None = None, device: str | torch.d
     return fast
 
 
-__all__ = ["THRESHOLDS", "EecompileError", "PassError", "eecompile", "find_prediction", "load"]
+__all__ = ["EecompileError", "PassError", "eecompile", "find_prediction", "load"]

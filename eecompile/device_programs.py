@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from eecompile.errors import CaptureError
+from eecompile.ir.settings import Settings
 from eecompile.program import Program
 from eecompile.runtime.device.check import NoSync
 from eecompile.runtime.device.checking import check
@@ -22,6 +23,7 @@ class DevicePrograms:
 
     program: Program
     thresholds: Tensor
+    settings: Settings
 
     def _executor(self, name: str) -> Executor:
         raise NotImplementedError
@@ -55,7 +57,7 @@ class DevicePrograms:
         """What a call with these inputs is on a device that takes all decisions itself, as data: `print(it.describe())`."""
         executor = self._executor("simulate")
         assert isinstance(executor, DeviceExecutor)
-        return executor.device_program(self._given(args, kwargs))[0]
+        return executor.device_program(self._given(args, kwargs), self.settings)[0]
 
     def check_no_sync(self, *args: Any, **kwargs: Any) -> NoSync:
         """Looks for anything in the device program that would need the host between input and output. Needs no GPU.

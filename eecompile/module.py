@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,14 +13,16 @@ from torch import Tensor, fx, nn
 from eecompile import explain as explaining
 from eecompile.anytime import Anytime
 from eecompile.artifact.write import write
+from eecompile.costs import CostModel
 from eecompile.device_programs import DevicePrograms
 from eecompile.errors import EecompileError, StrategyError, near
-from eecompile.held import Held
+from eecompile.ir.settings import Settings
+from eecompile.passes import facts
 from eecompile.program import History, Program, Result
 from eecompile.runtime.blocks import BlocksExecutor
 from eecompile.runtime.compact import CompactExecutor
 from eecompile.runtime.device.cuda import CudaExecutor
-from eecompile.runtime.device.executor import DeviceExecutor, Options, SimulateExecutor
+from eecompile.runtime.device.executor import Options, SimulateExecutor
 from eecompile.runtime.devices import move_constants, other_device
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Executor, Outcome
@@ -80,14 +83,56 @@ class CompiledModule(DevicePrograms, Anytime):
         self.__dict__["_executors"] = {}
         self.__dict__["_lock"] = threading.RLock()
         self.__dict__["_device_options"] = Options()
-        self.__dict__["_costs"] = {}
         self.__dict__["autocast"] = AutocastCheck(program, original, autocast)
-        self.__dict__["held"] = Held()
+        self.__dict__["cost_model"] = CostModel(program)
+        self.__dict__["_references"] = weakref.WeakKeyDictionary()
+        self.settings = program.settings
         self.__dict__["_full"] = []
         self.train_trunk = strategy.joint
         self._backend = self._valid("backend", backend, BACKENDS)
         self.executor = executor
         self.eval()
+
+    # ------------------------------------------------------------------ settings
+
+    @property
+    def settings(self) -> Settings:
+        """Thresholds, temperatures and all else that may be set, as one value."""
+        if not self._written():
+            found: Settings = self.__dict__["_settings"]
+            return found
+        with self.__dict__["_lock"]:  # a state dict was loaded, somebody wrote to a buffer, or settings are being set now
+            before: Settings = self.__dict__["_settings"]
+            if self._written():
+                written = dict(self.graph_module._buffers)
+                self.settings = before  # stays, where what is written there is out of range
+                self.settings = before.read_from(written)
+            current: Settings = self.__dict__["_settings"]
+            return current
+
+    @settings.setter
+    def settings(self, new: Settings) -> None:
+        if new.families != self.program.settings.families:
+            raise StrategyError(
+                "these settings belong to another program", got=new.to_dict(), wanted=self.program.settings.to_dict()
+            )
+        device = facts.device_of(self.graph_module)
+        with self.__dict__["_lock"]:
+            for graph in (self.graph_module, self.program.graph_module):
+                new.put_into(graph, device)
+            buffers = self.graph_module._buffers
+            attached = {f.buffer: t for f in new.families if (t := buffers[f.buffer]) is not None}
+            self.__dict__["_settings"] = new
+            self.__dict__["_attached"] = {name: (t, t._version) for name, t in attached.items()}
+
+    def _written(self) -> bool:
+        """Whether the buffers hold something else than the settings were put there as."""
+        buffers = self.graph_module._buffers
+        for name, (tensor, version) in self.__dict__["_attached"].items():
+            now = buffers[name]
+            if now is not tensor or now._version != version:
+                return True
+        return False
 
     # ------------------------------------------------------------------ running
 
@@ -99,7 +144,7 @@ class CompiledModule(DevicePrograms, Anytime):
         """
         allowance = self._allowance(kwargs) if kwargs else None
         flat = self.flatten(args, kwargs)
-        outcome = self._execute(flat, False, allowance)
+        outcome = self._execute(flat, self.settings, False, allowance)
         output = self.program.signature.restore(outcome.leaves)
         self._close(outcome, allowance)
         return output
@@ -116,10 +161,11 @@ class CompiledModule(DevicePrograms, Anytime):
         """
         allowance = self._allowance(kwargs) if kwargs else None
         flat = self.flatten(args, kwargs)
-        outcome = self._execute(flat, True, allowance)
-        result = self._result(outcome)
+        settings = self.settings
+        outcome = self._execute(flat, settings, True, allowance)
+        result = self._result(outcome, settings)
         if self.training and self.gate_mode == "every" and result.route_weights is not None:
-            result.way_outputs = self._way_outputs(flat)
+            result.way_outputs = self._way_outputs(flat, settings)
         self._close(outcome, allowance, result)
         return result
 
@@ -131,7 +177,7 @@ class CompiledModule(DevicePrograms, Anytime):
         """
         flat = self.flatten(args, kwargs)
         with torch.no_grad(), self._mode(False):
-            return self._result(self._reference().run(flat))
+            return self._result(self._reference().run(flat, settings := self.settings), settings)
 
     def full(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the model without any exit."""
@@ -150,38 +196,40 @@ class CompiledModule(DevicePrograms, Anytime):
             self.__dict__["autocast"](flat)
         return flat
 
-    def _execute(self, flat: Sequence[Tensor], want_confidence: bool, allowance: Allowance | None = None) -> Outcome:
+    def _execute(
+        self, flat: Sequence[Tensor], settings: Settings, want_confidence: bool, allowance: Allowance | None = None
+    ) -> Outcome:
         try:
             if self.training:
-                return ReferenceExecutor(self.program, self._training_graph()).run(flat)
-            return self._chosen.run(flat, want_confidence, allowance)
+                return self._reference(self._training_graph()).run(flat, settings)
+            return self._chosen.run(flat, settings, want_confidence, allowance)
         except RuntimeError as error:
             elsewhere = other_device(self.program.signature, flat, self.thresholds.device)
             if elsewhere is None:
                 raise
             raise elsewhere from error
 
-    def _way_outputs(self, flat: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    def _way_outputs(self, flat: Sequence[Tensor], settings: Settings) -> tuple[Tensor, ...]:
         graphs = [self._training_graph(way) for way in range(len(self.program.routes[0].ways))]
         with torch.no_grad():
-            outcomes = [ReferenceExecutor(self.program, graph).run(flat) for graph in graphs]
+            outcomes = [self._reference(graph).run(flat, settings) for graph in graphs]
         return tuple(o.outputs[-1] for o in outcomes if o.outputs is not None)
 
-    def _result(self, outcome: Outcome) -> Result:
+    def _result(self, outcome: Outcome, settings: Settings) -> Result:
+        costs = self.cost_model
         training = outcome.outputs is not None and self.training
         gates = self._told(outcome, "") if self.program.gates else None
         if gates is not None and not training:  # nothing runs of a cascade's model while its exits are closed
-            gates = gates * self._running(self.open_exits)
-        steps = self.steps_of(outcome.reports, outcome.exit_index)
-        route = self.taken(outcome.reports, outcome.exit_index)
+            gates = gates * costs.gates_run(costs.is_open(settings), gates.device)
+        steps = costs.steps_ran(settings, outcome.reports, outcome.exit_index, self.training)
+        route = self.taken(outcome.reports, outcome.exit_index, settings)
         mixed = training and self.gate_mode == "soft"
         ways = None if route is None else self.ways_of(outcome.reports, route, mixed)
-        size = len(outcome.exit_index)
         result = Result(
             output=self.program.signature.restore(outcome.leaves),
             exit_index=outcome.exit_index,
             confidence=outcome.confidence if outcome.confidence is not None else torch.zeros(()),
-            cost=self.spent(outcome.exit_index, gates, steps, ways),
+            cost=costs.spent(settings, outcome.exit_index, gates, steps, ways),
             gates=gates if gates is None or training else gates >= 0.5,
             gate_scores=self._told(outcome, ".score") if self.program.gates and outcome.outputs is not None else None,
             route=route,
@@ -191,16 +239,16 @@ class CompiledModule(DevicePrograms, Anytime):
             late=outcome.late,
         )
         if gates is not None and self.program.widths:
-            result.widths = self.widths_of(gates) * (outcome.exit_index.unsqueeze(1) >= self._width_stages(gates))
+            result.widths = costs.widths_ran(gates, outcome.exit_index)
         if steps:
             self._tell_halting(result, [outcome.reports[h.name] for h in self.program.halts], steps)
         if gates is not None and outcome.outputs is not None:
             result.gates_free = self.gates_free(gates)
         if (gates is not None or ways is not None) and outcome.outputs is not None:
-            result.end_cost = self.end_cost(size, gates, steps, ways)
+            result.end_cost = costs.at_end(settings, outcome.exit_index, gates, steps, ways)
         if route is not None and outcome.outputs is not None:
             result.route_weights = outcome.reports[f"{self.program.routes[0].name}.weights"]
-            result.route_costs = self.route_costs()
+            result.route_costs = costs.at_routes(settings)
         if outcome.step_scores is not None and outcome.outputs is not None:
             result.step_outputs = (*outcome.step_outputs, outcome.outputs[-1])
             result.step_scores = outcome.step_scores.float()
@@ -237,12 +285,12 @@ class CompiledModule(DevicePrograms, Anytime):
         blocks = [i for i, kind in enumerate(kinds) if kind == "block"]
         if gates is None or not blocks or any(kind not in ("block", "width") for kind in kinds):
             return None
-        return (gates[:, self.held.constant(blocks, gates.device, torch.int64)] >= 0.5).sum(1)
+        return (gates[:, self.cost_model.constant(blocks, gates.device, torch.int64)] >= 0.5).sum(1)
 
-    def _width_stages(self, gates: Tensor) -> Tensor:
-        """[W]: how many exits lie before each part with widths."""
-        stages = {g.name: g.stage for g in self.program.gates}
-        return self.held.constant([stages[w.gates[0]] for w in self.program.widths], gates.device, torch.int64)
+    def gates_free(self, gates: Tensor) -> Tensor:
+        """[B, G] bool: where the gate's own score decided; see `Result.gates_free`. `gates` [B, G], 1 for open."""
+        curriculum = (self.gates_kept_open, self.gates_full_share) if self.training else (0, 0.0)
+        return self.cost_model.gates_free(self.settings, gates, *curriculum)
 
     def prediction_of(self, output: Any) -> Tensor:
         """The class scores within an output of the model's type."""
@@ -284,7 +332,7 @@ class CompiledModule(DevicePrograms, Anytime):
         with self.__dict__["_lock"]:
             if key not in executors:
                 if name == "reference":
-                    executors[key] = ReferenceExecutor(self.program)
+                    executors[key] = self._reference()
                 elif name == "simulate":
                     executors[key] = SimulateExecutor(self.program, self.device_options)
                 elif name == "device":
@@ -296,13 +344,14 @@ class CompiledModule(DevicePrograms, Anytime):
         found: Executor = executors[key]
         return found
 
-    def _changed(self) -> None:
-        for executor in self.__dict__["_executors"].values():
-            if isinstance(executor, CompactExecutor | BlocksExecutor | DeviceExecutor):
-                executor.thresholds_changed()
-
-    def _reference(self) -> ReferenceExecutor:
-        return ReferenceExecutor(self.program)
+    def _reference(self, marked: fx.GraphModule | None = None) -> ReferenceExecutor:
+        """The reference executor of a marked graph, the program's own or one for training."""
+        marked = marked or self.graph_module
+        references = self.__dict__["_references"]
+        if marked not in references:
+            references[marked] = ReferenceExecutor(self.program, marked)
+        found: ReferenceExecutor = references[marked]
+        return found
 
     @staticmethod
     def _valid(what: str, name: str, valid: Sequence[str]) -> str:
@@ -352,14 +401,17 @@ class CompiledModule(DevicePrograms, Anytime):
                     wanted=f"{dtype}: a move to another device only",
                     hint=f"convert the model first, then compile it: eecompile(model.to({probe.dtype}), ...)",
                 )
+        settings = self.settings
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = self.thresholds.device
+        device = facts.device_of(self.graph_module)
         for gm in (self.program.source, self.program.graph_module, *self.__dict__["_training_graphs"].values()):
             _rebind(gm, self.graph_module)
         for gm in (self.graph_module, self.program.source, self.program.graph_module):
             move_constants(gm, device)
         self.__dict__["_training_graphs"].clear()
+        self.__dict__["_references"].clear()
         self.__dict__["_full"].clear()
+        self.settings = settings
         for executor in self.__dict__["_executors"].values():
             executor.reset()
         return self

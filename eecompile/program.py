@@ -15,6 +15,7 @@ import torch
 from torch import fx
 
 from eecompile.errors import PassError, near
+from eecompile.ir.settings import Settings
 from eecompile.reasons import Reason
 from eecompile.records import (
     Anchor,
@@ -132,6 +133,7 @@ class Program:
         gate_recipes: What the gates were inserted by: one entry, in a cascade one for each model with gates.
         halt_recipes: The same for the chains that halt.
         reports: What a run tells for each row besides its outputs.
+        settings: What can be set, as it was compiled.
         refusals: Places that were passed over, with the reason.
     """
 
@@ -161,6 +163,7 @@ class Program:
     routes: tuple[Route, ...] = ()
     route_recipe: RouteRecipe | None = None
     stages: tuple[Stage, ...] = ()
+    settings: Settings = field(default_factory=Settings)
     facts: frozenset[str] = frozenset()
     refusals: tuple[Refusal, ...] = ()
     history: History = field(default_factory=History)

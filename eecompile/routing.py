@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from eecompile.costs import CostModel
 from eecompile.errors import StrategyError
-from eecompile.held import Held
-from eecompile.passes.insert_routes import ROUTE_MARGINS, opened
+from eecompile.ir.settings import BRANCHES, BRANCHES_BUFFER, THRESHOLDS_BUFFER, Settings
 from eecompile.passes.place_routes import ROUTES
 from eecompile.program import Program
-from eecompile.thresholds import threshold_values
 
 OWN_END = "model"
 
@@ -46,26 +44,15 @@ class Routing(nn.Module):
 
     program: Program
     graph_module: fx.GraphModule
-    held: Held
     route_load: list[dict[str, Any]] | None = None  # what `evaluate` saw last, for `explain`
 
-    @property
-    def thresholds(self) -> Tensor:
-        raise NotImplementedError
+    cost_model: CostModel
+    settings: Settings
 
     @property
     def open_exits(self) -> list[bool]:
         """Which exits rows may leave at."""
-        return [t <= 1.0 for t in self.held.numbers("thresholds", self.thresholds)]
-
-    def costs(self, open_exits: Sequence[bool]) -> Tensor:
-        raise NotImplementedError
-
-    def _changed(self) -> None:
-        raise NotImplementedError
-
-    def _replace(self, name: str, values: Sequence[float]) -> None:
-        raise NotImplementedError
+        return self.cost_model.is_open(self.settings)
 
     @property
     def route_units(self) -> nn.Module:
@@ -74,8 +61,8 @@ class Routing(nn.Module):
 
     @property
     def route_margins(self) -> Tensor:
-        """[K] float32; the buffer that a router to branches reads. Empty without one."""
-        found: Tensor = getattr(self.graph_module, ROUTE_MARGINS, torch.empty(0, device=self.thresholds.device))
+        """[K] float32 of a router to branches; as `thresholds`. Empty without one."""
+        found: Tensor = getattr(self.graph_module, BRANCHES_BUFFER, torch.empty(0))
         return found
 
     @property
@@ -95,7 +82,7 @@ class Routing(nn.Module):
         if route.to_exits:
             is_open = [*self.open_exits, True]
             return tuple(RouteRecord(n, "exit", c, o) for n, c, o in zip(self.route_names, costs, is_open, strict=True))
-        margins = self.route_margins.tolist()
+        margins = self.settings[BRANCHES]
         return tuple(
             RouteRecord(w.name, "branch", c, m <= 1, m, w.left_out)
             for w, c, m in zip(route.ways, costs, margins, strict=True)
@@ -110,8 +97,8 @@ class Routing(nn.Module):
         Raises:
             StrategyError: No router to branches, a wrong count, an unknown name, a negative number, or all closed.
         """
-        now = self.route_margins.tolist()
-        if not now:
+        count = len(self.settings[BRANCHES])
+        if not count:
             raise StrategyError(
                 "this program has no router between branches",
                 got="a router to exits" if self.program.routes else "no router",
@@ -119,51 +106,22 @@ class Routing(nn.Module):
                 hint="exits that rows are sent to have thresholds: set_thresholds" if self.program.routes else None,
             )
         if isinstance(margins, int | float) and not isinstance(margins, bool):
-            margins = [float(margins)] * (len(now) - 1) + [0.0]
-        values = threshold_values(self.route_names, now, margins, "route")
-        if not opened(values):
-            raise StrategyError("every route is closed", got=values, wanted="one of them at 1 or less")
-        self._replace(ROUTE_MARGINS, values)
-        self._changed()
-
-    def router_runs(self, open_exits: Sequence[bool]) -> bool:
-        """Whether there is something to choose."""
-        if not self.program.routes:
-            return False
-        if self.program.routes[0].to_exits:
-            return any(open_exits)
-        return len(opened(self.held.numbers("margins", self.route_margins))) > 1
+            margins = [float(margins)] * (count - 1) + [0.0]
+        self.settings = self.settings.with_values(BRANCHES, margins)
 
     def route_costs(self) -> Tensor:
         """[K] float32: fraction of the full model's FLOPs of a row on each route, with the exits that are open now."""
-        (route,) = self.program.routes
-        costs = self.costs(self.open_exits)
-        if route.to_exits:
-            return costs
-        every = torch.eye(len(route.ways), device=costs.device)
-        return costs[-1] - self.saved_by(every, torch.full((len(route.ways),), len(self.program.exits)))
+        return self.cost_model.at_routes(self.settings)
 
-    def saved_by(self, ways: Tensor, exit_index: Tensor) -> Tensor:
-        """[B] what branches save of the cost, as a fraction of the full model's; rows that had left before save nothing.
-
-        Args:
-            ways: [B, K] how much of each way, differentiable or not.
-            exit_index: [B] int64.
-        """
-        (route,) = self.program.routes
-        full, total = route.ways[-1].flops, self.program.total_flops or 1.0
-        saves = self.held.constant([(full - w.flops) / total for w in route.ways], ways.device)
-        found: Tensor = (ways * saves).sum(1) * (exit_index.to(ways.device) >= route.way_stage)
-        return found
-
-    def taken(self, told: dict[str, Tensor], exit_index: Tensor) -> Tensor | None:
+    def taken(self, told: dict[str, Tensor], exit_index: Tensor, settings: Settings) -> Tensor | None:
         """[B] int64, the route of each row, from what a run reported; -1 for rows that had left before. None without."""
         if not self.program.routes:
             return None
         (route,) = self.program.routes
         choice = told[route.name].detach()
         if route.to_exits:  # the first open exit that the router is sure enough of
-            sent = torch.cat((choice >= self.thresholds, torch.ones_like(choice[:, :1], dtype=torch.bool)), 1)
+            thresholds = settings.tensors(choice.device)[THRESHOLDS_BUFFER]
+            sent = torch.cat((choice >= thresholds, torch.ones_like(choice[:, :1], dtype=torch.bool)), 1)
             return sent.to(torch.uint8).argmax(1)
         return choice.long().masked_fill(exit_index < route.way_stage, -1)
 

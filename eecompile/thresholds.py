@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from eecompile.criteria import Criterion
-from eecompile.errors import StrategyError, near
 
 
 @dataclass(frozen=True)
@@ -136,32 +133,3 @@ class HaltRecord:
     repeated: bool
     per_token: bool
     steps: tuple[HaltStepRecord, ...]
-
-
-def threshold_values(names: Sequence[str], now: Sequence[float], given: Any, what: str = "exit") -> list[float]:
-    """One threshold per exit (or gate) from one number, a list in order, a tensor, or a dict by name.
-
-    Raises:
-        StrategyError: A wrong count, an unknown name, a negative number or NaN.
-    """
-    if isinstance(given, Tensor):
-        given = [float(t) for t in given.flatten().tolist()]
-    values: list[Any]
-    if isinstance(given, Mapping):
-        values = list(now)
-        for name, value in given.items():
-            if name not in names:
-                raise StrategyError(f"no {what} has this name", got=name, wanted=near(str(name), names))
-            values[names.index(name)] = value
-    elif isinstance(given, list | tuple):
-        values = list(given)
-    else:
-        values = [given] * len(names)
-    if len(values) != len(names):
-        raise StrategyError("wrong number of thresholds", got=len(values), wanted=f"{len(names)}: {', '.join(names)}")
-    for name, value in zip(names, values, strict=True):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= 0:
-            raise StrategyError(
-                "a threshold is a number of 0 or more", where=name, got=repr(value), wanted="0 to 1, above 1 closes"
-            )
-    return [float(v) for v in values]

@@ -35,8 +35,6 @@ from eecompile.passes import (
 )
 from eecompile.passes.insert_exits import (
     HEADS,
-    TEMPERATURES,
-    THRESHOLDS,
     EnsembleWeights,
     InsertExits,
     cut_of,
@@ -89,19 +87,17 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
         }
         program = insert_saved_routes(program.replace(exits=exits), data["routes"], tensors, customs)
     program = program.replace(exits=relocate(program, exits))
-    buffers = {THRESHOLDS: tensors.pop("thresholds"), TEMPERATURES: tensors.pop("temperatures")}
-    counts = (len(exits), len(data["heads"]), buffers[THRESHOLDS].numel(), buffers[TEMPERATURES].numel() - 1)
-    if len(set(counts)) != 1:
+    if len(exits) != len(data["heads"]):
         raise ArtifactError(
             "the parts of the saved program do not fit one another",
             where=str(directory / files.MANIFEST),
-            got="{} exits, {} heads, {} thresholds, temperatures of {} exits".format(*counts),
+            got=f"{len(exits)} exits, {len(data['heads'])} heads",
         )
     combination = _combination(tensors)
     heads = _heads(program, data["heads"], paths, tensors)
-    insert = InsertExits(heads=heads, buffers=buffers, combination=combination)
+    insert = InsertExits(heads=heads, combination=combination)
     program = run_passes(program, [insert, StagePass(), Lower()], facts=frozenset({"exits placed"}))
-    assert program.marked is not None
+    program = program.replace(settings=program.settings.from_dict(data["settings"]))
     artifact: dict[str, Any] = {"eval": exported}
     training = None
     if "train" in paths:

@@ -9,8 +9,6 @@ from torch import Tensor, nn
 from eecompile.errors import ArtifactError
 from eecompile.gates import RecurrentCore, rebuild
 from eecompile.passes import inserted_again
-from eecompile.passes.insert_gates import GATE_THRESHOLDS
-from eecompile.passes.insert_halting import HALT_SCALE
 from eecompile.program import Anchor, Carry, Gate, Halt, HaltStep, Program, Width
 from eecompile.strategies.base import GateRecipe, HaltRecipe
 
@@ -42,8 +40,7 @@ def insert_saved_gates(program: Program, data: dict[str, Any], tensors: dict[str
         gate_recipes=tuple(recipes),
         halt_recipes=tuple(HaltRecipe(**_options(r)) for r in data["halting"]),
     )
-    buffers = {GATE_THRESHOLDS: tensors.pop("gate_thresholds", None), HALT_SCALE: tensors.pop("halt_scale", None)}
-    return inserted_again(program, like, units, buffers)
+    return inserted_again(program, like, units)
 
 
 def _options(saved: dict[str, Any]) -> dict[str, Any]:

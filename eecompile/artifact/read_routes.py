@@ -43,8 +43,7 @@ def insert_saved_routes(
     for name, module in modules.items():
         if name not in customs:
             _fill(module, name, tensors)
-    margins = tensors.pop("route_margins", None)
-    return run_passes(program, [InsertRoutes(recipe, modules=modules, margins=margins)])
+    return run_passes(program, [InsertRoutes(recipe, modules=modules)])
 
 
 def _fill(module: nn.Module, name: str, tensors: dict[str, Tensor]) -> None:

@@ -18,7 +18,6 @@ from eecompile.errors import ArtifactError
 from eecompile.gates import describe as describe_unit
 from eecompile.heads import Branch, describe
 from eecompile.passes import facts
-from eecompile.passes.insert_halting import HALT_SCALE
 from eecompile.program import Exit, Way
 from eecompile.routers import describe as describe_router
 
@@ -59,6 +58,7 @@ def write(fast: Any, path: str | Path) -> None:
         "places": [asdict(p) for p in program.places],
         "exits": [_exit(e) for e in program.exits],
         "heads": heads,
+        "settings": fast.settings.to_dict(),
         "gates": _gates(fast),
         "routes": _routes(fast),
         "stages": [s.flops for s in program.stages],
@@ -88,17 +88,9 @@ def _put_all(fast: Any, directory: Path, heads: dict[str, Any], entries: dict[st
     }
     tensors |= {f"gates.{name}": t.detach().cpu().contiguous() for name, t in fast.gate_units.state_dict().items()}
     tensors |= {f"combination.{n}": t.detach().cpu() for n, t in fast.combination.state_dict().items()}
-    if program.gates:
-        tensors["gate_thresholds"] = fast.gate_thresholds.detach().cpu().clone()
-    if program.halts:
-        tensors["halt_scale"] = getattr(fast.graph_module, HALT_SCALE).detach().cpu().clone()
     for name, t in fast.route_units.state_dict().items():
         if not _way(program, name.split(".")[0]).custom:
             tensors[f"routes.{name}"] = t.detach().cpu().contiguous()
-    if len(fast.route_margins):
-        tensors["route_margins"] = fast.route_margins.detach().cpu().clone()
-    tensors["thresholds"] = fast.thresholds.detach().cpu().clone()
-    tensors["temperatures"] = fast.temperatures.detach().cpu().clone()
     weights = {name: t.clone() for name, t in tensors.items()}  # shared storage has no place in a safetensors file
     entries["heads"] = files.put(directory, "heads", ".safetensors", lambda p: save_file(weights, p))
     for mode, exported in fast.artifact.items():

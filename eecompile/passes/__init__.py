@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from eecompile.capture.export import Captured
 from eecompile.errors import StrategyError
@@ -20,10 +19,10 @@ from eecompile.passes.find_blocks import FindBlocks
 from eecompile.passes.find_cuts import FindCuts
 from eecompile.passes.find_regions import FindRegions
 from eecompile.passes.find_token_parts import FindTokenParts
-from eecompile.passes.insert_exits import COMBINATION, TEMPERATURES, THRESHOLDS, InsertExits, relocate
-from eecompile.passes.insert_gates import GATE_THRESHOLDS, InsertGates, norms_name, relocate_gates
-from eecompile.passes.insert_halting import HALT_SCALE, InsertHalting, relocate_halting
-from eecompile.passes.insert_routes import ROUTE_MARGINS, InsertRoutes, relocate_routes
+from eecompile.passes.insert_exits import COMBINATION, InsertExits, relocate
+from eecompile.passes.insert_gates import InsertGates, norms_name, relocate_gates
+from eecompile.passes.insert_halting import InsertHalting, relocate_halting
+from eecompile.passes.insert_routes import InsertRoutes, relocate_routes
 from eecompile.passes.lower import Lower
 from eecompile.passes.normalize import Normalize
 from eecompile.passes.place_exits import PlaceExits
@@ -77,8 +76,7 @@ def insertion(recipe: Recipe, captured: Captured, seed: int, brought: Brought | 
     for gates in brought.gates:
         passes += [AdoptGates(gates), InsertGates(gates.recipe, units=gates.units)]
     for halts in brought.halts:
-        scale = torch.full((1,), halts.scale)
-        passes += [AdoptHalting(halts), InsertHalting(halts.recipe, units=halts.units, scale=scale)]
+        passes += [AdoptHalting(halts), InsertHalting(halts.recipe, units=halts.units)]
         passes += [FindTokenParts()] if halts.recipe.unit == "token" else []
     if recipe.routes is not None and recipe.routes.branches:  # exits come behind: they may not lie among the branches
         passes += [*([FindRegions()] if recipe.gates is None and recipe.halting is None else []), *routing]
@@ -103,45 +101,39 @@ def prepare_training_graph(
     """
     assert program.marked is not None
     train = Program(graph_module, graph_module, signature, prediction=program.prediction, models=program.models)
-    train = train.replace(places=program.places)
+    train = train.replace(places=program.places, settings=program.settings)
     train = run_passes(train, [Normalize(), Annotate(), FindBlocks(program.block_pattern), FindCuts()])
     if program.gates or program.halts:
         units = dict(program.marked.get_submodule(GATES).named_children())
-        given = {name: getattr(program.marked, name, None) for name in (GATE_THRESHOLDS, HALT_SCALE)}
-        train = inserted_again(train, program, units, given)
+        train = inserted_again(train, program, units)
     if program.route_recipe is not None:
         modules = dict(program.marked.get_submodule(ROUTES).named_children())
-        margins = getattr(program.marked, ROUTE_MARGINS, None)
         # the router's places only; its exits are set below
         train = relocate_routes(train.replace(exits=program.exits), program.routes)
-        train = run_passes(train, [InsertRoutes(program.route_recipe, modules=modules, margins=margins)])
+        train = run_passes(train, [InsertRoutes(program.route_recipe, modules=modules)])
     heads = {e.name: facts.attribute(program.marked, e.head) for e in program.exits}
-    buffers = {name: getattr(program.marked, name) for name in (THRESHOLDS, TEMPERATURES)}
     train = train.replace(exits=relocate(train, program.exits), facts=train.facts | {"exits placed"})
     combination = getattr(program.marked, COMBINATION, None)
-    passes: list[Pass] = [InsertExits(heads=heads, buffers=buffers, combination=combination)]
+    passes: list[Pass] = [InsertExits(heads=heads, combination=combination)]
     return run_passes(train, [*passes, Equilibrium()] if equilibrium else passes)
 
 
-def inserted_again(
-    program: Program, like: Program, units: Mapping[str, nn.Module], buffers: Mapping[str, Tensor | None]
-) -> Program:
-    """The gates and halting of `like` in another capture of the same model: units and buffers are shared.
+def inserted_again(program: Program, like: Program, units: Mapping[str, nn.Module]) -> Program:
+    """The gates and halting of `like` in another capture of the same model; units are shared.
 
     Args:
         units: By the names that they have in `like`.
-        buffers: Thresholds of the gates, and the scale of halting scores.
     """
     for k, gate_recipe in enumerate(like.gate_recipes):
         gates = tuple(g for g in like.gates if g.group == k)
         names = {g.unit for g in gates} | {f"{GATES}.{norms_name(w)}" for w in like.widths}
         own = {name: u for name, u in units.items() if f"{GATES}.{name}" in names}
-        insert = InsertGates(gate_recipe, units=own, thresholds=buffers[GATE_THRESHOLDS])
+        insert = InsertGates(gate_recipe, units=own)
         program = run_passes(relocate_gates(program, gates, like.widths), [insert])
     for k, halt_recipe in enumerate(like.halt_recipes):
         halts = tuple(h for h in like.halts if h.group == k)
         own = {name: u for name, u in units.items() if f"{GATES}.{name}" in {s.unit for h in halts for s in h.steps}}
-        halting = InsertHalting(halt_recipe, units=own, scale=buffers[HALT_SCALE])
+        halting = InsertHalting(halt_recipe, units=own)
         program = run_passes(relocate_halting(program, halts), [halting, FindTokenParts()])
     return program
 

@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from eecompile.errors import PassError, StrategyError
 from eecompile.heads import Branch
+from eecompile.ir.settings import EXITS, TEMPERATURES, Settings
 from eecompile.passes import facts
 from eecompile.passes.carried_gates import CarriedGates, CarriedHalts, carried_gates, carried_halts, originals
 from eecompile.program import Anchor, Cut, Exit, Place, Program
@@ -75,7 +76,8 @@ def unwrapped(models: Mapping[str, nn.Module], plain: Sequence[bool]) -> tuple[d
         fast: Any = model
         _able(name, fast, program)
         found[name] = fast.original
-        ends[name] = float(fast.temperatures[-1])
+        settings: Settings = fast.settings
+        ends[name] = settings[TEMPERATURES][-1]
 
         def moved(a: Anchor | None, name: str = name) -> Anchor | None:
             return None if a is None else within(name, a)
@@ -87,8 +89,8 @@ def unwrapped(models: Mapping[str, nn.Module], plain: Sequence[bool]) -> tuple[d
             exits[one.place.name] = replace(
                 one,
                 branch=fast.branch(e.name),
-                threshold=float(fast.thresholds[k]),
-                temperature=float(fast.temperatures[k]),
+                threshold=settings[EXITS][k],
+                temperature=settings[TEMPERATURES][k],
             )
     _one_halting(halts)
     return found, Brought(exits, ends, tuple(gates), tuple(halts))
@@ -106,8 +108,11 @@ def _one_halting(halts: Sequence[CarriedHalts]) -> None:
         StrategyError: Two compiled models halt in ways that one factor cannot give.
     """
     for a, b in pairwise(halts):
-        if (a.scale, bool(a.recipe.repeat)) != (b.scale, bool(b.recipe.repeat)):
-            kinds = [f"{h.model}: {'repeats a block' if h.recipe.repeat else 'over depth'}, {h.scale:g}" for h in (a, b)]
+        if (a.recipe.threshold, bool(a.recipe.repeat)) != (b.recipe.threshold, bool(b.recipe.repeat)):
+            kinds = [
+                f"{h.model}: {'repeats a block' if h.recipe.repeat else 'over depth'}, {h.recipe.threshold:g}"
+                for h in (a, b)
+            ]
             raise StrategyError(
                 "two models of the cascade halt in different ways",
                 got=" and ".join(kinds),

@@ -10,10 +10,12 @@ from typing import Any, ClassVar
 from torch import nn
 
 from eecompile.errors import PassError, StrategyError
+from eecompile.ir.settings import GATES as GATE_THRESHOLDS
+from eecompile.ir.settings import HALTING
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.insert_gates import relocate_gates
-from eecompile.passes.insert_halting import HALT_SCALE, relocate_halting
+from eecompile.passes.insert_halting import relocate_halting
 from eecompile.passes.place_gates import GATES, site_of
 from eecompile.program import Anchor, Gate, Halt, Program
 from eecompile.strategies.base import GateRecipe, HaltRecipe
@@ -38,13 +40,12 @@ class CarriedGates:
 
 @dataclass(frozen=True)
 class CarriedHalts:
-    """The halting chains of one compiled model; `scale` is the factor of its scores."""
+    """The halting chains of one compiled model."""
 
     model: str
     recipe: HaltRecipe
     halts: tuple[Halt, ...]
     units: Mapping[str, nn.Module]
-    scale: float
 
 
 def originals(program: Program) -> dict[str, str]:
@@ -66,9 +67,8 @@ def carried_gates(name: str, fast: Any, moved: Callable[[Anchor | None], Anchor 
     recipe = program.gate_recipe
     if recipe is None:
         return None
-    thresholds = tuple(float(t) for t in fast.gate_thresholds)
     mask = _mask(name, program, [g.region for g in program.gates], recipe, plain)
-    recipe = replace(recipe, threshold=thresholds, mask=mask)
+    recipe = replace(recipe, threshold=fast.settings[GATE_THRESHOLDS], mask=mask)
     gates = tuple(
         replace(
             g,
@@ -91,7 +91,8 @@ def carried_halts(name: str, fast: Any, moved: Callable[[Anchor | None], Anchor 
     if recipe is None:
         return None
     regions = [s.region for h in program.halts for s in h.steps]
-    recipe = replace(recipe, mask=_mask(name, program, regions, recipe, plain))
+    (threshold,) = fast.settings[HALTING]
+    recipe = replace(recipe, threshold=threshold, mask=_mask(name, program, regions, recipe, plain))
     halts = []
     for h in program.halts:
         steps = tuple(
@@ -104,7 +105,7 @@ def carried_halts(name: str, fast: Any, moved: Callable[[Anchor | None], Anchor 
             for s in h.steps
         )
         halts.append(replace(h, steps=steps))
-    return CarriedHalts(name, recipe, tuple(halts), _units(name, fast), float(getattr(fast.graph_module, HALT_SCALE)))
+    return CarriedHalts(name, recipe, tuple(halts), _units(name, fast))
 
 
 def _unit(model: str, unit: str) -> str:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, fx
 
 from eecompile.errors import EecompileError
+from eecompile.ir.settings import HALTING_BUFFER
 from eecompile.passes import facts
-from eecompile.passes.insert_halting import HALT_SCALE, ROLE
+from eecompile.passes.insert_halting import ROLE
 
 TOLD = "eecompile_steps"  # key in the graph module's meta: how many outputs were added
 aten = torch.ops.aten
@@ -45,7 +46,7 @@ def with_every_step(gm: fx.GraphModule, prediction: int) -> fx.GraphModule:
             got=f"{len(found['output'])} chains that halt",
             wanted="one",
         )
-    for n in [n for n in graph.nodes if n.op == "get_attr" and n.target == HALT_SCALE]:
+    for n in [n for n in graph.nodes if n.op == "get_attr" and n.target == HALTING_BUFFER]:
         with graph.inserting_after(n):
             never = graph.call_function(aten.zeros_like.default, (n,))
         n.replace_all_uses_with(never, delete_user_cb=lambda u, new=never: u is not new)

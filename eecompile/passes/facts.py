@@ -25,6 +25,11 @@ def expression(size: Any) -> sympy.Expr:
     return size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(int(size))
 
 
+def device_of(module: torch.nn.Module) -> torch.device:
+    """Where its parameters are; the CPU where there are none."""
+    return next((p.device for p in module.parameters()), torch.device("cpu"))
+
+
 def value(node: fx.Node) -> Any:
     return node.meta.get("val")
 

@@ -14,13 +14,13 @@ from torch import Tensor, fx, nn
 
 import eecompile.ops as ops
 from eecompile.errors import PassError
+from eecompile.ir.settings import BRANCHES, BUFFERS, GATES, Settings
 from eecompile.kernels.choose import is_open
 from eecompile.passes import facts
 from eecompile.passes.extract import Extractor, extract
 from eecompile.passes.find_regions import exclusive
 from eecompile.passes.live_positions import extract_at_live
 from eecompile.passes.routed import Routed
-from eecompile.passes.settings import SETTINGS
 from eecompile.passes.widened import Chains, Widened
 from eecompile.program import Gate, Halt, HaltStep, Program, Route, Way
 
@@ -151,7 +151,7 @@ class GatedRegions:
             a
             for n in mine
             for a in n.all_input_nodes
-            if a not in within and (a.op != "get_attr" or a.target in SETTINGS) and not facts.is_symbolic_number(a)
+            if a not in within and (a.op != "get_attr" or a.target in BUFFERS) and not facts.is_symbolic_number(a)
         )
         if self.live_only and isinstance(gate, HaltStep) and gate.parts:
             return extract_at_live(self.gm, mine, list(inputs), ys, name, gate), list(inputs)
@@ -300,6 +300,13 @@ class GatedRegions:
                 "a gated region reads a value that cannot be gathered", where=gate.region, got=f"{n.name} {axis}"
             )
         return axis
+
+
+def pattern_of(program: Program, settings: Settings) -> tuple[str, ...]:
+    """Of all `conditionals`: what is known of them under these settings, whatever the input."""
+    found = pattern(program.gates, settings[GATES])
+    found += halting_pattern(program.halts, not settings.halts)
+    return found + routing_pattern(program.routes, settings[BRANCHES])
 
 
 def halting_pattern(halts: Sequence[Halt], closed: bool) -> tuple[str, ...]:

@@ -20,6 +20,8 @@ import eecompile.ops  # registers torch.ops.eecompile.*
 from eecompile.criteria import Criterion, MaxProbability
 from eecompile.errors import PassError, StrategyError
 from eecompile.heads import Branch, HeadSpec, build_head, check_head, score_head
+from eecompile.ir import settings
+from eecompile.ir.settings import Settings
 from eecompile.passes import facts, sites
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.carried import Brought
@@ -27,8 +29,6 @@ from eecompile.passes.functional import make_functional
 from eecompile.program import Anchor, Exit, Program, Refusal
 
 HEADS = "eecompile_heads"
-THRESHOLDS = "eecompile_thresholds"
-TEMPERATURES = "eecompile_temperatures"
 COMBINATION = "eecompile_combination"
 aten = torch.ops.aten
 assert eecompile.ops is not None
@@ -42,7 +42,6 @@ class InsertExits(Pass):
         head: What the strategy asked for.
         thresholds: One for all exits, or one for each.
         heads: Modules to use instead of new ones, by exit name: for the training capture, or a loaded program.
-        buffers: Thresholds and temperatures to share instead of new ones.
         seed: Seed of the new heads' weights; the global generator is left as it was.
         brought: Exits of compiled models among a cascade's: their heads, thresholds and temperatures.
         combination: Trained weights of the exits' ensemble to use instead of new ones.
@@ -55,21 +54,21 @@ class InsertExits(Pass):
     head: HeadSpec = "auto"
     thresholds: float | tuple[float, ...] = 0.9
     heads: Mapping[str, Branch] = field(default_factory=dict)
-    buffers: Mapping[str, torch.Tensor] = field(default_factory=dict)
     seed: int = 0
     brought: Brought = field(default_factory=Brought)
     combination: nn.Module | None = None
 
     def run(self, program: Program) -> PassResult:
         heads = dict(self.heads) or self.build(program)
+        program = program.replace(settings=self._settings(program))
         gm = facts.copy(program.graph_module)
-        _attach(gm, heads, self._buffers(program, gm))
+        _attach(gm, heads)
+        program.settings.attach(gm, facts.device_of(gm))
         if program.exits and program.exits[0].combine == "weighted":
             classes = program.signature.outputs[program.prediction or 0].shape[-1]
             assert isinstance(classes, int)  # place_exits refuses others
             weights = self.combination or EnsembleWeights(len(program.exits), classes)
-            device = next((p.device for p in gm.parameters()), torch.device("cpu"))
-            gm.add_module(COMBINATION, weights.to(device))
+            gm.add_module(COMBINATION, weights.to(facts.device_of(gm)))
         marker = _Marker(gm, program)
         for i, e in enumerate(program.exits):
             marker.add_exit(i, e, heads[e.name])
@@ -79,10 +78,7 @@ class InsertExits(Pass):
         marked = program.replace(graph_module=gm, marked=gm, level="marked")
         return PassResult(marked, True, summary=f"{len(program.exits)} exits")
 
-    def _buffers(self, program: Program, gm: fx.GraphModule) -> Mapping[str, torch.Tensor]:
-        if self.buffers:
-            return self.buffers
-        device = next((p.device for p in gm.parameters()), torch.device("cpu"))
+    def _settings(self, program: Program) -> Settings:
         brought, ends = self.brought.exits, self.brought.ends
         new = [e.cut for e in program.exits if e.cut not in brought]
         thresholds = self.thresholds if isinstance(self.thresholds, tuple) else (self.thresholds,) * len(new)
@@ -96,10 +92,9 @@ class InsertExits(Pass):
         values |= {cut: (one.threshold, one.temperature) for cut, one in brought.items()}
         chosen = [values[e.cut] for e in program.exits]
         last = ends.get(program.models[-1], 1.0) if program.models else 1.0
-        return {
-            THRESHOLDS: torch.tensor([t for t, _ in chosen], dtype=torch.float32, device=device),
-            TEMPERATURES: torch.tensor([*(t for _, t in chosen), last], dtype=torch.float32, device=device),
-        }
+        names = [e.name for e in program.exits]
+        found = program.settings.add(settings.exits(names), [t for t, _ in chosen])
+        return found.add(settings.temperatures(names), [*(t for _, t in chosen), last])
 
     def build(self, program: Program) -> dict[str, Branch]:
         """New heads, in the dtype and on the device of the model."""
@@ -150,13 +145,11 @@ def cut_of(program: Program, e: Exit) -> Any:
     return next(c for c in program.cuts if c.after == e.after)
 
 
-def _attach(gm: fx.GraphModule, heads: Mapping[str, Branch], buffers: Mapping[str, torch.Tensor]) -> None:
+def _attach(gm: fx.GraphModule, heads: Mapping[str, Branch]) -> None:
     container = nn.Module()
     for name, branch in heads.items():
         container.add_module(name, branch)
     gm.add_module(HEADS, container)
-    for name, tensor in buffers.items():
-        gm.register_buffer(name, tensor)
 
 
 class _Marker:
@@ -175,8 +168,8 @@ class _Marker:
         self.at = -1
         first = next(n for n in self.graph.nodes if n.op != "placeholder")
         with self.graph.inserting_before(first):
-            self.thresholds = self._new(self.graph.get_attr(THRESHOLDS), "thresholds")
-            self.temperatures = self._new(self.graph.get_attr(TEMPERATURES), "temperatures")
+            self.thresholds = self._new(self.graph.get_attr(settings.THRESHOLDS_BUFFER), "thresholds")
+            self.temperatures = self._new(self.graph.get_attr(settings.TEMPERATURES_BUFFER), "temperatures")
         leaves = facts.own_leaves(gm, program.signature)
         assert program.prediction is not None
         self.leaves = leaves

@@ -21,6 +21,8 @@ from torch import fx, nn
 import eecompile.ops  # registers torch.ops.eecompile.*
 from eecompile.errors import PassError, StrategyError
 from eecompile.gates import RecurrentCore, RecurrentGate, unit_class
+from eecompile.ir import settings
+from eecompile.ir.settings import Settings
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.find_regions import exclusive
@@ -31,7 +33,6 @@ from eecompile.passes.place_widths import part_of
 from eecompile.program import Carry, Cut, Gate, Live, Program, Refusal, Region, Report, Width
 from eecompile.strategies.base import GateRecipe
 
-GATE_THRESHOLDS = "eecompile_gate_thresholds"
 assert eecompile.ops is not None
 
 
@@ -43,7 +44,6 @@ class InsertGates(Pass):
         recipe: What the strategy asked for.
         units: Modules to use instead of new ones, by the name behind `eecompile_gates.`: for the training capture, or
             a loaded program.
-        thresholds: The buffer of all gates to share instead of a new one.
         seed: Seed of the new units' weights; the global generator is left as it was.
     """
 
@@ -53,7 +53,6 @@ class InsertGates(Pass):
 
     recipe: GateRecipe
     units: Mapping[str, nn.Module] = field(default_factory=dict)
-    thresholds: torch.Tensor | None = None
     seed: int = 0
 
     def run(self, program: Program) -> PassResult:
@@ -62,7 +61,8 @@ class InsertGates(Pass):
         units = dict(self.units) or self.build(program)
         gm = facts.copy(program.graph_module)
         add_units(gm, units)
-        gm.register_buffer(GATE_THRESHOLDS, self._thresholds(program, gm))
+        program = program.replace(settings=self._settings(program))
+        program.settings.attach(gm, facts.device_of(gm))
         writer = _Writer(gm, program, self.recipe, len(done))
         gates, widths = writer.add_all()
         gates = tuple(replace(g, group=len(program.gate_recipes)) for g in gates)
@@ -81,9 +81,7 @@ class InsertGates(Pass):
         )
         return PassResult(marked, True, tuple(refusals), f"{len(gates)} gates")
 
-    def _thresholds(self, program: Program, gm: fx.GraphModule) -> torch.Tensor:
-        if self.thresholds is not None:
-            return self.thresholds
+    def _settings(self, program: Program) -> Settings:
         count, given = len(program.gates), self.recipe.threshold
         values = given if isinstance(given, tuple) else (given,) * count
         if len(values) != count:
@@ -92,15 +90,12 @@ class InsertGates(Pass):
                 got=len(values),
                 wanted=f"{count}, one for each of {', '.join(g.region for g in program.gates)}",
             )
-        device = next((p.device for p in gm.parameters()), torch.device("cpu"))
-        new = torch.tensor(values, dtype=torch.float32, device=device)
-        before: torch.Tensor | None = getattr(gm, GATE_THRESHOLDS, None)
-        return new if before is None else torch.cat((before, new))
+        return program.settings.add(settings.gates([g.name for g in program.gates]), values)
 
     def build(self, program: Program) -> dict[str, nn.Module]:
         """New units, in the dtype and on the device of the model; norms of the narrower widths are those of the model."""
         gm, regions = program.graph_module, {r.name: r for r in program.regions}
-        device = next((p.device for p in gm.parameters()), torch.device("cpu"))
+        device = facts.device_of(gm)
         units: dict[str, nn.Module] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -170,7 +165,7 @@ class _Writer:
         self.decided: dict[str, fx.Node] = {}
         first = next(n for n in self.graph.nodes if n.op != "placeholder")
         with self.graph.inserting_before(first):
-            self.thresholds = self.graph.get_attr(GATE_THRESHOLDS)
+            self.thresholds = self.graph.get_attr(settings.GATES_BUFFER)
             self.thresholds._rename("gate_thresholds")
 
     def add_all(self) -> tuple[tuple[Gate, ...], tuple[Width, ...]]:

@@ -29,6 +29,7 @@ from torch import fx, nn
 import eecompile.ops  # registers torch.ops.eecompile.*
 from eecompile.errors import PassError
 from eecompile.gates import unit_class
+from eecompile.ir import settings
 from eecompile.kernels.halt import ACCUMULATED
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
@@ -40,7 +41,6 @@ from eecompile.passes.place_halting import starting_bias
 from eecompile.program import Carry, Cut, Halt, HaltStep, Program, Refusal, Region, Report
 from eecompile.strategies.base import HaltRecipe
 
-HALT_SCALE = "eecompile_halt_scale"
 ROLE = "eecompile_halting"  # key in a node's meta: "score", "state" (behind a step) or "output", and the step
 AT_ONCE = 2.0**100  # a scale with which any score halts
 aten = torch.ops.aten
@@ -54,7 +54,6 @@ class InsertHalting(Pass):
     Args:
         recipe: What the strategy asked for.
         units: Modules to use instead of new ones, by the name behind `eecompile_gates.`.
-        scale: The buffer to share instead of a new one.
         seed: Seed of the new units' weights; the global generator is left as it was.
     """
 
@@ -64,7 +63,6 @@ class InsertHalting(Pass):
 
     recipe: HaltRecipe
     units: Mapping[str, nn.Module] = field(default_factory=dict)
-    scale: torch.Tensor | None = None
     seed: int = 0
 
     def run(self, program: Program) -> PassResult:
@@ -73,10 +71,10 @@ class InsertHalting(Pass):
         units = dict(self.units) or self.build(program)
         gm = facts.copy(program.graph_module)
         add_units(gm, units)
-        device = next((p.device for p in gm.parameters()), torch.device("cpu"))
-        new = torch.full((1,), 1.0 / self.recipe.threshold, device=device)
-        scale = getattr(gm, HALT_SCALE, new) if self.scale is None else self.scale
-        gm.register_buffer(HALT_SCALE, scale)
+        # The scale with which the marked graph is the model as it was.
+        closed = AT_ONCE if any(h.repeated for h in program.halts) else 0.0
+        program = program.replace(settings=program.settings.add(settings.halting(closed), [self.recipe.threshold]))
+        program.settings.attach(gm, facts.device_of(gm))
         writer = _Writer(gm, program, self.recipe)
         halts = tuple(replace(writer.add(h), group=len(program.halt_recipes)) for h in program.halts)
         gm.graph.lint()  # not tidied: nothing reads the ledgers yet
@@ -98,7 +96,7 @@ class InsertHalting(Pass):
     def build(self, program: Program) -> dict[str, nn.Module]:
         """New units, in the dtype and on the device of the model."""
         regions = {r.name: r for r in program.regions}
-        device = next((p.device for p in program.graph_module.parameters()), torch.device("cpu"))
+        device = facts.device_of(program.graph_module)
         units: dict[str, nn.Module] = {}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -129,7 +127,7 @@ class _Writer:
         self.replaced: dict[str, fx.Node] = {}  # the last block's value of a chain, and what stands for it
         first = next(n for n in self.graph.nodes if n.op != "placeholder")
         with self.graph.inserting_before(first):
-            self.scale = self.graph.get_attr(HALT_SCALE)
+            self.scale = self.graph.get_attr(settings.HALTING_BUFFER)
             self.scale._rename("halt_scale")
         self.at = self.scale
 
@@ -273,11 +271,6 @@ class _Chain:
 
     def done(self, k: int) -> bool:
         return k == len(self.halt.steps) - 1
-
-
-def closed_scale(program: Program) -> float:
-    """The scale with which the marked graph is the model as it was."""
-    return AT_ONCE if any(h.repeated for h in program.halts) else 0.0
 
 
 def swapped(before: tuple[Halt, ...], halts: tuple[Halt, ...]) -> dict[str, str]:

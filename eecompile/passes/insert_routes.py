@@ -29,6 +29,7 @@ from torch import fx, nn
 
 import eecompile.ops  # registers torch.ops.eecompile.*
 from eecompile.errors import PassError
+from eecompile.ir import settings
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.branches import Part
@@ -38,8 +39,6 @@ from eecompile.program import Cut, Program, Refusal, Report, Route, Way
 from eecompile.routers import unit_class
 from eecompile.strategies.router import RouteRecipe
 
-ROUTE_MARGINS = "eecompile_route_margins"
-CLOSED = 2.0
 STACK = ((ROUTES, 0, "Router"),)  # a module of their own, so that the model's own calls are counted as before
 aten = torch.ops.aten
 assert eecompile.ops is not None
@@ -53,7 +52,6 @@ class InsertRoutes(Pass):
         recipe: What the strategy asked for.
         modules: The unit and the branches to use instead of new ones, by the name behind `eecompile_routes.`: for the
             training capture, or a loaded program.
-        margins: The buffer to share instead of a new one.
         seed: Seed of the new unit's weights; the global generator is left as it was.
     """
 
@@ -63,7 +61,6 @@ class InsertRoutes(Pass):
 
     recipe: RouteRecipe
     modules: Mapping[str, nn.Module] = field(default_factory=dict)
-    margins: torch.Tensor | None = None
     seed: int = 0
 
     def run(self, program: Program) -> PassResult:
@@ -82,9 +79,9 @@ class InsertRoutes(Pass):
             exits = tuple(replace(e, routed=route.choice) for e in program.exits)
             program = program.replace(exits=exits)
         else:
-            device = next((p.device for p in gm.parameters()), torch.device("cpu"))
-            new = torch.zeros(len(route.ways), device=device)
-            gm.register_buffer(ROUTE_MARGINS, new if self.margins is None else self.margins)
+            names = [w.name for w in route.ways]
+            program = program.replace(settings=program.settings.add(settings.branches(names), [0.0] * len(names)))
+            program.settings.attach(gm, facts.device_of(gm))
             route = writer.branches(route)
             cuts, refusals = moved_cuts(program, route, writer.span)
             program = program.replace(cuts=cuts)
@@ -106,7 +103,7 @@ class InsertRoutes(Pass):
     def build(self, program: Program, route: Route) -> dict[str, nn.Module]:
         """The unit, new, and the branches: light versions, and copies of the user's modules."""
         names = facts.by_name(program.graph_module)
-        device = next((p.device for p in program.graph_module.parameters()), torch.device("cpu"))
+        device = facts.device_of(program.graph_module)
         site, _ = Places(program, None).site(names[route.reads], self.recipe.mask, route.at)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
@@ -178,7 +175,7 @@ class _Writer:
         for read in (x, y):
             make_functional(read, self.position)
         with self.graph.inserting_after(self.at):
-            margins = self.graph.get_attr(ROUTE_MARGINS)
+            margins = self.graph.get_attr(settings.BRANCHES_BUFFER)
         margins._rename("route_margins")
         with self.mode:
             margins.meta["val"] = torch.empty(len(route.ways))
@@ -261,8 +258,3 @@ def relocate_routes(program: Program, routes: tuple[Route, ...]) -> Program:
         x, y = ends or ("", "")
         moved.append(replace(r, reads=reads, x=x, y=y, ways=ways))
     return program.replace(routes=tuple(moved), facts=program.facts | {"routes placed"})
-
-
-def opened(margins: list[float]) -> list[int]:
-    """The routes that are not closed."""
-    return [k for k, m in enumerate(margins) if m <= 1.0]

@@ -10,17 +10,14 @@ import torch
 
 from eecompile.capture.untouched import untouched
 from eecompile.errors import PassError
+from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
-from eecompile.passes.insert_exits import THRESHOLDS
-from eecompile.passes.insert_gates import GATE_THRESHOLDS
-from eecompile.passes.insert_halting import HALT_SCALE, closed_scale
-from eecompile.passes.insert_routes import CLOSED, ROUTE_MARGINS
 from eecompile.program import Program
 
 
 @dataclass(frozen=True)
 class Verify(Pass):
-    """With exits closed, gates open and rows on the model's own way, marked and staged graph give its output bit for bit.
+    """With neutral settings, marked and staged graph give the captured graph's output bit for bit.
 
     Args:
         example: Flat inputs; None checks nothing but the graphs' own rules.
@@ -36,38 +33,25 @@ class Verify(Pass):
         if self.example is None or program.marked is None:
             return PassResult(program, False, summary="no example: numbers not compared")
         marked, staged = program.marked, program.graph_module
-        thresholds, gates = getattr(marked, THRESHOLDS), getattr(marked, GATE_THRESHOLDS, torch.empty(0))
-        scale = getattr(marked, HALT_SCALE, torch.empty(0))
-        margins = getattr(marked, ROUTE_MARGINS, torch.empty(0))
-        scale_before, margins_before = scale.clone(), margins.clone()
-        before, gates_before = thresholds.clone(), gates.clone()
-        flags = {m: m.training for m in marked.modules()}
-        marked.eval()
-        staged.eval()
-        count = len(program.signature.outputs)
+        graphs = {"marked": marked} | ({} if staged is marked else {"staged": staged})
+        flags = {m: m.training for gm in graphs.values() for m in gm.modules()}
+        count, device = len(program.signature.outputs), facts.device_of(marked)
         try:
-            thresholds.fill_(2.0)
-            gates.fill_(0.0)
-            margins[:-1].fill_(CLOSED)
-            scale.fill_(closed_scale(program))
             with torch.no_grad(), _steady(program):
+                for gm in graphs.values():
+                    program.settings.neutral().put_into(gm.eval(), device)
                 want = program.source(*self.example)[:count]
-                graphs = {"marked": marked} | ({} if staged is marked else {"staged": staged})
                 for name, gm in graphs.items():
-                    _equal(want, gm(*self.example)[:count], f"{name} graph, all exits closed and gates open")
-                thresholds.copy_(before)
-                gates.copy_(gates_before)
-                scale.copy_(scale_before)
-                margins.copy_(margins_before)
+                    _equal(want, gm(*self.example)[:count], f"{name} graph, neutral settings")
+                for gm in graphs.values():
+                    program.settings.put_into(gm, device)
                 _equal(marked(*self.example), staged(*self.example), "staged graph")
         finally:
-            thresholds.copy_(before)
-            gates.copy_(gates_before)
-            scale.copy_(scale_before)
-            margins.copy_(margins_before)
+            for gm in graphs.values():
+                program.settings.put_into(gm, device)
             for m, flag in flags.items():
                 m.training = flag
-        return PassResult(program, False, summary="closed exits and open gates give the captured graph's output bit for bit")
+        return PassResult(program, False, summary="neutral settings give the captured graph's output bit for bit")
 
 
 def _steady(program: Program) -> contextlib.AbstractContextManager[None]:

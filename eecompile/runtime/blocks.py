@@ -18,9 +18,10 @@ from torch.utils import _pytree as pytree
 from eecompile.capture.adapter import mode
 from eecompile.capture.blocks import Axis, BlocksModel, Tap
 from eecompile.errors import CaptureError, UnsupportedModelError
+from eecompile.ir.settings import EXITS, TEMPERATURES_BUFFER, Settings
 from eecompile.kernels.combine import ensemble, keep_best, weighted_ensemble
 from eecompile.kernels.confidence import confidence as confidence_of
-from eecompile.passes.insert_exits import COMBINATION, TEMPERATURES, THRESHOLDS, masks_positions
+from eecompile.passes.insert_exits import COMBINATION, masks_positions
 from eecompile.program import Program
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome, assemble, times_of
@@ -51,33 +52,27 @@ class BlocksExecutor:
         self._dtypes = OutputDtypes(program)
         self._running: set[_Call] = set()
         self.times = times_of(program)
-        self.thresholds_changed()
-
-    def thresholds_changed(self) -> None:
-        self._thresholds = [float(t) for t in getattr(self.program.marked, THRESHOLDS).tolist()]
 
     def reset(self) -> None:
         self.times.forget()
-        self.thresholds_changed()
 
-    def run(self, flat: Sequence[Tensor], want_confidence: bool = False, allowance: Allowance | None = None) -> Outcome:
+    def run(
+        self,
+        flat: Sequence[Tensor],
+        settings: Settings,
+        want_confidence: bool = False,
+        allowance: Allowance | None = None,
+    ) -> Outcome:
         with self._lock:
-            call = _Call(
-                self.program,
-                flat,
-                self._dtypes.of(flat),
-                self._thresholds,
-                want_confidence,
-                allowance or Allowance(),
-                self.times,
-            )
+            dtypes = self._dtypes.of(flat)
+            call = _Call(self.program, flat, dtypes, settings, want_confidence, allowance or Allowance(), self.times)
             self._running.add(call)
             try:
                 return call.outcome()
             finally:
                 self._running.discard(call)
 
-    def stream(self, flat: Sequence[Tensor], allowance: Allowance) -> Generator[Outcome, None, None]:
+    def stream(self, flat: Sequence[Tensor], settings: Settings, allowance: Allowance) -> Generator[Outcome, None, None]:
         raise UnsupportedModelError(
             "there is no stream of a model that was captured as blocks",
             got="the model's own Python, which runs from start to end and cannot pause between two exits",
@@ -85,8 +80,8 @@ class BlocksExecutor:
             hint="deadline_ms=, budget= and interrupt() work here too",
         )
 
-    def measure(self, flat: Sequence[Tensor]) -> None:
-        self.run(flat, True, Allowance(deadline=math.inf))
+    def measure(self, flat: Sequence[Tensor], settings: Settings) -> None:
+        self.run(flat, settings, True, Allowance(deadline=math.inf))
 
     def interrupt(self) -> int:
         running = list(self._running)
@@ -128,25 +123,25 @@ class _Call:
         program: Program,
         flat: Sequence[Tensor],
         dtypes: Sequence[torch.dtype],
-        thresholds: Sequence[float],
+        settings: Settings,
         want_confidence: bool,
         allowance: Allowance,
         times: StageTimes,
     ) -> None:
         assert program.marked is not None
         self.program, self.flat, self.want_confidence = program, list(flat), want_confidence
-        self.thresholds, self.dtypes = thresholds, dtypes
+        self.thresholds, self.dtypes = settings[EXITS], dtypes
         self.model: BlocksModel = program.marked.get_submodule("model")  # type: ignore[assignment]
         index, axis = program.signature.batch_input
         first = flat[index]
         self.in_ = Survivors(first.shape[axis], first.device, len(program.exits), dtypes[program.prediction or 0])
         self.taps: dict[str, Tap] = {t.name: t for t in self.model.found.taps}
-        self.exits = {e.cut: (i, e) for i, e in enumerate(program.exits) if thresholds[i] <= 1.0}
+        self.exits = {e.cut: (i, e) for i, e in enumerate(program.exits) if i in settings.open_exits}
         self.counts: dict[str, int] = {}
         self.state: Tensor | None = None
         self.memory: Tensor | None = None
         self.names = [n.name for n in program.marked.graph.nodes if n.op == "placeholder"]
-        self.temperatures: Tensor = getattr(program.marked, TEMPERATURES)
+        self.temperatures = settings.tensors(first.device)[TEMPERATURES_BUFFER]
         self.allowance, self.times = allowance, times
         self.interrupted = False
         self.stopped: str | None = None

@@ -9,17 +9,19 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from eecompile.ir.settings import EXITS, Settings
+from eecompile.passes.gated import pattern_of
 from eecompile.passes.lower import Segment, schedule
-from eecompile.passes.settings import settings_of, with_settings
+from eecompile.passes.settings import with_settings
 from eecompile.program import Program
 from eecompile.runtime.anytime import run_within, stream_of
-from eecompile.runtime.known import current, with_known
+from eecompile.runtime.known import PerSettings, with_known
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome, assemble, nothing, times_of
 from eecompile.runtime.precision import OutputDtypes
@@ -74,18 +76,12 @@ class CompactExecutor:
         self._dtypes = OutputDtypes(program)
         self._running: set[_Run] = set()
         self.times = times_of(program)
-        self.thresholds_changed()
-
-    def thresholds_changed(self) -> None:
-        """Reads the thresholds again; plans for sets of open exits that were seen before are kept."""
-        # One assignment, so that a running call sees old or new thresholds, not a mixture.
-        self._current = (*current(self.program), settings_of(self.program.marked))
+        self._pattern = PerSettings(lambda settings: pattern_of(program, settings))
 
     def reset(self) -> None:
         with self._lock:
             self._plans = {}
         self.times.forget()
-        self.thresholds_changed()
 
     def plan(self, open_exits: tuple[int, ...], decide_at_end: bool, gates: tuple[str, ...] = ()) -> tuple[Step, ...]:
         """The segments for a set of open exits and a pattern of gates, built at first use."""
@@ -105,8 +101,14 @@ class CompactExecutor:
         module, settings = with_settings(segment.module)
         return Step(segment, ready(module), tuple(v.batch_axis for v in segment.outputs), settings, head)
 
-    def run(self, flat: Sequence[Tensor], want_confidence: bool = False, allowance: Allowance | None = None) -> Outcome:
-        call = self._begin(flat, want_confidence)
+    def run(
+        self,
+        flat: Sequence[Tensor],
+        settings: Settings,
+        want_confidence: bool = False,
+        allowance: Allowance | None = None,
+    ) -> Outcome:
+        call = self._begin(flat, settings, want_confidence)
         self._running.add(call)
         try:
             if allowance is not None:
@@ -119,17 +121,17 @@ class CompactExecutor:
             self._running.discard(call)
         return call.outcome()
 
-    def stream(self, flat: Sequence[Tensor], allowance: Allowance) -> Generator[Outcome, None, None]:
-        call = self._begin(flat, True)
+    def stream(self, flat: Sequence[Tensor], settings: Settings, allowance: Allowance) -> Generator[Outcome, None, None]:
+        call = self._begin(flat, settings, True)
         self._running.add(call)
         try:
             yield from stream_of(call, allowance, self.times)
         finally:
             self._running.discard(call)
 
-    def measure(self, flat: Sequence[Tensor]) -> Outcome:
-        call = self._begin(flat, True)
-        call.thresholds = [math.inf] * len(call.thresholds)  # nobody leaves: every piece runs on all rows
+    def measure(self, flat: Sequence[Tensor], settings: Settings) -> Outcome:
+        call = self._begin(flat, settings, True)
+        call.thresholds = (math.inf,) * len(call.thresholds)  # nobody leaves: every piece runs on all rows
         return run_within(call, Allowance(), self.times)
 
     def interrupt(self) -> int:
@@ -138,11 +140,10 @@ class CompactExecutor:
             call.interrupted = True
         return len(running)
 
-    def _begin(self, flat: Sequence[Tensor], want_confidence: bool) -> _Run:
-        thresholds, open_exits, gates, settings = self._current
-        plan = self.plan(open_exits, want_confidence, gates)
-        dtypes = self._dtypes.of(flat)
-        return _Run(self.program, flat, dtypes, want_confidence, plan, thresholds, settings, gates)
+    def _begin(self, flat: Sequence[Tensor], settings: Settings, want_confidence: bool) -> _Run:
+        gates = self._pattern(settings)
+        plan = self.plan(settings.open_exits, want_confidence, gates)
+        return _Run(self.program, flat, self._dtypes.of(flat), settings, want_confidence, plan, gates)
 
 
 class _Run:
@@ -153,17 +154,18 @@ class _Run:
         program: Program,
         flat: Sequence[Tensor],
         dtypes: Sequence[torch.dtype],
+        settings: Settings,
         want_confidence: bool,
         plan: Sequence[Step],
-        thresholds: Sequence[float],
-        settings: Mapping[str, Tensor],
         gates: tuple[str, ...] = (),
     ) -> None:
         self.program, self.flat, self.dtypes, self.want_confidence = program, flat, dtypes, want_confidence
-        self.plan, self.thresholds, self.settings, self.gates = plan, thresholds, settings, gates
+        self.plan, self.gates = plan, gates
+        self.thresholds = settings[EXITS]
         self.outputs = program.signature.outputs
         index, axis = program.signature.batch_input
         first = flat[index]
+        self.settings = settings.tensors(first.device)
         self.size = first.shape[axis]
         self.in_ = Survivors(self.size, first.device, len(program.exits), dtypes[program.prediction or 0])
         self.leaves: list[Tensor | None] = [None] * len(self.outputs)

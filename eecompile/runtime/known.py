@@ -1,41 +1,40 @@
-"""What is known before a call runs: which exits and gates are open whatever the input, and what they report."""
+"""Decisions that are constant under the settings of a call, and the values reported for them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
-from eecompile.passes.gated import DYNAMIC, ONLY, OPEN, conditionals, halting_pattern, pattern, routing_pattern
-from eecompile.passes.insert_exits import THRESHOLDS
-from eecompile.passes.insert_gates import GATE_THRESHOLDS
-from eecompile.passes.insert_halting import HALT_SCALE, closed_scale
-from eecompile.passes.insert_routes import ROUTE_MARGINS
+from eecompile.ir.settings import Settings
+from eecompile.passes.gated import DYNAMIC, ONLY, OPEN, conditionals
 from eecompile.program import Halt, HaltStep, Program
 from eecompile.runtime.reference import reached
 
-Current = tuple[list[float], tuple[int, ...], tuple[str, ...]]
-"""Thresholds of all exits, indices of the open ones, and the pattern of gates, halting steps and routes."""
+T = TypeVar("T")
 
 
-def current(program: Program, thresholds: torch.Tensor | None = None) -> Current:
-    """Reads a program's thresholds.
+class PerSettings(Generic[T]):
+    """What is derived from settings, kept for those that were used last.
 
     Args:
-        thresholds: [E] of the exits, where the caller holds them; they are replaced when they are set.
+        derive: Makes it.
     """
-    held = getattr(program.marked, THRESHOLDS) if thresholds is None else thresholds
-    values = [float(t) for t in held.tolist()]
-    gates: tuple[str, ...] = ()
-    if program.gates:
-        gates = pattern(program.gates, getattr(program.marked, GATE_THRESHOLDS).tolist())
-    if program.halts:
-        scale = float(getattr(program.marked, HALT_SCALE))
-        gates += halting_pattern(program.halts, scale == closed_scale(program))
-    if any(r.ways for r in program.routes):
-        gates += routing_pattern(program.routes, getattr(program.marked, ROUTE_MARGINS).tolist())
-    return values, tuple(i for i, t in enumerate(values) if t <= 1.0), gates
+
+    def __init__(self, derive: Callable[[Settings], T]) -> None:
+        self.derive = derive
+        self._last: tuple[Settings, T] | None = None
+
+    def __call__(self, settings: Settings) -> T:
+        last = self._last  # one reference: another thread may replace it meanwhile
+        if last is None or last[0] is not settings:
+            last = self._last = settings, self.derive(settings)
+        return last[1]
+
+    def forget(self) -> None:
+        self._last = None
 
 
 def with_known(

@@ -11,6 +11,7 @@ import sympy
 import torch
 from torch import Tensor
 
+from eecompile.ir.settings import Settings
 from eecompile.program import Program
 from eecompile.reasons import Unless
 from eecompile.runtime.limits import Allowance
@@ -63,15 +64,17 @@ class Executor(Protocol):
     name: str
     times: StageTimes
 
-    def run(self, flat: Sequence[Tensor], want_confidence: bool, allowance: Allowance | None = None) -> Outcome:
-        """One call; with an allowance, the best output that it lets the call have."""
+    def run(
+        self, flat: Sequence[Tensor], settings: Settings, want_confidence: bool, allowance: Allowance | None = None
+    ) -> Outcome:
+        """One call under these settings; with an allowance, the best output that it lets the call have."""
         ...
 
-    def stream(self, flat: Sequence[Tensor], allowance: Allowance) -> Generator[Outcome, None, None]:
+    def stream(self, flat: Sequence[Tensor], settings: Settings, allowance: Allowance) -> Generator[Outcome, None, None]:
         """The output after each open exit, until every row is final."""
         ...
 
-    def measure(self, flat: Sequence[Tensor]) -> Outcome | None:
+    def measure(self, flat: Sequence[Tensor], settings: Settings) -> Outcome | None:
         """Runs every piece once on all rows, for `times`; the outcome, where putting it together is timed too."""
         ...
 
@@ -80,7 +83,7 @@ class Executor(Protocol):
         ...
 
     def reset(self) -> None:
-        """Forgets everything that was derived from the program's buffers (after a move to another device)."""
+        """Forgets everything that was derived from the program's graphs (after a move to another device)."""
         ...
 
 

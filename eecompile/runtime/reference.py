@@ -6,16 +6,18 @@ have had at that exit. A deadline it cannot keep.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from eecompile.errors import StrategyError
+from eecompile.ir.settings import Settings
 from eecompile.kernels.blank import blank
 from eecompile.passes import facts
 from eecompile.passes.every_step import split_off
-from eecompile.passes.insert_exits import THRESHOLDS
+from eecompile.passes.settings import with_settings
 from eecompile.program import Program
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome, times_of
@@ -30,10 +32,28 @@ class ReferenceExecutor:
         self.program = program
         self.marked = marked if marked is not None else program.marked
         self.times = times_of(program)
+        self._code: tuple[Callable[..., Any], tuple[str, ...]] | None = None
 
-    def run(self, flat: Sequence[Tensor], want_confidence: bool = True, allowance: Allowance | None = None) -> Outcome:
+    def _results(self, flat: Sequence[Tensor], settings: Settings) -> Any:
+        """What the marked graph gives. Its code is run with settings handed in and everything else read from the graph as it
+        is, so that settings which another thread sets meanwhile, or puts into the graph, are not seen."""
         assert self.marked is not None
-        results, step_outputs, step_scores = split_off(self.marked, self.marked(*flat))
+        if self._code is None:
+            module, names = with_settings(self.marked)
+            self._code = type(module).forward, names
+        forward, names = self._code
+        tensors = settings.tensors(facts.device_of(self.marked))
+        return forward(self.marked, *(tensors[name] for name in names), *flat)
+
+    def run(
+        self,
+        flat: Sequence[Tensor],
+        settings: Settings,
+        want_confidence: bool = True,
+        allowance: Allowance | None = None,
+    ) -> Outcome:
+        assert self.marked is not None
+        results, step_outputs, step_scores = split_off(self.marked, self._results(flat, settings))
         count, exits = len(self.program.signature.outputs), len(self.program.exits)
         leaves, (index, confidence), rest = results[:count], results[count : count + 2], results[count + 2 :]
         told = self.program.reports
@@ -62,17 +82,16 @@ class ReferenceExecutor:
         cut.stopped = None if cut.final is None else "budget"
         return cut
 
-    def stream(self, flat: Sequence[Tensor], allowance: Allowance) -> Generator[Outcome, None, None]:
-        outcome = self.run(flat)
-        thresholds = getattr(self.marked, THRESHOLDS).tolist()
-        for k in (k for k, t in enumerate(thresholds) if t <= 1.0):
+    def stream(self, flat: Sequence[Tensor], settings: Settings, allowance: Allowance) -> Generator[Outcome, None, None]:
+        outcome = self.run(flat, settings)
+        for k in settings.open_exits:
             cut = self.stopped_at(outcome, k)
             last = k == allowance.deepest
             cut.late, cut.stopped = allowance.over, "budget" if last and cut.final is not None else None
             yield cut
             if last or cut.final is None:
                 return
-        yield self.stopped_at(outcome, len(thresholds))
+        yield self.stopped_at(outcome, len(self.program.exits))
 
     def stopped_at(self, outcome: Outcome, k: int) -> Outcome:
         """What every row would have had if the call had been stopped at exit k."""
@@ -96,7 +115,7 @@ class ReferenceExecutor:
         reports = {r.name: reached(outcome.reports[r.name], index, r.stage) for r in self.program.reports}
         return Outcome(leaves, index, confidence, reports=reports, final=final)
 
-    def measure(self, flat: Sequence[Tensor]) -> None:
+    def measure(self, flat: Sequence[Tensor], settings: Settings) -> None:
         raise StrategyError(
             "the reference executor has no stages to measure: it computes everything", hint='set fast.executor = "compact"'
         )
@@ -106,7 +125,7 @@ class ReferenceExecutor:
         return 0
 
     def reset(self) -> None:
-        """Nothing is derived."""
+        self._code = None
 
 
 def reached(value: Tensor, exit_index: Tensor, stage: int) -> Tensor:

@@ -7,23 +7,22 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from eecompile.ir.settings import BUFFERS
 from eecompile.training.batches import length_of
 from eecompile.training.plan import Plan, StagePlan
 from eecompile.training.protocol import Compiled
 
 
 def trained_tensors(fast: Compiled, plan: Plan) -> dict[str, Tensor]:
-    """By name: the parameters of all stages, and the buffers (batch norm's and such) without the
-    thresholds."""
+    """By name: the parameters of all stages, and the buffers (batch norm's and such) without those of the
+    settings."""
     wanted: set[int] = set()
     if any(stage.heads for stage in plan.stages):
         wanted |= {id(p) for p in fast.head_parameters()}
     if any(stage.trunk for stage in plan.stages):
         wanted |= {id(p) for p in fast.trunk_parameters()}
-    fixed = {id(fast.thresholds), id(fast.temperatures)}
-    fixed |= {id(getattr(fast, name, None)) for name in ("gate_thresholds", "route_margins")}
     found: dict[str, Tensor] = {name: p for name, p in fast.named_parameters() if id(p) in wanted}
-    return found | {name: b for name, b in fast.named_buffers() if id(b) not in fixed}
+    return found | {name: b for name, b in fast.named_buffers() if name.rpartition(".")[2] not in BUFFERS}
 
 
 def settings(fast: Compiled, plan: Plan, loader: Any, accelerator: Any, trained: dict[str, Tensor]) -> dict[str, Any]:

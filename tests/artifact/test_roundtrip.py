@@ -180,7 +180,7 @@ def test_a_shared_head_is_the_models_own_after_loading(saved):
     own = {id(p) for p in again.program.source.parameters()}
     assert not list(again.head_parameters())
     assert all(id(p) in own for p in again.heads.parameters())
-    assert load_file(next((root / "shared").glob("heads-*"))).keys() == {"thresholds", "temperatures"}
+    assert not load_file(next((root / "shared").glob("heads-*")))
 
 
 def test_loading_onto_a_device_and_thresholds_that_change_later(saved):

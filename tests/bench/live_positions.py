@@ -56,7 +56,11 @@ def main() -> None:
     halts = tuple(replace(h, steps=tuple(replace(s, parts=()) for s in h.steps)) for h in fast.program.halts)
     live, every = CompactExecutor(fast.program), CompactExecutor(fast.program.replace(halts=halts))
     flat = fast.program.signature.flatten((), kwargs)
-    calls = {"live": lambda: live.run(flat), "every": lambda: every.run(flat), "original": lambda: model(**kwargs)}
+    calls = {
+        "live": lambda: live.run(flat, fast.settings),
+        "every": lambda: every.run(flat, fast.settings),
+        "original": lambda: model(**kwargs),
+    }
     with torch.no_grad():
         for share in (1.0, 0.5, 0.25):
             halting_behind_the_first(fast, kwargs, share)

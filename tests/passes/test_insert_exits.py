@@ -11,9 +11,12 @@ from torch import Tensor, fx, nn
 from eecompile.criteria import Criterion, Entropy, Learned, MaxProbability, Patience, criterion
 from eecompile.errors import StrategyError
 from eecompile.heads import Branch
+from eecompile.ir.settings import EXITS
+from eecompile.ir.settings import TEMPERATURES_BUFFER as TEMPERATURES
+from eecompile.ir.settings import THRESHOLDS_BUFFER as THRESHOLDS
 from eecompile.kernels.confidence import confidence
 from eecompile.passes import InsertExits, facts, run_passes
-from eecompile.passes.insert_exits import HEADS, TEMPERATURES, THRESHOLDS
+from eecompile.passes.insert_exits import HEADS
 from eecompile.program import Program
 from tests.passes.conftest import Source, built, code, noise, same_bits, source
 
@@ -172,15 +175,16 @@ def test_the_seed_makes_the_heads_and_leaves_the_generator(resnet: Source) -> No
     assert not torch.equal(weights[0], weights[2])
 
 
-def test_heads_and_buffers_can_be_shared(resnet: Source) -> None:
+def test_heads_are_shared_and_settings_kept(resnet: Source) -> None:
     first = marked(resnet)
     assert first.marked is not None
     heads = {e.name: facts.attribute(first.marked, e.head) for e in first.exits}
-    buffers = {n: getattr(first.marked, n) for n in (THRESHOLDS, TEMPERATURES)}
-    second = run_passes(resnet.upto("place_exits"), [InsertExits(heads=heads, buffers=buffers)])
+    settings = first.settings.with_values(EXITS, 0.25)
+    second = run_passes(resnet.upto("place_exits").replace(settings=settings), [InsertExits(heads=heads)])
     assert second.marked is not None
     assert facts.attribute(second.marked, "eecompile_heads.exit_0") is heads["exit_0"]
-    assert getattr(second.marked, THRESHOLDS) is buffers[THRESHOLDS]
+    assert second.settings == settings
+    assert set(getattr(second.marked, THRESHOLDS).tolist()) == {0.25}
 
 
 def test_a_users_module_is_copied_for_each_exit_and_a_factory_is_asked_for_each() -> None:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from eecompile.criteria import Patience
 from eecompile.errors import PassError
+from eecompile.ir.settings import THRESHOLDS_BUFFER as THRESHOLDS
 from eecompile.passes import Lower, StagePass, Verify, facts, run_passes
-from eecompile.passes.insert_exits import THRESHOLDS
 from eecompile.passes.lower import Schedule, schedule
 from eecompile.program import Program
 from tests.passes.conftest import Source, built, code, same_bits, source
@@ -43,7 +43,8 @@ def test_the_staged_graph_is_the_marked_graph_in_parts(any_source: Source) -> No
     assert parts == [f"stage_{k}" for k in range(len(program.exits) + 1)]
     assert len(staged.graph.nodes) < len(marked.graph.nodes)
     for rows, threshold in itertools.product((1, 6), (0.0, 0.3, 2.0)):
-        getattr(marked, THRESHOLDS).fill_(threshold)
+        for graph in (staged, marked):
+            getattr(graph, THRESHOLDS).fill_(threshold)
         flat = any_source.inputs(rows)
         with torch.no_grad():
             same_bits(staged(*flat), marked(*flat))

@@ -51,7 +51,7 @@ def test_a_router_to_exits_agrees_with_the_reference(bert):
         same_result(simulated(fast, **kwargs), reference(fast, **kwargs))
     flat = fast.program.signature.flatten((), kwargs)
     runs = fast._executor("simulate")
-    heads = [runs.device_program(flat, last)[0].count(OpenRows) for last in (None, 1, 0)]
+    heads = [runs.device_program(flat, fast.settings, last)[0].count(OpenRows) for last in (None, 1, 0)]
     assert heads == [1 + 4 + 4, 1, 0]  # in each bucket; an exit that all rows leave at has its head run on all
 
 
@@ -80,7 +80,7 @@ def test_a_budget_ends_the_program_early(bert):
     same_result(got, want)
     assert torch.equal(got.final, want.final)
     assert (got.stopped, got.late) == (want.stopped, want.late) == ("budget", False)
-    program = bert._executor("simulate").device_program(bert.program.signature.flatten((), kwargs), last=0)[0]
+    program = bert._executor("simulate").device_program(bert.program.signature.flatten((), kwargs), bert.settings, last=0)[0]
     assert program.count(Switch) == program.count(If) == 0  # nothing behind the first exit is there
 
 
@@ -116,8 +116,8 @@ def test_a_result_is_told_without_the_host(bert, kind, monkeypatch):
         raise AssertionError("this waits for the device")
 
     with torch.no_grad(), executor(fast, "simulate"):
-        outcome = fast._execute(flat, True)
-        want = fast._result(outcome)
+        outcome = fast._execute(flat, fast.settings, True)
+        want = fast._result(outcome, fast.settings)
         with monkeypatch.context() as patched:
             for name in ("item", "__bool__", "__float__", "__int__", "__index__"):
                 patched.setattr(torch.Tensor, name, forbidden)
@@ -126,14 +126,15 @@ def test_a_result_is_told_without_the_host(bert, kind, monkeypatch):
             patched.setattr(
                 torch.Tensor, "tolist", lambda t: forbidden() if not t.ndim or t.data_ptr() in there else told(t)
             )
-            got = fast._result(outcome)
+            got = fast._result(outcome, fast.settings)
         assert torch.equal(got.cost, want.cost)
         if fast.gates:
             fast.set_gate_thresholds(0.0)
         fast.set_thresholds(2.0)
         fresh = again(bert, strategies.Branchy(router=light) if kind == "router" else SUMS[kind]())
         fresh.load_state_dict(fast.state_dict())
-        torch.testing.assert_close(fast._result(outcome).cost, fresh._result(outcome).cost)  # thresholds are read again
+        got, want = (f._result(outcome, f.settings).cost for f in (fast, fresh))  # by the settings as they are now
+        torch.testing.assert_close(got, want)
 
 
 def test_thresholds_change_without_another_program(bert):
@@ -199,8 +200,8 @@ def bounded(fast, delay: int, *args, **kwargs) -> Bound:
     """A call without conditional nodes, by numbers that come `delay` looks late."""
     flat = fast.program.signature.flatten(args, kwargs)
     simulate = fast._executor("simulate")
-    program, calls = simulate.device_program(flat)
-    memory = simulate.memory() | constants(program, "cpu") | allocated(program.buffers, "cpu")
+    program, calls = simulate.device_program(flat, fast.settings)
+    memory = fast.settings.tensors(torch.device("cpu")) | constants(program, "cpu") | allocated(program.buffers, "cpu")
     with torch.no_grad():
         machine = Bound(program, memory, calls, Late(delay))
         machine.run(flat)
@@ -237,10 +238,10 @@ def test_a_warm_up_runs_every_body(bert):
     kwargs = spread(bert, 5)
     simulate = bert._executor("simulate")
     flat = bert.program.signature.flatten((), kwargs)
-    program, calls = simulate.device_program(flat)
+    program, calls = simulate.device_program(flat, bert.settings)
     ran = []
     counted = [lambda *a, i=i, call=call: (ran.append(i), call(*a))[1] for i, call in enumerate(calls)]
-    memory = simulate.memory() | constants(program, "cpu") | allocated(program.buffers, "cpu")
+    memory = bert.settings.tensors(torch.device("cpu")) | constants(program, "cpu") | allocated(program.buffers, "cpu")
     with torch.no_grad():
         Warm(program, memory, counted).run(flat)
     assert len(ran) == program.count(Call)
@@ -253,7 +254,7 @@ def test_a_capture_sets_every_condition(bert, structure, monkeypatch):
     bert.device_options = Options(structure=structure)
     simulate = bert._executor("simulate")
     flat = bert.program.signature.flatten((), kwargs)
-    program, calls = simulate.device_program(flat)
+    program, calls = simulate.device_program(flat, bert.settings)
     log: list[tuple[str, int]] = []
 
     class Graph:
@@ -282,7 +283,7 @@ def test_a_capture_sets_every_condition(bert, structure, monkeypatch):
     monkeypatch.setattr(
         cuda_module, "launch_condition", lambda numbers, element, handle, below=None: log.append(("set", handle))
     )
-    memory = simulate.memory() | constants(program, "cpu") | allocated(program.buffers, "cpu")
+    memory = bert.settings.tensors(torch.device("cpu")) | constants(program, "cpu") | allocated(program.buffers, "cpu")
     for b in program.buffers:
         memory[b.name].zero_()
     graph = Graph()
@@ -302,7 +303,7 @@ def test_a_captured_program_reads_thresholds_that_are_set_later(bert, monkeypatc
     kwargs = spread(bert, 5)
     simulate = bert._executor("simulate")
     flat = bert.program.signature.flatten((), kwargs)
-    program, calls = simulate.device_program(flat)
+    program, calls = simulate.device_program(flat, bert.settings)
 
     class Graph:
         def __init__(self, device):
@@ -324,10 +325,10 @@ def test_a_captured_program_reads_thresholds_that_are_set_later(bert, monkeypatc
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", Mock())
     with torch.no_grad():
-        instance = cuda_module.Instance(program, calls, flat, simulate.memory())
+        instance = cuda_module.Instance(program, calls, flat, bert.settings.tensors(torch.device("cpu")))
         instance.graph.replay = lambda: Simulator(program, instance.memory, calls).run(instance.inputs)
         for seed in (0, 1):
             spread(bert, 5, seed=seed)
-            found = instance.run(flat, simulate.memory())
+            found = instance.run(flat, bert.settings.tensors(torch.device("cpu")))
             assert torch.equal(found["exit_index"], reference(bert, **kwargs).exit_index)
     spread(bert, 5)

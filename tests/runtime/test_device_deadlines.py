@@ -167,9 +167,9 @@ def made_for(fast, seconds=0.010, **kwargs):
     executor.times.clock = lambda: executor.now[0]
     flat = fast.program.signature.flatten((), kwargs)
     for _ in range(3):
-        executor.measure(flat)
-    program, calls = executor._program_for(executor._current, flat, None, True)
-    memory = executor.memory() | constants(program, "cpu") | allocated(program.buffers, "cpu")
+        executor.measure(flat, fast.settings)
+    program, calls = executor._program_for(executor._now(fast.settings), flat, None, True)
+    memory = fast.settings.tensors(torch.device("cpu")) | constants(program, "cpu") | allocated(program.buffers, "cpu")
     return executor, program, calls, memory, flat
 
 
@@ -177,7 +177,7 @@ def made_for(fast, seconds=0.010, **kwargs):
 def test_without_conditional_nodes_the_host_tells_the_time(bert, delay):
     kwargs = spread(bert, 7, seed=11)
     executor, program, calls, memory, flat = made_for(bert, **kwargs)
-    want = executor.run(flat, True, _until(executor, 0.025))
+    want = executor.run(flat, bert.settings, True, _until(executor, 0.025))
     with torch.no_grad():
         machine = Bound(program, memory, calls, Late(delay), executor.times.clock)
         found = stepped(machine, flat, executor.times, executor.now[0] + 0.025)
@@ -209,7 +209,7 @@ def test_a_captured_program_takes_any_deadline(bert, monkeypatch):
     monkeypatch.setattr(torch.cuda, "stream", lambda stream: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "synchronize", Mock())
     with torch.no_grad():
-        instance = Instance(program, calls, flat, executor.memory())
+        instance = Instance(program, calls, flat, bert.settings.tensors(torch.device("cpu")))
         calls_of = [tuple(a for a in call.args if not isinstance(a, torch.Tensor)) for call in decided.call_args_list]
         third = len(calls_of) // 3  # two warm-ups and a capture
         assert calls_of[:third] == calls_of[third : 2 * third] == calls_of[2 * third :]  # no kernel that was not loaded
@@ -221,7 +221,7 @@ def test_a_captured_program_takes_any_deadline(bert, monkeypatch):
         graph.replay = lambda: Simulator(program, instance.memory, calls, executor.times.clock).run(instance.inputs)
         for seconds, stop in ((0.021, 1), (0.001, 0), (1.0, -1), (0.031, 2)):
             instance.set_deadline(executor.now[0] + seconds, executor.times)
-            assert instance.run(flat, executor.memory())[CLOCK][2] == stop
+            assert instance.run(flat, bert.settings.tensors(torch.device("cpu")))[CLOCK][2] == stop
 
 
 def test_stages_are_captured_once_and_timed_by_events(bert, monkeypatch):

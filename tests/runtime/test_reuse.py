@@ -159,21 +159,11 @@ def test_gated_regions_write_over_what_nobody_reads_later(how, over):
     model, x = Kept(how).eval(), torch.randn(6, 4 if how == "input" else 3, 8, 8)
     fast = eecompile(model, strategies.SkipNet(), example_inputs=(x,))
     before = x.clone()
-    found = fast.gate_thresholds.tolist()
-
-    def median(i: int, score: Tensor) -> None:
-        found[i] = float(score.median())
-        fast.gate_thresholds[i] = found[i]  # decided with it at once: the next gate's scores depend on that
-
-    hooks = []
-    for i, gate in enumerate(fast.gates):
-        hooks.append(gate.head.register_forward_hook(lambda _, args, score, i=i: median(i, score)))
+    for gate in fast.gates:
         with torch.no_grad():
             gate.head.score.weight.mul_(100)
-    fast.observe(x)
-    for hook in hooks:
-        hook.remove()
-    fast.set_gate_thresholds(found)
+    for i, gate in enumerate(fast.gates):  # in turn: the scores of a gate depend on those before it
+        fast.set_thresholds({gate.name: float(fast.observe(x).gate_scores[:, i].median())})
     compact, reference = both(fast, x)
     assert compact.gates.sum(0).tolist() == [4, 4, 4]
     equal_bits(compact.output, reference.output)

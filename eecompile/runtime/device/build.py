@@ -13,13 +13,12 @@ from eecompile.errors import PassError
 from eecompile.kernels._lists import control_size
 from eecompile.kernels.clock import END, START
 from eecompile.passes.lower import Schedule, Segment
-from eecompile.passes.settings import settings_of, with_settings
+from eecompile.passes.settings import with_settings
 from eecompile.program import Program
 from eecompile.runtime.device.emit import Emitter, Rows, mutates
 from eecompile.runtime.device.fuse import Decision, ended, fused, with_head
 from eecompile.runtime.device.nodes import (
     EVERYBODY,
-    THRESHOLDS,
     Advance,
     Body,
     Buffer,
@@ -120,7 +119,8 @@ class _Builder:
         self.segments = [with_head(s, deadline or s is segments[-1]) for s in segments]
         self.inputs = tuple(f"input.{i}" for i in range(len(flat)))
         self.shapes = Shapes(flat, self.inputs)
-        self.shapes.put(THRESHOLDS, (len(program.exits),), torch.float32)
+        for f in program.settings.families:
+            self.shapes.put(f.buffer, (len(f.slots),), torch.float32)
         self.emit = Emitter(batch, buckets, self.shapes)
         self.leaves: list[str | None] = [None] * len(program.signature.outputs)
         self.reports: list[tuple[str, str]] = []
@@ -170,8 +170,6 @@ class _Builder:
         settings = tuple(Value(name, None, True) for name in names)
         parts = split(decision.module, f"s{k}.")
         self.emit.add_modules(parts)
-        for name, t in settings_of(self.program.marked).items():
-            self.shapes.put(name, t.shape, t.dtype)
         self.shapes.run(parts, [v.name for v in (*settings, *live)])
         code = StageCode(k, segment, decision, parts, used_in(parts), not mutates(parts), settings)
         self._result_buffers(code)

@@ -15,15 +15,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 
+from eecompile.ir.settings import BUFFERS
 from eecompile.passes import facts
-from eecompile.passes.settings import SETTINGS
 from eecompile.runtime.device.nodes import (
     BUCKETS,
     CLOCK,
     EVERYBODY,
     PREDICTED,
-    TEMPERATURES,
-    THRESHOLDS,
     Body,
     DeviceProgram,
     If,
@@ -132,8 +130,8 @@ def _fills(n: fx.Node) -> bool:
 
 def lint(program: DeviceProgram) -> list[str]:
     """What CUDA would refuse, or what reads memory that nobody wrote."""
-    known = {b.name for b in program.buffers} | set(program.inputs) | {THRESHOLDS, TEMPERATURES, BUCKETS, EVERYBODY}
-    known |= set(SETTINGS)
+    known = {b.name for b in program.buffers} | set(program.inputs) | {BUCKETS, EVERYBODY}
+    known |= set(BUFFERS)
     known |= {CLOCK, PREDICTED} if program.deadline else set()
     written = {b.name for b in program.buffers if b.fill is not None} | (known - {b.name for b in program.buffers})
     names = [b.name for b in program.buffers]

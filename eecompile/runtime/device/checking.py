@@ -11,15 +11,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from eecompile.passes.gated import DYNAMIC, conditionals
 from eecompile.passes.lower import schedule
-from eecompile.passes.settings import settings_of
 from eecompile.program import Program
 from eecompile.runtime.device.build import build
 from eecompile.runtime.device.check import NoSync, Problem, check_modules, lint
 from eecompile.runtime.device.executor import Options
 from eecompile.runtime.device.machine import Machine, allocated, constants
 from eecompile.runtime.device.nodes import (
-    TEMPERATURES,
-    THRESHOLDS,
     Body,
     Call,
     DeviceProgram,
@@ -104,10 +101,8 @@ def _run(program: Program, made: DeviceProgram, inputs: Sequence[Tensor], report
     with torch.no_grad(), mode:
         device = inputs[0].device
         given = [torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device=device) for t in inputs]
-        count = len(program.exits)
         memory = constants(made, device) | allocated(made.buffers, device)
-        memory |= {THRESHOLDS: torch.empty(count, device=device), TEMPERATURES: torch.empty(count + 1, device=device)}
-        memory |= {name: torch.empty_like(t) for name, t in settings_of(program.marked).items()}
+        memory |= {name: torch.empty_like(t) for name, t in program.settings.tensors(device).items()}
         try:
             Everything(made, memory, report).run(given)
         except HostValueError:

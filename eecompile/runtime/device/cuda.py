@@ -19,6 +19,7 @@ from eecompile.errors import MissingDependencyError
 from eecompile.kernels.clock import DEVICE, launch_tick
 from eecompile.kernels.condition import launch_condition
 from eecompile.kernels.decide import launch_decide
+from eecompile.passes import facts
 from eecompile.program import Program
 from eecompile.runtime.device.deadline import predictions, set_deadline
 from eecompile.runtime.device.executor import DeviceExecutor, Options, stepped
@@ -210,7 +211,7 @@ class CudaExecutor(DeviceExecutor):
     name = "device"
 
     def __init__(self, program: Program, options: Options | None = None) -> None:
-        self.support = support(_device(program))
+        self.support = support(facts.device_of(program.source))
         if self.support.way == "none":
             raise MissingDependencyError(
                 "the device executor cannot run here",
@@ -269,9 +270,3 @@ class CudaExecutor(DeviceExecutor):
                     self._instances.popitem(last=False)
             self._instances.move_to_end(key)
         return found[1]
-
-
-def _device(program: Program) -> torch.device:
-    """Where a program's parameters are."""
-    tensor = next(iter(program.source.parameters()), None)
-    return torch.device("cpu") if tensor is None else tensor.device

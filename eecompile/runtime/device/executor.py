@@ -13,18 +13,18 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import StrategyError, UnsupportedModelError
-from eecompile.passes.insert_exits import TEMPERATURES as TEMPERATURE_BUFFER
-from eecompile.passes.insert_exits import THRESHOLDS as THRESHOLD_BUFFER
+from eecompile.ir.settings import Settings
+from eecompile.passes import facts
+from eecompile.passes.gated import pattern_of
 from eecompile.passes.lower import schedule
-from eecompile.passes.settings import settings_of
 from eecompile.program import Program
 from eecompile.reasons import Unless
 from eecompile.runtime.device.build import build
 from eecompile.runtime.device.deadline import kept, predictions, set_deadline
 from eecompile.runtime.device.machine import Calls, Hosted, Simulator, allocated, constants
 from eecompile.runtime.device.measure import StageRuns
-from eecompile.runtime.device.nodes import CLOCK, PREDICTED, TEMPERATURES, THRESHOLDS, DeviceProgram, Structure
-from eecompile.runtime.known import current, with_known
+from eecompile.runtime.device.nodes import CLOCK, PREDICTED, THRESHOLDS, DeviceProgram, Structure
+from eecompile.runtime.known import PerSettings, with_known
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Outcome, nothing, times_of
 from eecompile.runtime.precision import any_autocast, autocast_dtype
@@ -73,7 +73,7 @@ class Now:
     Attributes:
         open_exits: Indices of the exits that are computed.
         gates: The pattern of gates, halting steps and routes.
-        read: Thresholds and temperatures, for the kernels, and what else can be set, for the modules.
+        read: The settings as tensors, for kernels and modules.
     """
 
     open_exits: tuple[int, ...]
@@ -104,28 +104,28 @@ class DeviceExecutor:
         self._kept: OrderedDict[Any, tuple[DeviceProgram, Calls]] = OrderedDict()
         self._timed: set[Any] = set()  # inputs and open exits whose stages were timed
         self._lock = threading.Lock()
-        self.thresholds_changed()
+        self._now = PerSettings(self._plan)
 
-    def thresholds_changed(self) -> None:
-        """Reads which exits are open; their thresholds are read by the kernels."""
-        read = self.memory()
-        _, open_exits, gates = current(self.program, read[THRESHOLDS])
-        self._current = Now(open_exits, gates, read)
+    def _plan(self, settings: Settings) -> Now:
+        read = settings.tensors(facts.device_of(self.program.source))
+        return Now(settings.open_exits, pattern_of(self.program, settings), read)
 
     def reset(self) -> None:
         with self._lock:
             self._kept.clear()
             self._timed.clear()
         self.times.forget()
-        self.thresholds_changed()
+        self._now.forget()
 
-    def device_program(self, flat: Sequence[Tensor], last: int | None = None) -> tuple[DeviceProgram, Calls]:
+    def device_program(
+        self, flat: Sequence[Tensor], settings: Settings, last: int | None = None
+    ) -> tuple[DeviceProgram, Calls]:
         """The program for these inputs and the exits that are open now, built at first use.
 
         Args:
             last: The exit that a budget ends at; None for the model's own end.
         """
-        return self._program_for(self._current, flat, last)
+        return self._program_for(self._now(settings), flat, last)
 
     def _program_for(
         self, now: Now, flat: Sequence[Tensor], last: int | None, deadline: bool = False
@@ -157,10 +157,12 @@ class DeviceExecutor:
         """What runs each module of a program."""
         return [EagerSegment(m).forward_only() for m in program.modules]
 
-    def run(self, flat: Sequence[Tensor], want_confidence: bool, allowance: Allowance | None = None) -> Outcome:
+    def run(
+        self, flat: Sequence[Tensor], settings: Settings, want_confidence: bool, allowance: Allowance | None = None
+    ) -> Outcome:
         self._accepts(flat)
         allowance = allowance or Allowance()
-        now = self._current
+        now = self._now(settings)
         program, calls = self._program_for(now, flat, allowance.deepest, allowance.deadline is not None)
         with torch.no_grad():
             if allowance.deadline is not None and _call_key(now, flat) not in self._timed:
@@ -205,12 +207,6 @@ class DeviceExecutor:
         for _ in range(rounds):
             runs.measure(flat, self.times)
         self._timed.add(_call_key(now, flat))
-
-    def memory(self) -> dict[str, Tensor]:
-        """Buffers of the compiled module that kernels read, as they are now."""
-        marked = self.program.marked
-        read = {THRESHOLDS: getattr(marked, THRESHOLD_BUFFER), TEMPERATURES: getattr(marked, TEMPERATURE_BUFFER)}
-        return read | settings_of(marked)
 
     def _outcome(
         self, program: DeviceProgram, flat: Sequence[Tensor], found: dict[str, Tensor], gates: tuple[str, ...]
@@ -258,15 +254,15 @@ class DeviceExecutor:
             hint='set fast.executor = "compact"; a deadline and a budget work here too',
         )
 
-    def stream(self, flat: Sequence[Tensor], allowance: Allowance) -> Generator[Outcome, None, None]:
+    def stream(self, flat: Sequence[Tensor], settings: Settings, allowance: Allowance) -> Generator[Outcome, None, None]:
         raise self._whole("a stream")
 
-    def measure(self, flat: Sequence[Tensor]) -> Outcome | None:
+    def measure(self, flat: Sequence[Tensor], settings: Settings) -> Outcome | None:
         """Every stage at every bucket, each by itself. What comes after them is timed only where the host has to wait for it
         anyway."""
         with torch.no_grad():
-            self._time(self._current, flat, 1)
-            return self.run(flat, True, Allowance(deadline=math.inf)) if self.hosted else None
+            self._time(self._now(settings), flat, 1)
+            return self.run(flat, settings, True, Allowance(deadline=math.inf)) if self.hosted else None
 
     def interrupt(self) -> int:
         """Nothing that runs on the device by itself can be stopped."""

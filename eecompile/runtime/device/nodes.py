@@ -17,11 +17,12 @@ from typing import Literal, Union
 import torch
 from torch import fx
 
+from eecompile.ir.settings import TEMPERATURES_BUFFER, THRESHOLDS_BUFFER
 from eecompile.kernels._lists import ALIVE, BUCKET, LIVE
 from eecompile.kernels.clock import START
 
 Structure = Literal["nested", "machine"]
-THRESHOLDS, TEMPERATURES, BUCKETS, EVERYBODY = "thresholds", "temperatures", "buckets", "everybody"
+THRESHOLDS, TEMPERATURES, BUCKETS, EVERYBODY = THRESHOLDS_BUFFER, TEMPERATURES_BUFFER, "buckets", "everybody"
 """Names of what is there besides buffers and inputs: [E] and [E + 1] float32, [K] and [1] int32."""
 CLOCK, PREDICTED = "clock", "predicted"
 """And where there is a deadline: see `kernels/clock.py`; [S - 1, K] int64, nanoseconds of the stage behind each decision."""

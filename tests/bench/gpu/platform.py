@@ -110,7 +110,7 @@ class Cuda:
         found = fast._executor("device")
         assert isinstance(found, CudaExecutor)
         flat = fast.program.signature.flatten((), inputs)
-        (program, calls), read = found.device_program(flat), found.memory()
+        (program, calls), read = found.device_program(flat, fast.settings), fast.settings.tensors(flat[0].device)
         if found.hosted:  # no conditional nodes here: there is no graph to replay
             return lambda: found.execute(program, calls, flat, read)
         instance = found._instance(program, calls, flat, read)

@@ -1,0 +1,1 @@
+"""The intermediate representation: values that passes, executors and users share."""
