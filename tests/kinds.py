@@ -10,12 +10,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor, nn
 
 from eecompile import CompiledModule, eecompile, strategies
-from eecompile.passes import find_token_parts
 from eecompile.strategies import Strategy
 from tests.gates.adaptive import rows, tower
 from tests.support import Fingerprint
@@ -125,19 +123,6 @@ def text(strategy: Callable[[], Strategy], name: str = "bert", **more: Any) -> K
     return Kind(strategy, lambda: ZOO[name].model(), call=text_call(name), options=dict(ZOO[name].options), **more)
 
 
-def live(kind: Kind) -> Kind:
-    """Positions are gathered however small the parts are."""
-
-    @dataclass(frozen=True)
-    class Live(Kind):
-        def build(self) -> Program:
-            with pytest.MonkeyPatch.context() as patched:
-                patched.setattr(find_token_parts, "MOVING", 0.0)
-                return Kind.build(self)
-
-    return Live(**vars(kind))
-
-
 def two_towers() -> dict[str, nn.Module]:
     return {"small": tower(2, seed=1), "large": tower(4, seed=2)}
 
@@ -172,7 +157,7 @@ KINDS: dict[str, Kind] = {
         splits=("widths", "gates", "exit_index"),
     ),
     "halting": Kind(lambda: strategies.Act(halting_bias=-0.5), splits=("steps",)),
-    "halting per position": live(text(lambda: strategies.Act(per_token=True, halting_bias=-0.5), splits=("steps",))),
+    "halting per position": text(lambda: strategies.Act(per_token=True, halting_bias=-0.5), splits=("steps",)),
     "a repeated block": Kind(lambda: strategies.Act("blocks.1", max_steps=3, halting_bias=-0.5), splits=("steps",)),
     "pondernet": Kind(lambda: strategies.Act(halting="pondernet", halting_bias=-0.5), splits=("steps",)),
     "router to exits": router("exits", **{**WHERE, "exits": BRANCHES[:1] + ("blocks.2",)}),
