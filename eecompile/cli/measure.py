@@ -78,20 +78,11 @@ def run(
             {
                 "executor": fast.executor,
                 "exit_index": result.exit_index.tolist(),
-                **_routes(fast, result),
                 "confidence": [float(c) for c in result.confidence.tolist()],
                 "cost": [float(c) for c in result.cost.tolist()],
                 **departures.to_dict(),
             }
         )
-
-
-def _routes(fast: Any, result: Any) -> dict[str, list[str | None]]:
-    """The name of each row's route, None for rows that had left before; nothing without a router."""
-    if result.route is None:
-        return {}
-    names = [*fast.route_names, None]
-    return {"route": [names[k] for k in result.route.tolist()]}
 
 
 def bench(

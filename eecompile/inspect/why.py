@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -46,6 +47,7 @@ class Departure:
         gates: Whether each gate let the row in, by name.
         widths: The share of its channels that each part with widths ran with, by region; 0 for skipped.
         steps: Steps that it took, its positions' mean where each halts by itself; None where nothing halts.
+        route: The exit or the branch that a router sent it to; None without one, or where it had left before.
     """
 
     row: int
@@ -57,20 +59,24 @@ class Departure:
     gates: dict[str, bool] = field(default_factory=dict)
     widths: dict[str, float] = field(default_factory=dict)
     steps: float | None = None
+    route: str | None = None
 
     @property
     def why(self) -> str:
-        """One sentence, one more where there are gates or rows halt."""
-        if self.steps is not None:
-            halted = f"it took {self.steps:.3g} step{'' if self.steps == 1 else 's'}"
-            return f"{self._why_left()}; {halted}" if len(self.exits) > 1 else halted
-        if not self.gates:
-            return self._why_left()
-        shut = [name for name, is_open in self.gates.items() if not is_open]
-        skipped = f"{len(shut)} of {len(self.gates)} gates were shut" + (f": {', '.join(shut)}" if shut else "")
+        """One sentence, and a clause for each of gates, widths, steps and route that the program has."""
+        parts = [self._why_left()] if len(self.exits) > 1 else []
+        if self.route is not None:
+            parts.append(f"the router sent it to {self.route}")
+        if self.gates:
+            closed = [name for name, is_open in self.gates.items() if not is_open]
+            parts.append(
+                f"{len(closed)} of {len(self.gates)} gates were closed" + (f": {', '.join(closed)}" if closed else "")
+            )
         if self.widths:
-            skipped += "; widths " + ", ".join(f"{region} {percent(share)}" for region, share in self.widths.items())
-        return f"{self._why_left()}; {skipped}" if len(self.exits) > 1 else skipped
+            parts.append("widths " + ", ".join(f"{region} {percent(share)}" for region, share in self.widths.items()))
+        if self.steps is not None:
+            parts.append(f"it took {self.steps:.3g} step{'' if self.steps == 1 else 's'}")
+        return "; ".join(parts) or self._why_left()
 
     def _why_left(self) -> str:
         taken = next(a for a in self.exits if a.exit == self.left_at)
@@ -113,6 +119,10 @@ class Departures(Report):
         gated = self.rows[0].gates if self.rows else {}
         shares = ", ".join(f"{g} {percent(sum(r.gates[g] for r in self.rows) / len(self.rows))}" for g in gated)
         opened = [Text(f"share of the rows that each gate let in: {shares}")] if gated else []
+        if any(r.route is not None for r in self.rows):
+            counts = Counter(r.route for r in self.rows if r.route is not None)
+            sent = ", ".join(f"{name} {percent(n / len(self.rows))}" for name, n in sorted(counts.items()))
+            opened.append(Text(f"share of the rows that went to each route: {sent}"))
         taken = [r.steps for r in self.rows if r.steps is not None]
         opened += [Text(f"{sum(taken) / len(taken):.3g} steps in the mean")] if taken else []
         note = f"and {len(self.rows) - MOST_ROWS} more rows" if len(self.rows) > MOST_ROWS else ""
@@ -153,6 +163,8 @@ def where(fast: Any, *args: Any, **kwargs: Any) -> Departures:
     whole = _classes(full_prediction(fast, Batch(args, kwargs, None, 0), result))
     opened = [] if result.gates is None else result.gates.tolist()
     wide = [] if result.widths is None else result.widths.tolist()
+    names = [*fast.route_names, None]  # -1 where the row had left before
+    routes = [None] * len(result.exit_index) if result.route is None else [names[k] for k in result.route.tolist()]
     exits = fast.exits
     rows = []
     for i, left in enumerate(result.exit_index.tolist()):
@@ -182,6 +194,7 @@ def where(fast: Any, *args: Any, **kwargs: Any) -> Departures:
                 dict(zip((g.name for g in fast.gates), opened[i], strict=True)) if opened else {},
                 dict(zip((w.region for w in fast.widths), wide[i], strict=True)) if wide else {},
                 float(result.steps[i].double().mean()) if fast.program.halts else None,
+                routes[i],
             )
         )
     return Departures(rows, exits[0].criterion.name if exits else "no exits")

@@ -20,7 +20,8 @@ def test_a_light_version(model: str, tmp_path: Path) -> None:
     assert [row["stage"] for row in trained["rows"]] == ["every branch", "routed"]
     assert trained["routes"] == ["light", "full"]
     ran = found("run", out, "--data", "digits:test", "--rows", "3")
-    assert set(ran["route"]) <= {"light", "full"}
+    assert {row["route"] for row in ran["rows"]} <= {"light", "full"}
+    assert all(row["why"] == f"the router sent it to {row['route']}" for row in ran["rows"])
     judged = found("evaluate", out, "--data", "digits:test")
     assert [r["name"] for r in judged["routes"]] == ["light", "full"]
     calibrated = found("calibrate", out, "--data", "digits:val", "--max-drop", "0.5", "--no-guarantee")
@@ -35,6 +36,6 @@ def test_straight_to_exits(model: str, tmp_path: Path) -> None:
     option = 'router={"at": "blocks.0", "unit": "linear"}'
     found("rewrite", model, "--input", "x=float32[4,1,8,8]", "--exits", "blocks.2", "--option", option, "-o", out)
     ran = found("run", out, "--data", "digits:test", "--rows", "3")
-    assert set(ran["route"]) <= {"exit_0", "model"}
+    assert {row["route"] for row in ran["rows"]} <= {"exit_0", "model"}
     calibrated = found("calibrate", out, "--data", "digits:val", "--max-drop", "0.5", "--no-guarantee")
     assert calibrated["qualified"]

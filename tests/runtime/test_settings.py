@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import threading
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from eecompile import eecompile, strategies
 from eecompile.errors import StrategyError
 from eecompile.ir import settings as families
 from eecompile.ir.settings import BRANCHES, CLOSED, EXITS, GATES, HALTING, Settings
+from eecompile.training.settings import trained_tensors
 from tests.support import executor
 
 
@@ -189,3 +191,11 @@ def test_numbers_that_are_none(family, given, message):
     s = s.add(families.halting(0.0), [1.0]).add(families.branches(["light", "full"]), [0, 0])
     with pytest.raises(StrategyError, match=message):
         s.with_values(family, given)
+
+
+def test_training_restores_no_settings(made):
+    """A checkpoint that is resumed must not put old settings back, of whatever family."""
+    found = trained_tensors(made, SimpleNamespace(stages=[SimpleNamespace(heads=True, trunk=True)]))
+    assert found
+    assert not {name.rpartition(".")[2] for name in found} & set(families.BUFFERS)
+    assert {name.rpartition(".")[2] for name, _ in made.named_buffers()} & set(families.BUFFERS)
