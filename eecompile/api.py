@@ -119,13 +119,6 @@ def _compile(
     recipe = chosen.recipe()
     program = run_passes(program, insertion(recipe, captured, seed, taken.brought), tell)
 
-    def training_program(fast: CompiledModule) -> Program:
-        assert again is not None
-        with no_autocast():
-            train = again()
-        fast.artifact["train"] = train.exported
-        return prepare_training_graph(fast.program, train.graph_module, train.signature, recipe.equilibrium)
-
     return CompiledModule(
         program,
         chosen,
@@ -133,10 +126,17 @@ def _compile(
         backend=backend,
         original=taken.original,
         example=example,
-        training_program=None if again is None else training_program,
+        training_program=None if again is None else partial(_training_program, again, recipe.equilibrium),
         artifact={"eval": captured.exported},
         notes=captured.notes,
     )
+
+
+def _training_program(again: Callable[[], Captured], equilibrium: Any, fast: CompiledModule) -> Program:
+    with no_autocast():
+        train = again()
+    fast.artifact["train"] = train.exported
+    return prepare_training_graph(fast.program, train.graph_module, train.signature, equilibrium)
 
 
 @dataclass(frozen=True)

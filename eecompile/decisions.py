@@ -163,9 +163,9 @@ class Decisions(Routing):
 
     @property
     def halting_threshold(self) -> float:
-        """What the halting scores of a row must add up to: 1 as trained, less stops sooner, above 1 never stops."""
-        self._check_halts()
-        return self.settings[HALTING][0]
+        """What the halting scores of a row must add up to: 1 as trained, less stops sooner, above 1 never stops, as where
+        nothing halts."""
+        return self.settings[HALTING][0] if self.program.halts else NEVER
 
     def set_halting_threshold(self, threshold: float) -> None:
         """Sets what scores must add up to: above 0; above 1 the model runs as it was.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from eecompile import explain as explaining
+from eecompile import wrapping
 from eecompile.anytime import Anytime
 from eecompile.artifact.write import write
 from eecompile.costs import CostModel
@@ -142,6 +143,8 @@ class CompiledModule(DevicePrograms, Anytime):
         With `deadline_ms=` (milliseconds from now) or `budget=` (fraction of the full model's cost that no row may
         exceed) the best output until then; see `eecompile.anytime`.
         """
+        if torch.compiler.is_compiling():
+            return wrapping.untraced(self, args, kwargs)
         allowance = self._allowance(kwargs) if kwargs else None
         flat = self.flatten(args, kwargs)
         outcome = self._execute(flat, self.settings, False, allowance)
@@ -419,6 +422,22 @@ class CompiledModule(DevicePrograms, Anytime):
     def save(self, path: Any) -> None:
         """Writes a directory that `eecompile.load` reads; see `eecompile.artifact.write`."""
         write(self, path)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return wrapping.deep_copy(self, memo)
+
+    def __copy__(self) -> Any:
+        return wrapping.shallow_copy(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as what `save` writes: the user's model does not travel."""
+        return wrapping.unpacked, (wrapping.packed(self),)
+
+    def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
+        raise wrapping.traced("torch.jit.trace")
+
+    def _replicate_for_data_parallel(self) -> Any:
+        raise wrapping.no_replicas()
 
 
 def _rebind(gm: fx.GraphModule, source: fx.GraphModule) -> None:

@@ -39,6 +39,7 @@ LAYERS = [
         "anytime",
         "benchmark",
         "explain",
+        "wrapping",
     },
     {"inspect"},
     {"__init__"},  # the package's front: names of every layer, each imported when it is first asked for

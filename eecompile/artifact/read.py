@@ -18,6 +18,7 @@ from eecompile.artifact.read_routes import insert_saved_routes
 from eecompile.capture.export import flat_graph
 from eecompile.capture.exported import program_graph
 from eecompile.capture.quiet import quiet
+from eecompile.capture.tensors import share_tensors
 from eecompile.criteria import criterion
 from eecompile.errors import ArtifactError, EecompileError
 from eecompile.heads import Branch, rebuild, score_head
@@ -72,6 +73,7 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     exported = _exported(paths["eval"])
     names = [leaf.path for leaf in signature.inputs]
     graph_module = flat_graph(exported, "m", names) if _adapted(exported) else program_graph(exported)[0]
+    graph_module.meta.clear()
     models = tuple(data.get("models", ()))
     program = Program(graph_module, graph_module, signature, prediction=data["prediction"], models=models)
     places = [Place(p["name"], Anchor(**p["value"]), Anchor(**p["after"])) for p in data.get("places", ())]
@@ -105,7 +107,7 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
 
         def training(fast: CompiledModule) -> Program:
             train_graph = flat_graph(train, "m", names)
-            _share(train_graph, fast.program.source)
+            share_tensors(train_graph, fast.program.source)
             return prepare_training_graph(fast.program, train_graph, signature, fast.strategy.recipe().equilibrium)
 
     return CompiledModule(
@@ -221,23 +223,3 @@ def _plain(exported: ExportedProgram) -> fx.GraphModule:
     for n in module.graph.nodes:
         n.meta.clear()
     return module
-
-
-def _share(train: fx.GraphModule, source: fx.GraphModule) -> None:
-    """The two captures of one model use the same parameters and buffers again."""
-    for name, parameter in source.named_parameters(remove_duplicate=False):
-        parent, _, leaf = name.rpartition(".")
-        try:
-            owner = train.get_submodule(parent)
-        except AttributeError:
-            continue  # not used in train mode
-        if leaf in owner._parameters:
-            owner._parameters[leaf] = parameter
-    for name, buffer in source.named_buffers(remove_duplicate=False):
-        parent, _, leaf = name.rpartition(".")
-        try:
-            owner = train.get_submodule(parent)
-        except AttributeError:
-            continue
-        if leaf in owner._buffers:
-            owner._buffers[leaf] = buffer

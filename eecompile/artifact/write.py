@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from eecompile.artifact import files
+from eecompile.capture.tensors import ROOT
 from eecompile.errors import ArtifactError
 from eecompile.gates import describe as describe_unit
 from eecompile.heads import Branch, describe
@@ -157,7 +158,8 @@ def _export(exported: ExportedProgram, source: fx.GraphModule, path: Path) -> No
     now = dict(source.named_parameters(remove_duplicate=False)) | dict(source.named_buffers(remove_duplicate=False))
     state = {}
     for name, t in exported.state_dict.items():
-        present = now.get(name.removeprefix("m."), t)
+        plain = name.removeprefix("m.")
+        present = now.get(plain, now.get(f"{ROOT}.{plain}", t))
         state[name] = _on_cpu(present)
     program._state_dict = state
     files.save_program(program, path)

@@ -19,6 +19,7 @@ from eecompile.capture.adapter import FlatAdapter, FlatCall, flatten_call, mode,
 from eecompile.capture.axes import BatchAxis, batch_axes, batch_size, counts_rows, integers_only, shapes, token_axes
 from eecompile.capture.quiet import quiet
 from eecompile.capture.source import capture_failed, model_failed
+from eecompile.capture.tensors import name_in_graph, share_tensors
 from eecompile.capture.untouched import untouched
 from eecompile.errors import CaptureError
 from eecompile.signature import Leaf, Signature, path_of
@@ -96,7 +97,7 @@ def capture_export(
                 if _data_dependent(error):
                     break
                 continue
-            captured = from_exported(exported, call, axes, further, size, training)
+            captured = from_exported(exported, call, axes, further, size, training, model)
             if not verify or training:  # dropout and batch statistics are not comparable run to run
                 return _with_notes(captured, attempts)
             flat = captured.flat_example or ()
@@ -213,9 +214,10 @@ def from_exported(
     further: Mapping[str, Mapping[int, str]],
     size: int,
     training: bool,
+    model: nn.Module | None = None,
 ) -> Captured:
     """A captured graph from a program that was exported behind the flat adapter."""
-    graph_module = flat_graph(exported, "m", call.paths)
+    graph_module = flat_graph(exported, "m", call.paths, model)
     if not training:
         check.writes_nothing(graph_module)
     placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
@@ -273,7 +275,7 @@ def _outputs(
 ) -> tuple[tuple[Leaf, ...], tuple[tuple[Any] | None, ...], Any]:
     node = graph_module.graph.output_node()
     out_spec = exported.call_spec.out_spec
-    values = graph_module.meta["out_leaves"]
+    values = graph_module.meta.pop("out_leaves")
     dummy = pytree.tree_unflatten([_Slot(i) for i in range(len(values))], out_spec)
     paths = {v.index: path_of(p) for p, v in pytree.tree_flatten_with_path(dummy)[0]}
     leaves = []
@@ -293,11 +295,13 @@ class _Slot:
     index: int
 
 
-def flat_graph(exported: ExportedProgram, prefix: str, paths: Sequence[str]) -> fx.GraphModule:
+def flat_graph(
+    exported: ExportedProgram, prefix: str, paths: Sequence[str], model: nn.Module | None = None
+) -> fx.GraphModule:
     """The exported graph as a plain FX graph: flat tensors in, a flat tuple out, parameters by the model's own names.
 
-    Parameters and buffers are the same objects as the model's. Guards were checked once by `check.verify`; sizes are
-    checked by `Signature` at every new shape.
+    Parameters and buffers are those of `model`, by default of the exported program itself. Guards were checked once by
+    `check.verify`; sizes are checked by `Signature` at every new shape.
     """
     module = exported.module()
     graph = fx.Graph()
@@ -307,6 +311,7 @@ def flat_graph(exported: ExportedProgram, prefix: str, paths: Sequence[str]) -> 
     output = module.graph.output_node()
     values = [env.get(v, v) if isinstance(v, fx.Node) else v for v in pytree.tree_leaves(output.args[0])]
     root: dict[str, Any] = {}
+    owner = module.get_submodule(prefix) if model is None else model
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     for node, path in zip(placeholders, paths, strict=True):
         name = re.sub(r"\W+", "_", path).strip("_")
@@ -317,12 +322,13 @@ def flat_graph(exported: ExportedProgram, prefix: str, paths: Sequence[str]) -> 
             graph.erase_node(node)
             continue
         if node.op == "get_attr":
-            target = strip(str(node.target), prefix)
-            root[target] = _attribute(module, str(node.target))
-            node.target = target
+            value = _attribute(module, str(node.target))
+            node.target = name_in_graph(strip(str(node.target), prefix), value, owner)
+            root[node.target] = value
         node.meta["stack"] = stack_of(node, prefix)
     graph.output(tuple(v for v in values if isinstance(v, fx.Node)))
     graph_module = fx.GraphModule(root, graph, class_name="Captured")
+    share_tensors(graph_module, owner)
     graph_module.meta["out_leaves"] = values
     graph_module.train(False)
     return graph_module

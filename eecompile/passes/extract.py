@@ -94,11 +94,7 @@ class Extractor:
     def finish(self, outputs: Sequence[Any], name: str) -> fx.GraphModule:
         """Closes the graph with a flat tuple of outputs."""
         self.graph.output(tuple(outputs))
-        root: Any = self.source
-        if self.modules:
-            targets = {str(n.target) for n in self.graph.nodes if n.op in ("get_attr", "call_module")}
-            root = {t: facts.attribute(self.source, t) for t in sorted(targets - set(self.modules))} | self.modules
-        module = fx.GraphModule(root, self.graph, class_name=name)
+        module = facts.module_of(self.source, self.graph, name, self.modules)
         facts.tidy(module)
         return module
 

@@ -13,6 +13,7 @@ from torch import fx
 
 from eecompile.capture.axes import counts_rows
 from eecompile.capture.memory import memory as memory
+from eecompile.capture.tensors import share_tensors
 from eecompile.errors import PassError
 from eecompile.program import Anchor, Live
 from eecompile.signature import Signature
@@ -238,12 +239,27 @@ def tidy(graph_module: fx.GraphModule) -> None:
     graph_module.recompile()
 
 
+def module_of(source: fx.GraphModule, graph: fx.Graph, name: str, parts: Mapping[str, Any] | None = None) -> fx.GraphModule:
+    """A module for a graph over the modules, parameters and buffers of `source`.
+
+    Args:
+        parts: Submodules that `source` does not have.
+    """
+    root: Any = source
+    if parts:
+        targets = {str(n.target) for n in graph.nodes if n.op in ("get_attr", "call_module")}
+        root = {t: attribute(source, t) for t in sorted(targets - set(parts))} | dict(parts)
+    new = fx.GraphModule(root, graph, class_name=name)
+    share_tensors(new, source)
+    return new
+
+
 def copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     """The same modules and parameters under a graph of its own."""
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     out = graph.graph_copy(graph_module.graph, env)
     graph.output(out)
-    new = fx.GraphModule(graph_module, graph, class_name=graph_module.__class__.__name__)
+    new = module_of(graph_module, graph, graph_module.__class__.__name__)
     new.meta = dict(graph_module.meta)
     return new

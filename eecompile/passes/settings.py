@@ -23,6 +23,6 @@ def with_settings(module: fx.GraphModule) -> tuple[fx.GraphModule, tuple[str, ..
             env[n].meta = dict(n.meta)
         else:
             env[n] = graph.node_copy(n, lambda a: env[a])
-    new = fx.GraphModule(module, graph, class_name=module.__class__.__name__)
+    new = facts.module_of(module, graph, module.__class__.__name__)
     facts.tidy(new)
     return new, names

@@ -293,10 +293,7 @@ def _staged_graph(program: Program, layout: Layout, stages: tuple[Stage, ...]) -
         for n in exit_nodes[k]:
             env[n] = graph.node_copy(n, lambda a: _value(a, env, gm, graph))
     graph.output(fx.node.map_arg(output.args[0], lambda a: _value(a, env, gm, graph)))
-    for n in graph.nodes:
-        if n.op in ("get_attr", "call_module") and n.target not in parts:
-            parts[n.target] = facts.attribute(gm, n.target)
-    staged = fx.GraphModule(parts, graph, class_name="Staged")
+    staged = facts.module_of(gm, graph, "Staged", parts)
     facts.tidy(staged)
     return staged
 

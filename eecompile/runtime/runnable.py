@@ -1,4 +1,4 @@
-"""Makes a segment quick to call: attributes looked up once, operators called through torch's fast argument parser.
+"""Makes a segment quick to call: where attributes stand is looked up once, operators are called through torch's fast parser.
 
 An FX module looks every parameter up by its dotted path at every call, and an `OpOverload` parses its schema in the
 dispatcher's slow path. On a LeNet at batch 1 that is a tenth of the time. Without gradients, operators write over operands
@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from eecompile.capture.tensors import entry
 from eecompile.errors import MissingDependencyError
 from eecompile.passes import facts
 from eecompile.passes.gated import Gated
@@ -72,8 +73,11 @@ KEYWORDS = (
 )
 
 
-def lifted(module: fx.GraphModule, reuse: bool = False) -> tuple[fx.GraphModule, tuple[Any, ...]]:
-    """The module with its attributes as leading inputs, and their values now.
+Entry = tuple[dict[str, Any], str]
+
+
+def lifted(module: fx.GraphModule, reuse: bool = False) -> tuple[fx.GraphModule, tuple[Entry, ...]]:
+    """The module with its attributes as leading inputs, and where these stand.
 
     Args:
         reuse: Whether operators and gated regions may write over values that nobody needs again; only right without
@@ -81,12 +85,12 @@ def lifted(module: fx.GraphModule, reuse: bool = False) -> tuple[fx.GraphModule,
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
-    values: dict[str, tuple[fx.Node, Any]] = {}
+    values: dict[str, tuple[fx.Node, Entry]] = {}
     for n in module.graph.nodes:  # inputs keep their order behind the attributes
         if n.op == "get_attr" and str(n.target) not in values:
             value = facts.attribute(module, str(n.target))
             if isinstance(value, Tensor):
-                values[str(n.target)] = (graph.placeholder(f"attr_{len(values)}"), value)
+                values[str(n.target)] = (graph.placeholder(f"attr_{len(values)}"), entry(module, str(n.target)))
     in_place = reusable(module) if reuse else {}
     over = overwriting(module) if reuse else set()
     for n in module.graph.nodes:
@@ -116,21 +120,21 @@ class EagerSegment:
             elif isinstance(gated, Widened | Routed):
                 gated.prepare(EagerSegment)
         self.source = module
-        self.module, self.attributes = lifted(module, reuse=True)
+        self.module, self.entries = lifted(module, reuse=True)
         self.forward = self.module.forward
         self._plain: Callable[..., tuple[Tensor, ...]] | None = None
 
     def __call__(self, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         forward = self.plain() if torch.is_grad_enabled() or any_autocast() else self.forward
-        result: tuple[Tensor, ...] = forward(*self.attributes, *inputs)
+        result: tuple[Tensor, ...] = forward(*[entries[name] for entries, name in self.entries], *inputs)
         return result
 
     def forward_only(self) -> Callable[..., tuple[Tensor, ...]]:
         """The segment without gradients: operators write over operands whatever the mode is."""
-        forward, attributes = self.forward, self.attributes
+        forward = self.forward
 
         def call(*inputs: Tensor | None) -> tuple[Tensor, ...]:
-            given: tuple[Tensor, ...] = forward(*attributes, *inputs)
+            given: tuple[Tensor, ...] = forward(*[entries[name] for entries, name in self.entries], *inputs)
             return given
 
         return call

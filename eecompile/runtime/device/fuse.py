@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 import eecompile.ops as ops
+from eecompile.capture.tensors import share_tensors
 from eecompile.kernels.confidence import CRITERIA
 from eecompile.passes import facts
 from eecompile.passes.lower import Segment
@@ -90,6 +91,8 @@ def with_head(segment: Segment, every_row: bool) -> Segment:
         logits = graph.call_function(operator.getitem, (graph.call_module("sent", (confidence, *values)), 0))
     graph.output((logits, confidence, *rest))
     module = fx.GraphModule(root, graph, class_name=segment.module.__class__.__name__)
+    for source in (segment.module, segment.head):
+        share_tensors(module, source)
     facts.tidy(module)
     return replace(segment, module=module, head=None, head_axes=())
 
@@ -169,6 +172,6 @@ def ended(segment: Segment, axis: int) -> Decision:
 
 
 def _module(segment: Segment, graph: fx.Graph) -> fx.GraphModule:
-    module = fx.GraphModule(segment.module, graph, class_name=segment.module.__class__.__name__)
+    module = facts.module_of(segment.module, graph, segment.module.__class__.__name__)
     facts.tidy(module)
     return module

@@ -121,7 +121,7 @@ def _straight(module: fx.GraphModule, run: list[fx.Node], mine: set[fx.Node], gi
     for n in run:
         env[n] = graph.node_copy(n, resolve)
     graph.output(tuple(resolve(n) for n in given))
-    return Straight(fx.GraphModule(module, graph, class_name="Part"), _names(inputs, prefix), _names(given, prefix))
+    return Straight(facts.module_of(module, graph, "Part"), _names(inputs, prefix), _names(given, prefix))
 
 
 def _gated(call: fx.Node, gated: Gated, prefix: str) -> Conditional:

@@ -1,0 +1,305 @@
+"""Weights have one truth: whoever replaces them, in the compiled module or in the original, the next call uses them."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import tempfile
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
+
+from eecompile import EecompileError, eecompile, load, strategies
+from tests.random_models import specs
+from tests.support import CLOSED, Fingerprint, both, equal_bits, executor, same_result, spreading_thresholds
+from tests.test_properties import bounded
+
+
+class Mixed(nn.Module):
+    """Parameters, buffers and constants at the root and below; `[B, 8]` to `[B, 4]`."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("shift", torch.randn(8))
+        self.register_buffer("scale", torch.rand(8) + 0.5, persistent=False)
+        self.token = nn.Parameter(torch.randn(8))
+        self.constant = torch.randn(8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.ReLU()) for _ in range(4))
+        self.last = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * self.scale + self.shift * self.token + self.constant
+        for block in self.blocks:
+            x = block(x)
+        return self.last(x)
+
+
+def made(executor: str = "auto") -> tuple[Any, nn.Module, Tensor]:
+    torch.manual_seed(0)
+    model, x = Mixed().eval(), torch.randn(24, 8)
+    fast = eecompile(model, strategies.Branchy(exits=2), example_inputs=(x,), executor=executor)
+    fast.set_thresholds(CLOSED)
+    fast(x)
+    return fast, model, x
+
+
+def other(tensors: dict[str, Tensor], seed: int = 1) -> dict[str, Tensor]:
+    """Other values for weights, as fits running variances too."""
+    g = torch.Generator().manual_seed(seed)
+    return {
+        n: torch.rand(t.shape, generator=g) + 0.1 if t.is_floating_point() and not n.startswith(SETTINGS) else t.clone()
+        for n, t in tensors.items()
+    }
+
+
+SETTINGS = tuple(f"graph_module.eecompile_{name}" for name in ("thresholds", "temperatures", "constants"))
+
+
+def of_model(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """What a state of the compiled module says of the model."""
+    own = {n.removeprefix("graph_module.").removeprefix("eecompile_root."): t for n, t in state.items()}
+    return {n: t for n, t in own.items() if not n.startswith("eecompile_")}
+
+
+def loaded_into_compiled(fast: Any, model: nn.Module, assign: bool) -> None:
+    fast.load_state_dict(other(fast.state_dict()), assign=assign)
+
+
+def loaded_into_model(fast: Any, model: nn.Module, assign: bool) -> None:
+    model.load_state_dict(other(model.state_dict()), assign=assign)
+
+
+def replaced(fast: Any, model: nn.Module, assign: bool) -> None:
+    model.last.weight = nn.Parameter(torch.ones_like(model.last.weight))
+    model.shift = torch.full_like(model.shift, 0.3)
+    model.blocks[1][1].running_mean = torch.full_like(model.shift, 0.1)
+
+
+CHANGES = {"compiled": loaded_into_compiled, "model": loaded_into_model, "replaced": replaced}
+
+
+def follows(fast: Any, model: nn.Module, x: Tensor) -> None:
+    """Closed every way to run gives the model's bits; open, executors agree."""
+    fast.set_thresholds(CLOSED)
+    with torch.no_grad():
+        want = model(x)
+        equal_bits(fast.full(x), want)
+        for name in ("compact", "reference", "simulate"):
+            with executor(fast, name):
+                equal_bits(fast(x), want)
+        fast.set_thresholds(spreading_thresholds(fast.observe(x).confidences[:-1]))
+        same_result(*both(fast, x))
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_new_weights(change: Callable[..., None], assign: bool) -> None:
+    fast, model, x = made()
+    before = fast(x)
+    change(fast, model, assign)
+    assert not torch.equal(fast(x), before)
+    follows(fast, model, x)
+
+
+def test_new_weights_are_trained_and_saved(tmp_path) -> None:
+    fast, model, x = made()
+    model.load_state_dict(other(model.state_dict()), assign=True)
+    fast.train_trunk = True
+    fast.fit([(x, torch.randint(0, 4, (24,)))], epochs=1)
+    follows(fast, model, x)
+    fast.save(tmp_path / "program")
+    equal_bits(load(tmp_path / "program")(x), fast(x))
+
+
+def test_states_of_compiled_and_loaded_have_the_same_names(tmp_path) -> None:
+    fast, model, x = made()
+    assert of_model(fast.state_dict()).keys() == model.state_dict().keys()
+    fast.save(tmp_path / "program")
+    loaded = load(tmp_path / "program")
+    assert loaded.state_dict().keys() == fast.state_dict().keys()
+    model.load_state_dict(other(model.state_dict()))
+    loaded.load_state_dict(fast.state_dict(), assign=True)
+    equal_bits(loaded(x), fast(x))
+    equal_bits(loaded.full(x), fast.full(x))
+
+
+@pytest.mark.parametrize("name", ["compact", "reference"])
+def test_functional_call(name: str) -> None:
+    fast, model, x = made(name)
+    before = fast(x)
+    given = other(dict(fast.named_parameters()) | dict(fast.named_buffers()))
+    inside = functional_call(fast, given, (x,))
+    equal_bits(inside, functional_call(model, of_model(given), (x,)))
+    equal_bits(fast(x), before)
+    if name == "reference":  # its operators have no rules for torch.func
+        return
+
+    def loss(parameters: dict[str, Tensor], module: nn.Module) -> Tensor:
+        return functional_call(module, parameters, (x,)).square().sum()
+
+    got = torch.func.grad(loss)(dict(fast.named_parameters()), fast)
+    want = torch.func.grad(loss)(dict(model.named_parameters()), model)
+    torch.testing.assert_close(of_model(got), want)
+    equal_bits(fast(x), before)
+
+
+def test_a_first_call_within_functional_call_leaves_nothing() -> None:
+    torch.manual_seed(0)
+    model, x = Mixed().eval(), torch.randn(24, 8)
+    fast = eecompile(model, strategies.Branchy(exits=2), example_inputs=(x,))
+    fast.set_thresholds(CLOSED)
+    functional_call(fast, other(dict(fast.named_parameters())), (x,))
+    follows(fast, model, x)
+
+
+def test_a_deep_copy_is_independent() -> None:
+    fast, model, x = made()
+    before = fast(x)
+    module, twin = copy.deepcopy([model, fast])
+    assert twin.original is module
+    twin.load_state_dict(other(twin.state_dict()), assign=True)
+    follows(twin, module, x)
+    equal_bits(fast(x), before)
+    follows(fast, model, x)
+    twin.fit([(x, torch.randint(0, 4, (24,)))], epochs=1, trunk=True)
+    follows(twin, module, x)
+    follows(fast, model, x)
+
+
+def test_a_deep_copy_of_a_loaded_program(tmp_path) -> None:
+    fast, _, x = made()
+    fast.save(tmp_path / "program")
+    loaded = load(tmp_path / "program")
+    twin = copy.deepcopy(loaded)
+    twin.load_state_dict(other(twin.state_dict()), assign=True)
+    equal_bits(loaded(x), fast(x))
+    assert not torch.equal(twin(x), fast(x))
+    equal_bits(twin(x), twin.full(x))
+
+
+def test_averages_of_weights() -> None:
+    fast, model, x = made()
+    mine, theirs = AveragedModel(fast, use_buffers=True), AveragedModel(model, use_buffers=True)
+    for seed in (1, 2):
+        model.load_state_dict(other(model.state_dict(), seed))
+        mine.update_parameters(fast)
+        theirs.update_parameters(model)
+    torch.testing.assert_close(mine(x), theirs(x))
+    assert not torch.allclose(mine(x), fast(x))
+    equal_bits(fast(x), model(x))
+
+
+@pytest.mark.parametrize("through", ["pickle", "torch.save"])
+def test_pickled_as_a_program(through: str) -> None:
+    fast, _, x = made()
+    fast.set_thresholds(spreading_thresholds(fast.observe(x).confidences[:-1]))
+    buffer = io.BytesIO()
+    if through == "pickle":
+        twin = pickle.loads(pickle.dumps(fast))
+    else:
+        torch.save(fast, buffer)
+        buffer.seek(0)
+        twin = torch.load(buffer, weights_only=False)
+    same_result(twin.run(x), fast.run(x))
+
+
+def test_a_shallow_copy_shares_everything() -> None:
+    fast, _, x = made()
+    twin = copy.copy(fast)
+    assert [id(p) for p in twin.parameters()] == [id(p) for p in fast.parameters()]
+    equal_bits(twin(x), fast(x))
+
+
+def test_the_model_keeps_what_is_its_own() -> None:
+    torch.manual_seed(0)
+    model, x = Mixed().eval(), torch.randn(24, 8)
+    before = Fingerprint.of(model)
+    fast = eecompile(model, strategies.Branchy(exits=2), example_inputs=(x,))
+    fast(x)
+    fast.to("cpu")
+    fast.train_mode_capture()
+    before.check(model)
+
+
+def test_in_another_module_that_torch_compiles() -> None:
+    fast, model, x = made()
+    fast.set_thresholds(spreading_thresholds(fast.observe(x).confidences[:-1]))
+    compiled = torch.compile(nn.Sequential(nn.Identity(), fast), backend="eager")
+    with torch.no_grad():
+        equal_bits(compiled(x), fast(x))
+        equal_bits(torch.compile(fast, backend="eager")(x), fast(x))
+        fast.set_thresholds(CLOSED)
+        equal_bits(compiled(x), model(x))
+
+
+TRACES = {
+    "torch.export": lambda fast, x: torch.export.export(fast, (x,), strict=False),
+    "torch.jit.trace": lambda fast, x: torch.jit.trace(fast, (x,)),
+}
+
+
+@pytest.mark.parametrize("by", TRACES)
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+def test_traces_are_refused(by: str) -> None:
+    fast, _, x = made()
+    with pytest.raises(EecompileError, match=f"cannot be exported by {by}"):
+        TRACES[by](fast, x)
+
+
+def test_distributed_data_parallel() -> None:
+    fast, model, x = made()
+    with tempfile.NamedTemporaryFile() as file:
+        dist.init_process_group("gloo", init_method=f"file://{file.name}", rank=0, world_size=1)
+        try:
+            parallel = DistributedDataParallel(fast)
+            equal_bits(parallel(x), model(x))
+            parallel(x).sum().backward()
+        finally:
+            dist.destroy_process_group()
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_replicas_are_refused() -> None:
+    fast, _, _ = made()
+    with pytest.raises(EecompileError, match="DistributedDataParallel"):
+        fast._replicate_for_data_parallel()
+
+
+def test_every_name_that_is_listed_can_be_read() -> None:
+    fast, _, _ = made()
+    for name in dir(fast):
+        getattr(fast, name)
+    assert not hasattr(fast, "no_such_name")
+
+
+@bounded(8)
+@given(spec=specs(), change=st.sampled_from(["assign", "copy", "functional", "deepcopy"]), seed=st.integers(0, 999))
+def test_random_models_follow_random_changes(spec, change: str, seed: int) -> None:
+    model = spec.model()
+    options = {"prediction": "logits"} if spec.further else {}
+    call = spec.call(4, 6, seed)
+    fast = eecompile(model, strategies.Branchy(exits=2), example_kwargs=call, batch_axis=spec.batch_axis, **options)
+    fast.set_thresholds(CLOSED)
+    with torch.no_grad():
+        fast(**call)
+        if change == "deepcopy":
+            model, fast = copy.deepcopy((model, fast))
+        given = other(dict(model.state_dict()), seed)
+        if change == "functional":
+            named = {n: given[n.removeprefix("graph_module.")] for n, _ in fast.named_parameters() if "eecompile" not in n}
+            got = functional_call(fast, named, (), call)
+            want = functional_call(model, {n: given[n] for n, _ in model.named_parameters()}, (), call)
+        else:
+            model.load_state_dict(given, assign=change == "assign")
+            got, want = fast(**call), model(**call)
+        torch.testing.assert_close(got, want, equal_nan=True)
