@@ -14,7 +14,7 @@ from eecompile.errors import StrategyError
 from eecompile.gates import GateUnit
 from eecompile.heads import Branch
 from eecompile.ir import settings
-from eecompile.ir.settings import EXITS, GATES, HALTING, TEMPERATURES, Settings
+from eecompile.ir.settings import CLOSED, EXITS, GATES, HALTING, TEMPERATURES, Settings
 from eecompile.kernels.confidence import confidence as confidence_of
 from eecompile.passes.insert_exits import COMBINATION, HEADS
 from eecompile.passes.place_gates import GATES as UNITS
@@ -165,7 +165,7 @@ class Decisions(Routing):
     def halting_threshold(self) -> float:
         """What the halting scores of a row must add up to: 1 as trained, less stops sooner, above 1 never stops, as where
         nothing halts."""
-        return self.settings[HALTING][0] if self.program.halts else NEVER
+        return self.settings[HALTING][0] if self.program.halts else CLOSED
 
     def set_halting_threshold(self, threshold: float) -> None:
         """Sets what scores must add up to: above 0; above 1 the model runs as it was.

@@ -21,6 +21,7 @@ from eecompile.ir.settings import Settings
 from eecompile.passes import facts
 from eecompile.program import History, Program, Result
 from eecompile.runtime.blocks import BlocksExecutor
+from eecompile.runtime.changed import ModelWatch
 from eecompile.runtime.compact import CompactExecutor
 from eecompile.runtime.device.cuda import CudaExecutor
 from eecompile.runtime.device.executor import Options, SimulateExecutor
@@ -85,6 +86,7 @@ class CompiledModule(DevicePrograms, Anytime):
         self.__dict__["_lock"] = threading.RLock()
         self.__dict__["_device_options"] = Options()
         self.__dict__["autocast"] = AutocastCheck(program, original, autocast)
+        self.__dict__["watch"] = ModelWatch(program, original)
         self.__dict__["cost_model"] = CostModel(program)
         self.__dict__["_references"] = weakref.WeakKeyDictionary()
         self.settings = program.settings
@@ -189,12 +191,9 @@ class CompiledModule(DevicePrograms, Anytime):
             return self.program.signature.restore(list(self.full_graph(*flat)))
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """The tensors of a call in the graph's order.
-
-        Raises:
-            CaptureError: The graph does not take this call, or is not the model under the present autocast.
-        """
+        """The tensors of a call in graph order; `CaptureError` where the graph does not take it, or is not the model."""
         flat = self.program.signature.flatten(args, kwargs)
+        self.__dict__["watch"](flat)
         if any_autocast():
             self.__dict__["autocast"](flat)
         return flat

@@ -6,6 +6,7 @@ import copy
 import io
 import tempfile
 import threading
+import weakref
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,6 @@ from torch import fx, nn
 from eecompile.artifact.write import write
 from eecompile.capture.tensors import share_tensors
 from eecompile.errors import EecompileError
-from eecompile.held import Held
 from eecompile.program import Program
 
 
@@ -32,11 +32,12 @@ def deep_copy(fast: Any, memo: dict[int, Any]) -> Any:
     new = memo[id(fast)] = object.__new__(type(fast))
     for shared in (fast.program.signature, fast.program.history, fast.example, *fast.artifact.values()):
         memo[id(shared)] = shared  # never changed
-    derived: dict[str, Any] = {"_training_graphs": {}, "_executors": {}, "_costs": {}, "_full": []}
-    fresh = {**derived, "_lock": threading.RLock(), "held": Held()}
+    derived: dict[str, Any] = {"_training_graphs": {}, "_executors": {}, "_full": []}
+    fresh = {**derived, "_lock": threading.RLock(), "_references": weakref.WeakKeyDictionary()}
     state = {name: value for name, value in fast.__dict__.items() if name not in (*fresh, "_chosen")}
     new.__dict__.update(copy.deepcopy(state, memo) | fresh)
     _share_again(new.program, None if new.program.models else new.original)
+    new.settings = fast.settings
     new.executor = fast.__dict__["_asked"]
     return new
 

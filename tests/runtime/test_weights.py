@@ -303,3 +303,78 @@ def test_random_models_follow_random_changes(spec, change: str, seed: int) -> No
             model.load_state_dict(given, assign=change == "assign")
             got, want = fast(**call), model(**call)
         torch.testing.assert_close(got, want, equal_nan=True)
+
+
+class Adapter(nn.Module):
+    """A linear layer with a low-rank update beside it or merged into its weight, as PEFT has."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = base
+        self.down, self.up = nn.Linear(base.in_features, 2, bias=False), nn.Linear(2, base.out_features, bias=False)
+        self.merged_adapters: list[str] = []
+        self.disabled = False
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        y = self.base_layer(x)
+        return y if self.disabled or self.merged_adapters else y + self.up(self.down(x))
+
+    @torch.no_grad()
+    def merge(self, sign: int = 1) -> None:
+        self.base_layer.weight.data += sign * self.up.weight @ self.down.weight
+        self.merged_adapters = ["default"] if sign > 0 else []
+
+
+def adapted() -> tuple[Any, Mixed, Tensor]:
+    torch.manual_seed(0)
+    model, x = Mixed().eval(), torch.randn(24, 8)
+    model.blocks[1][0] = Adapter(model.blocks[1][0])
+    fast = eecompile(model, strategies.Branchy(exits=2), example_inputs=(x,))
+    fast.set_thresholds(CLOSED)
+    return fast, model, x
+
+
+def test_an_adapter_that_is_merged_or_switched_off_is_refused() -> None:
+    fast, model, x = adapted()
+    adapter = model.blocks[1][0]
+    with torch.no_grad():
+        adapter.up.weight.mul_(3.0)
+        for change, undo in ((adapter.merge, lambda: adapter.merge(-1)), *[_switch(adapter)]):
+            equal_close(fast(x), model(x))
+            change()
+            with pytest.raises(EecompileError, match=r"has changed since it was compiled[\s\S]*blocks\.1\.0"):
+                fast(x)
+            undo()
+        equal_close(fast(x), model(x))
+
+
+def _switch(adapter: Adapter) -> tuple[Callable[[], None], Callable[[], None]]:
+    return (lambda: setattr(adapter, "disabled", True), lambda: setattr(adapter, "disabled", False))
+
+
+def equal_close(got: Tensor, want: Tensor) -> None:
+    torch.testing.assert_close(got, want)
+
+
+def test_a_module_that_is_replaced_is_refused() -> None:
+    for replace in (Adapter, lambda m: nn.Linear(8, 4)):
+        fast, model, x = made()
+        model.last = replace(model.last)
+        with pytest.raises(EecompileError, match=r"has changed since it was compiled[\s\S]*last"):
+            fast(x)
+
+
+def test_attributes_that_change_nothing_are_let_pass() -> None:
+    fast, model, x = adapted()
+    with torch.no_grad():
+        for _ in range(3):  # `calls` counts on
+            equal_bits(fast(x), model(x))
+
+
+def test_a_model_in_another_dtype_afterwards_is_refused() -> None:
+    fast, model, x = made()
+    model.half()
+    with pytest.raises(EecompileError, match="dtype"):
+        fast(x)
