@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from eecompile.artifact import pickled
 from eecompile.artifact.read import read
 from eecompile.capture import Captured, capture
 from eecompile.capture.adapter import no_autocast
@@ -273,5 +274,7 @@ def load(path: str | Path, *, executor: str | None = None, device: str | torch.d
         fast.executor = executor
     return fast
 
+
+assert pickled is not None  # it registers how compiled modules are pickled
 
 __all__ = ["EecompileError", "PassError", "eecompile", "find_prediction", "load"]

@@ -428,10 +428,6 @@ class CompiledModule(DevicePrograms, Anytime):
     def __copy__(self) -> Any:
         return wrapping.shallow_copy(self)
 
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        """Pickled as what `save` writes: the user's model does not travel."""
-        return wrapping.unpacked, (wrapping.packed(self),)
-
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
         raise wrapping.traced("torch.jit.trace")
 

@@ -1,20 +1,15 @@
-"""What torch does to a compiled module as a whole: deep copies, pickles, traces, replicas."""
+"""What torch does to a compiled module as a whole: copies, traces, replicas."""
 
 from __future__ import annotations
 
 import copy
-import io
-import tempfile
 import threading
 import weakref
-import zipfile
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import fx, nn
 
-from eecompile.artifact.write import write
 from eecompile.capture.tensors import share_tensors
 from eecompile.errors import EecompileError
 from eecompile.program import Program
@@ -54,32 +49,6 @@ def _share_again(program: Program, model: nn.Module | None) -> None:
     for part in program.graph_module.modules():
         if isinstance(part, fx.GraphModule) and program.marked is not None and part is not program.marked:
             share_tensors(part, program.marked)
-
-
-def packed(fast: Any) -> bytes:
-    """The directory that `fast.save` writes, as an archive for `pickle` and `torch.save(fast)`.
-
-    Raises:
-        ArtifactError: The program cannot be saved.
-    """
-    buffer = io.BytesIO()
-    with tempfile.TemporaryDirectory() as directory:
-        write(fast, Path(directory) / "program")
-        with zipfile.ZipFile(buffer, "w") as archive:
-            for file in sorted((Path(directory) / "program").rglob("*")):
-                if file.is_file():
-                    archive.write(file, file.relative_to(directory))
-    return buffer.getvalue()
-
-
-def unpacked(data: bytes) -> Any:
-    """The program of such an archive, as `eecompile.load` gives it."""
-    from eecompile.artifact.read import read  # it makes compiled modules, which need this file
-
-    with tempfile.TemporaryDirectory() as directory:
-        with zipfile.ZipFile(io.BytesIO(data)) as archive:
-            archive.extractall(directory)
-        return read(Path(directory) / "program")
 
 
 def traced(by: str) -> EecompileError:
