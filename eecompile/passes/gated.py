@@ -22,11 +22,15 @@ from eecompile.passes.find_regions import exclusive
 from eecompile.passes.live_positions import extract_at_live
 from eecompile.passes.routed import Routed
 from eecompile.passes.widened import Chains, Widened
-from eecompile.program import Gate, Halt, HaltStep, Program, Route, Way
+from eecompile.program import Gate, HaltStep, Program, Route, Way
 
-OPEN, SHUT, DYNAMIC = "open", "shut", "dynamic"
-ONLY = "only "  # and the index of the one way that a router leaves open
 Conditional = Gate | HaltStep | Route
+SKIP, RUN = frozenset({0}), frozenset({1})
+EITHER = SKIP | RUN
+
+Possible = tuple[frozenset[int], ...]
+"""Of each conditional, the arms that rows can still take, whatever the input: 0 and 1 for skipped and run, else the index of
+a router's way."""
 
 
 # Operators that run as their definitions once a program is lowered: the definitions are quicker to call.
@@ -116,13 +120,13 @@ class GatedRegions:
             self.inside |= dict.fromkeys(found, i)
             self.ends |= {names[end]: i for end in ends}
 
-    def plain(self, how: Sequence[str]) -> dict[fx.Node, fx.Node]:
+    def plain(self, arms: Possible) -> dict[fx.Node, fx.Node]:
         """Outputs of chains whose halting is closed, and the value that the model as it was has there."""
-        steps = dict(zip((g.name for g in self.gates), how, strict=True)) if self.halts else {}
+        steps = dict(zip((g.name for g in self.gates), arms, strict=True)) if self.halts else {}
         return {
             self.names[h.output]: self.names[h.ys[0 if h.repeated else -1]]
             for h in self.halts
-            if steps[h.steps[-1].name] != DYNAMIC
+            if len(steps[h.steps[-1].name]) == 1
         }
 
     def end(self, i: int) -> fx.Node:
@@ -161,7 +165,7 @@ class GatedRegions:
         """Whether anything in region i is needed, if only as the value of a chain that does not halt."""
         return any(n in needed for n in self.nodes[i])
 
-    def copy_into(self, part: Extractor, i: int, how: Sequence[str], needed: set[fx.Node] | None = None) -> None:
+    def copy_into(self, part: Extractor, i: int, arms: Possible, needed: set[fx.Node] | None = None) -> None:
         """Writes region i into `part`: in line, past it, or as a conditional submodule; the carries are there then.
 
         Args:
@@ -169,18 +173,18 @@ class GatedRegions:
         """
         gate = self.gates[i]
         if isinstance(gate, Route):
-            self._copy_route(part, i, gate, how[i])
+            self._copy_route(part, i, gate, arms[i])
             return
         skips = [self.names[c.node] for c in gate.carries]
         if gate.name in self.chains.part_of:
-            part.env[skips[0]] = self._copy_chain(part, i, how)
+            part.env[skips[0]] = self._copy_chain(part, i, arms)
             return
-        if how[i] == SHUT:
+        if arms[i] == SKIP:
             for node, c in zip(skips, gate.carries, strict=True):
                 if needed is None or node in needed:
                     part.env[node] = part.resolve(self.names[c.x])
             return
-        if how[i] == OPEN:
+        if arms[i] == RUN:
             for n in self.nodes[i]:
                 if needed is None or n in needed:
                     part.copy_unless_outer(n)
@@ -204,13 +208,13 @@ class GatedRegions:
         for k, node in enumerate(skips):
             part.env[node] = part.item(call, k, node)
 
-    def _copy_chain(self, part: Extractor, i: int, how: Sequence[str]) -> fx.Node:
+    def _copy_chain(self, part: Extractor, i: int, arms: Possible) -> fx.Node:
         """The value of a region with widths: at one width for all rows, or at each row's own."""
         gate = self.gates[i]
         assert not isinstance(gate, Route)  # only gates have widths
         chain = self.chains.part_of[gate.name]
-        states = [how[i - len(chain.gates) + 1 + k] for k in range(len(chain.gates))]
-        lowest, highest = states.count(OPEN), len(states) - states.count(SHUT)
+        steps = arms[i - len(chain.gates) + 1 : i + 1]
+        lowest, highest = steps.count(RUN), len(steps) - steps.count(SKIP)
         if lowest == highest:
             needed = facts.needed_for([chain.values[lowest]])
             for n in self.nodes[i]:
@@ -239,11 +243,12 @@ class GatedRegions:
         call = part.graph.call_module(target, (decisions, past, *(part.resolve(n) for n in inputs)))
         return part.item(call, 0, self.names[gate.carries[0].node])
 
-    def _copy_route(self, part: Extractor, i: int, route: Route, how: str) -> None:
+    def _copy_route(self, part: Extractor, i: int, route: Route, arms: frozenset[int]) -> None:
         """Writes branches into `part`: the only open one in line, or all of them as one conditional submodule."""
         node = self.names[route.node]
-        if how != DYNAMIC:
-            value = self.names[route.ways[int(how.removeprefix(ONLY))].value]
+        if len(arms) == 1:
+            (way,) = arms
+            value = self.names[route.ways[way].value]
             needed = facts.needed_for([value])
             for n in self.nodes[i]:
                 if n in needed:
@@ -302,37 +307,18 @@ class GatedRegions:
         return axis
 
 
-def pattern_of(program: Program, settings: Settings) -> tuple[str, ...]:
-    """Of all `conditionals`: what is known of them under these settings, whatever the input."""
-    found = pattern(program.gates, settings[GATES])
-    found += halting_pattern(program.halts, not settings.halts)
-    return found + routing_pattern(program.routes, settings[BRANCHES])
-
-
-def halting_pattern(halts: Sequence[Halt], closed: bool) -> tuple[str, ...]:
-    """Per step but the first of each chain; `closed` for the model as it was."""
-    found: list[str] = []
-    for h in halts:
-        how = DYNAMIC if not closed or h.per_token else SHUT if h.repeated else OPEN
-        found += [how] * sum(bool(s.carries) for s in h.steps)
-    return tuple(found)
-
-
-def pattern(gates: Sequence[Gate], thresholds: Sequence[float]) -> tuple[str, ...]:
-    """Per gate: open or shut whatever the input, or dynamic."""
-    known: dict[str, str] = {"": OPEN}
-    for g, t in zip(gates, thresholds, strict=True):
-        own = OPEN if t <= 0 else SHUT if t > 1 else DYNAMIC
-        other = known[g.needs]
-        known[g.name] = SHUT if SHUT in (own, other) else own if other == OPEN else DYNAMIC
-    return tuple(known[g.name] for g in gates)
-
-
-def routing_pattern(routes: Sequence[Route], margins: Sequence[float]) -> tuple[str, ...]:
-    """Of a router to branches: dynamic, or the only way that is open."""
-    found: list[str] = []
-    for r in routes:
-        if r.ways:
-            ways = [k for k, m in enumerate(margins) if m <= 1]
-            found.append(f"{ONLY}{ways[0]}" if len(ways) == 1 else DYNAMIC)
-    return tuple(found)
+def possible(program: Program, settings: Settings | None) -> Possible:
+    """Of all `conditionals`: the arms that rows can take under these settings; all of them without settings."""
+    if settings is None:
+        routes = tuple(frozenset(range(len(r.ways))) for r in program.routes if r.ways)
+        return (EITHER,) * (len(conditionals(program)) - len(routes)) + routes
+    gates: dict[str, frozenset[int]] = {"": RUN}
+    for g, t in zip(program.gates, settings[GATES], strict=True):
+        own, before = RUN if t <= 0 else SKIP if t > 1 else EITHER, gates[g.needs]
+        gates[g.name] = SKIP if SKIP in (own, before) else own if before == RUN else EITHER
+    found = [gates[g.name] for g in program.gates]
+    for h in program.halts:
+        step = EITHER if settings.halts or h.per_token else SKIP if h.repeated else RUN
+        found += [step] * sum(bool(s.carries) for s in h.steps)
+    open_ways = frozenset(k for k, m in enumerate(settings[BRANCHES]) if m <= 1)
+    return (*found, *(open_ways for r in program.routes if r.ways))

@@ -17,7 +17,7 @@ import eecompile.ops as ops
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.extract import Extractor
-from eecompile.passes.gated import DYNAMIC, conditionals, defined
+from eecompile.passes.gated import Possible, conditionals, defined, possible
 from eecompile.passes.stage import Layout, inserted
 from eecompile.program import Live, Program
 
@@ -85,7 +85,7 @@ def schedule(
     program: Program,
     open_exits: tuple[int, ...],
     decide_at_end: bool = False,
-    gates: tuple[str, ...] | None = None,
+    arms: Possible | None = None,
     live_only: bool = False,
 ) -> Schedule:
     """The segments between the open exits.
@@ -94,11 +94,11 @@ def schedule(
         open_exits: Indices of the exits that are open, in order.
         decide_at_end: Whether the last segment also gives the confidence of the model's own output, and every segment
             its reports.
-        gates: Per gated region and halting step "open", "shut" or "dynamic"; None takes all as dynamic.
+        arms: Of each conditional, the arms that rows can take (see `possible`); None for all of them.
         live_only: Whether position-wise parts of halting steps run at live positions only, so many as there are: their
             number is known on the host only.
     """
-    how = (DYNAMIC,) * len(conditionals(program)) if gates is None else gates
+    arms = possible(program, None) if arms is None else arms
     layout = Layout(program, live_only)
     stops = (*open_exits, len(program.exits))
     segments = []
@@ -106,7 +106,7 @@ def schedule(
     incoming = layout.inputs()
     for i, stop in enumerate(stops):
         later = tuple(open_exits[i + 1 :])
-        segment = _segment(program, layout, start, stop, incoming, later, i > 0, decide_at_end, how)
+        segment = _segment(program, layout, start, stop, incoming, later, i > 0, decide_at_end, arms)
         segments.append(segment)
         incoming = [layout.names[v.node] for v in segment.outputs]
         start = stop
@@ -122,7 +122,7 @@ def _segment(
     later: tuple[int, ...],
     after_open: bool,
     decide_at_end: bool,
-    how: tuple[str, ...],
+    arms: Possible,
 ) -> Segment:
     at_end = stop == len(program.exits)
     gm = layout.gm
@@ -131,14 +131,14 @@ def _segment(
     for n in incoming:
         part.placeholder(n)
     decides = not at_end or decide_at_end
-    needed = layout.needed(later if at_end else (stop, *later), how)
+    needed = layout.needed(later if at_end else (stop, *later), arms)
     if decide_at_end:
-        told = [r for r in program.reports if not r.training_only and r.name not in fixed(program, how)]
+        told = [r for r in program.reports if not r.training_only and r.name not in fixed(program, arms)]
         needed = needed | facts.needed_for(layout.names[r.node] for r in told if layout.names[r.beside] in needed)
     carried = states_of(program)
     taken = [r for r in carried if after_open and decides and not (at_end and r == "memory")]
     states: dict[str, fx.Node | None] = {r: part.graph.placeholder(r) for r in taken}
-    layout.copy_interval(part, start, stop, how, needed)
+    layout.copy_interval(part, start, stop, arms, needed)
     decision: list[fx.Node] = []
     head: Extractor | None = None
     reads: list[fx.Node] = []
@@ -150,13 +150,13 @@ def _segment(
         decision = _decision(gm, part, -1 if at_end else stop, states, carried)
     leaves = layout.produced(start, stop)
     given = [part.resolve(layout.leaves[i]) for i in leaves]
-    reports = _reported(program, layout, start, stop, how, needed) if decide_at_end else ()
+    reports = _reported(program, layout, start, stop, arms, needed) if decide_at_end else ()
     given += [part.resolve(layout.names[program.reports[i].node]) for i in reports]
     if at_end:
         given.append(part.resolve(layout.prediction()))
         handed: list[fx.Node] = []
     else:
-        handed = layout.live(stop, later, how)
+        handed = layout.live(stop, later, arms)
     defined(part.graph)
     last = [part.resolve(n) for n in (*handed, *reads)]
     module = part.finish([*decision, *given, *last], f"Segment{start + 1}to{stop}")
@@ -195,11 +195,11 @@ def _output_of(gm: fx.GraphModule, head: Extractor, mark: int) -> list[fx.Node]:
 
 
 def _reported(
-    program: Program, layout: Layout, start: int, stop: int, how: tuple[str, ...], needed: set[fx.Node]
+    program: Program, layout: Layout, start: int, stop: int, arms: Possible, needed: set[fx.Node]
 ) -> tuple[int, ...]:
     """The reports between two exits; what is the same whatever the input has nothing to tell."""
     inside = needed.intersection(layout.interval(start, stop))
-    known = fixed(program, how)
+    known = fixed(program, arms)
     return tuple(
         i
         for i, r in enumerate(program.reports)
@@ -207,9 +207,9 @@ def _reported(
     )
 
 
-def fixed(program: Program, how: tuple[str, ...]) -> set[str]:
+def fixed(program: Program, arms: Possible) -> set[str]:
     """Names of gates, steps and chains that do the same for every row: nothing is reported of them."""
-    known = {c.name for c, h in zip(conditionals(program), how, strict=True) if h != DYNAMIC}
+    known = {c.name for c, taken in zip(conditionals(program), arms, strict=True) if len(taken) == 1}
     return known | {h.name for h in program.halts if h.steps[-1].name in known}
 
 

@@ -6,7 +6,7 @@ It computes what the marked graph computes, in the same order; each stage is a s
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -17,7 +17,7 @@ from eecompile.errors import PassError
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.extract import Extractor
-from eecompile.passes.gated import DYNAMIC, GatedRegions
+from eecompile.passes.gated import GatedRegions, Possible
 from eecompile.program import Gate, Halt, HaltStep, Live, Program, Stage
 
 
@@ -123,36 +123,36 @@ class Layout:
         high = len(self.trunk) if stop >= len(self.bounds) else self.bounds[stop] + 1
         return self.trunk[low:high]
 
-    def needed(self, exits: Iterable[int], how: Sequence[str] | None = None) -> set[fx.Node]:
+    def needed(self, exits: Iterable[int], arms: Possible | None = None) -> set[fx.Node]:
         """Trunk nodes that the model's own output or one of these exits needs.
 
         Args:
-            how: Per gate "open", "shut" or "dynamic": chains whose halting is closed need no scores.
+            arms: What rows can take: chains whose halting is closed need no scores.
         """
-        plain = {} if how is None else self.regions.plain(how)
+        plain = {} if arms is None else self.regions.plain(arms)
         own = self.own if not plain else facts.needed_for([*self.leaves, self.prediction(), *self.choices], plain)
         heads = [self.names[n] for k in exits for n in self.program.exits[k].reads]
         beside = [n for n in heads if n not in own]  # none, but in a cascade of models
-        return self._whole(own | facts.needed_for(beside, plain), how) if beside or plain else own
+        return self._whole(own | facts.needed_for(beside, plain), arms) if beside or plain else own
 
-    def _whole(self, needed: set[fx.Node], how: Sequence[str] | None) -> set[fx.Node]:
+    def _whole(self, needed: set[fx.Node], arms: Possible | None) -> set[fx.Node]:
         """With all that a halting step carries on where it runs on some rows, if only a report reads it."""
         for i, g in enumerate(self.regions.gates):
-            if isinstance(g, HaltStep) and (how is None or how[i] == DYNAMIC) and self.regions.serves(i, needed):
+            if isinstance(g, HaltStep) and (arms is None or len(arms[i]) > 1) and self.regions.serves(i, needed):
                 needed = needed | facts.needed_for([self.names[c.y] for c in g.carries])
         return needed
 
     def copy_interval(
-        self, part: Extractor, start: int, stop: int, how: Sequence[str] | None = None, needed: set[fx.Node] | None = None
+        self, part: Extractor, start: int, stop: int, arms: Possible | None = None, needed: set[fx.Node] | None = None
     ) -> None:
         """Copies the work between two exits into `part`.
 
         Args:
-            how: Per gate "open", "shut" or "dynamic"; None shows gated regions as submodules that compute every row.
+            arms: What rows can take; None shows gated regions as submodules that compute every row.
             needed: Leave out what is not among these; None copies everything.
         """
         regions = self.regions
-        plain = {} if how is None else regions.plain(how)
+        plain = {} if arms is None else regions.plain(arms)
         for n in self.interval(start, stop):
             if n in part.env or n in regions.inside:
                 continue
@@ -167,10 +167,10 @@ class Layout:
                 continue
             if n in regions.ends:
                 i = regions.ends[n]
-                if how is None:
+                if arms is None:
                     regions.show_in(part, i)
                 else:
-                    regions.copy_into(part, i, how, needed)
+                    regions.copy_into(part, i, arms, needed)
                 continue
             part.copy_unless_outer(n)
 
@@ -179,7 +179,7 @@ class Layout:
         i = self.regions.inside.get(node)
         return self.position.get(node, -1) if i is None else self.position[self.regions.end(i)]
 
-    def live(self, exit_index: int, later: tuple[int, ...] | None = None, how: Sequence[str] | None = None) -> list[fx.Node]:
+    def live(self, exit_index: int, later: tuple[int, ...] | None = None, arms: Possible | None = None) -> list[fx.Node]:
         """Tensors that cross the boundary at an exit; `later` are the exits that are open behind it (None: all)."""
         p = self.bounds[exit_index]
         wanted = range(exit_index + 1, len(self.bounds)) if later is None else later
@@ -188,7 +188,7 @@ class Layout:
         # predictions per position leave padding out of the confidence, to the very end
         heads |= {self.names[e.mask_input] for e in exits if e.mask_input and self.positions}
         heads |= {choice for choice, node in self.choices.items() if self.position[node] > p}
-        needed = self.needed(wanted, how)  # work of a closed exit does not run: what only it reads need not survive
+        needed = self.needed(wanted, arms)  # work of a closed exit does not run: what only it reads need not survive
         out = []
         for n in self.trunk[: p + 1]:
             if n.op == "get_attr" or not facts.is_tensor(n) or n in self.regions.inside:

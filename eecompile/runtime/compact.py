@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from eecompile.ir.settings import EXITS, Settings
-from eecompile.passes.gated import pattern_of
+from eecompile.passes.gated import Possible, possible
 from eecompile.passes.lower import Segment, schedule
 from eecompile.passes.settings import with_settings
 from eecompile.program import Program
@@ -71,26 +71,26 @@ class CompactExecutor:
 
     def __init__(self, program: Program, backend: str = "eager") -> None:
         self.program, self.backend = program, backend
-        self._plans: dict[tuple[tuple[int, ...], bool, tuple[str, ...]], tuple[Step, ...]] = {}
+        self._plans: dict[tuple[tuple[int, ...], bool, Possible], tuple[Step, ...]] = {}
         self._lock = threading.Lock()
         self._dtypes = OutputDtypes(program)
         self._running: set[_Run] = set()
         self.times = times_of(program)
-        self._pattern = PerSettings(lambda settings: pattern_of(program, settings))
+        self._possible = PerSettings(lambda settings: possible(program, settings))
 
     def reset(self) -> None:
         with self._lock:
             self._plans = {}
         self.times.forget()
 
-    def plan(self, open_exits: tuple[int, ...], decide_at_end: bool, gates: tuple[str, ...] = ()) -> tuple[Step, ...]:
-        """The segments for a set of open exits and a pattern of gates, built at first use."""
-        key = (open_exits, decide_at_end, gates)
+    def plan(self, open_exits: tuple[int, ...], decide_at_end: bool, arms: Possible = ()) -> tuple[Step, ...]:
+        """The segments for a set of open exits and the arms that rows can take, built at first use."""
+        key = (open_exits, decide_at_end, arms)
         found = self._plans.get(key)
         if found is None:
             with self._lock:
                 if key not in self._plans:
-                    segments = schedule(self.program, open_exits, decide_at_end, gates, live_only=True).segments
+                    segments = schedule(self.program, open_exits, decide_at_end, arms, live_only=True).segments
                     self._plans[key] = tuple(self._step(s) for s in segments)
                 found = self._plans[key]
         return found
@@ -141,9 +141,9 @@ class CompactExecutor:
         return len(running)
 
     def _begin(self, flat: Sequence[Tensor], settings: Settings, want_confidence: bool) -> _Run:
-        gates = self._pattern(settings)
-        plan = self.plan(settings.open_exits, want_confidence, gates)
-        return _Run(self.program, flat, self._dtypes.of(flat), settings, want_confidence, plan, gates)
+        arms = self._possible(settings)
+        plan = self.plan(settings.open_exits, want_confidence, arms)
+        return _Run(self.program, flat, self._dtypes.of(flat), settings, want_confidence, plan, arms)
 
 
 class _Run:
@@ -157,10 +157,10 @@ class _Run:
         settings: Settings,
         want_confidence: bool,
         plan: Sequence[Step],
-        gates: tuple[str, ...] = (),
+        arms: Possible = (),
     ) -> None:
         self.program, self.flat, self.dtypes, self.want_confidence = program, flat, dtypes, want_confidence
-        self.plan, self.gates = plan, gates
+        self.plan, self.arms = plan, arms
         self.thresholds = settings[EXITS]
         self.outputs = program.signature.outputs
         index, axis = program.signature.batch_input
@@ -265,5 +265,5 @@ class _Run:
 
     def _told(self, outcome: Outcome) -> Outcome:
         if self.want_confidence and self.program.reports:
-            outcome.reports = with_known(self.program, self.gates, self.reports, outcome.exit_index)
+            outcome.reports = with_known(self.program, self.arms, self.reports, outcome.exit_index)
         return outcome

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
 
 from eecompile.ir.settings import Settings
-from eecompile.passes.gated import DYNAMIC, ONLY, OPEN, conditionals
+from eecompile.passes.gated import RUN, Possible, conditionals
 from eecompile.program import Halt, HaltStep, Program
 from eecompile.runtime.reference import reached
 
@@ -37,42 +37,40 @@ class PerSettings(Generic[T]):
         self._last = None
 
 
-def with_known(
-    program: Program, gates: Sequence[str], reports: Mapping[str, Tensor], exit_index: Tensor
-) -> dict[str, Tensor]:
+def with_known(program: Program, arms: Possible, reports: Mapping[str, Tensor], exit_index: Tensor) -> dict[str, Tensor]:
     """What a call told, and what needed no telling.
 
     Args:
-        gates: The pattern of the call.
+        arms: What was possible in the call.
         reports: What the call told.
         exit_index: [B] int64.
     """
-    found = {**reports, **_known(program, gates, reports, exit_index)}
+    found = {**reports, **_known(program, arms, reports, exit_index)}
     begins = {s.name: s.stage for h in program.halts for s in h.steps if s.stage}
     for name in begins.keys() & reports.keys():  # told before an exit where rows left
         found[name] = reached(found[name], exit_index, begins[name])
     return found
 
 
-def _known(program: Program, gates: Sequence[str], reports: Mapping[str, Tensor], exit_index: Tensor) -> dict[str, Tensor]:
+def _known(program: Program, arms: Possible, reports: Mapping[str, Tensor], exit_index: Tensor) -> dict[str, Tensor]:
     """Decisions of gates that are open or shut whatever the input, and zeros for what nobody reached."""
     known = {
-        g.name: (exit_index >= g.stage).float() * (how == OPEN)
-        for g, how in zip(program.gates, gates, strict=False)
-        if how != DYNAMIC or g.name not in reports
+        g.name: (exit_index >= g.stage).float() * (taken == RUN)
+        for g, taken in zip(program.gates, arms, strict=False)
+        if len(taken) == 1 or g.name not in reports
     }
     count = len(program.gates)
     known |= {
-        s.name: (exit_index >= s.stage).float() * (how == OPEN)
-        for s, how in zip(conditionals(program)[count:], gates[count:], strict=False)
-        if isinstance(s, HaltStep) and (how != DYNAMIC or s.name not in reports)
+        s.name: (exit_index >= s.stage).float() * (taken == RUN)
+        for s, taken in zip(conditionals(program)[count:], arms[count:], strict=False)
+        if isinstance(s, HaltStep) and (len(taken) == 1 or s.name not in reports)
     }
     for h in program.halts:
         if h.name not in reports:
             known[h.name] = closed_ledger(h, exit_index)
     for r in program.routes:  # one way is open, or nobody got to the branches; or no exit is open
         if r.name not in reports:
-            way = int(gates[-1].removeprefix(ONLY)) if r.ways and gates[-1] != DYNAMIC else 0
+            way = next(iter(arms[-1])) if r.ways and len(arms[-1]) == 1 else 0
             shape = (len(exit_index), len(program.exits)) if r.to_exits else (len(exit_index),)
             known[r.name] = torch.full(shape, way, device=exit_index.device)
     return known

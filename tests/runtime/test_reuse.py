@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eecompile import CompiledModule, eecompile, strategies
+from eecompile.passes.gated import EITHER
 from eecompile.runtime.reuse import overwriting, reusable
 from eecompile.runtime.runnable import EagerSegment
 from tests.support import CLOSED, both, equal_bits, watch
@@ -170,5 +171,5 @@ def test_gated_regions_write_over_what_nobody_reads_later(how, over):
     with torch.no_grad():
         equal_bits(fast(x), reference.output)
     assert torch.equal(x, before)
-    module = fast._chosen.plan((), False, ("dynamic",) * 3)[0].segment.module  # type: ignore[attr-defined]
+    module = fast._chosen.plan((), False, (EITHER,) * 3)[0].segment.module  # type: ignore[attr-defined]
     assert sorted(n.name for n in overwriting(module)) == [f"gate_{i}_region" for i in over]

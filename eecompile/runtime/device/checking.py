@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from eecompile.passes.gated import DYNAMIC, conditionals
+from eecompile.passes.gated import possible
 from eecompile.passes.lower import schedule
 from eecompile.program import Program
 from eecompile.runtime.device.build import build
@@ -68,7 +68,7 @@ def check(program: Program, flat: Sequence[Tensor], options: Options) -> NoSync:
         flat: Inputs; only their shapes count.
     """
     report = NoSync()
-    segments = schedule(program, tuple(range(len(program.exits))), True, (DYNAMIC,) * len(conditionals(program)))
+    segments = schedule(program, tuple(range(len(program.exits))), True, possible(program, None))
     names = [f"stage {k}" for k in range(len(segments.segments))]
     check_modules([s.module for s in segments.segments], names, report)
     index, axis = program.signature.batch_input

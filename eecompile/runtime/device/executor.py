@@ -15,7 +15,7 @@ from torch import Tensor
 from eecompile.errors import StrategyError, UnsupportedModelError
 from eecompile.ir.settings import Settings
 from eecompile.passes import facts
-from eecompile.passes.gated import pattern_of
+from eecompile.passes.gated import Possible, possible
 from eecompile.passes.lower import schedule
 from eecompile.program import Program
 from eecompile.reasons import Unless
@@ -72,12 +72,12 @@ class Now:
 
     Attributes:
         open_exits: Indices of the exits that are computed.
-        gates: The pattern of gates, halting steps and routes.
+        arms: Of each conditional, the arms that rows can take.
         read: The settings as tensors, for kernels and modules.
     """
 
     open_exits: tuple[int, ...]
-    gates: tuple[str, ...]
+    arms: Possible
     read: dict[str, Tensor]
 
 
@@ -108,7 +108,7 @@ class DeviceExecutor:
 
     def _plan(self, settings: Settings) -> Now:
         read = settings.tensors(facts.device_of(self.program.source))
-        return Now(settings.open_exits, pattern_of(self.program, settings), read)
+        return Now(settings.open_exits, possible(self.program, settings), read)
 
     def reset(self) -> None:
         with self._lock:
@@ -134,7 +134,7 @@ class DeviceExecutor:
         with self._lock:
             found = self._kept.get(key)
             if found is None:
-                lowered = schedule(self.program, now.open_exits, True, now.gates)
+                lowered = schedule(self.program, now.open_exits, True, now.arms)
                 made = build(
                     self.program,
                     lowered,
@@ -172,7 +172,7 @@ class DeviceExecutor:
             stopped = False
             if allowance.deadline is not None:
                 kept_to, found["exit_index"] = kept(program, found[CLOCK], found["exit_index"])
-            outcome = self._outcome(program, flat, found, now.gates)
+            outcome = self._outcome(program, flat, found, now.arms)
             if allowance.deadline is not None:
                 stopped = want_confidence and kept_to.say(outcome)
                 outcome.closing = (done, program.batch) if self.hosted else None
@@ -208,9 +208,7 @@ class DeviceExecutor:
             runs.measure(flat, self.times)
         self._timed.add(_call_key(now, flat))
 
-    def _outcome(
-        self, program: DeviceProgram, flat: Sequence[Tensor], found: dict[str, Tensor], gates: tuple[str, ...]
-    ) -> Outcome:
+    def _outcome(self, program: DeviceProgram, flat: Sequence[Tensor], found: dict[str, Tensor], arms: Possible) -> Outcome:
         signature, at = self.program.signature, self.program.prediction or 0
         axis = signature.outputs[at].batch_axis
         leaves = []
@@ -223,7 +221,7 @@ class DeviceExecutor:
         index, confidence = found["exit_index"], torch.nan_to_num(found["confidence"], nan=0.0)
         reports = {told: found[buffer] for told, buffer in program.reports}
         outcome = Outcome(leaves, index, confidence, reports=reports)
-        outcome.reports = with_known(self.program, gates, reports, index)
+        outcome.reports = with_known(self.program, arms, reports, index)
         return outcome
 
     def _stopped(self, outcome: Outcome, last: int, thresholds: Tensor) -> None:
@@ -311,4 +309,4 @@ def stepped(machine: Hosted, flat: Sequence[Tensor], times: StageTimes, deadline
 
 def _call_key(now: Now, flat: Sequence[Tensor]) -> tuple[Any, ...]:
     """What a device program is made for, besides limits."""
-    return (tuple((t.shape, t.stride(), t.dtype, t.device) for t in flat), now.open_exits, now.gates)
+    return (tuple((t.shape, t.stride(), t.dtype, t.device) for t in flat), now.open_exits, now.arms)
