@@ -80,6 +80,7 @@ class CompiledModule(DevicePrograms, Anytime):
         self.__dict__["original"] = original
         self.__dict__["example"] = example
         self.__dict__["_training_program"] = training_program
+        self.__dict__["train_signature"] = None
         self.__dict__["artifact"] = dict(artifact or {})
         self.__dict__["_training_graphs"] = {}
         self.__dict__["_executors"] = {}
@@ -203,7 +204,10 @@ class CompiledModule(DevicePrograms, Anytime):
     ) -> Outcome:
         try:
             if self.training:
-                return self._reference(self._training_graph()).run(flat, settings)
+                graph = self._training_graph()
+                if self.train_trunk and self.train_signature is not None:
+                    self.train_signature.check(flat)
+                return self._reference(graph).run(flat, settings)
             return self._chosen.run(flat, settings, want_confidence, allowance)
         except RuntimeError as error:
             elsewhere = other_device(self.program.signature, flat, self.thresholds.device)

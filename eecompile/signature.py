@@ -6,11 +6,8 @@ names, values that were burned in (`use_cache=False`), the containers around the
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import json
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +15,9 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from eecompile.errors import ArtifactError, CaptureError, MissingDependencyError, near
+from eecompile.containers import dump_spec, load_spec
+from eecompile.errors import ArtifactError, CaptureError, near
+from eecompile.guards import Guard, load_guard
 
 POSITIONAL_ONLY = int(inspect.Parameter.POSITIONAL_ONLY)
 POSITIONAL = int(inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -115,6 +114,7 @@ class Signature:
         constants: Per input leaf: None for a tensor, else a one-element tuple with the value that was burned in.
         out_constants: The same for the outputs.
         dynamic: Name and range of every dynamic size, the batch included.
+        guards: Further conditions on these sizes, under which the graph is the model.
     """
 
     parameters: tuple[Parameter, ...]
@@ -125,6 +125,7 @@ class Signature:
     constants: tuple[tuple[Any] | None, ...]
     out_constants: tuple[tuple[Any] | None, ...]
     dynamic: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
+    guards: tuple[Guard, ...] = ()
     training: bool = False
 
     def __post_init__(self) -> None:
@@ -168,12 +169,20 @@ class Signature:
             flat = self._bind(args, kwargs)
         if not all(isinstance(t, torch.Tensor) for t in flat):
             flat = self._bind(args, kwargs)
+        self.check(flat)
+        return flat
+
+    def check(self, flat: Sequence[torch.Tensor]) -> None:
+        """Checks sizes and dtypes, once for each combination of them.
+
+        Raises:
+            CaptureError: They are not what was captured.
+        """
         key = tuple((t.shape, t.dtype) for t in flat)
         if key not in self._seen:  # type: ignore[attr-defined]
             self._check(flat)
             if len(self._seen) < 4096:  # type: ignore[attr-defined]
                 self._seen.add(key)  # type: ignore[attr-defined]
-        return flat
 
     def _bind(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:
         named = arguments_by_name(self.parameters, args, kwargs)
@@ -242,6 +251,30 @@ class Signature:
                     wanted=f"{leaf.describe()}" + (f" ({ranges})" if ranges else ""),
                     hint="convert the input, or compile again with an example of this shape and dtype",
                 )
+        for guard in self.guards:
+            if not guard.holds(sizes):
+                raise CaptureError(
+                    "for these sizes the model takes another branch than the one that was captured",
+                    where=guard.where or None,
+                    got=", ".join(f"{n} {sizes[n]}" for n in sorted(guard.names)) + f" ({self._given(flat)})",
+                    wanted=f"{guard}, where {', '.join(f'{n} is {self._source(n)}' for n in sorted(guard.names))}",
+                    hint="call with such sizes, or compile again with an example of these",
+                )
+
+    def admits(self, flat: Sequence[torch.Tensor]) -> bool:
+        """Whether tensors in the graph's order have sizes and dtypes that were captured."""
+        try:
+            self._check(flat)
+        except CaptureError:
+            return False
+        return True
+
+    def _given(self, flat: Sequence[torch.Tensor]) -> str:
+        return ", ".join(f"{leaf.path}: {list(t.shape)}" for leaf, t in zip(self.inputs, flat, strict=True))
+
+    def _source(self, name: str) -> str:
+        """`ids.shape[1]` for a dynamic size."""
+        return next((f"{leaf.path}.shape[{leaf.shape.index(name)}]" for leaf in self.inputs if name in leaf.shape), name)
 
     # ------------------------------------------------------------------ outputs
 
@@ -297,6 +330,7 @@ class Signature:
             "constants": [None if c is None else list(c) for c in self.constants],
             "out_constants": [None if c is None else list(c) for c in self.out_constants],
             "dynamic": {k: list(v) for k, v in self.dynamic.items()},
+            "guards": [g.to_json() for g in self.guards],
             "training": self.training,
         }
 
@@ -315,57 +349,6 @@ class Signature:
             constants=tuple(None if c is None else (c[0],) for c in data["constants"]),
             out_constants=tuple(None if c is None else (c[0],) for c in data["out_constants"]),
             dynamic={k: (v[0], v[1]) for k, v in data["dynamic"].items()},
+            guards=tuple(load_guard(g) for g in data["guards"]),
             training=data["training"],
         )
-
-
-def dump_spec(spec: Any) -> str:
-    """A container description as JSON.
-
-    Raises:
-        ArtifactError: One of the containers has no name to be found by again.
-    """
-    try:
-        return pytree.treespec_dumps(spec)
-    except NotImplementedError as error:
-        raise ArtifactError(
-            "the model gives or takes a container that cannot be saved",
-            got=next(iter(str(error).splitlines()), ""),
-            wanted="tuples, lists, dicts, or output classes of transformers",
-            hint="register its class: torch.export.register_dataclass(cls, serialized_type_name=...)",
-        ) from error
-
-
-def load_spec(text: str) -> Any:
-    """A container description from JSON; output classes of transformers are imported, others must be already.
-
-    Raises:
-        MissingDependencyError: transformers is needed and not installed.
-        ArtifactError: A class of somebody else that is not imported; nothing is imported on a file's word.
-    """
-
-    def names(node: Any) -> set[str]:
-        if isinstance(node, dict):
-            own = {node["type"]} if isinstance(node.get("type"), str) else set()
-            return own.union(*(names(v) for v in node.values()))
-        return set().union(*(names(v) for v in node)) if isinstance(node, list) else set()
-
-    for name in sorted(names(json.loads(text))):
-        module = name.rpartition(".")[0]
-        if name.startswith("transformers."):
-            try:
-                importlib.import_module(module)
-            except ImportError as error:
-                raise MissingDependencyError(
-                    "this program gives its output in a class of transformers",
-                    got=str(error),
-                    wanted=name,
-                    hint="pip install 'eecompile[hf]'",
-                ) from error
-        elif "." in name and module not in sys.modules and module not in ("builtins", "collections"):
-            raise ArtifactError(
-                "this program gives its output in a class that is not imported",
-                wanted=name,
-                hint=f"import {module} before loading",
-            )
-    return pytree.treespec_loads(text)

@@ -18,6 +18,7 @@ from eecompile.passes.every_step import with_every_step
 from eecompile.passes.training_decisions import with_decisions
 from eecompile.passes.training_graph import frozen_trunk
 from eecompile.program import Program, Result
+from eecompile.signature import Signature
 from eecompile.strategies.base import Strategy
 from eecompile.training.evaluate import evaluate
 from eecompile.training.fit import fit, objective_of
@@ -35,6 +36,7 @@ class Trainable(Decisions):
     gates_kept_open: int = 0  # the first so many gates do not decide in train mode: a curriculum
     gates_full_share: float = 0.0  # share of a batch's rows, the first ones, that all gates let in in train mode
     _training_program: Callable[[Any], Program] | None
+    train_signature: Signature | None  # of the train-mode capture, once there is one
 
     @property
     def compiled(self) -> Compiled:
@@ -170,6 +172,7 @@ class Trainable(Decisions):
                 program = self.__dict__["_training_program"](self)
                 assert program.marked is not None
                 graphs[True] = program.marked
+                self.__dict__["train_signature"] = program.signature
         hard: fx.GraphModule = graphs[self.train_trunk]
         return hard
 

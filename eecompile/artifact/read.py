@@ -101,16 +101,17 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     program = run_passes(program, [insert, StagePass(), Lower()], facts=frozenset({"exits placed"}))
     program = program.replace(settings=program.settings.from_dict(data["settings"]))
     artifact: dict[str, Any] = {"eval": exported}
-    training = None
+    training = train_signature = None
     if "train" in paths:
         artifact["train"] = train = _exported(paths["train"])
+        train_signature = Signature.from_dict(data["train_signature"])
 
         def training(fast: CompiledModule) -> Program:
             train_graph = flat_graph(train, "m", names)
             share_tensors(train_graph, fast.program.source)
-            return prepare_training_graph(fast.program, train_graph, signature, fast.strategy.recipe().equilibrium)
+            return prepare_training_graph(fast.program, train_graph, train_signature, fast.strategy.recipe().equilibrium)
 
-    return CompiledModule(
+    fast = CompiledModule(
         program,
         _strategy(data["strategy"]),
         executor=data["executor"],
@@ -120,6 +121,8 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
         autocast=data.get("autocast", ()),
         notes=[*(n for n in data["notes"] if not n.startswith(LOADED)), f"{LOADED}{directory.name}"],
     )
+    fast.__dict__["train_signature"] = train_signature
+    return fast
 
 
 def _exported(path: Path) -> ExportedProgram:

@@ -53,6 +53,7 @@ def write(fast: Any, path: str | Path) -> None:
         "executor": fast.__dict__["_asked"],  # "auto" may mean another one where it is loaded
         "backend": fast.backend,
         "signature": program.signature.to_dict(),
+        "train_signature": None if fast.train_signature is None else fast.train_signature.to_dict(),
         "prediction": program.prediction,
         "models": list(program.models),
         "blocks": program.block_pattern,

@@ -92,8 +92,12 @@ class FlatAdapter(nn.Module):
         self.training = m.training  # nn.Module starts in train mode; export reads the flag of the root
         self.m = m
         self.call = call
+        self.equal: list[list[tuple[int, int]]] = []  # groups of (input, axis) that are one size
 
     def forward(self, *flat: torch.Tensor) -> Any:
+        for (first, axis), *others in self.equal:
+            for i, a in others:
+                torch._check(flat[first].shape[axis] == flat[i].shape[a])  # type: ignore[no-untyped-call]  # one symbol
         args, kwargs = self.call.arguments(flat)
         return self.m(*args, **kwargs)
 

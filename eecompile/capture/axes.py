@@ -49,6 +49,23 @@ def shapes(call: FlatCall) -> str:
     return ", ".join(f"{p}: {list(t.shape)}" for p, t in zip(call.paths, call.tensors, strict=True))
 
 
+def without_batch(paths: Sequence[str], tensors: Sequence[torch.Tensor], axes: Sequence[int | None]) -> str:
+    """The next step where the number of rows turns out to be something else: names inputs that may have no batch."""
+    batched = [p for p, a in zip(paths, axes, strict=True) if a is not None]
+    square = [
+        p
+        for p, t, a in zip(paths, tensors, axes, strict=True)
+        if a is not None and any(t.shape[a] == s for i, s in enumerate(t.shape) if i != a)
+    ]
+    named = sorted(square if len(batched) > 1 else [], key=lambda p: tensors[paths.index(p)].dim()) or batched[1:]
+    if not named:
+        return "rewrite what counts rows: a loop over the rows, or a constant where a view has the number of rows"
+    return (
+        f"if {named[0]} has no batch (an adjacency, a table), pass batch_axis={{{named[0]!r}: None}}; "
+        "give an example whose number of rows is no other size"
+    )
+
+
 def batch_size(call: FlatCall, axes: Sequence[int | None]) -> int:
     sizes = {t.shape[a] for t, a in zip(call.tensors, axes, strict=True) if a is not None}
     if len(sizes) != 1:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import fx, nn
 
+from eecompile.capture.axes import without_batch
 from eecompile.capture.memory import written_attributes
 from eecompile.errors import CaptureError, UnsupportedModelError
 from eecompile.signature import Signature
@@ -15,6 +17,7 @@ from eecompile.signature import Signature
 TOLERANCE = 1e-4  # relative to the largest value; a burned-in branch is off by far more
 LOOSE = 10 * TOLERANCE  # for a row alone against the same row in a batch: sums may run in another order
 Model = Callable[[Sequence[torch.Tensor]], Any]  # flat tensors to the model's own output
+Graph = Callable[..., Sequence[torch.Tensor]]  # flat tensors to flat outputs
 
 
 def difference(a: torch.Tensor, b: torch.Tensor) -> float:
@@ -38,23 +41,22 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 def rows(signature: Signature, flat: Sequence[torch.Tensor], index: Sequence[int]) -> list[torch.Tensor]:
     """The given rows of every input that has a batch; rows repeat where the example is short."""
     size = signature.batch_size(flat)
-    pick = torch.tensor([i % size for i in index], device=flat[0].device)
+    pick = torch.tensor([i % size for i in index], dtype=torch.int64, device=flat[0].device)
     return [
         t if leaf.batch_axis is None else t.index_select(leaf.batch_axis, pick)
         for t, leaf in zip(flat, signature.inputs, strict=True)
     ]
 
 
-def shorter(signature: Signature, flat: Sequence[torch.Tensor]) -> list[torch.Tensor] | None:
-    """The inputs at another size of every further dynamic axis, None where there is no such axis."""
-    others = [d for d in signature.dynamic if d != "batch"]
-    if not others:
-        return None
+def at_lengths(signature: Signature, flat: Sequence[torch.Tensor], length: Callable[[int], int]) -> list[torch.Tensor]:
+    """The inputs with every further dynamic axis cut (or filled up by repeating) to another length."""
+    others = set(signature.dynamic) - {"batch"}
     out = []
     for t, leaf in zip(flat, signature.inputs, strict=True):
         for axis, size in enumerate(leaf.shape):
             if size in others:
-                t = t.narrow(axis, 0, max(2, t.shape[axis] * 2 // 3))
+                index = torch.arange(length(t.shape[axis]), device=t.device) % t.shape[axis]
+                t = t.index_select(axis, index)
         out.append(t)
     return out
 
@@ -62,16 +64,22 @@ def shorter(signature: Signature, flat: Sequence[torch.Tensor]) -> list[torch.Te
 def verify(
     signature: Signature,
     flat: Sequence[torch.Tensor],
-    graph: Callable[..., Sequence[torch.Tensor]],
+    graph: Graph,
     model: Model,
     where: str,
-) -> tuple[list[str], tuple[str, ...]]:
-    """Compares graph and model; gives the problems, empty if there is none, and what could not be checked.
+    guarded: bool = True,
+) -> tuple[Signature, list[str], tuple[str, ...]]:
+    """Compares graph and model at sizes that the signature admits.
 
     Args:
         flat: Example inputs of at least two rows.
         graph: Flat tensors to flat outputs.
         model: Flat tensors to the model's own output.
+        guarded: Whether the trace has a guard where the model branches on a size of 1.
+
+    Returns:
+        The signature with the smallest sizes for which graph and model agree, problems (empty if there is none), and what
+        could not be checked.
 
     Raises:
         UnsupportedModelError: A row's output depends on the other rows of its batch.
@@ -82,24 +90,70 @@ def verify(
     with torch.no_grad():
         for n in sorted({1, 2, 3, size}):
             batch = rows(signature, flat, range(n))
-            want = signature.flatten_output(model(batch))
+            if not signature.admits(batch):
+                continue
+            try:
+                want = signature.flatten_output(model(batch))
+            except Exception as error:  # the user's code may raise anything
+                raise other_rows(signature, batch, error, where) from error
             if n == size:
                 whole = want
             problems += _compare(graph, batch, want, f"batch {n}")
-        other = shorter(signature, flat)
-        if other is not None:
-            try:
-                want = signature.flatten_output(model(other))
-            except (RuntimeError, IndexError, ValueError):  # the model itself has one length only
-                problems.append("another length: the model itself refuses it")
-            else:
-                problems += _compare(graph, other, want, "another length")
+        if len(signature.dynamic) > 1 and not problems:
+            signature, problems = _lengths(signature, flat, graph, model, guarded)
+        if not problems and signature.dynamic["batch"][0] == 1:
+            empty = rows(signature, flat, [])
+            wider = replace(signature, dynamic={**signature.dynamic, "batch": (0, signature.dynamic["batch"][1])})
+            if wider.admits(empty) and not _tried(wider, graph, model, empty, "no row"):
+                signature = wider
         unknown = independent(signature, flat, model, where, whole)
-    return problems, unknown
+    return signature, problems, unknown
+
+
+def other_rows(signature: Signature, batch: Sequence[torch.Tensor], error: Exception, where: str) -> CaptureError:
+    """The error for a model that runs on the rows of its example and on no other number of rows."""
+    axes = [leaf.batch_axis for leaf in signature.inputs]
+    return CaptureError(
+        "the model fails on another number of rows than its example has",
+        where=where,
+        got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')} "
+        f"({', '.join(f'{leaf.path}: {list(t.shape)}' for leaf, t in zip(signature.inputs, batch, strict=True))})",
+        wanted="rows on the batch axis of every input that has a batch",
+        hint=without_batch([leaf.path for leaf in signature.inputs], batch, axes),
+    )
+
+
+def _lengths(
+    signature: Signature, flat: Sequence[torch.Tensor], graph: Graph, model: Model, guarded: bool
+) -> tuple[Signature, list[str]]:
+    """Compares at a shorter, a longer and the shortest length; one of 1 is left out where they differ there unguarded."""
+    others = at_lengths(signature, flat, lambda n: max(2, n * 2 // 3)), at_lengths(signature, flat, lambda n: n + 3)
+    problems: list[str] = []
+    for inputs in others:
+        if signature.admits(inputs):
+            problems += _tried(signature, graph, model, inputs, "another length")
+            if not guarded:
+                problems += _tried(signature, graph, model, rows(signature, inputs, [0]), "another length, batch 1")
+    short = at_lengths(signature, flat, lambda n: 1)
+    if not problems and signature.admits(short):
+        found = _tried(signature, graph, model, short, "length 1")
+        if found:  # the model refuses a single token, or torch took a length of 1 for impossible
+            dynamic = {n: (low if n == "batch" else max(low, 2), high) for n, (low, high) in signature.dynamic.items()}
+            signature = replace(signature, dynamic=dynamic)
+    return signature, problems
+
+
+def _tried(signature: Signature, graph: Graph, model: Model, inputs: Sequence[torch.Tensor], what: str) -> list[str]:
+    """The problems at these inputs; that the model itself refuses them is one."""
+    try:
+        want = signature.flatten_output(model(inputs))
+    except Exception:  # noqa: BLE001 - the user's code may raise anything
+        return [f"{what}: the model itself refuses it"]
+    return _compare(graph, inputs, want, what)
 
 
 def _compare(
-    graph: Callable[..., Sequence[torch.Tensor]],
+    graph: Graph,
     batch: Sequence[torch.Tensor],
     want: Sequence[torch.Tensor],
     what: str,
@@ -137,22 +191,27 @@ def independent(
         return ("not checked: whether samples influence one another, since all rows of the example are the same",)
 
     def run(index: Sequence[int]) -> list[torch.Tensor]:
-        return signature.flatten_output(model(rows(signature, varied, index)))
+        batch = rows(signature, varied, index)
+        try:
+            return signature.flatten_output(model(batch))
+        except Exception as error:  # the user's code may raise anything
+            raise other_rows(signature, batch, error, where) from error
 
     size = signature.batch_size(flat)
     with torch.no_grad():
         full = whole if whole is not None and varied is flat else run(range(size))
-        alone = run([1])
+        one = [1] if signature.dynamic["batch"][0] <= 2 and signature.admits(rows(signature, varied, [1])) else [1] * size
+        alone = run(one)
         for i, leaf in enumerate(signature.outputs):
             if leaf.batch_axis is None:
                 continue
             mine = full[i].narrow(leaf.batch_axis, 1, 1)
-            worst = difference(alone[i], mine)
+            worst = difference(alone[i].narrow(leaf.batch_axis, 0, 1), mine)
             if worst <= LOOSE:
                 continue
             few = 2 if size > 2 else 3
             among = run([0, 1, 0][:few])[i].narrow(leaf.batch_axis, 1, 1)
-            if difference(among, mine) <= TOLERANCE:
+            if one == [1] and difference(among, mine) <= TOLERANCE:
                 raise UnsupportedModelError(
                     "the model computes something else for a batch of one row, so rows may not leave a batch early",
                     where=f"{where}, output {leaf.path}",

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NoReturn
 
 import torch
 import torch.fx.experimental._config as fx_config
@@ -16,16 +15,23 @@ from torch.utils import _pytree as pytree
 
 from eecompile.capture import check
 from eecompile.capture.adapter import FlatAdapter, FlatCall, flatten_call, mode, no_attention_fastpath
-from eecompile.capture.axes import BatchAxis, batch_axes, batch_size, counts_rows, integers_only, shapes, token_axes
+from eecompile.capture.axes import (
+    BatchAxis,
+    batch_axes,
+    batch_size,
+    counts_rows,
+    integers_only,
+    shapes,
+    token_axes,
+)
 from eecompile.capture.quiet import quiet
-from eecompile.capture.source import capture_failed, model_failed
+from eecompile.capture.sizes import MAX_BATCH, MAX_LENGTH, batch_fixed, conditions, equal_sizes, ranges
+from eecompile.capture.source import capture_failed, model_failed, stack_of, strip
 from eecompile.capture.tensors import name_in_graph, share_tensors
 from eecompile.capture.untouched import untouched
-from eecompile.errors import CaptureError
+from eecompile.errors import CaptureError, UnsupportedModelError
 from eecompile.signature import Leaf, Signature, path_of
 
-MAX_BATCH = 65536
-MAX_LENGTH = 1 << 20
 TRACE_ROWS = 5  # a batch of 1 would be specialised
 
 
@@ -68,64 +74,145 @@ def capture_export(
     axes = batch_axes(call, batch_axis)
     size = batch_size(call, axes)
     lengths = dict(dynamic) if dynamic is not None else token_axes(call, axes)
-    traced = tuple(
-        t if a is None else t.index_select(a, torch.arange(max(TRACE_ROWS, size), device=t.device) % size)
-        for t, a in zip(call.tensors, axes, strict=True)
-    )
-    adapter = FlatAdapter(model, call)
-    attempts: list[str] = []
-    failures: list[BaseException] = []
-    problems: list[str] = []
-    free = [lengths, {}] if lengths else [{}]
+    levels = [lengths, {}] if lengths else [{}]
     if dynamic is None and (tokens := integers_only(lengths, call)) != lengths:
-        free.insert(1, tokens)  # features that are as many as the tokens only by chance
-    options = [(d, o) for d in free for o in (True, False)]
+        levels.insert(1, tokens)  # features that are as many as the tokens only by chance
+    tries = _Tries(model, call, axes, size, training, verify)
     with (
         untouched(model),
         mode(model, training),
-        _on_adapter(adapter, training),
         no_attention_fastpath() as fused,
         quiet(),
     ):
-        for further, oblivious in options:
-            name = "a free batch" + (" and sequence length" if further else "")
-            attempts.append(name + ("" if oblivious else ", branches on batch 1 not guarded"))
-            try:
-                exported = _export(adapter, traced, call, axes, further, oblivious)
-            except Exception as error:  # noqa: BLE001 - torch.export raises many unrelated types
-                failures.append(error)
-                if _data_dependent(error):
-                    break
-                continue
-            captured = from_exported(exported, call, axes, further, size, training, model)
-            if not verify or training:  # dropout and batch statistics are not comparable run to run
-                return _with_notes(captured, attempts)
-            flat = captured.flat_example or ()
+        for further in levels:
+            # Without it a branch such as `if x.shape[0] > 1` is burned in without a guard: batch 1 is silently wrong.
+            for oblivious in (True, False):
+                if not tries.whole and not tries.hopeless:
+                    tries.one(further, oblivious)
+            if tries.best is not None and not tries.best.fixed:
+                break
+        if tries.best is None:
+            tries.fail()
+        captured = tries.best.captured
+        if tries.compares and captured.flat_example is not None:
+            check.fused_attention(captured.signature, captured.flat_example, captured.graph_module, tries.run, model, fused)
+    return replace(captured, notes=tries.notes())
 
-            def run(tensors: Sequence[torch.Tensor]) -> Any:
-                a, k = call.arguments(tensors)
-                return model(*a, **k)
 
-            module = exported.module()
+@dataclass(frozen=True)
+class _Try:
+    """One successful capture.
+
+    Attributes:
+        fixed: Sizes that were to be free and are not.
+        unknown: What could not be checked.
+    """
+
+    name: str
+    captured: Captured
+    fixed: frozenset[str]
+    oblivious: bool
+    unknown: tuple[str, ...]
+
+    @property
+    def lost(self) -> tuple[int, bool, int]:
+        """How much of what was asked for is not admitted: fewer free sizes, no single row, conditions."""
+        signature = self.captured.signature
+        return len(self.fixed), signature.dynamic["batch"][0] > 1, len(signature.guards)
+
+
+class _Tries:
+    """Captures of one call with more and fewer free sizes; the one that admits the most inputs is taken."""
+
+    def __init__(
+        self, model: nn.Module, call: FlatCall, axes: Sequence[int | None], size: int, training: bool, verify: bool
+    ) -> None:
+        self.model, self.call, self.axes, self.size, self.training = model, call, axes, size, training
+        self.adapter = FlatAdapter(model, call)
+        self.adapter.training = training
+        self.compares = verify and not training  # dropout and batch statistics are not comparable run to run
+        self.best: _Try | None = None
+        self.hopeless = False
+        self.attempts: list[str] = []
+        self.failures: list[BaseException] = []
+        self.problems: list[str] = []
+
+    @property
+    def whole(self) -> bool:
+        return self.best is not None and not any(self.best.lost)
+
+    def run(self, tensors: Sequence[torch.Tensor]) -> Any:
+        args, kwargs = self.call.arguments(tensors)
+        return self.model(*args, **kwargs)
+
+    def one(self, further: Mapping[str, Mapping[int, str]], oblivious: bool) -> None:
+        name = "a free batch" + (" and sequence length" if further else "")
+        name += "" if oblivious else ", branches on batch 1 not guarded"
+        self.attempts.append(name)
+        try:
+            captured = self._captured(further, oblivious, max(TRACE_ROWS, self.size))
+            if not captured.signature.admits(captured.flat_example or ()):
+                captured = self._captured(further, oblivious, self.size)  # the branch that the example itself takes
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # noqa: BLE001 - torch.export raises many unrelated types
+            self.failures.append(error)
+            self.hopeless = _data_dependent(error)
+            return
+        unknown: tuple[str, ...] = ()
+        if self.compares:
+            signature, graph = captured.signature, captured.graph_module
             try:
-                problems, unknown = check.verify(
-                    captured.signature,
-                    flat,
-                    lambda *t, m=module, s=captured.signature: s.flatten_output(m(*t)),
-                    run,
-                    type(model).__name__,
+                signature, problems, unknown = check.verify(
+                    signature, captured.flat_example or (), graph, self.run, type(self.model).__name__, oblivious
                 )
-            except (RuntimeError, TypeError, ValueError, IndexError):
-                _try_model(model, call, training)
+            except (CaptureError, RuntimeError, TypeError, ValueError, IndexError):
+                _try_model(self.model, self.call, self.training)
                 raise
-            if not problems:
-                check.fused_attention(captured.signature, flat, module, run, model, fused)
-                return _with_notes(captured, attempts, unknown)
-    if failures and not problems:
-        _try_model(model, call, training)
-        raise capture_failed(model, failures[0], attempts) from failures[0]
-    check.raise_problems(problems, type(model).__name__)
-    raise CaptureError("capture failed", where=type(model).__name__)
+            captured = replace(captured, signature=signature)
+            if problems:
+                self.problems = problems
+                return
+        wanted = {n for spec in further.values() for n in spec.values()}
+        free = {n for n, (low, high) in captured.signature.dynamic.items() if low != high}
+        found = _Try(name, captured, frozenset(wanted - free), oblivious, unknown)
+        if self.best is None or found.lost < self.best.lost:
+            self.best = found
+
+    def _captured(self, further: Mapping[str, Mapping[int, str]], oblivious: bool, count: int) -> Captured:
+        traced = tuple(
+            t if a is None else t.index_select(a, torch.arange(count, device=t.device) % self.size)
+            for t, a in zip(self.call.tensors, self.axes, strict=True)
+        )
+        exported = _export(self.adapter, traced, self.call, self.axes, further, oblivious)
+        captured = from_exported(exported, self.call, self.axes, further, self.size, self.training, self.model)
+        if oblivious:
+            return captured
+        # torch takes sizes of 0 and 1 for impossible here; whether the graph is right for them is found by numbers
+        dynamic = {n: (1 if low <= 2 else low, high) for n, (low, high) in captured.signature.dynamic.items()}
+        return replace(captured, signature=replace(captured.signature, dynamic=dynamic))
+
+    def notes(self) -> tuple[str, ...]:
+        assert self.best is not None
+        failed = [a for a in self.attempts if a != self.best.name]
+        fixed = [f"{n} is fixed by the model" for n in sorted(self.best.fixed)]
+        guards = [f"only where {g}" for g in self.best.captured.signature.guards]
+        tried = [f"not possible: {'; '.join(failed)}"] if failed else []
+        return (f"captured with {self.best.name}", *tried, *fixed, *guards, *self.best.unknown)
+
+    def fail(self) -> NoReturn:
+        """Raises the error that says why none of the captures is the model.
+
+        Raises:
+            CaptureError: Always.
+        """
+        if self.failures and not self.problems:
+            _try_model(self.model, self.call, self.training)
+            if isinstance(self.failures[0], CaptureError):
+                raise self.failures[0]
+            raise capture_failed(self.model, self.failures[0], self.attempts) from self.failures[0]
+        check.raise_problems(self.problems, type(self.model).__name__)
+        raise CaptureError("capture failed", where=type(self.model).__name__)
 
 
 def _try_model(model: nn.Module, call: FlatCall, training: bool) -> None:
@@ -142,18 +229,6 @@ def _try_model(model: nn.Module, call: FlatCall, training: bool) -> None:
         raise model_failed(model, error, shapes(call)) from error
 
 
-def _with_notes(captured: Captured, attempts: list[str], unknown: tuple[str, ...] = ()) -> Captured:
-    failed = (f"not possible: {'; '.join(attempts[:-1])}",) if len(attempts) > 1 else ()
-    notes = (f"captured with {attempts[-1]}", *failed, *unknown)
-    return Captured(captured.graph_module, captured.signature, captured.exported, captured.flat_example, notes)
-
-
-@contextlib.contextmanager
-def _on_adapter(adapter: FlatAdapter, training: bool) -> Iterator[None]:
-    adapter.training = training
-    yield
-
-
 def _export(
     adapter: FlatAdapter,
     tensors: Sequence[torch.Tensor],
@@ -162,44 +237,18 @@ def _export(
     further: Mapping[str, Mapping[int, str]],
     oblivious: bool,
 ) -> ExportedProgram:
-    batch = Dim("batch", min=1, max=MAX_BATCH)
-    dims = {n: Dim(n, min=2, max=MAX_LENGTH) for spec in further.values() for n in spec.values()}
+    """Every free size as torch finds it: narrowed, related to others, or fixed, with a guard for each branch on it."""
+    batch = Dim.AUTO(min=1, max=MAX_BATCH)
+    length = Dim.AUTO(min=1, max=MAX_LENGTH)
 
     def spec(path: str, axis: int | None) -> dict[int, Any] | None:
         out: dict[int, Any] = {} if axis is None else {axis: batch}
-        out |= {i: dims[n] for i, n in further.get(path, {}).items()}
-        return out or None
+        return out | dict.fromkeys(further.get(path, {}), length) or None
 
-    while True:
-        shapes = tuple(spec(p, a) for p, a in zip(call.paths, axes, strict=True))
-        try:
-            # Without it a branch such as `if x.shape[0] > 1` is burned in without a guard: batch 1 is silently wrong.
-            with fx_config.patch(  # type: ignore[attr-defined]
-                backed_size_oblivious=oblivious
-            ):
-                return export(adapter, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
-        except Exception as error:
-            narrower = _narrower(str(error), dims)
-            if narrower is None:
-                raise
-            dims = narrower
-
-
-def _narrower(message: str, dims: Mapping[str, Any]) -> dict[str, Any] | None:
-    """Smaller ranges where torch names the bound that the model has (a position table, a window), else None."""
-    changed = dict(dims)
-    for name in re.findall(r"values of (\w+) = ", message):
-        if name not in dims:
-            continue
-        low, high = int(dims[name].min), int(dims[name].max)
-        line = "\n".join(x for x in message.splitlines() if f"values of {name} = " in x)
-        tops = [int(n) for n in re.findall(r"min\((\d+),", line)] + [int(n) for n in re.findall(r"guard .* <= (\d+)", line)]
-        high = min([high, *tops])
-        if re.search(r"!= 1\b", line):
-            low = max(low, 4)  # below that the model takes a branch of its own
-        if (low, high) != (int(dims[name].min), int(dims[name].max)) and low < high:
-            changed[name] = Dim(name, min=low, max=high)
-    return changed if any(changed[n] is not dims[n] for n in dims) else None
+    adapter.equal = equal_sizes(call.paths, axes, further)
+    shapes = tuple(spec(p, a) for p, a in zip(call.paths, axes, strict=True))
+    with fx_config.patch(backed_size_oblivious=oblivious):  # type: ignore[attr-defined]
+        return export(adapter, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
 
 
 def _data_dependent(error: BaseException) -> bool:
@@ -231,6 +280,11 @@ def from_exported(
         Leaf(path, _sizes(n.meta["val"], names), n.meta["val"].dtype, axis)
         for n, path, axis in zip(placeholders, call.paths, axes, strict=True)
     )
+    dynamic, guards = conditions(exported, inputs, ranges(exported, names))
+    sizes = {leaf.shape[leaf.batch_axis] for leaf in inputs if leaf.batch_axis is not None}
+    low, high = dynamic.get("batch", (0, 0))
+    if sizes != {"batch"} or low == high:
+        raise batch_fixed(exported, call, next((s for s in sizes if isinstance(s, int)), low), axes)
     outputs, out_constants, out_spec = _outputs(exported, graph_module, names)
     signature = Signature(
         parameters=call.parameters,
@@ -240,21 +294,12 @@ def from_exported(
         out_spec=out_spec,
         constants=call.constants,
         out_constants=out_constants,
-        dynamic=ranges(exported, names),
+        dynamic=dynamic,
+        guards=guards,
         training=training,
     )
     example = tuple(t if a is None else t.narrow(a, 0, size) for t, a in zip(call.tensors, axes, strict=True))
     return Captured(graph_module, signature, exported, example)
-
-
-def ranges(exported: ExportedProgram, names: Mapping[Any, str]) -> dict[str, tuple[int, int | None]]:
-    found = {}
-    for symbol, name in names.items():
-        bounds = exported.range_constraints.get(symbol)
-        low, high = (int(bounds.lower), bounds.upper) if bounds is not None else (1, MAX_BATCH)
-        top = int(high) if str(high).isdigit() and int(high) < MAX_BATCH else None
-        found[name] = (low, top)
-    return found
 
 
 def _sizes(value: torch.Tensor, names: Mapping[Any, str]) -> tuple[int | str, ...]:
@@ -300,8 +345,8 @@ def flat_graph(
 ) -> fx.GraphModule:
     """The exported graph as a plain FX graph: flat tensors in, a flat tuple out, parameters by the model's own names.
 
-    Parameters and buffers are those of `model`, by default of the exported program itself. Guards were checked once by
-    `check.verify`; sizes are checked by `Signature` at every new shape.
+    Parameters and buffers are those of `model`, by default of the exported program itself. Guards are left out here:
+    `conditions` reads them, and `Signature` checks them at every new shape.
     """
     module = exported.module()
     graph = fx.Graph()
@@ -343,31 +388,8 @@ def _drop_dtype_checks(module: fx.GraphModule) -> None:
             part.recompile()
 
 
-def strip(name: str, prefix: str) -> str:
-    """`m.bert.weight` as `bert.weight`: the adapter is nobody's business."""
-    if not prefix:
-        return name
-    return "" if name == prefix else name.removeprefix(prefix + ".")
-
-
 def _attribute(module: nn.Module, target: str) -> Any:
     value: Any = module
     for part in target.split("."):
         value = getattr(value, part)
     return value
-
-
-def stack_of(node: fx.Node, prefix: str) -> tuple[tuple[str, int, str], ...]:
-    """Modules around a node, outermost first: (path, number of the call, class name).
-
-    A shared module that is called again carries `@k`; the path is the one of its first name.
-    """
-    out = []
-    for key, (path, cls) in (node.meta.get("nn_module_stack") or {}).items():
-        found = re.search(r"@(\d+)$", key) or re.search(r"@(\d+)$", path)
-        plain = strip(re.sub(r"@\d+$", "", path), prefix)
-        if not plain or plain.startswith("_empty"):
-            continue
-        kind = cls if isinstance(cls, str) else getattr(cls, "__qualname__", str(cls))
-        out.append((plain, int(found.group(1)) if found else 0, kind.rsplit(".", 1)[-1]))
-    return tuple(out)

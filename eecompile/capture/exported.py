@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 from eecompile.capture import check
 from eecompile.capture.adapter import FlatCall
 from eecompile.capture.axes import batch_size
-from eecompile.capture.export import Captured, _outputs, _sizes, _Slot, flat_graph, ranges
+from eecompile.capture.export import Captured, _outputs, _sizes, _Slot, flat_graph
+from eecompile.capture.sizes import conditions, program_inputs, ranges
 from eecompile.errors import CaptureError
 from eecompile.signature import POSITIONAL, Leaf, Parameter, Signature
 
@@ -59,9 +60,9 @@ def capture_program(
         Leaf(p, _sizes(n.meta["val"], names), n.meta["val"].dtype, a) for n, p, a in zip(inputs, paths, axes, strict=True)
     )
     outputs, out_constants, out_spec = _outputs(exported, graph_module, names)
-    signature = Signature(
-        parameters, leaves, outputs, call.spec, out_spec, constants, out_constants, ranges(exported, names)
-    )
+    by_path = {leaf.path: leaf for leaf in leaves}
+    dynamic, guards = conditions(exported, [by_path[p] for p in program_inputs(exported)], ranges(exported, names))
+    signature = Signature(parameters, leaves, outputs, call.spec, out_spec, constants, out_constants, dynamic, guards)
     given = bool(args or kwargs)
     if not given and exported.example_inputs is not None:
         args, kwargs = exported.example_inputs
@@ -73,7 +74,7 @@ def capture_program(
         batch_size(FlatCall(parameters, flat, paths, constants, arguments), axes)
     elif signature.batch_size(flat) < 2:
         flat = tuple(check.rows(signature, flat, [0, 0, 0]))
-    order = [paths.index(p) for p in _program_paths(exported)]
+    order = [paths.index(p) for p in program_inputs(exported)]
     module = exported.module()
 
     def run(tensors: Sequence[torch.Tensor]) -> Any:
@@ -86,10 +87,10 @@ def capture_program(
 
 def program_graph(exported: ExportedProgram) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The program as a flat graph, and the names of its inputs; both in the order that calls are flattened in, by name."""
-    graph_module = flat_graph(exported, "", _program_paths(exported))
-    paths = tuple(sorted(_program_paths(exported)))
+    graph_module = flat_graph(exported, "", program_inputs(exported))
+    paths = tuple(sorted(program_inputs(exported)))
     by_path = dict(
-        zip(_program_paths(exported), (n for n in graph_module.graph.nodes if n.op == "placeholder"), strict=True)
+        zip(program_inputs(exported), (n for n in graph_module.graph.nodes if n.op == "placeholder"), strict=True)
     )
     for path in reversed(paths):
         first = next(iter(graph_module.graph.nodes))
@@ -97,10 +98,6 @@ def program_graph(exported: ExportedProgram) -> tuple[fx.GraphModule, tuple[str,
             first.prepend(by_path[path])
     graph_module.recompile()
     return graph_module, paths
-
-
-def _program_paths(exported: ExportedProgram) -> tuple[str, ...]:
-    return tuple(s.arg.name for s in exported.graph_signature.input_specs if s.kind.name == "USER_INPUT")
 
 
 def _program_call(
@@ -115,6 +112,6 @@ def _program_call(
             wanted="plain tensor arguments",
             hint="pass the model itself instead of its export",
         )
-    parameters = tuple(Parameter(n, POSITIONAL) for n in _program_paths(exported))
+    parameters = tuple(Parameter(n, POSITIONAL) for n in program_inputs(exported))
     _, tree = pytree.tree_flatten(dict.fromkeys(paths, slots[0]))
     return parameters, (None,) * len(paths), tree

@@ -6,9 +6,12 @@ import inspect
 import os
 import re
 import traceback
+from typing import Any
 
+import sympy
 import torch
-from torch import nn
+from torch import fx, nn
+from torch.export import ExportedProgram
 
 from eecompile.errors import CaptureError
 
@@ -67,6 +70,40 @@ def _guard_line(error: BaseException, files: set[str]) -> str | None:
     return None
 
 
+def guard_lines(exported: ExportedProgram) -> list[str]:
+    """`net.py:12 in forward: if x.shape[1] > 4:` for each guard of a trace, empty where torch branched by itself.
+
+    Nothing at all where the trace is gone (a program from a file), or does not have a line for each guard.
+    """
+    guards = _trace_guards(exported)
+    if len(guards) != len(exported._guards_code):
+        return [""] * len(exported._guards_code)
+    return [_line(g) for g in guards]
+
+
+def size_line(exported: ExportedProgram, size: int) -> str | None:
+    """The line that fixed a dynamic size at this number."""
+    for guard in _trace_guards(exported):
+        if isinstance(guard.expr, sympy.Eq) and size in guard.expr.args and (line := _line(guard)):
+            return line
+    return None
+
+
+def _trace_guards(exported: ExportedProgram) -> list[Any]:
+    for node in exported.graph.nodes:
+        env = getattr(getattr(node.meta.get("val"), "fake_mode", None), "shape_env", None)
+        if env is not None:
+            return list(env.guards)
+    return []
+
+
+def _line(guard: Any) -> str:
+    place = getattr(guard.sloc, "framework_loc", None)
+    if not isinstance(place, traceback.FrameSummary) or os.path.abspath(place.filename).startswith((_OURS, _TORCH)):
+        return ""
+    return f"{os.path.basename(place.filename)}:{place.lineno} in {place.name}: {place.line}"
+
+
 def _reason(error: BaseException) -> str:
     """The first sentence of torch's message, and the one behind it where that says which constraint failed."""
     lines = [x.strip() for x in str(error).splitlines() if x.strip()]
@@ -109,3 +146,26 @@ def capture_failed(model: nn.Module, error: BaseException, attempts: list[str]) 
         hint='use capture="blocks" (exits at module boundaries, no trace), or rewrite '
         + ("that line" if line else "what depends on them"),
     )
+
+
+def strip(name: str, prefix: str) -> str:
+    """`m.bert.weight` as `bert.weight`: the adapter is nobody's business."""
+    if not prefix:
+        return name
+    return "" if name == prefix else name.removeprefix(prefix + ".")
+
+
+def stack_of(node: fx.Node, prefix: str) -> tuple[tuple[str, int, str], ...]:
+    """Modules around a node, outermost first: (path, number of the call, class name).
+
+    A shared module that is called again carries `@k`; the path is the one of its first name.
+    """
+    out = []
+    for key, (path, cls) in (node.meta.get("nn_module_stack") or {}).items():
+        found = re.search(r"@(\d+)$", key) or re.search(r"@(\d+)$", path)
+        plain = strip(re.sub(r"@\d+$", "", path), prefix)
+        if not plain or plain.startswith("_empty"):
+            continue
+        kind = cls if isinstance(cls, str) else getattr(cls, "__qualname__", str(cls))
+        out.append((plain, int(found.group(1)) if found else 0, kind.rsplit(".", 1)[-1]))
+    return tuple(out)

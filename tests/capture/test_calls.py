@@ -72,7 +72,6 @@ def test_names_positions_and_none(options):
         ((rows(3).tolist(),), {"scale": rows(3, 1)}, ["other arguments", "x: list"]),
         ((rows(3).double(),), {"scale": rows(3, 1)}, ["where:  x", "float64[3, 16]", "x: float32[batch, 16]", "convert"]),
         ((rows(3, 4),), {"scale": rows(3, 1)}, ["where:  x", "float32[3, 4]", "x: float32[batch, 16]"]),
-        ((rows(0),), {"scale": rows(0, 1)}, ["does not fit", "batch 1 to any"]),
         ((rows(3)[0],), {"scale": rows(3, 1)}, ["where:  x", "float32[16]"]),
     ],
 )
