@@ -6,8 +6,10 @@ names, values that were burned in (`use_cache=False`), the containers around the
 
 from __future__ import annotations
 
+import copy
 import inspect
 import re
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -99,6 +101,17 @@ def arguments_by_name(parameters: Sequence[Parameter], args: Sequence[Any], kwar
             )
         named[name] = value
     return {k: named[k] for k in sorted(named) if named[k] is not None}
+
+
+def in_order(value: Any, like: Any) -> Any:
+    """An argument with its mappings, however deep, of the class and in the order of keys of the example's."""
+    if type(like) in (dict, OrderedDict, defaultdict) and isinstance(value, Mapping) and value.keys() == like.keys():
+        ordered = copy.copy(like)
+        ordered.update((k, in_order(value[k], like[k])) for k in like)
+        return ordered
+    if type(value) is type(like) and type(like) in (list, tuple) and len(value) == len(like):
+        return type(like)(in_order(v, w) for v, w in zip(value, like, strict=True))
+    return value
 
 
 @dataclass(frozen=True)
@@ -193,7 +206,7 @@ class Signature:
             named[name] = wanted[name]
         if named.keys() != wanted.keys():
             self._other_call(named)
-        leaves, spec = pytree.tree_flatten(dict(sorted(named.items())))
+        leaves, spec = pytree.tree_flatten({k: in_order(v, wanted[k]) for k, v in sorted(named.items())})
         if spec != self.in_spec:
             self._other_call(named)
         flat = []

@@ -63,10 +63,18 @@ def flatten_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
     """Takes one call apart.
 
     Raises:
-        CaptureError: The arguments do not fit `forward`, or hold no tensor.
+        CaptureError: A TorchScript module, or arguments that do not fit `forward` or hold no tensor.
     """
+    if isinstance(model, torch.jit.ScriptModule):
+        raise CaptureError(
+            "a TorchScript module cannot be captured",
+            where=type(model).__name__,
+            got="a model that went through torch.jit.script or torch.jit.trace: it has no Python code to follow",
+            wanted="the Python model, or a program of torch.export",
+            hint="compile the model as it was before torch.jit",
+        )
     parameters = parameters_of(model.forward)
-    named = arguments_by_name(parameters, args, kwargs)
+    named = {name: _plain(value) for name, value in arguments_by_name(parameters, args, kwargs).items()}
     leaves, spec = pytree.tree_flatten_with_path(named)
     tensors = tuple(v for _, v in leaves if isinstance(v, torch.Tensor))
     if not tensors:
@@ -82,6 +90,15 @@ def flatten_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         tuple(None if isinstance(v, torch.Tensor) else (v,) for _, v in leaves),
         spec,
     )
+
+
+def _plain(value: Any) -> Any:
+    """Mappings that torch cannot take apart (`BatchEncoding`) as dicts."""
+
+    def one(leaf: Any) -> Any:
+        return {k: _plain(v) for k, v in leaf.items()} if isinstance(leaf, Mapping) else leaf
+
+    return pytree.tree_map(one, value)
 
 
 class FlatAdapter(nn.Module):

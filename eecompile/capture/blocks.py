@@ -229,7 +229,7 @@ def capture_blocks(
             return model(*a, **k)
 
         flat = tuple(rows(size))
-        unknown = check.independent(signature, flat, invoke, type(model).__name__)
+        unknown = check.independent(signature, flat, invoke, type(model).__name__, model)
         total = _total_flops(invoke, rows(5)) / 5
     found = BlocksFound(taps, max(0.0, total - sum(t.flops for t in taps)), tuple(names))
     graph_module = _graph(BlocksModel(model, call, found), signature)

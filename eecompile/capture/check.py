@@ -10,6 +10,7 @@ import torch
 from torch import fx, nn
 
 from eecompile.capture.axes import without_batch
+from eecompile.capture.causes import raise_cause
 from eecompile.capture.memory import written_attributes
 from eecompile.errors import CaptureError, UnsupportedModelError
 from eecompile.signature import Signature
@@ -66,7 +67,7 @@ def verify(
     flat: Sequence[torch.Tensor],
     graph: Graph,
     model: Model,
-    where: str,
+    module: nn.Module,
     guarded: bool = True,
 ) -> tuple[Signature, list[str], tuple[str, ...]]:
     """Compares graph and model at sizes that the signature admits.
@@ -75,6 +76,7 @@ def verify(
         flat: Example inputs of at least two rows.
         graph: Flat tensors to flat outputs.
         model: Flat tensors to the model's own output.
+        module: The user's model itself.
         guarded: Whether the trace has a guard where the model branches on a size of 1.
 
     Returns:
@@ -85,6 +87,7 @@ def verify(
         UnsupportedModelError: A row's output depends on the other rows of its batch.
     """
     size = signature.batch_size(flat)
+    where = type(module).__name__
     problems: list[str] = []
     whole: list[torch.Tensor] = []
     with torch.no_grad():
@@ -95,6 +98,7 @@ def verify(
             try:
                 want = signature.flatten_output(model(batch))
             except Exception as error:  # the user's code may raise anything
+                raise_cause(model, flat, [leaf.path for leaf in signature.inputs], module, where)
                 raise other_rows(signature, batch, error, where) from error
             if n == size:
                 whole = want
@@ -106,7 +110,7 @@ def verify(
             wider = replace(signature, dynamic={**signature.dynamic, "batch": (0, signature.dynamic["batch"][1])})
             if wider.admits(empty) and not _tried(wider, graph, model, empty, "no row"):
                 signature = wider
-        unknown = independent(signature, flat, model, where, whole)
+        unknown = independent(signature, flat, model, where, module, whole)
     return signature, problems, unknown
 
 
@@ -173,11 +177,13 @@ def independent(
     flat: Sequence[torch.Tensor],
     model: Model,
     where: str,
+    module: nn.Module,
     whole: Sequence[torch.Tensor] | None = None,
 ) -> tuple[str, ...]:
     """Refuses a model whose rows influence one another: compaction would change its answers.
 
     Args:
+        module: The user's model itself.
         whole: The model's output on `flat`, where it is known.
 
     Returns:
@@ -209,6 +215,7 @@ def independent(
             worst = difference(alone[i].narrow(leaf.batch_axis, 0, 1), mine)
             if worst <= LOOSE:
                 continue
+            raise_cause(model, varied, [leaf.path for leaf in signature.inputs], module, where)
             few = 2 if size > 2 else 3
             among = run([0, 1, 0][:few])[i].narrow(leaf.batch_axis, 1, 1)
             if one == [1] and difference(among, mine) <= TOLERANCE:

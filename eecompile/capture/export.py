@@ -24,6 +24,7 @@ from eecompile.capture.axes import (
     shapes,
     token_axes,
 )
+from eecompile.capture.causes import raise_cause
 from eecompile.capture.quiet import quiet
 from eecompile.capture.sizes import MAX_BATCH, MAX_LENGTH, batch_fixed, conditions, equal_sizes, ranges
 from eecompile.capture.source import capture_failed, model_failed, stack_of, strip
@@ -164,7 +165,7 @@ class _Tries:
             signature, graph = captured.signature, captured.graph_module
             try:
                 signature, problems, unknown = check.verify(
-                    signature, captured.flat_example or (), graph, self.run, type(self.model).__name__, oblivious
+                    signature, captured.flat_example or (), graph, self.run, self.model, oblivious
                 )
             except (CaptureError, RuntimeError, TypeError, ValueError, IndexError):
                 _try_model(self.model, self.call, self.training)
@@ -211,6 +212,8 @@ class _Tries:
             if isinstance(self.failures[0], CaptureError):
                 raise self.failures[0]
             raise capture_failed(self.model, self.failures[0], self.attempts) from self.failures[0]
+        if self.problems:
+            raise_cause(self.run, self.call.tensors, self.call.paths, self.model, type(self.model).__name__)
         check.raise_problems(self.problems, type(self.model).__name__)
         raise CaptureError("capture failed", where=type(self.model).__name__)
 

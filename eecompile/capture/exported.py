@@ -81,7 +81,7 @@ def capture_program(
         positional, named = pytree.tree_unflatten([tensors[i] for i in order], spec)
         return module(*positional, **named)
 
-    unknown = check.independent(signature, flat, run, "exported program")
+    unknown = check.independent(signature, flat, run, "exported program", module)
     return Captured(graph_module, signature, exported, flat, ("an exported program", *unknown))
 
 

@@ -29,6 +29,15 @@ def _files(model: nn.Module) -> set[str]:
     return {f for f in files if not f.startswith(_TORCH)}
 
 
+def line_here(model: nn.Module) -> str | None:
+    """`file:line in function: code` of the innermost frame of the model that is running now."""
+    files = _files(model)
+    for frame in reversed(traceback.extract_stack()):
+        if os.path.abspath(frame.filename) in files:
+            return f"{frame.filename}:{frame.lineno} in {frame.name}: {frame.line}"
+    return None
+
+
 def line_of(model: nn.Module, error: BaseException) -> str | None:
     """`file:line in function: code` of the innermost frame that belongs to the model."""
     files = _files(model)
@@ -137,6 +146,16 @@ def capture_failed(model: nn.Module, error: BaseException, attempts: list[str]) 
             if cache
             else "register its class with torch.export.register_dataclass, or return a dict",
         )
+    for path, m in model.named_modules():
+        kind = "TorchScript" if isinstance(m, torch.jit.ScriptModule) else "quantized"
+        if kind == "TorchScript" or ".quantized." in type(m).__module__:
+            return CaptureError(
+                f"{type(model).__name__} holds {kind} modules, which torch.export cannot trace",
+                where=path or type(model).__name__,
+                got=f"{type(m).__module__}.{type(m).__name__}; {_reason(error)}",
+                wanted="Python modules with floating-point weights",
+                hint='compile the model as it was before it was scripted or quantized, or use capture="blocks"',
+            )
     line = line_of(model, error)
     return CaptureError(
         f"{type(model).__name__} could not be captured as one graph",

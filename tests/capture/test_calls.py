@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict, UserDict
 from typing import Any
 
 import pytest
@@ -162,3 +163,41 @@ def test_a_compiled_model_is_not_compiled_again():
     fast = compiled(made(Net), rows(4))
     with pytest.raises(CaptureError, match="compiled already"):
         eecompile(fast, example_inputs=(rows(4),))
+
+
+class Fields(Net):
+    def forward(self, batch: Any) -> Tensor:
+        return super().forward(batch["left"] + batch["right"] * batch["more"]["scale"])
+
+
+def fields(kind: Any = dict, n: int = 4, turned: bool = False) -> Any:
+    pairs = [("left", rows(n)), ("right", rows(n)), ("more", kind({"scale": rows(n, 1), "none": None}))]
+    return kind(pairs[::-1] if turned else pairs)
+
+
+@pytest.mark.parametrize("example", [dict, OrderedDict, UserDict])
+@pytest.mark.parametrize("call", [dict, OrderedDict, UserDict])
+def test_mappings_in_any_order_and_of_any_class(example, call):
+    model = made(Fields)
+    fast = compiled(model, fields(example))
+    given = fields(call, 3, turned=True)
+    with torch.no_grad():
+        equal_bits(fast(given), model(given))
+        for other in (
+            {k: v for k, v in given.items() if k != "left"},
+            dict(given, extra=rows(3)),
+            dict(given, left=None),
+            dict(given, more={"scale": 2.0, "none": None}),
+        ):
+            with pytest.raises(CaptureError, match="other arguments"):
+                fast(other)
+
+
+def test_what_a_tokenizer_returns_is_a_dict():
+    transformers = pytest.importorskip("transformers")
+    model = made(Fields)
+    kind = transformers.BatchEncoding
+    fast = compiled(model, fields(lambda x: dict(x)))
+    given = fields(lambda x: kind(dict(x)), 3, turned=True)
+    with torch.no_grad():
+        equal_bits(fast(given), model(given))
