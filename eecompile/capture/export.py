@@ -10,6 +10,7 @@ from typing import Any, Literal, NoReturn
 import torch
 import torch.fx.experimental._config as fx_config
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram, export
 from torch.utils import _pytree as pytree
 
@@ -24,6 +25,7 @@ from eecompile.capture.axes import (
     shapes,
     token_axes,
 )
+from eecompile.capture.caches import Caches
 from eecompile.capture.causes import raise_cause
 from eecompile.capture.quiet import quiet
 from eecompile.capture.sizes import MAX_BATCH, MAX_LENGTH, batch_fixed, conditions, equal_sizes, ranges
@@ -185,13 +187,34 @@ class _Tries:
             t if a is None else t.index_select(a, torch.arange(count, device=t.device) % self.size)
             for t, a in zip(self.call.tensors, self.axes, strict=True)
         )
-        exported = _export(self.adapter, traced, self.call, self.axes, further, oblivious)
+        exported = self._exported(traced, further, oblivious)
         captured = from_exported(exported, self.call, self.axes, further, self.size, self.training, self.model)
         if oblivious:
             return captured
         # torch takes sizes of 0 and 1 for impossible here; whether the graph is right for them is found by numbers
         dynamic = {n: (1 if low <= 2 else low, high) for n, (low, high) in captured.signature.dynamic.items()}
         return replace(captured, signature=replace(captured.signature, dynamic=dynamic))
+
+    def _exported(
+        self, tensors: Sequence[torch.Tensor], further: Mapping[str, Mapping[int, str]], oblivious: bool
+    ) -> ExportedProgram:
+        """Traces; once more after a plain run where the model's code keeps tensors, which must be real ones in the trace."""
+        caches = Caches(self.model)
+        try:
+            exported = _export(self.adapter, tensors, self.call, self.axes, further, oblivious)
+        except Exception:  # torch.export raises many unrelated types
+            if not caches.put_back():
+                raise
+        else:
+            kept = caches.put_back()
+            if not (kept and any(isinstance(c, FakeTensor) for c in exported.constants.values())):
+                return exported
+        with torch.no_grad():
+            self.run(tensors)
+        try:
+            return _export(self.adapter, tensors, self.call, self.axes, further, oblivious)
+        finally:
+            caches.put_back()
 
     def notes(self) -> tuple[str, ...]:
         assert self.best is not None

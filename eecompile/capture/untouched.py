@@ -1,7 +1,8 @@
 """The user's model as it was: whatever tracing and trial runs change on its modules is put back.
 
 `torch.export` replaces containers among the attributes by equal copies, and a model's own forward may set attributes
-and install hooks at its first call. Both are undone, by identity: the same objects with the same contents.
+and install hooks at its first call. Both are undone, by identity: the same objects with the same contents. So are tensors
+that the model's code keeps outside its modules.
 """
 
 from __future__ import annotations
@@ -13,12 +14,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eecompile.capture.caches import Caches
+
 
 @contextlib.contextmanager
-def untouched(model: nn.Module) -> Iterator[None]:
-    """Attributes, hooks, containers and buffers of every submodule are the same afterwards, also after an error.
+def untouched(model: nn.Module) -> Iterator[Caches]:
+    """Attributes, hooks, containers, buffers and caches of every submodule are the same afterwards, also after an error.
 
     A module that changes its own class meanwhile (a lazy layer that meets its first input) keeps what it became.
+
+    Yields:
+        What the model's code can keep tensors in.
     """
     modules = {m: type(m) for m in model.modules()}
     attributes = {m: dict(m.__dict__) for m in modules}
@@ -27,9 +33,11 @@ def untouched(model: nn.Module) -> Iterator[None]:
         for value in kept.values():
             _remember(value, contents)
     buffers = [(b, b._version, b.detach().clone()) for b in model.buffers() if not b.is_inference()]
+    caches = Caches(model)
     try:
-        yield
+        yield caches
     finally:
+        caches.put_back()
         if all(type(m) is kind for m, kind in modules.items()):
             for module, kept in attributes.items():
                 module.__dict__.clear()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 
@@ -54,7 +54,7 @@ class Verify(Pass):
         return PassResult(program, False, summary="neutral settings give the captured graph's output bit for bit")
 
 
-def _steady(program: Program) -> contextlib.AbstractContextManager[None]:
+def _steady(program: Program) -> contextlib.AbstractContextManager[Any]:
     """A model that was captured as blocks runs itself, and what its forward sets on it does not count as a call."""
     return untouched(program.source) if program.front_end == "blocks" else contextlib.nullcontext()
 
