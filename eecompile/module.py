@@ -288,8 +288,8 @@ class CompiledModule(DevicePrograms, Anytime):
     def _steps(self, gates: Tensor | None) -> Tensor | None:
         """[B] int64: gated blocks that ran for each row; None where gates are on parts of blocks."""
         kinds = [g.kind for g in self.program.gates]
-        blocks = [i for i, kind in enumerate(kinds) if kind == "block"]
-        if gates is None or not blocks or any(kind not in ("block", "width") for kind in kinds):
+        blocks = [i for i, kind in enumerate(kinds) if kind in ("block", "branch")]
+        if gates is None or not blocks or any(kind not in ("block", "branch", "width") for kind in kinds):
             return None
         return (gates[:, self.cost_model.constant(blocks, gates.device, torch.int64)] >= 0.5).sum(1)
 

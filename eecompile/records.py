@@ -139,8 +139,9 @@ class Region:
     """A part of the graph that could be left out for a row: one value in, one of the same kind out.
 
     Attributes:
-        name: The block, or `block:attention`, `block:mlp`, `block:part_k` for a residual part of it.
-        kind: "block", "attention", "mlp", "part", or "width" for layers that always run, at one of several widths.
+        name: The block, or `block:attention`, `block:mlp`, `block:part_k` for a residual part of it, `block:branch`.
+        kind: "block", "attention", "mlp", "part", "branch" for a block without the activation after its addition, or
+            "width" for layers that always run, at one of several widths.
         block: The block that it is or lies in.
         x: Name of the node whose value goes past it.
         y: Name of the node that it hands on.

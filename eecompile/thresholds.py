@@ -49,7 +49,7 @@ class GateRecord:
         name: `gate_0`, `gate_1`, ...
         node: Name of the graph node that hands on the region's value or what went past it.
         region: What it may skip: a block, or a part of one; "... at 50%" where it opens a width of it.
-        kind: "block", "attention", "mlp", "part", or "width" where it only makes its part wider.
+        kind: "block", "attention", "mlp", "part", "branch", or "width" where it only makes its part wider.
         depth: Fraction of the full model's cost spent before it.
         threshold: Score from which it is open; 0 is always open, above 1 always shut.
         head: The unit that gives the score; one for all gates where it is a policy.

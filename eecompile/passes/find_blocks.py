@@ -2,7 +2,8 @@
 
 Candidates are groups of module calls whose paths agree when digits are starred and whose class is the same. A group
 must not overlap itself. Groups that cover much of the graph win, then those with the fewest values crossing between
-their members, then the larger group.
+their members, then the larger group. Where no module repeats, or those that do are the branches of residual additions
+that the forward makes itself, the blocks are those branches with their additions (`residual_units`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from eecompile.errors import StrategyError, near
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.recurrent import OPERATORS
+from eecompile.passes.residual_units import Unit, residual_units
 from eecompile.program import Block, Program, Refusal
 
 MIN_COVERAGE = 0.2
@@ -73,6 +75,14 @@ class FindBlocks(Pass):
         groups, refusals = candidates(nodes, trunk, last, self.pattern)
         if self.pattern is not None:
             groups = chosen(groups, self.pattern, refusals)
+        else:
+            leaves = facts.output_leaves(program.graph_module)
+            at = program.prediction
+            units = residual_units(nodes, trunk, program.flops, leaves[at] if at is not None else None)
+            best = groups[0][1] if groups else []
+            within = sum(any(u.x < m.first and m.last < u.y for u in units) for m in best)
+            if units and 2 * within >= len(best):  # those modules are the branches, not the blocks
+                groups = [("x + f(x)", [unit_instance(u, nodes) for u in units])]
         if not groups:
             return PassResult(program.replace(blocks=()), False, tuple(refusals), "no repeated block")
         pattern, members = groups[0]
@@ -83,6 +93,13 @@ class FindBlocks(Pass):
             tuple(refusals),
             f"{len(blocks)} blocks {pattern} ({members[0].kind})",
         )
+
+
+def unit_instance(unit: Unit, nodes: list[fx.Node]) -> Instance:
+    """A residual branch of the graph as if a module marked it."""
+    inside = [i for i in range(unit.x + 1, unit.y + 1) if nodes[i].op in ("call_function", "call_module")]
+    path, _, call = unit.name.partition("@")
+    return Instance(path, int(call or 0), "residual", inside[0], inside[-1], inside)
 
 
 def chosen(

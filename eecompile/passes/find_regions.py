@@ -22,8 +22,10 @@ from eecompile.program import Block, Program, Refusal, Region
 
 aten = torch.ops.aten
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
-# What a residual path may go through besides additions: norms, activations, scalings, copies, permutations.
+# What a residual path may go through besides additions: norms, activations that change no value of their own, scalings,
+# copies, permutations.
 THROUGH = (
+    aten.hardtanh.default, aten.hardtanh_.default,
     aten.relu.default, aten.relu_.default, aten.layer_norm.default, aten.batch_norm.default, aten.dropout.default,
     aten.contiguous.default, aten.clone.default, aten.view.default, aten.reshape.default, aten.to.dtype,
     aten.slice.Tensor, aten.mul.Tensor, aten.clamp.default, aten.transpose.int, aten.permute.default, aten.detach.default,
@@ -52,7 +54,10 @@ class FindRegions(Pass):
             whole, chain = found
             regions.append(whole)
             parts = finder.parts(block, chain)
-            regions += parts if len(parts) > 1 else []
+            if len(parts) > 1:
+                regions += parts
+            elif not whole.residual and (branch := finder.branch(block, chain)) is not None:
+                regions.append(branch)
         kinds = [r.kind for r in regions]
         summary = f"{kinds.count('block')} blocks, {len(kinds) - kinds.count('block')} parts that could be left out"
         return PassResult(program.replace(regions=tuple(regions)), False, tuple(refusals), summary)
@@ -203,6 +208,23 @@ class Finder:
             found.append(self.region(name, kind, block, x, y, axis, True, inside))
             x = y
         return found
+
+    def branch(self, block: Block, chain: list[fx.Node]) -> Region | None:
+        """The residual branch of a block whose last operators would change its input: an activation, as in silu(x + f(x)).
+
+        It ends at the addition; what comes after it runs for every row.
+        """
+        x, y = chain[0], chain[-1]
+        for end in chain[:0:-1]:
+            if end.target in ADDITIONS:
+                axis, inside = self.batch.axis(end), self.exclusive([end], x)
+                fits = isinstance(axis, int) and self.alike(x, end) and self.reaches(x, end)
+                if end is y or not fits or self.escaping(x, end, inside) is not None:
+                    return None
+                assert isinstance(axis, int)
+                region = self.region(f"{block.name}:branch", "branch", block, x, end, axis, True, inside)
+                return region if region.flops >= LEAST_SHARE * block.flops else None
+        return None
 
     def _kind(self, inside: list[fx.Node]) -> str:
         names = [str(n.target) for n in inside]

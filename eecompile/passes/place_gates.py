@@ -168,7 +168,8 @@ KEYWORDS = ("every-block", "halves", "attention", "mlp")
 def named(regions: Sequence[Region], name: str) -> list[Region]:
     """The regions that a name, a pattern or a keyword means."""
     if name == "every-block":
-        return [r for r in regions if r.kind == "block"]
+        branches = {r.block for r in regions if r.kind == "branch"}
+        return [r for r in regions if r.kind == "branch" or (r.kind == "block" and r.block not in branches)]
     if name == "halves":
         split = {r.block for r in regions if r.kind != "block"}
         return [r for r in regions if (r.kind != "block") == (r.block in split)]

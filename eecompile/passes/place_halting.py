@@ -73,13 +73,14 @@ class PlaceHalting(Pass):
     def _chains(self, program: Program, refusals: list[Refusal]) -> list[list[Region]]:
         where = self.recipe.where
         chosen: dict[str, Region] = {}
+        blocks = [r for r in program.regions if r.kind == "block"]
         for name in [where] if isinstance(where, str) else list(where):
-            matched = [r for r in named(program.regions, name) if r.kind == "block"]
+            matched = named(blocks, name)
             if not matched and name not in KEYWORDS:
                 raise StrategyError(
                     "no block has this name",
                     got=name,
-                    wanted=near(name, [r.name for r in program.regions if r.kind == "block"]),
+                    wanted=near(name, [r.name for r in blocks]),
                     hint="eecompile inspect MODEL shows the blocks",
                 )
             chosen |= {r.name: r for r in matched}
