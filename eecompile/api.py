@@ -25,6 +25,7 @@ from eecompile.members import compiled_members
 from eecompile.module import CompiledModule
 from eecompile.passes import analysis, insertion, prepare_training_graph, run_passes
 from eecompile.passes.carried import Brought, unwrapped
+from eecompile.plain import plain
 from eecompile.prediction import find_prediction
 from eecompile.program import Program
 from eecompile.strategies import Strategy
@@ -77,6 +78,7 @@ def eecompile(
         UnsupportedModelError: Samples influence one another.
         StrategyError: Unknown strategy or place, an ambiguous prediction, or no place for an exit.
     """
+    prediction, batch_axis, seed = plain(prediction), plain(batch_axis), plain(seed)
     # Tracing and new heads draw numbers; the caller's generator stays put.
     with torch.random.fork_rng(devices=[]), no_autocast():
         return _compile(

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
 from eecompile.errors import StrategyError, near
+from eecompile.plain import plain
 
 REDUCTIONS = ("min", "mean", "last")
 
@@ -89,6 +90,7 @@ class Patience(Criterion):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        object.__setattr__(self, "exits_in_agreement", plain(self.exits_in_agreement))
         if self.exits_in_agreement < 1:
             raise StrategyError("patience counts at least one exit", got=self.exits_in_agreement, wanted="an integer >= 1")
 

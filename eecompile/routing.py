@@ -12,6 +12,7 @@ from eecompile.costs import CostModel
 from eecompile.errors import StrategyError
 from eecompile.ir.settings import BRANCHES, BRANCHES_BUFFER, THRESHOLDS_BUFFER, Settings
 from eecompile.passes.place_routes import ROUTES
+from eecompile.plain import plain
 from eecompile.program import Program
 
 OWN_END = "model"
@@ -105,6 +106,7 @@ class Routing(nn.Module):
                 wanted='Branchy(router=Router(to={"light": 0.5}))',
                 hint="exits that rows are sent to have thresholds: set_thresholds" if self.program.routes else None,
             )
+        margins = plain(margins)
         if isinstance(margins, int | float) and not isinstance(margins, bool):
             margins = [float(margins)] * (count - 1) + [0.0]
         self.settings = self.settings.with_values(BRANCHES, margins)

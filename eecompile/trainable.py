@@ -17,6 +17,7 @@ from eecompile.passes import facts
 from eecompile.passes.every_step import with_every_step
 from eecompile.passes.training_decisions import with_decisions
 from eecompile.passes.training_graph import frozen_trunk
+from eecompile.plain import plain
 from eecompile.program import Program, Result
 from eecompile.signature import Signature
 from eecompile.strategies.base import Strategy
@@ -45,7 +46,7 @@ class Trainable(Decisions):
 
     def fit(self, loader: Iterable[Any], **options: Any) -> Any:
         """Trains what was inserted; see `eecompile.training.fit.fit`. The trunk stays frozen unless asked."""
-        return fit(self.compiled, loader, **options)
+        return fit(self.compiled, loader, **_plain(options))
 
     def calibrate(self, loader: Iterable[Any], *, budget: float | None = None, **options: Any) -> Any:
         """Sets temperatures and thresholds with a guarantee; see `eecompile.calibration.calibrate.calibrate`.
@@ -54,26 +55,26 @@ class Trainable(Decisions):
         `eecompile.calibration.budget.calibrate_budget`.
         """
         if budget is None:
-            return calibrate(self.compiled, loader, **options)
+            return calibrate(self.compiled, loader, **_plain(options))
         for name in ("max_drop", "delta"):
             if name in options:
                 raise EecompileError(
                     f"{name}= and budget= are two ways to calibrate", got="both", wanted="one of them",
                     hint="a budget fixes the cost and gives the best accuracy; max_drop fixes the accuracy",
                 )  # fmt: skip
-        return calibrate_budget(self.compiled, loader, budget, **options)
+        return calibrate_budget(self.compiled, loader, plain(budget), **_plain(options))
 
     def budget_curve(self, loader: Iterable[Any], test_loader: Iterable[Any] | None = None, **options: Any) -> Any:
         """Budget against accuracy; see `eecompile.calibration.budget.budget_curve`."""
-        return budget_curve(self.compiled, loader, test_loader, **options)
+        return budget_curve(self.compiled, loader, test_loader, **_plain(options))
 
     def evaluate(self, loader: Iterable[Any], **options: Any) -> Any:
         """Accuracy against compute; see `eecompile.training.evaluate.evaluate`."""
-        return evaluate(self.compiled, loader, **options)
+        return evaluate(self.compiled, loader, **_plain(options))
 
     def benchmark(self, example: Any, **options: Any) -> Any:
         """Measured time against the original; see `eecompile.benchmark.benchmark`."""
-        return benchmarks.benchmark(self, example, **options)
+        return benchmarks.benchmark(self, example, **_plain(options))
 
     def loss(self, result: Result, labels: Any) -> Tensor:
         """The strategy's objective on a result of `run` in train mode; with gates their price for `gate_mode` included.
@@ -184,3 +185,7 @@ class Trainable(Decisions):
                 self._training_graph()
             finally:
                 self.train_trunk = flag
+
+
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: plain(value) for name, value in options.items()}

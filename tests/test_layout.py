@@ -18,7 +18,7 @@ PACKAGE = ROOT / "eecompile"
 
 # From the ground up; a file may import from its own layer and from those above it in this list.
 LAYERS = [
-    {"errors", "measuring", "guards", "containers"},
+    {"errors", "measuring", "guards", "containers", "plain"},
     {"ir"},
     {"kernels", "ops"},
     {"signature", "criteria", "heads", "gates", "routers", "strategies", "route_records"}

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from eecompile.errors import StrategyError
+from eecompile.plain import plain
 
 NAMES = ("deadline_ms", "budget")
 
@@ -26,9 +27,10 @@ class Limits:
 
     def __post_init__(self) -> None:
         for name in NAMES:
-            value = getattr(self, name)
+            value = plain(getattr(self, name))
             if value is None:
                 continue
+            object.__setattr__(self, name, value)
             if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
                 raise StrategyError(f"{name}= is a number", got=repr(value))
         if self.budget is not None and self.budget <= 0:

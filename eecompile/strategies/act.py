@@ -70,6 +70,7 @@ loss over where it stops + beta x KL from a geometric prior |
     threshold: float | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not isinstance(self.blocks, str):
             object.__setattr__(self, "blocks", tuple(self.blocks))
         if self.max_steps is not None and self.max_steps < 2:

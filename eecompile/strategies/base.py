@@ -16,6 +16,7 @@ from eecompile.criteria import Criterion, Routed, criterion
 from eecompile.errors import StrategyError
 from eecompile.heads import HeadSpec
 from eecompile.kernels.combine import check_combination
+from eecompile.plain import plain
 from eecompile.strategies.router import Router, RouteRecipe, router
 
 Where = int | str | float | Sequence[str | float]
@@ -170,6 +171,10 @@ class Strategy:
     inserts: ClassVar[Mapping[str, str]] = {}
     """For each primitive that it inserts the option that says where, as errors name it."""
 
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, plain(getattr(self, f.name)))
+
     @property
     def within(self) -> Strategy | None:
         """What is put into each of several models before they become a cascade; None for nothing."""
@@ -272,6 +277,7 @@ class ExitStrategy(Strategy):
     router: Router | Mapping[str, Any] | str | None = None
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_combination(self.combine)
         object.__setattr__(self, "criterion", criterion(self.criterion))
         object.__setattr__(self, "router", router(self.router))

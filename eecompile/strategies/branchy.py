@@ -26,7 +26,7 @@ class Branchy(ExitStrategy):
     criterion: str | Criterion = "entropy"
 
     def __post_init__(self) -> None:
-        if self.exits == "auto":
+        if isinstance(self.exits, str) and self.exits == "auto":
             sent = router(self.router)
             object.__setattr__(self, "exits", 3 if sent is None or sent.to_exits else 0)
         super().__post_init__()

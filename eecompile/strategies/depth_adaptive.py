@@ -72,6 +72,7 @@ class DepthAdaptive(Strategy):
     trunk: bool = True
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("gates", "threshold", "weights"):
             v = getattr(self, name)
             if isinstance(v, Sequence) and not isinstance(v, str):

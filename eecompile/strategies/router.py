@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 
 from eecompile.errors import StrategyError, near
+from eecompile.plain import plain
 
 EXITS, FULL, CUSTOM = "exits", "full", "custom"
 # How decisions get a gradient, and the way that they are taken meanwhile (`passes/training_decisions.py`).
@@ -99,6 +100,8 @@ class Router:
     mask: str | None = None
 
     def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, plain(getattr(self, f.name)))
         if isinstance(self.to, str) and self.to != EXITS:
             raise StrategyError(
                 "a router sends rows to exits or branches", got=repr(self.to), wanted='"exits", or {name: ...}'

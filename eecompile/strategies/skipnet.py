@@ -57,6 +57,7 @@ class SkipNet(Strategy):
     full_share: float = 0.0
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("gates", "threshold", "always_on", "shares"):
             v = getattr(self, name)
             if isinstance(v, Sequence) and not isinstance(v, str):
