@@ -26,10 +26,12 @@ from eecompile.runtime.compact import CompactExecutor
 from eecompile.runtime.device.cuda import CudaExecutor
 from eecompile.runtime.device.executor import Options, SimulateExecutor
 from eecompile.runtime.devices import move_constants, other_device
+from eecompile.runtime.dtypes import DtypeCheck
 from eecompile.runtime.limits import Allowance
 from eecompile.runtime.outcome import Executor, Outcome
 from eecompile.runtime.precision import AutocastCheck, any_autocast
 from eecompile.runtime.reference import ReferenceExecutor
+from eecompile.signature import OtherDtypes
 from eecompile.strategies.base import Strategy
 
 EXECUTORS = ("auto", "reference", "compact", "simulate", "device")
@@ -87,6 +89,7 @@ class CompiledModule(DevicePrograms, Anytime):
         self.__dict__["_lock"] = threading.RLock()
         self.__dict__["_device_options"] = Options()
         self.__dict__["autocast"] = AutocastCheck(program, original, autocast)
+        self.__dict__["dtypes"] = DtypeCheck(program, original)
         self.__dict__["watch"] = ModelWatch(program, original)
         self.__dict__["cost_model"] = CostModel(program)
         self.__dict__["_references"] = weakref.WeakKeyDictionary()
@@ -193,7 +196,10 @@ class CompiledModule(DevicePrograms, Anytime):
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a call in graph order; `CaptureError` where the graph does not take it, or is not the model."""
-        flat = self.program.signature.flatten(args, kwargs)
+        try:
+            flat = self.program.signature.flatten(args, kwargs)
+        except OtherDtypes as error:
+            flat = self.__dict__["dtypes"](error)
         self.__dict__["watch"](flat)
         if any_autocast():
             self.__dict__["autocast"](flat)

@@ -114,6 +114,12 @@ def in_order(value: Any, like: Any) -> Any:
     return value
 
 
+class OtherDtypes(CaptureError):
+    """A call whose inputs have other dtypes than captured; `flat` is what was given, in the graph's order."""
+
+    flat: list[torch.Tensor]
+
+
 @dataclass(frozen=True)
 class Signature:
     """The calling convention of a captured model.
@@ -257,13 +263,17 @@ class Signature:
                     else f"{n} {lo} to {'any' if hi is None else hi}"
                     for n, (lo, hi) in self.dynamic.items()
                 )
-                raise CaptureError(
+                kind = CaptureError if t.dtype == leaf.dtype else OtherDtypes
+                error = kind(
                     "an input does not fit the captured graph",
                     where=leaf.path,
                     got=f"{str(t.dtype).removeprefix('torch.')}{list(t.shape)}",
                     wanted=f"{leaf.describe()}" + (f" ({ranges})" if ranges else ""),
                     hint="convert the input, or compile again with an example of this shape and dtype",
                 )
+                if isinstance(error, OtherDtypes):
+                    error.flat = list(flat)
+                raise error
         for guard in self.guards:
             if not guard.holds(sizes):
                 raise CaptureError(
