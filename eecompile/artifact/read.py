@@ -107,7 +107,7 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
         train_signature = Signature.from_dict(data["train_signature"])
 
         def training(fast: CompiledModule) -> Program:
-            train_graph = flat_graph(train, "m", names)
+            train_graph = flat_graph(train, "m", names, training=True)
             share_tensors(train_graph, fast.program.source)
             return prepare_training_graph(fast.program, train_graph, train_signature, fast.strategy.recipe().equilibrium)
 

@@ -27,6 +27,7 @@ from eecompile.capture.axes import (
 )
 from eecompile.capture.caches import Caches
 from eecompile.capture.causes import raise_cause
+from eecompile.capture.grad_regions import inline_grad_regions
 from eecompile.capture.quiet import quiet
 from eecompile.capture.sizes import MAX_BATCH, MAX_LENGTH, batch_fixed, conditions, equal_sizes, ranges
 from eecompile.capture.source import capture_failed, model_failed, stack_of, strip
@@ -96,6 +97,8 @@ def capture_export(
                 break
         if tries.best is None:
             tries.fail()
+        if training:
+            _has_gradients(model, tries.run(call.tensors))
         captured = tries.best.captured
         if tries.compares and captured.flat_example is not None:
             check.fused_attention(captured.signature, captured.flat_example, captured.graph_module, tries.run, model, fused)
@@ -241,6 +244,24 @@ class _Tries:
         raise CaptureError("capture failed", where=type(self.model).__name__)
 
 
+def _has_gradients(model: nn.Module, output: Any) -> None:
+    """Refuses to train a model whose forward cuts gradients off.
+
+    Raises:
+        UnsupportedModelError: It has parameters to train, and no output has a gradient.
+    """
+    leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, torch.Tensor)]
+    wanted = any(p.requires_grad for p in model.parameters())
+    if torch.is_grad_enabled() and wanted and not any(t.requires_grad for t in leaves):
+        raise UnsupportedModelError(
+            "the model cannot be trained: its forward runs without gradients",
+            where=type(model).__name__,
+            got="no output that requires a gradient, in train mode",
+            wanted="a forward without torch.no_grad() or torch.inference_mode() around all of it",
+            hint="take it out of forward and put it around the calls, or train the heads alone: fit(trunk=False)",
+        )
+
+
 def _try_model(model: nn.Module, call: FlatCall, training: bool) -> None:
     """Runs the model on the example as it is: an error of its own is not one of tracing.
 
@@ -273,7 +294,8 @@ def _export(
 
     adapter.equal = equal_sizes(call.paths, axes, further)
     shapes = tuple(spec(p, a) for p, a in zip(call.paths, axes, strict=True))
-    with fx_config.patch(backed_size_oblivious=oblivious):  # type: ignore[attr-defined]
+    # With gradients, whatever the caller has, so that the model's own regions without are seen.
+    with torch.enable_grad(), fx_config.patch(backed_size_oblivious=oblivious):  # type: ignore[attr-defined]
         return export(adapter, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
 
 
@@ -292,7 +314,7 @@ def from_exported(
     model: nn.Module | None = None,
 ) -> Captured:
     """A captured graph from a program that was exported behind the flat adapter."""
-    graph_module = flat_graph(exported, "m", call.paths, model)
+    graph_module = flat_graph(exported, "m", call.paths, model, training)
     if not training:
         check.writes_nothing(graph_module)
     placeholders = [n for n in graph_module.graph.nodes if n.op == "placeholder"]
@@ -367,7 +389,11 @@ class _Slot:
 
 
 def flat_graph(
-    exported: ExportedProgram, prefix: str, paths: Sequence[str], model: nn.Module | None = None
+    exported: ExportedProgram,
+    prefix: str,
+    paths: Sequence[str],
+    model: nn.Module | None = None,
+    training: bool = False,
 ) -> fx.GraphModule:
     """The exported graph as a plain FX graph: flat tensors in, a flat tuple out, parameters by the model's own names.
 
@@ -378,6 +404,7 @@ def flat_graph(
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     _drop_dtype_checks(module)
+    inline_grad_regions(module, training)
     graph.graph_copy(module.graph, env)
     output = module.graph.output_node()
     values = [env.get(v, v) if isinstance(v, fx.Node) else v for v in pytree.tree_leaves(output.args[0])]
