@@ -54,6 +54,7 @@ class Tap:
     batch_axis: int
     dtype: str
     flops: float
+    given: tuple[bool, ...]  # which leaves of its arguments were tensors at capture
 
 
 @dataclass(frozen=True)
@@ -339,7 +340,8 @@ def _tap(model: nn.Module, a: Call, b: Call, short: Call, known: Mapping[tuple[i
     sizes[axis[0]] = "batch"
     kind = type(model.get_submodule(a.name.partition("@")[0])).__name__
     dtype = str(t.dtype).removeprefix("torch.")
-    return Tap(a.name, kind, inputs, outputs, primary, tuple(sizes), axis[0], dtype, a.flops / 5)
+    given = tuple(shape is not None for shape in a.inputs)
+    return Tap(a.name, kind, inputs, outputs, primary, tuple(sizes), axis[0], dtype, a.flops / 5, given)
 
 
 def _total_flops(invoke: Callable[[Sequence[Tensor]], Any], flat: Sequence[Tensor]) -> float:

@@ -212,6 +212,14 @@ class _Call:
             return None
         leaves, spec = pytree.tree_flatten((args, kwargs))
         tap = self.tap(name)
+        if tuple(isinstance(t, Tensor) for t in leaves) != tap.given:
+            raise CaptureError(
+                "a block is called with other arguments than when the model was captured",
+                where=tap.name,
+                got=f"{sum(isinstance(t, Tensor) for t in leaves)} tensors, of which the rows that are left are unknown",
+                wanted=f"{sum(tap.given)} tensors",
+                hint="compile again with an example like this call (padded, where the model leaves out a mask of ones)",
+            )
         taken = [take(t, a, self.in_.rows, self.in_.size) for t, a in zip(leaves, tap.inputs, strict=True)]
         return pytree.tree_unflatten(taken, spec)
 

@@ -156,3 +156,56 @@ def test_the_fallback_has_limits_and_says_them(tmp_path):
         fast.save(tmp_path / "x")
     assert "runs the Python model itself" in str(saved.value)
     assert not (tmp_path / "x").exists()
+
+
+class Masked(nn.Module):
+    """A block that adds what it is given to its input; a table has no rows."""
+
+    def __init__(self):
+        super().__init__()
+        self.line = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, extra=None, table=None):
+        x = x if extra is None else x + extra
+        return x + self.line(x if table is None else x + table)
+
+
+class SkipsMask(Net):
+    def __init__(self):
+        super().__init__()
+        self.blocks = nn.ModuleList(Masked() for _ in range(4))
+
+    def forward(self, x, mask):
+        given = {} if bool((mask == 1).all()) else self.given(mask)
+        for block in self.blocks:
+            x = block(x, **{"extra": None, "table": None, **given})
+        return self.out(x)
+
+    def given(self, mask):
+        return {"extra": mask}
+
+
+class SkipsBoth(SkipsMask):
+    def given(self, mask):
+        return {"extra": mask, "table": torch.ones(WIDTH)}
+
+
+class SkipsTable(SkipsMask):
+    def given(self, mask):
+        return {"table": torch.ones(WIDTH)}
+
+
+@pytest.mark.parametrize("kind", [SkipsMask, SkipsBoth, SkipsTable])
+def test_arguments_that_the_example_did_not_have_are_refused_once_rows_have_left(kind):
+    model, x = made(kind), rows(8)
+    fast = compiled(model, x, torch.ones(8, 1), capture="blocks")
+    mask = torch.tensor([[1.0], [0.0]]).repeat(4, 1)
+    with torch.no_grad():
+        assert torch.equal(fast(x, mask), model(x, mask))
+        confidence = fast.observe(x, mask).confidences[0].sort().values
+        fast.set_thresholds(
+            [float(confidence[3:5].mean()), *[2.0] * (len(fast.program.exits) - 1)][: len(fast.program.exits)]
+        )
+        fast.executor = "compact"
+        with pytest.raises(CaptureError, match="other arguments than when the model was captured"):
+            fast.run(x, mask)
