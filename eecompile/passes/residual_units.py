@@ -77,8 +77,9 @@ def bottlenecks(nodes: list[fx.Node], trunk: set[fx.Node], prediction: fx.Node |
     for n in nodes:
         if n not in trunk:
             continue
-        inputs = [a for a in n.all_input_nodes if a in trunk]
-        graph.add_edges_from((a, n) for a in inputs) if inputs else graph.add_edge("source", n)
+        inputs = [a for a in n.all_input_nodes if a in trunk or a.op == "placeholder"]
+        graph.add_edges_from((a, n) for a in inputs)
+        graph.add_edges_from(("source", a) for a in inputs or [n] if a not in trunk or not inputs)
     if prediction is None or prediction not in graph or not nx.has_path(graph, "source", prediction):
         return []
     immediate, chain = nx.immediate_dominators(graph, "source"), [prediction]
