@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import keyword
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -413,6 +414,7 @@ def flat_graph(
     placeholders = [n for n in graph.nodes if n.op == "placeholder"]
     for node, path in zip(placeholders, paths, strict=True):
         name = re.sub(r"\W+", "_", path).strip("_")
+        name += "_" * keyword.iskeyword(name)
         node._rename(name)
         node.target = node.name
     for node in list(graph.nodes):

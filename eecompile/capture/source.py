@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import keyword
 import os
 import re
 import traceback
@@ -145,6 +146,15 @@ def capture_failed(model: nn.Module, error: BaseException, attempts: list[str]) 
             hint='pass use_cache=False: example_kwargs={..., "use_cache": False}'
             if cache
             else "register its class with torch.export.register_dataclass, or return a dict",
+        )
+    words = [p for p, _ in model.named_modules() if any(map(keyword.iskeyword, p.split(".")))]
+    if words and isinstance(error, SyntaxError):
+        return CaptureError(
+            "a module is named like a keyword of Python, which torch.export cannot write into its code",
+            where=", ".join(words[:5]),
+            got=_reason(error),
+            wanted="names such as class_ and from_",
+            hint='rename it, or use capture="blocks"',
         )
     for path, m in model.named_modules():
         kind = "TorchScript" if isinstance(m, torch.jit.ScriptModule) else "quantized"

@@ -10,14 +10,29 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from eecompile.errors import CaptureError
+
 ROOT = "eecompile_root"  # buffers of the model itself: those of a graph itself are settings of its own
 CONSTANTS = "eecompile_constants"  # tensors that are neither parameters nor buffers
+TAKEN = {n for n in dir(fx.GraphModule) if not hasattr(nn.Module, n) and n[0] != "_"} | {"_graph", "meta"}
 ENTRIES = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
 def name_in_graph(target: str, value: Any, model: nn.Module) -> str:
-    """What a graph calls an attribute of the model."""
+    """What a graph calls an attribute of the model.
+
+    Raises:
+        CaptureError: The model's own name for it is one that the graph needs for itself.
+    """
     path, _, name = target.rpartition(".")
+    first = target.partition(".")[0]
+    if (path or isinstance(value, nn.Parameter)) and (first.startswith("eecompile_") or first in TAKEN):
+        raise CaptureError(
+            "an attribute of the model has a name that the captured graph needs for itself",
+            where=first,
+            wanted=f"another name than eecompile_*, {', '.join(sorted(TAKEN))}",
+            hint="rename it, or put the model into another module: its attributes then have a path of their own",
+        )
     if not isinstance(value, Tensor):
         return target
     owner = _submodule(model, path)

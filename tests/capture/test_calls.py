@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eecompile import CaptureError, CompiledModule, eecompile
-from tests.capture.nets import Net, compiled, made, rows
+from tests.capture.nets import CLASSES, WIDTH, Net, compiled, made, rows
 from tests.support import equal_bits
 
 
@@ -201,3 +201,64 @@ def test_what_a_tokenizer_returns_is_a_dict():
     given = fields(lambda x: kind(dict(x)), 3, turned=True)
     with torch.no_grad():
         equal_bits(fast(given), model(given))
+
+
+class Keywords(Net):
+    def forward(self, x: Tensor, **named: Tensor) -> Tensor:
+        return super().forward((x + named["class"]) * named["lambda"])
+
+
+class Named(Net):
+    def __init__(self) -> None:
+        super().__init__()
+        self.more = nn.ModuleDict({"class": nn.Linear(WIDTH, WIDTH)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.more["class"](x))
+
+
+def test_arguments_named_like_keywords():
+    model = made(Keywords)
+
+    def call(n: int) -> dict[str, Tensor]:
+        return {"x": rows(n), "class": rows(n), "lambda": rows(n, 1)}
+
+    fast, given = compiled(model, example_kwargs=call(4)), call(3)
+    with torch.no_grad():
+        equal_bits(fast(**given), model(**given))
+
+
+def test_modules_named_like_keywords_are_refused_by_name():
+    with pytest.raises(CaptureError, match="like a keyword of Python") as caught:
+        compiled(made(Named), rows(4))
+    assert "where:  more.class" in str(caught.value)
+
+
+class Inner(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net, self.name = Net(), name
+        self.add_module(name, nn.Linear(CLASSES, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.get_submodule(self.name)(self.net(x))
+
+
+class Outer(nn.Module):
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        self.inner = Inner(name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.inner(x)
+
+
+@pytest.mark.parametrize("name", ["eecompile_heads", "graph", "meta", "code"])
+def test_names_that_the_graph_needs(name):
+    with pytest.raises(CaptureError, match="needs for itself") as caught:
+        compiled(Inner(name).eval(), rows(4))
+    assert f"where:  {name}" in str(caught.value)
+    model, x = Outer(name).eval(), rows(4)
+    with torch.no_grad():
+        equal_bits(compiled(model, x)(x), model(x))
