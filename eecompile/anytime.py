@@ -35,7 +35,7 @@ class Anytime(Trainable):
 
     _chosen: Executor
 
-    def _result(self, outcome: Outcome, settings: Settings) -> Result:
+    def _result(self, outcome: Outcome, settings: Settings, flat: Sequence[Tensor]) -> Result:
         raise NotImplementedError
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
@@ -62,7 +62,7 @@ class Anytime(Trainable):
         settings = self.settings
         with closing(self._chosen.stream(flat, settings, allowance)) as outcomes:
             for outcome in outcomes:
-                result = self._result(outcome, settings)
+                result = self._result(outcome, settings, flat)
                 self._close(outcome, allowance, result)
                 yield result
 
@@ -106,7 +106,7 @@ class Anytime(Trainable):
                 settings = self.settings
                 outcome = self._chosen.measure(flat, settings)
                 if outcome is not None:
-                    self._result(outcome, settings)
+                    self._result(outcome, settings, flat)
                     self._close(outcome, None)
         return self._chosen.times
 
@@ -166,9 +166,9 @@ class Within:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         allowance = self.fast._resolved(self.limits)
-        signature = self.fast.program.signature
-        outcome = self.fast._chosen.run(self.fast.flatten(args, kwargs), self.fast.settings, False, allowance)
-        output = signature.restore(outcome.leaves)
+        flat = self.fast.flatten(args, kwargs)
+        outcome = self.fast._chosen.run(flat, self.fast.settings, False, allowance)
+        output = self.fast.program.restore(outcome.leaves, flat)
         self.fast._close(outcome, allowance)
         return output
 
@@ -177,7 +177,7 @@ class Within:
         flat = self.fast.flatten(args, kwargs)
         settings = self.fast.settings
         outcome = self.fast._chosen.run(flat, settings, True, allowance)
-        result = self.fast._result(outcome, settings)
+        result = self.fast._result(outcome, settings, flat)
         self.fast._close(outcome, allowance, result)
         return result
 

@@ -28,6 +28,7 @@ from eecompile.passes.carried import Brought, unwrapped
 from eecompile.plain import plain
 from eecompile.prediction import find_prediction
 from eecompile.program import Program
+from eecompile.signature import Signature
 from eecompile.strategies import Strategy
 from eecompile.strategies import strategy as resolve_strategy
 
@@ -71,7 +72,8 @@ def eecompile(
         progress: Called with the name of each step.
 
     Returns:
-        CompiledModule: Called like the model.
+        CompiledModule: Called like the model, and answering like it until something in it is trained or set: exits with
+            untrained heads are closed, gates open, halting off. After training they have the strategy's thresholds.
 
     Raises:
         CaptureError: The model cannot be captured; the message names the line and the way round.
@@ -122,7 +124,7 @@ def _compile(
     recipe = chosen.recipe()
     program = run_passes(program, insertion(recipe, captured, seed, taken.brought), tell)
 
-    return CompiledModule(
+    fast = CompiledModule(
         program,
         chosen,
         executor=executor,
@@ -133,11 +135,30 @@ def _compile(
         artifact={"eval": captured.exported},
         notes=captured.notes,
     )
+    fast.waiting.begin()
+    return fast
+
+
+def same_outputs(evaluated: Signature, trained: Signature, model: nn.Module | None) -> None:
+    """Whether the model gives the same outputs in train mode.
+
+    Raises:
+        CaptureError: It gives others: auxiliary outputs, say.
+    """
+    if evaluated.out_spec != trained.out_spec or len(evaluated.outputs) != len(trained.outputs):
+        raise CaptureError(
+            "the model returns something else in train mode",
+            where=None if model is None else type(model).__name__,
+            got="; ".join(leaf.describe() for leaf in trained.outputs),
+            wanted="; ".join(leaf.describe() for leaf in evaluated.outputs),
+            hint="train the heads alone (trunk=False), or switch the auxiliary outputs off and train it by itself",
+        )
 
 
 def _training_program(again: Callable[[], Captured], equilibrium: Any, fast: CompiledModule) -> Program:
     with no_autocast():
         train = again()
+    same_outputs(fast.program.signature, train.signature, fast.original)
     fast.artifact["train"] = train.exported
     return prepare_training_graph(fast.program, train.graph_module, train.signature, equilibrium)
 

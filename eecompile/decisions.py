@@ -20,6 +20,7 @@ from eecompile.passes.insert_exits import COMBINATION, HEADS
 from eecompile.passes.place_gates import GATES as UNITS
 from eecompile.routing import Routing
 from eecompile.thresholds import ExitRecord, GateRecord, HaltRecord, HaltStepRecord, WidthRecord
+from eecompile.waiting import units_of, untrained_names
 
 
 class Decisions(Routing):
@@ -78,9 +79,15 @@ class Decisions(Routing):
                 head_cost=e.head_flops / total,
                 criterion=e.criterion,
                 combine=e.combine,
+                units=units_of(self, e),
             )
             for i, e in enumerate(self.program.exits)
         )
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """Names of exits, gates and routes, and "halting", that nobody has trained; see `eecompile.waiting`."""
+        return untrained_names(self)
 
     def branch(self, exit_name: str) -> Branch:
         found = getattr(self.heads, exit_name)
@@ -175,6 +182,7 @@ class Decisions(Routing):
         """
         self._check_halts()
         self.settings = self.settings.with_values(HALTING, threshold)
+        self.waiting.settled(HALTING)
 
     def _check_halts(self) -> None:
         if not self.program.halts:
@@ -189,22 +197,25 @@ class Decisions(Routing):
             StrategyError: A wrong count, an unknown name, a negative number or NaN.
         """
         self.settings = self.settings.with_values(GATES, thresholds)
+        self.waiting.settled(GATES, thresholds)
 
     def set_thresholds(self, thresholds: Any) -> None:
         """Sets when samples leave: one number for all exits, one for each in order, or by exit or gate name.
 
-        No recompilation: only the set of open exits picks another plan. Calls that run meanwhile, in other threads, go on
-        with the thresholds that they have begun with.
+        No recompilation: only the set of open exits picks another plan. Calls that run meanwhile keep theirs.
 
         Raises:
             StrategyError: A wrong count, an unknown name, a negative number or NaN.
         """
-        found = self.settings
+        found, given = self.settings, thresholds
         gates = {g.name for g in self.program.gates}
         if isinstance(thresholds, Mapping) and gates & set(thresholds):
             found = found.with_values(GATES, {k: v for k, v in thresholds.items() if k in gates})
             thresholds = {k: v for k, v in thresholds.items() if k not in gates}
         self.settings = found.with_values(EXITS, thresholds)
+        self.waiting.settled(EXITS, thresholds)
+        if given is not thresholds:
+            self.waiting.settled(GATES, given)
 
     def set_temperatures(self, temperatures: Any) -> None:
         """Sets the softmax temperature of every exit and, last, of the model's own output.

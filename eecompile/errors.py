@@ -43,6 +43,10 @@ class EecompileError(Exception):
         super().__init__("\n".join(lines))
 
 
+class UntrainedWarning(UserWarning):
+    """Exits, gates, halting or a router were opened before anything was trained there."""
+
+
 class CaptureError(EecompileError):
     """The model could not be turned into a graph, or a call does not fit the captured graph."""
 

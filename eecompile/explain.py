@@ -6,9 +6,12 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from rich.console import RenderableType
 from rich.pretty import Pretty
 
+from eecompile.passes import facts
+from eecompile.program import Program
 from eecompile.training.report import Report, json_safe
 
 
@@ -47,6 +50,15 @@ def _routes(fast: Any) -> dict[str, Any] | None:
     }
 
 
+def unknown_early(program: Program) -> list[tuple[int, str]]:
+    """Output leaves without a value (NaN, or 0) in rows that left too early: index, and the first exit that has one."""
+    assert program.marked is not None
+    names = [*(e.name for e in program.exits), "model"]
+    leaves = facts.own_leaves(program.marked, program.signature)
+    blanked = [(i, n.args[2]) for i, n in enumerate(leaves) if n.target is torch.ops.eecompile.blank.default]
+    return [(i, names[int(known)]) for i, known in blanked]  # type: ignore[arg-type]
+
+
 def explain(fast: Any) -> Explanation:
     """Collects what is known about a compiled module."""
     program = fast.program
@@ -64,6 +76,9 @@ def explain(fast: Any) -> Explanation:
             "flops_per_row": program.total_flops,
             "inputs": [leaf.describe() for leaf in program.signature.inputs],
             "outputs": [leaf.describe() for leaf in program.signature.outputs],
+            "unknown_early": [
+                {"output": program.signature.outputs[i].path, "known_from": known} for i, known in unknown_early(program)
+            ],
             "prediction": program.signature.outputs[program.prediction].path,
             "blocks": [
                 {"name": b.name, "kind": b.kind, "share": b.flops / total, "output": b.output} for b in program.blocks
@@ -77,6 +92,7 @@ def explain(fast: Any) -> Explanation:
                     "threshold": e.threshold,
                     "temperature": e.temperature,
                     "open": e.is_open,
+                    "trained": e.trained,
                     "head": e.head_kind,
                     "head_cost": e.head_cost,
                     "cost": costs[i],
@@ -93,6 +109,7 @@ def explain(fast: Any) -> Explanation:
                     "unit": g.head_kind,
                     "unit_cost": g.head_cost,
                     "threshold": g.threshold,
+                    "trained": g.trained,
                     "saves": g.saves,
                     "depth": g.depth,
                 }
@@ -100,6 +117,7 @@ def explain(fast: Any) -> Explanation:
             ],
             "widths": [vars(w) for w in fast.widths],
             "halts": [asdict(h) for h in fast.halts],
+            "untrained": list(fast.untrained),
             "mean_steps": fast.steps_measured,
             "routes": _routes(fast),
             "cuts": [

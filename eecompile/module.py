@@ -33,6 +33,7 @@ from eecompile.runtime.precision import AutocastCheck, any_autocast
 from eecompile.runtime.reference import ReferenceExecutor
 from eecompile.signature import OtherDtypes
 from eecompile.strategies.base import Strategy
+from eecompile.waiting import Waiting
 
 EXECUTORS = ("auto", "reference", "compact", "simulate", "device")
 BACKENDS = ("eager", "inductor")
@@ -95,10 +96,17 @@ class CompiledModule(DevicePrograms, Anytime):
         self.__dict__["_references"] = weakref.WeakKeyDictionary()
         self.settings = program.settings
         self.__dict__["_full"] = []
+        self.__dict__["waiting"] = Waiting(self)
         self.train_trunk = strategy.joint
         self._backend = self._valid("backend", backend, BACKENDS)
         self.executor = executor
         self.eval()
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        """Train or eval mode. Exits and gates that wait to be trained are open in train mode; see `eecompile.waiting`."""
+        super().train(mode)
+        self.waiting.follow(mode)
+        return self
 
     # ------------------------------------------------------------------ settings
 
@@ -154,7 +162,7 @@ class CompiledModule(DevicePrograms, Anytime):
         allowance = self._allowance(kwargs) if kwargs else None
         flat = self.flatten(args, kwargs)
         outcome = self._execute(flat, self.settings, False, allowance)
-        output = self.program.signature.restore(outcome.leaves)
+        output = self.program.restore(outcome.leaves, flat)
         self._close(outcome, allowance)
         return output
 
@@ -172,7 +180,7 @@ class CompiledModule(DevicePrograms, Anytime):
         flat = self.flatten(args, kwargs)
         settings = self.settings
         outcome = self._execute(flat, settings, True, allowance)
-        result = self._result(outcome, settings)
+        result = self._result(outcome, settings, flat)
         if self.training and self.gate_mode == "every" and result.route_weights is not None:
             result.way_outputs = self._way_outputs(flat, settings)
         self._close(outcome, allowance, result)
@@ -186,7 +194,7 @@ class CompiledModule(DevicePrograms, Anytime):
         """
         flat = self.flatten(args, kwargs)
         with torch.no_grad(), self._mode(False):
-            return self._result(self._reference().run(flat, settings := self.settings), settings)
+            return self._result(self._reference().run(flat, settings := self.settings), settings, flat)
 
     def full(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the model without any exit."""
@@ -227,7 +235,7 @@ class CompiledModule(DevicePrograms, Anytime):
             outcomes = [self._reference(graph).run(flat, settings) for graph in graphs]
         return tuple(o.outputs[-1] for o in outcomes if o.outputs is not None)
 
-    def _result(self, outcome: Outcome, settings: Settings) -> Result:
+    def _result(self, outcome: Outcome, settings: Settings, flat: Sequence[Tensor]) -> Result:
         costs = self.cost_model
         training = outcome.outputs is not None and self.training
         gates = self._told(outcome, "") if self.program.gates else None
@@ -238,7 +246,7 @@ class CompiledModule(DevicePrograms, Anytime):
         mixed = training and self.gate_mode == "soft"
         ways = None if route is None else self.ways_of(outcome.reports, route, mixed)
         result = Result(
-            output=self.program.signature.restore(outcome.leaves),
+            output=self.program.restore(outcome.leaves, flat),
             exit_index=outcome.exit_index,
             confidence=outcome.confidence if outcome.confidence is not None else torch.zeros(()),
             cost=costs.spent(settings, outcome.exit_index, gates, steps, ways),

@@ -60,6 +60,7 @@ __all__ = [
     "Route",
     "Snapshot",
     "Stage",
+    "Tail",
     "TokenPart",
     "Way",
     "Width",
@@ -113,6 +114,18 @@ class History(Sequence[Snapshot]):
 
 
 @dataclass(frozen=True)
+class Tail:
+    """What a model computes from its class scores at its end: see `passes/split_tail.py`.
+
+    Attributes:
+        module: `module(scores, *inputs)` gives the output leaves at `slots`; in the graphs these hold the scores.
+    """
+
+    module: fx.GraphModule = field(repr=False)
+    slots: tuple[int, ...]
+
+
+@dataclass(frozen=True)
 class Program:
     """A model on its way through the compiler.
 
@@ -122,6 +135,7 @@ class Program:
         marked: The graph at level "marked", kept by later levels: what is trained, saved and taken as the truth.
         signature: How a call of the user's model maps to the graph's inputs and outputs.
         prediction: Index of the output leaf that holds the class scores, None until a strategy needs it.
+        tail: What the model computes from its class scores at its end, None where it gives them as they are.
         flops: Cost of each node of the captured graph for one row, by name.
         seconds: Measured time of each node for one row, by name, where it was asked for.
         models: Names of the models of a cascade, the last one being the full model; empty for a single model. The
@@ -147,6 +161,7 @@ class Program:
     block_pattern: str | None = None
     places: tuple[Place, ...] = ()
     prediction: int | None = None
+    tail: Tail | None = None
     flops: Mapping[str, float] = field(default_factory=dict)
     seconds: Mapping[str, float] = field(default_factory=dict)
     full_flops: float | None = None
@@ -170,6 +185,20 @@ class Program:
 
     def replace(self, **changes: Any) -> Program:
         return dataclasses.replace(self, **changes)
+
+    def restore(self, leaves: Sequence[torch.Tensor], flat: Sequence[torch.Tensor]) -> Any:
+        """The model's own output type around what a graph gave for these flat inputs."""
+        return self.signature.restore(leaves if self.tail is None else self.answer(leaves, flat))
+
+    def answer(self, leaves: Sequence[torch.Tensor], flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The model's output leaves, from those of a graph and the call's flat inputs."""
+        found = list(leaves)
+        if self.tail is not None:
+            assert self.prediction is not None
+            values = self.tail.module(found[self.prediction], *flat)
+            for i, value in zip(self.tail.slots, values, strict=True):
+                found[i] = value
+        return found
 
     @property
     def gate_recipe(self) -> GateRecipe | None:

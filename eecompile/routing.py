@@ -14,6 +14,7 @@ from eecompile.ir.settings import BRANCHES, BRANCHES_BUFFER, THRESHOLDS_BUFFER, 
 from eecompile.passes.place_routes import ROUTES
 from eecompile.plain import plain
 from eecompile.program import Program
+from eecompile.waiting import Waiting
 
 OWN_END = "model"
 
@@ -44,6 +45,7 @@ class Routing(nn.Module):
     """What `CompiledModule` tells of its router."""
 
     program: Program
+    waiting: Waiting
     graph_module: fx.GraphModule
     route_load: list[dict[str, Any]] | None = None  # what `evaluate` saw last, for `explain`
 
@@ -110,6 +112,7 @@ class Routing(nn.Module):
         if isinstance(margins, int | float) and not isinstance(margins, bool):
             margins = [float(margins)] * (count - 1) + [0.0]
         self.settings = self.settings.with_values(BRANCHES, margins)
+        self.waiting.settled(BRANCHES, margins)
 
     def route_costs(self) -> Tensor:
         """[K] float32: fraction of the full model's FLOPs of a row on each route, with the exits that are open now."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from eecompile.criteria import Criterion
+from eecompile.untrained import is_untrained
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class ExitRecord:
         head: The head's module.
         head_cost: Cost of head and decision, as a fraction of the full model's.
         combine: What it answers, given the open exits before it: "last", "ensemble", "confident" or "weighted".
+        units: What must be trained before it says anything.
     """
 
     name: str
@@ -35,10 +37,16 @@ class ExitRecord:
     head_cost: float
     criterion: Criterion
     combine: str = "last"
+    units: tuple[nn.Module, ...] = field(default=(), repr=False)
 
     @property
     def is_open(self) -> bool:
         return self.threshold <= 1.0
+
+    @property
+    def trained(self) -> bool:
+        """Whether its weights are others than those that it was inserted with."""
+        return not any(map(is_untrained, self.units))
 
 
 @dataclass(frozen=True)
@@ -67,6 +75,11 @@ class GateRecord:
     head_kind: str
     saves: float
     head_cost: float
+
+    @property
+    def trained(self) -> bool:
+        """Whether the unit's weights are others than those that it was inserted with."""
+        return not is_untrained(self.head)
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,7 @@ class Trainable(Decisions):
     gate_mode: str = "hard"  # how gates decide in train mode; see `passes/training_decisions.py`
     gates_kept_open: int = 0  # the first so many gates do not decide in train mode: a curriculum
     gates_full_share: float = 0.0  # share of a batch's rows, the first ones, that all gates let in in train mode
+    trained_by_loss: bool = False  # whether `fit` was last given loss=: the largest score may be no answer then
     _training_program: Callable[[Any], Program] | None
     train_signature: Signature | None  # of the train-mode capture, once there is one
 
@@ -55,22 +56,26 @@ class Trainable(Decisions):
         `eecompile.calibration.budget.calibrate_budget`.
         """
         if budget is None:
-            return calibrate(self.compiled, loader, **_plain(options))
+            with self.waiting.measurement(settles=True):
+                return calibrate(self.compiled, loader, **_plain(options))
         for name in ("max_drop", "delta"):
             if name in options:
                 raise EecompileError(
                     f"{name}= and budget= are two ways to calibrate", got="both", wanted="one of them",
                     hint="a budget fixes the cost and gives the best accuracy; max_drop fixes the accuracy",
                 )  # fmt: skip
-        return calibrate_budget(self.compiled, loader, plain(budget), **_plain(options))
+        with self.waiting.measurement(settles=True):
+            return calibrate_budget(self.compiled, loader, plain(budget), **_plain(options))
 
     def budget_curve(self, loader: Iterable[Any], test_loader: Iterable[Any] | None = None, **options: Any) -> Any:
         """Budget against accuracy; see `eecompile.calibration.budget.budget_curve`."""
-        return budget_curve(self.compiled, loader, test_loader, **_plain(options))
+        with self.waiting.measurement(settles=False):
+            return budget_curve(self.compiled, loader, test_loader, **_plain(options))
 
     def evaluate(self, loader: Iterable[Any], **options: Any) -> Any:
         """Accuracy against compute; see `eecompile.training.evaluate.evaluate`."""
-        return evaluate(self.compiled, loader, **_plain(options))
+        with self.waiting.measurement(settles=False):
+            return evaluate(self.compiled, loader, **_plain(options))
 
     def benchmark(self, example: Any, **options: Any) -> Any:
         """Measured time against the original; see `eecompile.benchmark.benchmark`."""
@@ -126,6 +131,7 @@ class Trainable(Decisions):
         finally:
             for m, flag in flags.items():
                 m.training = flag
+            self.waiting.follow(self.training)
 
     @property
     def full_graph(self) -> fx.GraphModule:

@@ -8,9 +8,10 @@ import math
 import torch
 from torch import Tensor, nn
 
-from eecompile import CompiledModule, eecompile, strategies
+from eecompile import CompiledModule, strategies
 from eecompile.criteria import Criterion
 from tests.support import again
+from tests.support import compiled as eecompile
 
 
 class Given(nn.Module):

@@ -11,9 +11,10 @@ import transformers as hf
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
-from eecompile import CompiledModule, eecompile, strategies
+from eecompile import CompiledModule, strategies
 from tests import zoo_plain as plain
 from tests.support import Fingerprint
+from tests.support import compiled as eecompile
 from tests.zoo import TEXT, text
 
 BATCHES = range(1, 10)

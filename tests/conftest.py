@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eecompile import CompiledModule, eecompile, strategies
+from eecompile import CompiledModule, strategies
 from tests.support import Fingerprint
+from tests.support import compiled as eecompile
 from tests.zoo import ZOO, Entry
 
 ROWS = 6  # of the example that a model is compiled with

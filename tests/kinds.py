@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eecompile import CompiledModule, eecompile, strategies
+from eecompile import CompiledModule, strategies
 from eecompile.strategies import Strategy
 from tests.gates.adaptive import rows, tower
 from tests.support import Fingerprint
+from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]

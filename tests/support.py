@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from eecompile import CompiledModule
+from eecompile import CompiledModule, eecompile
 from eecompile.capture.export import Captured
 from eecompile.passes import analysis, insertion, run_passes
 from eecompile.program import Program, Result
@@ -308,3 +308,18 @@ def watch(call: Callable[[], Any]) -> Watch:
 def gelu_of(seen: Watch) -> list[tuple[int, ...]]:
     """Shapes of every GELU that ran, in order; a block has one. Written in place where nobody needs its input."""
     return seen.shapes.get("gelu", []) + seen.shapes.get("gelu_", [])
+
+
+# ------------------------------------------------------------------------------------------------ untrained exits
+
+
+def opened(fast: CompiledModule) -> CompiledModule:
+    """Sets what waits for training, as if all that was inserted were trained: exits open at the strategy's thresholds."""
+    fast.settings = fast.waiting.wanted()
+    fast.waiting.values = {}
+    return fast
+
+
+def compiled(*args: Any, **kwargs: Any) -> CompiledModule:
+    """`eecompile(...)` with everything open that waits to be trained: most tests are about rows that leave."""
+    return opened(eecompile(*args, **kwargs))

@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eecompile import CompiledModule, MissingDependencyError, StrategyError, eecompile, strategies
+from eecompile import CompiledModule, MissingDependencyError, StrategyError, strategies
 from eecompile.criteria import CRITERIA
 from tests.capture.nets import CLASSES, WIDTH, Net, compiled, made, rows
 from tests.support import again, both, same_result
+from tests.support import compiled as eecompile
 
 
 @pytest.fixture(scope="module")

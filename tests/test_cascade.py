@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from eecompile import CompiledModule, eecompile, load, strategies
+from eecompile import CompiledModule, load, strategies
 from eecompile.capture.export import capture_export
 from tests import cascades, zoo_plain
 from tests.cascades import BATCHES, Herd
@@ -31,6 +31,7 @@ from tests.support import (
     shares_parameters,
     watch,
 )
+from tests.support import compiled as eecompile
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
-from eecompile import StrategyError, eecompile, load, strategies
+from eecompile import StrategyError, load, strategies
 from tests import cascades, zoo_plain
 from tests.support import CLOSED, agree, both, close, equal_bits, neutral, random_settings, shares_parameters, watch
+from tests.support import compiled as eecompile
 
 
 class Residual(nn.Module):

@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eecompile import CompiledModule, criteria, eecompile, strategies
+from eecompile import CompiledModule, criteria, strategies
 from eecompile.criteria import CRITERIA, REDUCTIONS, Criterion, criterion
 from eecompile.errors import StrategyError
 from tests.answering import answering
 from tests.support import CLOSED, again, both, same_result
+from tests.support import compiled as eecompile
 
 NAN, INF = math.nan, math.inf
 STATELESS = ["max_probability", "entropy", "margin", "energy"]

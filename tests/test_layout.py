@@ -21,6 +21,7 @@ LAYERS = [
     {"errors", "measuring", "guards", "containers", "plain"},
     {"ir"},
     {"kernels", "ops"},
+    {"untrained"},
     {"signature", "criteria", "heads", "gates", "routers", "strategies", "route_records"}
     | {"reasons", "records", "program", "prediction", "thresholds"},
     {"capture"},
@@ -31,6 +32,7 @@ LAYERS = [
         "module",
         "device_programs",
         "decisions",
+        "waiting",
         "routing",
         "trainable",
         "api",

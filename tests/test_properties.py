@@ -9,7 +9,7 @@ import torch
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-from eecompile import CompiledModule, criteria, eecompile, strategies
+from eecompile import CompiledModule, criteria, strategies
 from tests.random_models import Spec, specs
 from tests.support import (
     CLOSED,
@@ -23,6 +23,7 @@ from tests.support import (
     same_result,
     shares_parameters,
 )
+from tests.support import compiled as eecompile
 
 WHERE = st.sampled_from([1, 2, 3, "every-block", (0.3, 0.7), (0.5,), "blocks.*"])
 HEADS = st.sampled_from(["auto", "linear", "mlp"])

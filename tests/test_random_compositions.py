@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from eecompile import CompiledModule, eecompile, strategies
+from eecompile import CompiledModule, strategies
 from eecompile.strategies import Strategy
 from tests.gates.adaptive import rows, tower
 from tests.support import agree, both, equal_bits, neutral, random_settings, same_result
+from tests.support import compiled as eecompile
 
 BATCHES = (1, 6)
 

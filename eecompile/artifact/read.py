@@ -122,6 +122,8 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
         notes=[*(n for n in data["notes"] if not n.startswith(LOADED)), f"{LOADED}{directory.name}"],
     )
     fast.__dict__["train_signature"] = train_signature
+    fast.trained_by_loss = data["trained_by_loss"]
+    fast.waiting.restore(data["waiting"])
     return fast
 
 

@@ -64,6 +64,8 @@ def write(fast: Any, path: str | Path) -> None:
         "gates": _gates(fast),
         "routes": _routes(fast),
         "stages": [s.flops for s in program.stages],
+        "trained_by_loss": fast.trained_by_loss,
+        "waiting": fast.waiting.to_dict(),
         "notes": list(fast.notes),
         "autocast": sorted(str(d).removeprefix("torch.") for d in fast.autocast.verified),
     }

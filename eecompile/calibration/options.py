@@ -32,6 +32,25 @@ def check_options(fast: Compiled, max_drop: float, delta: float | None, target: 
         raise CalibrationError(
             "agreement is for classification", got="metric= and target='agreement'", hint="leave out target"
         )
+    other = _no_classes(fast) if target == "agreement" else ""
+    if other:
+        raise CalibrationError(
+            "agreement compares the class of the largest score, which is not what this model is for",
+            got=other,
+            wanted="one class of several for each row",
+            hint="give the full model's answers as labels, [(x, fast.full(x))], and metric=lambda z, y: ... that compares "
+            "them, for several labels ((z > 0) == (y > 0)).all(-1).double()",
+        )
+
+
+def _no_classes(fast: Compiled) -> str:
+    """Why the largest score is no answer; empty where it is."""
+    if getattr(fast, "trained_by_loss", False):
+        return "a program that was trained with loss="
+    program = getattr(fast, "program", None)
+    if program is None or program.prediction is None:
+        return ""
+    return "one score for each row" if program.signature.outputs[program.prediction].shape[-1] == 1 else ""
 
 
 def stays_open(fast: Compiled, keep_open: bool | None) -> bool:

@@ -33,6 +33,7 @@ from eecompile.capture.quiet import quiet
 from eecompile.capture.sizes import MAX_BATCH, MAX_LENGTH, batch_fixed, conditions, equal_sizes, ranges
 from eecompile.capture.source import capture_failed, model_failed, stack_of, strip
 from eecompile.capture.tensors import name_in_graph, share_tensors
+from eecompile.capture.train_mode import check_training
 from eecompile.capture.untouched import untouched
 from eecompile.errors import CaptureError, UnsupportedModelError
 from eecompile.signature import Leaf, Signature, path_of
@@ -101,6 +102,8 @@ def capture_export(
         if training:
             _has_gradients(model, tries.run(call.tensors))
         captured = tries.best.captured
+        if training and captured.flat_example is not None:
+            check_training(model, captured.graph_module, captured.flat_example, tries.run)
         if tries.compares and captured.flat_example is not None:
             check.fused_attention(captured.signature, captured.flat_example, captured.graph_module, tries.run, model, fused)
     return replace(captured, notes=tries.notes())

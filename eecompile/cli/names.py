@@ -15,6 +15,7 @@ TARGETS = ("accuracy", "agreement")
 LEVELS = (
     "source",
     "normalize",
+    "split_tail",
     "share",
     "annotate",
     "find_blocks",

@@ -36,6 +36,11 @@ class Out:
         """Progress, for people."""
         self.progress.print(Text(text, "dim"))
 
+    def untrained(self, fast: Any) -> None:
+        """Says which exits and gates nobody has trained, so that figures of them mean nothing."""
+        if fast.untrained:
+            self.progress.print(Text(f"not trained yet: {', '.join(fast.untrained)}; eecompile fit trains them", "yellow"))
+
     def show(self, *renderables: RenderableType) -> None:
         """A part of the report; nothing when the report is JSON."""
         if not self.as_json:

@@ -10,6 +10,7 @@ from typing import Any
 from eecompile.inspect import text as write
 from eecompile.inspect.outline import Outline, Part
 from eecompile.inspect.text import Raw
+from eecompile.waiting import NOT_TRAINED
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,7 @@ def _exit(fast: Any, part: Part) -> Box:
     assert part.exit is not None
     e = fast.exits[part.exit]
     state = f"{e.criterion.name} at {e.threshold:.4g}" if e.is_open else "closed"
+    state += "" if e.trained else f", {NOT_TRAINED}"
     return Box(f"e{part.exit}", (e.name, state, f"head {e.head_kind}, {write.percent(e.head_cost)}"), "exit")
 
 

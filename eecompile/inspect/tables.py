@@ -10,6 +10,8 @@ from rich.text import Text
 
 from eecompile.inspect import text as write
 from eecompile.inspect.outline import Outline
+from eecompile.ir.settings import HALTING
+from eecompile.waiting import NOT_TRAINED
 
 
 def tables(fast: Any, outline: Outline, whole: bool) -> RenderableType:
@@ -35,6 +37,7 @@ def exits(fast: Any) -> Table:
     costs = fast.costs([e.is_open for e in fast.exits]).tolist()
     for e, cost in zip(fast.exits, costs, strict=False):
         threshold = f"{e.threshold:.4g}" if e.is_open else "closed"
+        threshold += "" if e.trained else f", {NOT_TRAINED}"
         made.add_row(
             e.name,
             Text(e.cut),
@@ -55,6 +58,7 @@ def gates(fast: Any) -> list[Table]:
     made = _table("gates", "gate", "region", "kind", "unit", "threshold", "unit cost", "saves when shut")
     for g in fast.gates:
         threshold = "always open" if g.threshold <= 0 else "always shut" if g.threshold > 1 else f"{g.threshold:.4g}"
+        threshold += "" if g.trained else f", {NOT_TRAINED}"
         cells = (g.kind, g.head_kind, threshold, write.percent(g.head_cost), write.percent(g.saves))
         made.add_row(g.name, Text(g.region), *cells)
     return [made, *widths(fast)]
@@ -77,9 +81,11 @@ def halts(fast: Any) -> list[Table]:
     if not fast.halts:
         return []
     seen = "" if fast.steps_measured is None else f", {fast.steps_measured:.3g} steps in the mean of the rows evaluated"
+    untrained = fast.untrained
     made = _table(f"halting{seen}", "step", "block", "unit", "threshold", "cost", "unit cost")
     for h in fast.halts:
         threshold = "never halts" if h.threshold > 1 else f"{h.threshold:.4g}"
+        threshold += f", {NOT_TRAINED}" if HALTING in untrained else ""
         for s in h.steps:
             made.add_row(s.name, Text(s.region), s.unit, threshold, write.percent(s.cost), write.percent(s.unit_cost))
     return [made]
@@ -90,11 +96,13 @@ def routes(fast: Any) -> list[Table]:
     if not fast.routes:
         return []
     (route,) = fast.program.routes
+    untrained = fast.untrained
     where = "" if route.to_exits else f", branches over {route.region}"
     made = _table(f"routes: a router at {route.at}{where}", "route", "to", "margin", "cost", "leaves out", "rows", "right")
     seen = {share["name"]: share for share in fast.route_load or ()}
     for r in fast.routes:
         margin = "closed" if not r.is_open else "-" if r.margin is None else f"{r.margin:.4g}"
+        margin += f", {NOT_TRAINED}" if r.name in untrained and not route.to_exits else ""
         share = seen.get(r.name)
         load = "-" if share is None else write.percent(share["share"])
         right = "-" if share is None or share["accuracy"] is None else write.percent(share["accuracy"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -87,6 +88,28 @@ def criterion(c: Criterion) -> str:
     """A criterion with what differs from the usual."""
     extra = f", {c.patience} in agreement" if c.stateful else ""
     return c.name + (f"{extra}, {c.reduce} over positions" if c.reduce != "min" else extra)
+
+
+def condition(c: Criterion, threshold: float, classes: int | str) -> str:
+    """When a row leaves, in the terms of the criterion's paper; where these differ from the confidence, both are given.
+
+    Args:
+        classes: Size of the last axis of the prediction.
+    """
+    extra = f", {c.reduce} over positions" if c.reduce != "min" else ""
+    sure = f"confidence >= {threshold:.4g}"
+    count = float(classes) if isinstance(classes, int) else math.nan
+    if c.name == "entropy":
+        return f"entropy <= {max(0.0, 1 - threshold) * math.log(count):.4g} (1 - entropy / log {classes} as {sure}){extra}"
+    if c.name == "energy":
+        scaled = 2 * threshold - 1
+        bound = math.inf if abs(scaled) >= 1 else scaled / (1 - abs(scaled))
+        bound = math.copysign(bound, scaled) + math.log(count)
+        return f"energy <= {-bound:.4g} ({sure}){extra}"
+    if c.stateful:
+        agree = max(1, math.ceil(threshold * c.patience - 1e-6))
+        return f"{agree} open exit{'s agree' if agree > 1 else ' has answered'} ({c.name} as {sure}){extra}"
+    return f"{criterion(c)} >= {threshold:.4g}"
 
 
 def shares(width: Any) -> str:

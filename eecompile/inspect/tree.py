@@ -11,9 +11,12 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from rich.tree import Tree
 
+from eecompile.explain import unknown_early
 from eecompile.inspect import text as write
 from eecompile.inspect.outline import Outline, Part
+from eecompile.ir.settings import HALTING
 from eecompile.program import Refusal
+from eecompile.waiting import NOT_TRAINED
 
 MOST_REFUSALS = 6
 
@@ -38,6 +41,7 @@ class _Grown:
     def __init__(self, shown: ProgramTree, ascii_only: bool) -> None:
         self.fast, self.outline, self.whole, self.ascii = shown.fast, shown.outline, shown.whole, ascii_only
         self.costs = self.fast.costs([e.is_open for e in self.fast.exits]).tolist()
+        self.untrained = self.fast.untrained
         names = [r.title for _, _, r in self.outline.regions()] + [p.name for p in self.outline.parts]
         self.width = min(56, max(map(len, names), default=0) + 2)
 
@@ -56,8 +60,11 @@ class _Grown:
             if part.exit is not None:
                 self._exit(branch, part)
         if self.whole:
+            unknown = dict(unknown_early(program))
             for i, leaf in enumerate(program.signature.outputs):
                 mark = " (the prediction)" if i == program.prediction else ""
+                if i in unknown:
+                    mark += f" ({'NaN' if leaf.dtype.is_floating_point else '0'} for rows that leave before {unknown[i]})"
                 tree.add(Text.assemble(("output ", "dim"), leaf.describe() + mark))
             self._gates(tree)
             self._halts(tree)
@@ -104,9 +111,12 @@ class _Grown:
         assert part.exit is not None
         e = self.fast.exits[part.exit]
         if e.is_open:
-            state = Text(f"open, leaves at {write.criterion(e.criterion)} >= {e.threshold:.4g}", "green")
+            program = self.fast.program
+            classes = program.signature.outputs[program.prediction].shape[-1]
+            state = Text(f"open, leaves at {write.condition(e.criterion, e.threshold, classes)}", "green")
         else:
             state = Text("closed: neither head nor decision runs", "yellow")
+        self._untrained(state, e.name)
         line = Text.assemble((e.name, "bold magenta"), f" after {e.cut}: ", state)
         branch = tree.add(line)
         head = f"head {e.head_kind} on {e.node}, {write.percent(e.head_cost)} of the model's cost"
@@ -115,6 +125,10 @@ class _Grown:
             branch.add(Text(f"a row that leaves here costs {write.percent(self.costs[part.exit])}"))
         for v in part.live:
             branch.add(Text.assemble(("survives ", "dim"), write.live(v)))
+
+    def _untrained(self, state: Text, name: str) -> None:
+        if name in self.untrained:
+            state.append(f"; {NOT_TRAINED}", "yellow")
 
     def _gates(self, tree: Tree) -> None:
         gates = self.fast.gates
@@ -129,6 +143,7 @@ class _Grown:
                 state = Text("always shut", "yellow")
             else:
                 state = Text(f"opens from {g.threshold:.4g}", "green")
+            self._untrained(state, g.name)
             line = Text.assemble((g.name, "bold magenta"), f" {g.region} ({g.kind}): ", state)
             line.append(f", {g.head_kind} unit of {write.percent(g.head_cost)}, shut saves {write.percent(g.saves)}")
             branch.add(line)
@@ -149,6 +164,7 @@ class _Grown:
         branch = tree.add(Text.assemble(("halting ", "dim"), f"up to {most} steps{seen}"))
         for h in halts:
             state = Text(write.halting(h), "yellow" if h.threshold > 1 else "green")
+            self._untrained(state, HALTING)
             chain = branch.add(Text.assemble((h.name, "bold magenta"), ": ", state))
             steps = [(f"up to {len(h.steps)} times ", h.steps[0])] if h.repeated else [("", s) for s in h.steps]
             for times, s in steps:
@@ -167,6 +183,8 @@ class _Grown:
         seen = {share["name"]: share for share in fast.route_load or ()}
         for r in fast.routes:
             state = Text("open", "green") if r.is_open else Text("closed", "yellow")
+            if not route.to_exits:
+                self._untrained(state, r.name)
             line = Text.assemble((r.name, "bold magenta"), ": ", state, f", a row costs {write.percent(r.cost)}")
             if r.margin and r.is_open:
                 line.append(f", taken from {r.margin:.4g} above the others")

@@ -30,6 +30,7 @@ from eecompile.passes.place_gates import GATES, PlaceGates
 from eecompile.passes.place_halting import PlaceHalting
 from eecompile.passes.place_routes import ROUTES, PlaceRoutes
 from eecompile.passes.share import Share
+from eecompile.passes.split_tail import SplitTail
 from eecompile.passes.stage import StagePass
 from eecompile.passes.verify import Verify
 from eecompile.program import Program
@@ -46,7 +47,7 @@ def analysis(captured: Captured, measure: bool = False, blocks: str | None = Non
 
 def prepared(models: tuple[str, ...]) -> list[Pass]:
     """What comes before anything is counted; several models may share work."""
-    return [Normalize(), Share()] if models else [Normalize()]
+    return [Normalize(), SplitTail(), *([Share()] if models else [])]
 
 
 def insertion(recipe: Recipe, captured: Captured, seed: int, brought: Brought | None = None) -> list[Pass]:
@@ -102,7 +103,7 @@ def prepare_training_graph(
     assert program.marked is not None
     train = Program(graph_module, graph_module, signature, prediction=program.prediction, models=program.models)
     train = train.replace(places=program.places, settings=program.settings)
-    train = run_passes(train, [Normalize(), Annotate(), FindBlocks(program.block_pattern), FindCuts()])
+    train = run_passes(train, [Normalize(), SplitTail(), Annotate(), FindBlocks(program.block_pattern), FindCuts()])
     if program.gates or program.halts:
         units = dict(program.marked.get_submodule(GATES).named_children())
         train = inserted_again(train, program, units)
@@ -159,6 +160,7 @@ __all__ = [
     "PlaceHalting",
     "PlaceRoutes",
     "Share",
+    "SplitTail",
     "StageBlocks",
     "StagePass",
     "Verify",

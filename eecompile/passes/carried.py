@@ -76,7 +76,7 @@ def unwrapped(models: Mapping[str, nn.Module], plain: Sequence[bool]) -> tuple[d
         fast: Any = model
         _able(name, fast, program)
         found[name] = fast.original
-        settings: Settings = fast.settings
+        settings: Settings = fast.waiting.wanted()
         ends[name] = settings[TEMPERATURES][-1]
 
         def moved(a: Anchor | None, name: str = name) -> Anchor | None:

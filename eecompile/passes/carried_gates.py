@@ -68,7 +68,7 @@ def carried_gates(name: str, fast: Any, moved: Callable[[Anchor | None], Anchor 
     if recipe is None:
         return None
     mask = _mask(name, program, [g.region for g in program.gates], recipe, plain)
-    recipe = replace(recipe, threshold=fast.settings[GATE_THRESHOLDS], mask=mask)
+    recipe = replace(recipe, threshold=fast.waiting.wanted()[GATE_THRESHOLDS], mask=mask)
     gates = tuple(
         replace(
             g,
@@ -91,7 +91,7 @@ def carried_halts(name: str, fast: Any, moved: Callable[[Anchor | None], Anchor 
     if recipe is None:
         return None
     regions = [s.region for h in program.halts for s in h.steps]
-    (threshold,) = fast.settings[HALTING]
+    (threshold,) = fast.waiting.wanted()[HALTING]
     recipe = replace(recipe, threshold=threshold, mask=_mask(name, program, regions, recipe, plain))
     halts = []
     for h in program.halts:

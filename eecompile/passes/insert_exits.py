@@ -27,6 +27,7 @@ from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.carried import Brought
 from eecompile.passes.functional import make_functional
 from eecompile.program import Anchor, Exit, Program, Refusal
+from eecompile.untrained import mark_untrained
 
 HEADS = "eecompile_heads"
 COMBINATION = "eecompile_combination"
@@ -106,6 +107,9 @@ class InsertExits(Pass):
                 score_head(sites.site_at(program, cut_of(program, e), e.mask_input)[0]) if e.criterion.learned else None
                 for e in program.exits
             ]
+            for s in scores:
+                if s is not None:
+                    mark_untrained(s)
             return {e.name: Branch(tail.module, s) for e, s in zip(program.exits, scores, strict=True)}
         reference = next((p for p in program.graph_module.parameters() if p.is_floating_point()), None)
         heads = {}
@@ -123,6 +127,8 @@ class InsertExits(Pass):
                 branch = Branch(module, score, takes_mask)
                 device = reference.device if reference is not None else None
                 heads[e.name] = branch.to(device=device, dtype=getattr(torch, site.dtype))
+                for part in branch.children():
+                    mark_untrained(part)
         return heads
 
 

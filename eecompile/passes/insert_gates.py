@@ -32,6 +32,7 @@ from eecompile.passes.place_gates import GATES, make_unit, site_of
 from eecompile.passes.place_widths import part_of
 from eecompile.program import Carry, Cut, Gate, Live, Program, Refusal, Region, Report, Width
 from eecompile.strategies.base import GateRecipe
+from eecompile.untrained import mark_untrained
 
 assert eecompile.ops is not None
 
@@ -108,6 +109,7 @@ class InsertGates(Pass):
                 kind = unit_class(self.recipe.unit, site, g.region)
                 unit = make_unit(kind, site, self.recipe.open_bias, len(program.gates), shared)
                 units[name] = unit.to(device=device, dtype=getattr(torch, site.dtype))
+                mark_untrained(unit)
         names = facts.by_name(gm)
         for w in program.widths:
             region = regions[w.region]

@@ -40,6 +40,7 @@ from eecompile.passes.place_gates import make_unit, site_of
 from eecompile.passes.place_halting import starting_bias
 from eecompile.program import Carry, Cut, Halt, HaltStep, Program, Refusal, Region, Report
 from eecompile.strategies.base import HaltRecipe
+from eecompile.untrained import mark_untrained
 
 ROLE = "eecompile_halting"  # key in a node's meta: "score", "state" (behind a step) or "output", and the step
 AT_ONCE = 2.0**100  # a scale with which any score halts
@@ -109,6 +110,7 @@ class InsertHalting(Pass):
                     kind = unit_class(self.recipe.unit, site, step.region)
                     unit = make_unit(kind, site, starting_bias(self.recipe, len(h.steps)), 1, None)
                     units[name] = unit.to(device=device, dtype=getattr(torch, site.dtype))
+                    mark_untrained(unit)
         return units
 
 

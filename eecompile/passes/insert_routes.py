@@ -38,6 +38,7 @@ from eecompile.passes.place_routes import ROUTE, ROUTES, Places
 from eecompile.program import Cut, Program, Refusal, Report, Route, Way
 from eecompile.routers import unit_class
 from eecompile.strategies.router import RouteRecipe
+from eecompile.untrained import mark_untrained
 
 STACK = ((ROUTES, 0, "Router"),)  # a module of their own, so that the model's own calls are counted as before
 aten = torch.ops.aten
@@ -110,6 +111,7 @@ class InsertRoutes(Pass):
             count = len(route.ways) or len(program.exits) + 1
             unit = unit_class(self.recipe.unit, site, route.at)(site, count, self.recipe.bias)
         found: dict[str, nn.Module] = {"unit": unit.to(device=device, dtype=getattr(torch, site.dtype))}
+        mark_untrained(found["unit"])
         for way, (name, what) in zip(route.ways, self.recipe.branches, strict=False):
             found[name] = copy.deepcopy(what).to(device) if isinstance(what, nn.Module) else light_of(program, route, way)
         return found

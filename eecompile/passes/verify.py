@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -42,7 +43,8 @@ class Verify(Pass):
                     program.settings.neutral().put_into(gm.eval(), device)
                 want = program.source(*self.example)[:count]
                 for name, gm in graphs.items():
-                    _equal(want, gm(*self.example)[:count], f"{name} graph, neutral settings")
+                    got = program.answer(gm(*self.example)[:count], self.example)
+                    _equal(want, got, f"{name} graph, neutral settings")
                 for gm in graphs.values():
                     program.settings.put_into(gm, device)
                 _equal(marked(*self.example), staged(*self.example), "staged graph")
@@ -59,7 +61,7 @@ def _steady(program: Program) -> contextlib.AbstractContextManager[Any]:
     return untouched(program.source) if program.front_end == "blocks" else contextlib.nullcontext()
 
 
-def _equal(want: tuple[torch.Tensor, ...], got: tuple[torch.Tensor, ...], where: str) -> None:
+def _equal(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor], where: str) -> None:
     for i, (a, b) in enumerate(zip(want, got, strict=True)):
         if a.shape != b.shape or not torch.equal(torch.nan_to_num(a), torch.nan_to_num(b)):
             off = float((a.double() - b.double()).abs().max()) if a.shape == b.shape else float("inf")

@@ -101,14 +101,27 @@ def assemble(
     axis = signature.outputs[at].batch_axis
     filled = list(leaves)
     filled[at] = survivors.prediction.movedim(0, axis) if axis else survivors.prediction
-    done = [
-        nothing(leaf, signature, flat, survivors.device, dtype) if t is None else t
-        for t, leaf, dtype in zip(filled, signature.outputs, dtypes, strict=True)
-    ]
+    done = completed(program, filled, flat, survivors.device, dtypes)
     confidence = None
     if want_confidence and survivors.confidence is not None:
         confidence = torch.nan_to_num(survivors.confidence, nan=0.0)
     return Outcome(done, survivors.exit_index, confidence, final=survivors.final)
+
+
+def completed(
+    program: Program,
+    leaves: Sequence[Tensor | None],
+    flat: Sequence[Tensor],
+    device: torch.device,
+    dtypes: Sequence[torch.dtype],
+) -> list[Tensor]:
+    """Output leaves that no row reached hold nothing; those that the tail computes hold the prediction until then."""
+    later = () if program.tail is None else program.tail.slots
+    filled = [leaves[program.prediction or 0] if i in later else t for i, t in enumerate(leaves)]
+    return [
+        nothing(leaf, program.signature, flat, device, dtype) if t is None else t
+        for t, leaf, dtype in zip(filled, program.signature.outputs, dtypes, strict=True)
+    ]
 
 
 def times_of(program: Program) -> StageTimes:

@@ -155,6 +155,7 @@ def fit(
         progress=progress,
         callbacks=tuple(callbacks),
     )
+    fast.trained_by_loss = loss is not None
     checkpoints = None if checkpoint_dir is None else Checkpoints(checkpoint_dir)
     return Loop(fast, loader, val_loader, plan, checkpoints, accelerator).run(resume)
 

@@ -34,6 +34,7 @@ class Compiled(Protocol):
     """The part of the compiled module that `fit`, `evaluate` and `calibrate` use."""
 
     training: bool
+    trained_by_loss: bool
 
     @property
     def exits(self) -> Sequence[ExitLike]: ...

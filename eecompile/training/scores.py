@@ -20,6 +20,11 @@ Metric = Callable[[Any, Any], Tensor]
 
 _NOT_CLASSES = "for a task that is not classification pass loss= to fit and metric= to evaluate and calibrate"
 
+_SEVERAL = (
+    ": fit(loss=torch.nn.functional.binary_cross_entropy_with_logits), and for calibrate and evaluate "
+    "metric=lambda z, y: ((z > 0) == (y > 0.5)).all(-1).double()"
+)
+
 
 def check_labels(
     logits: Tensor, labels: Any, where: str = "this batch", error: type[EecompileError] = EecompileError
@@ -62,7 +67,7 @@ def check_labels(
             where=where,
             got=str(labels.dtype),
             wanted="class indices of an integer dtype",
-            hint="use .long(), or .argmax(-1) for one-hot labels" if logits.shape == labels.shape else _NOT_CLASSES,
+            hint=_several_labels(labels) if logits.shape == labels.shape else _NOT_CLASSES,
         )
     if labels.shape != logits.shape[:-1]:
         raise error(
@@ -85,6 +90,16 @@ def check_labels(
             hint="check that the labels start at 0 and that the model has as many classes as the data",
         )
     return checked
+
+
+def _several_labels(labels: Tensor) -> str:
+    """What floating-point or boolean labels of the prediction's shape may be, told apart by their values."""
+    one_hot = bool((labels.sum(-1) == 1).all()) and bool(((labels == 0) | (labels == 1)).all())
+    if one_hot and labels.shape[-1] > 1:
+        return "one-hot labels: .argmax(-1); several labels that may hold at once: loss= and metric=, as below" + _SEVERAL
+    if bool(((labels >= 0) & (labels <= 1)).all()):
+        return "several labels that may hold at once, or one that is yes or no" + _SEVERAL
+    return _NOT_CLASSES
 
 
 def right(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:

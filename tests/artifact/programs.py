@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification
 
-from eecompile import CompiledModule, eecompile, heads, strategies
+from eecompile import CompiledModule, heads, strategies
 from tests.capture.nets import CLASSES, WIDTH, Answer, Net, made, rows
+from tests.support import compiled as eecompile
 
 
 class Wide(nn.Module):

@@ -14,10 +14,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import eecompile as package
-from eecompile import ArtifactError, CompiledModule, EecompileError, eecompile, load, strategies
+from eecompile import ArtifactError, CompiledModule, EecompileError, load, strategies
 from tests.artifact import programs
 from tests.capture.nets import CLASSES, made, rows
 from tests.support import both, equal_bits, same_result
+from tests.support import compiled as eecompile
 
 # Runs where neither the tests nor the models can be imported.
 READER = """

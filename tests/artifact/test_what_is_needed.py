@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eecompile import ArtifactError, eecompile, load, strategies
+from eecompile import ArtifactError, load, strategies
 from tests import cascades, zoo_plain
 from tests.support import again, both, same_result
+from tests.support import compiled as eecompile
 
 
 def test_a_program_without_its_export_is_not_saved(zoo, tmp_path):

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from eecompile import eecompile, strategies
+from eecompile import strategies
 from eecompile.calibration.budget import budget_curve, calibrate_budget
 from eecompile.calibration.evidence import CLOSED, Evidence
 from eecompile.calibration.search import Search
@@ -18,6 +18,7 @@ from eecompile.calibration.solver import Solver
 from eecompile.errors import CalibrationError, EecompileError
 from tests.calibration.synthetic import Drawn, draw, loader
 from tests.calibration.test_search import costs
+from tests.support import compiled as eecompile
 
 
 def made(n, e, seed, levels=None, keep_open=False):

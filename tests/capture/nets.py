@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eecompile import CompiledModule, eecompile
+from eecompile import CompiledModule
+from tests.support import compiled as eecompile
 
 WIDTH, CLASSES = 16, 3
 Answer = namedtuple("Answer", ["scores", "features"])

@@ -7,11 +7,12 @@ import torch
 import torch.fx.experimental._config as fx_config
 from torch import Tensor, nn
 
-from eecompile import CaptureError, UnsupportedModelError, eecompile
+from eecompile import CaptureError, UnsupportedModelError
 from eecompile.capture import check
 from eecompile.capture import export as front_end
 from tests.capture.nets import WIDTH, Net, compiled, made, rows
 from tests.support import close, equal_bits
+from tests.support import compiled as eecompile
 
 
 class BranchOnOne(Net):

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eecompile import CaptureError, CompiledModule, eecompile
+from eecompile import CaptureError, CompiledModule
 from tests.capture.nets import CLASSES, WIDTH, Net, compiled, made, rows
+from tests.support import compiled as eecompile
 from tests.support import equal_bits
 
 

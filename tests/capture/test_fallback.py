@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eecompile import CaptureError, StrategyError, UnsupportedModelError, eecompile, strategies
+from eecompile import CaptureError, StrategyError, UnsupportedModelError, strategies
 from tests.capture.nets import WIDTH, Net, compiled, made, rows
 from tests.support import both, equal_bits, same_result, watch
+from tests.support import compiled as eecompile
 
 
 class OnData(Net):

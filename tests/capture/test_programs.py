@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 from torch.export import Dim, ExportedProgram, export
 
-from eecompile import CaptureError, UnsupportedModelError, eecompile
+from eecompile import CaptureError, UnsupportedModelError
 from tests.capture.nets import Net, compiled, made, rows
 from tests.support import close, equal_bits
+from tests.support import compiled as eecompile
 
 
 class Scaled(Net):

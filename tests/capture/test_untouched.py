@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eecompile import CaptureError, CompiledModule, eecompile
+from eecompile import CaptureError, CompiledModule
 from eecompile.capture.export import capture_export
 from eecompile.passes.facts import copy as copied
 from eecompile.runtime.devices import move_constants
 from tests.capture.nets import CLASSES, WIDTH, Block, Net, compiled, made, rows
 from tests.support import Fingerprint, close, equal_bits, shares_parameters
+from tests.support import compiled as eecompile
 from tests.zoo_plain import VOCABULARY, Encoder
 
 

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from eecompile import UnsupportedModelError, eecompile
+from eecompile import UnsupportedModelError
 from tests.capture.nets import WIDTH, Net
+from tests.support import compiled as eecompile
 
 X = torch.randn(6, WIDTH, generator=torch.Generator().manual_seed(0))
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 from torch.utils.data import DataLoader
 
-from eecompile import eecompile
 from eecompile.strategies import Branchy
 from examples import datasets, models
 from examples._common import Options, Recipe, Record, fitted, image_data, judged, observed, rows_of, timed, trunk
+from tests.support import compiled as eecompile
 
 
 @pytest.mark.data

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from eecompile import StrategyError, eecompile, load
+from eecompile import StrategyError, load
 from eecompile.strategies import DepthAdaptive
 from tests.gates.adaptive import Loader, rows, tower
 from tests.support import CLOSED, again, both, close, equal_bits, separating, watch
+from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
 RECIPES = {

@@ -10,12 +10,13 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from eecompile import eecompile, strategies
+from eecompile import strategies
 from eecompile.calibration.calibrate import calibrate
 from eecompile.cli.digits_net import DigitsNet
 from eecompile.errors import CalibrationError, EecompileError
 from eecompile.program import Result
 from eecompile.training.evaluate import evaluate
+from tests.support import compiled as eecompile
 
 
 class OneGate(nn.Module):

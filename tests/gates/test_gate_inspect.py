@@ -7,11 +7,12 @@ import sys
 
 import pytest
 
-from eecompile import eecompile, strategies
+from eecompile import strategies
 from eecompile.cli import main
 from eecompile.inspect import to_text, where
 from eecompile.inspect.outline import outline
 from tests.inspect.conftest import images, resnet
+from tests.support import compiled as eecompile
 
 
 @pytest.fixture(scope="module")

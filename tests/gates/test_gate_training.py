@@ -7,11 +7,12 @@ import torch
 from sklearn.datasets import load_digits
 from torch.utils.data import DataLoader, TensorDataset
 
-from eecompile import EecompileError, StrategyError, eecompile, strategies
+from eecompile import EecompileError, StrategyError, strategies
 from eecompile.cli.digits_net import DigitsNet, train
 from eecompile.strategies import TrainingStage, strategy
 from eecompile.training.report import GateRow
 from eecompile.training.stages import shared
+from tests.support import compiled as eecompile
 
 DIGITS = load_digits()
 X = torch.tensor(DIGITS.images, dtype=torch.float32).unsqueeze(1) / 16

@@ -8,11 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from eecompile import StrategyError, eecompile, load, strategies
+from eecompile import StrategyError, load, strategies
 from eecompile.gates import ConvGate
 from eecompile.heads import Site
 from eecompile.strategies import GateRecipe, Recipe
 from tests.support import CLOSED, again, both, close, equal_bits, gelu_of, random_thresholds, separating, watch
+from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
 

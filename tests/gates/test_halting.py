@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eecompile import StrategyError, eecompile, strategies
+from eecompile import StrategyError, strategies
 from eecompile.kernels.halt import halt
 from tests.capture.nets import Net
 from tests.support import both, close, gelu_of, watch
+from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
 NEVER = 2.0

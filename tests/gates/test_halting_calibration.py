@@ -9,12 +9,13 @@ import pytest
 import torch
 from torch import nn
 
-from eecompile import eecompile, strategies
+from eecompile import strategies
 from eecompile.calibration.calibrate import calibrate
 from eecompile.errors import CalibrationError, EecompileError
 from eecompile.program import Result
 from tests.gates.adaptive import rows as tasks
 from tests.gates.adaptive import tower
+from tests.support import compiled as eecompile
 
 
 class OneChain(nn.Module):

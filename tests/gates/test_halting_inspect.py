@@ -6,11 +6,12 @@ import json
 
 import pytest
 
-from eecompile import eecompile, strategies
+from eecompile import strategies
 from eecompile.inspect import to_text, where
 from eecompile.inspect.outline import outline
 from tests.cli.shell import call, found
 from tests.gates.adaptive import rows, tower
+from tests.support import compiled as eecompile
 
 
 @pytest.fixture(scope="module")

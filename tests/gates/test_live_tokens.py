@@ -6,10 +6,11 @@ import pytest
 import torch
 from transformers import BertConfig, BertForSequenceClassification
 
-from eecompile import eecompile, load, strategies
+from eecompile import load, strategies
 from eecompile.passes import find_token_parts
 from eecompile.passes.live_positions import LivePositions
 from tests.support import both, close, equal_bits, gelu_of, watch
+from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
 TRANSFORMERS = ("bert", "vit", "gpt2_lm", "modernbert", "qwen3")

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from eecompile import eecompile, load, strategies
+from eecompile import load, strategies
 from eecompile.errors import EecompileError
 from eecompile.training.objectives import PonderNet
 from tests.gates.adaptive import rows, tower
 from tests.support import close, equal_bits
+from tests.support import compiled as eecompile
 
 STEPS, PRIOR, BETA = 4, 0.3, 0.5
 KINDS = {"over depth": {}, "one block again": {"blocks": "blocks.1", "max_steps": STEPS}}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eecompile import eecompile, strategies
+from eecompile import strategies
 from eecompile.capture.export import capture_export
 from eecompile.passes import Normalize, run_passes
 from eecompile.passes.recurrent import OPERATORS
@@ -25,6 +25,7 @@ from tests.support import (
     spreading_thresholds,
     watch,
 )
+from tests.support import compiled as eecompile
 
 WIDTH, CLASSES, STEPS = 8, 3, 5
 NEVER = 2.0

@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from eecompile import StrategyError, eecompile
+from eecompile import StrategyError
 from eecompile.strategies import SelfAdaptive
 from tests.gates.adaptive import Loader, rows, tower
 from tests.support import CLOSED, watch
+from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from eecompile import StrategyError, eecompile, load
+from eecompile import StrategyError, load
 from eecompile.gates import norms_at
 from eecompile.inspect.why import where
 from eecompile.strategies import SelfAdaptive
 from tests.gates.adaptive import Loader, Residual, rows, tower
 from tests.support import CLOSED, again, both, close, equal_bits, gelu_of, random_thresholds, separating, watch
+from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)

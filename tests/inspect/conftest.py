@@ -7,7 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eecompile import CompiledModule, eecompile, strategies
+from eecompile import CompiledModule, strategies
+from tests.support import compiled as eecompile
 
 
 class Block(nn.Module):

@@ -14,9 +14,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from eecompile import CompiledModule, EecompileError, eecompile
+from eecompile import CompiledModule, EecompileError
 from eecompile.inspect import FORMATS, levels, outline, render, to_dict, to_text
 from tests.inspect.conftest import images, resnet
+from tests.support import compiled as eecompile
 
 BLOCKS = {
     "conv": [f"layer{i}.{j}" for i in (1, 2, 3) for j in (0, 1)],
@@ -63,7 +64,8 @@ def test_the_tree_names_blocks_exits_survivors_refusals_passes(conv: CompiledMod
     for s in conv.program.stages[:-1]:
         for v in s.outputs:
             assert f"survives {v.node}: {v.dtype}[batch, " in text
-    assert "exit_0 after layer1.0: open, leaves at entropy >= 0.4" in text
+    condition = "entropy <= 1.382 (1 - entropy / log 10 as confidence >= 0.4)"
+    assert f"exit_0 after layer1.0: open, leaves at {condition}" in text
     assert text.count("closed: neither head nor decision runs") == 1
     costs = conv.costs([True, False, True]).tolist()
     assert f"a row that leaves here costs {100 * costs[0]:.1f}%" in text

@@ -13,10 +13,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eecompile import CompiledModule, eecompile, strategies
+from eecompile import CompiledModule, strategies
 from eecompile.kernels import _triton
 from eecompile.program import Result
 from tests.gates.adaptive import rows, tower
+from tests.support import compiled as eecompile
 from tests.support import executor, same_result
 
 

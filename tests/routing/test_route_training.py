@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eecompile import EecompileError, StrategyError, eecompile, strategies
+from eecompile import EecompileError, StrategyError, strategies
 from eecompile.calibration.calibrate import calibrate
 from eecompile.errors import CalibrationError
 from eecompile.strategies import Branchy, Router, strategy
@@ -14,6 +14,7 @@ from eecompile.training.objectives import objective
 from eecompile.training.objectives.routes import uneven
 from eecompile.training.route_report import RouteRow
 from tests.gates.adaptive import Loader, Tower, rows, tower
+from tests.support import compiled as eecompile
 
 OVER = ("blocks.0", "blocks.2")
 

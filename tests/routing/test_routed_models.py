@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from eecompile import eecompile, load, strategies
+from eecompile import load, strategies
 from eecompile.artifact.files import MANIFEST
 from eecompile.strategies import Branchy, Router
 from tests.support import CLOSED, Fingerprint, again, both, close, equal_bits, gelu_of, separating, watch
+from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
 MODELS = ["bert", "gpt2_lm", "hf_resnet", "nn_encoder_sf"]

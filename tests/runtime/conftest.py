@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from eecompile import eecompile, strategies
+from eecompile import strategies
+from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
 

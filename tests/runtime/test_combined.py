@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from eecompile import eecompile, load, strategies
+from eecompile import load, strategies
 from eecompile.kernels.combine import ensemble
 from tests.support import (
     CLOSED,
@@ -21,6 +21,7 @@ from tests.support import (
     random_thresholds,
     same_result,
 )
+from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
 MODELS = ("bert", "resnet110", "gpt2_lm")

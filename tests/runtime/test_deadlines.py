@@ -12,10 +12,11 @@ import pytest
 import torch
 from torch import nn
 
-from eecompile import eecompile, strategies
+from eecompile import strategies
 from eecompile.errors import StrategyError, UnsupportedModelError
 from eecompile.runtime.compact import CompactExecutor
 from tests.support import close, executor, same_result, watch
+from tests.support import compiled as eecompile
 
 STAYS = 1.0  # an open exit that no row of an untrained model leaves at
 

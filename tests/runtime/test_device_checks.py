@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from eecompile import MissingDependencyError, StrategyError, eecompile, strategies
+from eecompile import MissingDependencyError, StrategyError, strategies
 from eecompile.errors import UnsupportedModelError
 from eecompile.passes.lower import schedule
 from eecompile.runtime.device.build import build
@@ -17,6 +17,7 @@ from eecompile.runtime.device.executor import Options
 from eecompile.runtime.device.nodes import Copy, Decide, If, Scatter, While
 from eecompile.runtime.device.watched import HostValueError, Watched
 from tests.runtime.devices import spread
+from tests.support import compiled as eecompile
 from tests.support import executor
 from tests.zoo import ZOO
 

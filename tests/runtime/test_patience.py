@@ -7,9 +7,9 @@ from itertools import product
 import torch
 from torch import Tensor, nn
 
-from eecompile import eecompile
 from eecompile.criteria import Patience
 from eecompile.strategies import Branchy
+from tests.support import compiled as eecompile
 
 
 class Tower(nn.Module):

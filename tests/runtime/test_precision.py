@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from eecompile import CaptureError, EecompileError, eecompile, load, strategies
+from eecompile import CaptureError, EecompileError, load, strategies
 from tests.random_models import specs
 from tests.support import CLOSED, both, equal_bits, executor, random_thresholds, spreading_thresholds, tensors
+from tests.support import compiled as eecompile
 from tests.test_properties import bounded
 
 LOW = [torch.bfloat16, torch.float16]

@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eecompile import CompiledModule, eecompile, strategies
+from eecompile import CompiledModule, strategies
 from eecompile.passes.gated import EITHER
 from eecompile.runtime.reuse import overwriting, reusable
 from eecompile.runtime.runnable import EagerSegment
 from tests.support import CLOSED, both, equal_bits, watch
+from tests.support import compiled as eecompile
 
 aten = torch.ops.aten
 

@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eecompile import eecompile, strategies
+from eecompile import strategies
 from eecompile.errors import StrategyError
 from eecompile.ir import settings as families
 from eecompile.ir.settings import BRANCHES, CLOSED, EXITS, GATES, HALTING, Settings
 from eecompile.training.settings import trained_tensors
+from tests.support import compiled as eecompile
 from tests.support import executor
 
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from eecompile import CompiledModule, eecompile, strategies
+from eecompile import CompiledModule, strategies
 from tests.runtime.test_deadlines import Layers
 from tests.support import CLOSED, executor
+from tests.support import compiled as eecompile
 
 THREADS = 4
 PATIENCE = 120  # seconds until a thread counts as hanging

@@ -19,9 +19,10 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from eecompile import EecompileError, eecompile, load, strategies
+from eecompile import EecompileError, load, strategies
 from tests.random_models import specs
 from tests.support import CLOSED, Fingerprint, both, equal_bits, executor, same_result, spreading_thresholds
+from tests.support import compiled as eecompile
 from tests.test_properties import bounded
 
 

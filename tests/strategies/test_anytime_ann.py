@@ -8,13 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from eecompile import eecompile, load, strategies
+from eecompile import load, strategies
 from eecompile.errors import EecompileError, StrategyError
 from eecompile.kernels.scale_gradient import scale_gradient
 from eecompile.program import Result
 from eecompile.strategies import strategy
 from eecompile.training.objectives import AdaLoss, cross_entropy, objective
 from tests.support import again
+from tests.support import compiled as eecompile
 from tests.training.fake import Fake, batched, blobs
 
 EMPTY = torch.empty(0)

@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
 
-from eecompile import StrategyError, eecompile, load, strategies
+from eecompile import StrategyError, load, strategies
 from eecompile.strategies import conflicts, strategy
 from eecompile.training.objectives import OBJECTIVES
 from tests.inspect.conftest import images, resnet
+from tests.support import compiled as eecompile
 from tests.support import equal_bits
 
 

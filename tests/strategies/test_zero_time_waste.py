@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import nn
 
-from eecompile import EecompileError, StrategyError, eecompile, load, strategies
+from eecompile import EecompileError, StrategyError, load, strategies
 from eecompile.passes.insert_exits import EnsembleWeights
 from eecompile.training.objectives import Ensemble, cross_entropy
 from tests.calibration.test_budget import Chain
 from tests.support import both, equal_bits, same_result
+from tests.support import compiled as eecompile
 
 CLASSES = 4
 

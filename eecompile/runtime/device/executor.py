@@ -26,7 +26,7 @@ from eecompile.runtime.device.measure import StageRuns
 from eecompile.runtime.device.nodes import CLOCK, PREDICTED, THRESHOLDS, DeviceProgram, Structure
 from eecompile.runtime.known import PerSettings, with_known
 from eecompile.runtime.limits import Allowance
-from eecompile.runtime.outcome import Outcome, nothing, times_of
+from eecompile.runtime.outcome import Outcome, completed, times_of
 from eecompile.runtime.precision import any_autocast, autocast_dtype
 from eecompile.runtime.runnable import EagerSegment
 from eecompile.runtime.timing import StageTimes
@@ -211,13 +211,10 @@ class DeviceExecutor:
     def _outcome(self, program: DeviceProgram, flat: Sequence[Tensor], found: dict[str, Tensor], arms: Possible) -> Outcome:
         signature, at = self.program.signature, self.program.prediction or 0
         axis = signature.outputs[at].batch_axis
-        leaves = []
-        for i, leaf in enumerate(signature.outputs):
-            name = program.leaves[i]
-            if i == at:
-                leaves.append(found["output"].movedim(0, axis) if axis else found["output"])
-            else:
-                leaves.append(nothing(leaf, signature, flat, flat[0].device, leaf.dtype) if name is None else found[name])
+        given = [None if name is None else found[name] for name in program.leaves]
+        given[at] = found["output"].movedim(0, axis) if axis else found["output"]
+        dtypes = [leaf.dtype for leaf in signature.outputs]
+        leaves = completed(self.program, given, flat, flat[0].device, dtypes)
         index, confidence = found["exit_index"], torch.nan_to_num(found["confidence"], nan=0.0)
         reports = {told: found[buffer] for told, buffer in program.reports}
         outcome = Outcome(leaves, index, confidence, reports=reports)

@@ -1,0 +1,39 @@
+"""Which inserted modules nobody has trained: their weights are those that they were inserted with.
+
+A module that eecompile made is marked with a digest of its weights. Whatever changes them counts as training: `fit`, a loop
+of the user's own, `load_state_dict`. Modules without a mark, such as a model's own final layers, come trained.
+"""
+
+from __future__ import annotations
+
+import hashlib
+
+import torch
+from torch import nn
+
+MARK = "_eecompile_untrained"
+
+
+def digest(module: nn.Module) -> str:
+    """Of the bytes of all parameters."""
+    found = hashlib.blake2b(digest_size=16)
+    for p in module.parameters():
+        found.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()
+
+
+def mark_untrained(module: nn.Module) -> None:
+    """Says that a module's present weights are no trained ones; nothing to say of one without parameters."""
+    if next(module.parameters(), None) is not None:
+        module.__dict__[MARK] = digest(module)
+
+
+def is_untrained(module: nn.Module) -> bool:
+    """Whether its weights are those that it was marked with; asked once more only until they are not."""
+    marked = module.__dict__.get(MARK)
+    if marked is None:
+        return False
+    if marked == digest(module):
+        return True
+    del module.__dict__[MARK]
+    return False
