@@ -20,7 +20,7 @@ from eecompile.capture.exported import program_graph
 from eecompile.capture.quiet import quiet
 from eecompile.capture.tensors import share_tensors
 from eecompile.criteria import criterion
-from eecompile.errors import ArtifactError, EecompileError
+from eecompile.errors import ArtifactError, EecompileError, StrategyError
 from eecompile.heads import Branch, rebuild, score_head
 from eecompile.module import CompiledModule
 from eecompile.passes import (
@@ -99,7 +99,12 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     heads = _heads(program, data["heads"], paths, tensors)
     insert = InsertExits(heads=heads, combination=combination)
     program = run_passes(program, [insert, StagePass(), Lower()], facts=frozenset({"exits placed"}))
-    program = program.replace(settings=program.settings.from_dict(data["settings"]))
+    try:
+        program = program.replace(settings=program.settings.from_dict(data["settings"]))
+    except StrategyError as error:
+        raise ArtifactError(
+            "the saved settings do not fit the program", where=str(directory / files.MANIFEST), got=str(error)
+        ) from error
     artifact: dict[str, Any] = {"eval": exported}
     training = train_signature = None
     if "train" in paths:

@@ -35,24 +35,24 @@ def check_training(model: nn.Module, graph: Callable[..., Any], flat: Sequence[T
         CaptureError: They train different things, or the model's own calls differ in a way that no graph has.
     """
     name = type(model).__name__
-    with torch.enable_grad(), _buffers_kept(model):
-        with _seeded() as numbers:
+    with torch.enable_grad():
+        with _seeded() as numbers, _own_buffers(model):
             before = _counters(model)
             first = _floats(run(flat))
             used = numbers()
         if used:
             raise _lost(name, f"{used} decides what a training step computes", "torch's random numbers")
         changed = [(m, key) for (m, key), value in before.items() if m.__dict__.get(key) != value]
-        with _seeded():
+        with _seeded(), _own_buffers(model):
             second = _floats(run(flat))
         for module, key in changed:
             module.__dict__[key] += LATER
-        with _seeded():
+        with _seeded(), _own_buffers(model):
             third = _floats(run(flat))
         if not _same(first, second) or not _same(first, third):
             what = ", ".join(sorted({key for _, key in changed})) or "something outside of its tensors"
             raise _lost(name, f"its output changes with every call: {what} is counted in Python", "a buffer, or a constant")
-        with _seeded():
+        with _seeded(), _own_buffers(model):
             traced = _floats(graph(*flat))
         parameters = [p for p in model.parameters() if p.requires_grad and p.is_floating_point()]
         if not parameters or not _same(first, traced[: len(first)]) or not any(t.requires_grad for t in first):
@@ -72,15 +72,17 @@ def _lost(name: str, got: str, wanted: str) -> CaptureError:
 
 
 @contextmanager
-def _buffers_kept(model: nn.Module) -> Iterator[None]:
-    """Batch norm writes to its running statistics without counting a version: all buffers are written back."""
-    values = [(b, b.detach().clone()) for b in model.buffers()]
+def _own_buffers(model: nn.Module) -> Iterator[None]:
+    """Every run begins with the same buffers and writes to copies: gradients are taken after the next run has begun."""
+    kept = [(m._buffers, name, b) for m in model.modules() for name, b in m._buffers.items() if b is not None]
+    copies = {id(b): b.detach().clone() for _, _, b in kept}
+    for buffers, name, b in kept:
+        buffers[name] = copies[id(b)]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for buffer, value in values:
-                buffer.copy_(value)
+        for buffers, name, b in kept:
+            buffers[name] = b
 
 
 @contextmanager

@@ -32,7 +32,7 @@ class OneGate(nn.Module):
         self.register_buffer("thresholds", torch.empty(0))
         self.register_buffer("temperatures", torch.ones(1))
         self.register_buffer("gate_thresholds", torch.tensor([0.5]))
-        self.program = SimpleNamespace(gates=(SimpleNamespace(stage=0),), halts=())
+        self.program = SimpleNamespace(gates=(SimpleNamespace(stage=0),), halts=(), prediction=None)
 
     @property
     def gates(self):

@@ -26,7 +26,7 @@ def test_explain_lists_gates(fast):
     gates = fast.explain().to_dict()["gates"]
     assert [g["region"] for g in gates] == ["layer1.0", "layer1.1", "layer2.1", "layer3.1"]
     assert [g["threshold"] for g in gates] == [0.0, 2.0, 0.5, 0.5]
-    assert set(gates[0]) == {"name", "region", "kind", "node", "unit", "unit_cost", "threshold", "saves", "depth"}
+    assert set(gates[0]) == {"name", "region", "kind", "node", "unit", "unit_cost", "threshold", "saves", "depth", "trained"}
     text = str(fast)
     assert "4 gates" in text
     assert "gate_0 layer1.0 (block): always open" in text
@@ -47,7 +47,7 @@ def test_why_a_row_cost_what_it_did(fast):
     found = where(fast, x)
     assert [r.full_prediction for r in found.rows] == fast.full(x).argmax(1).tolist()
     assert all(r.gates["gate_0"] and not r.gates["gate_1"] for r in found.rows)
-    assert "of 4 gates were shut: gate_1" in found.rows[0].why
+    assert "of 4 gates were closed: gate_1" in found.rows[0].why
     assert "gate_0 100.0%, gate_1 0.0%" in str(found)
     json.dumps(found.to_dict())
 

@@ -30,7 +30,7 @@ class OneChain(nn.Module):
         self.register_buffer("temperatures", torch.ones(1))
         step = SimpleNamespace(region="block")
         self.program = SimpleNamespace(
-            halts=(SimpleNamespace(name="halt_0", repeated=False, steps=(step, step)),), routes=()
+            halts=(SimpleNamespace(name="halt_0", repeated=False, steps=(step, step)),), routes=(), prediction=None
         )
         self.halting_threshold = 1.0
 
