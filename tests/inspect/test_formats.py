@@ -64,7 +64,7 @@ def test_the_tree_names_blocks_exits_survivors_refusals_passes(conv: CompiledMod
     for s in conv.program.stages[:-1]:
         for v in s.outputs:
             assert f"survives {v.node}: {v.dtype}[batch, " in text
-    condition = "entropy <= 1.382 (1 - entropy / log 10 as confidence >= 0.4)"
+    condition = "entropy <= 0.9657 (1 - entropy / log 5 as confidence >= 0.4)"
     assert f"exit_0 after layer1.0: open, leaves at {condition}" in text
     assert text.count("closed: neither head nor decision runs") == 1
     costs = conv.costs([True, False, True]).tolist()
