@@ -68,7 +68,10 @@ def test_a_deadline_is_kept_by_what_was_measured(zoo, name):
             assert not r.late
             assert bool(r.final.all()) == (reached == 3)
         want = fast.run(*args, **kwargs, budget=float(fast.costs([True] * 3)[1]))
-        same_result(fast.run(*args, **kwargs, deadline_ms=20.1), want)
+        got = fast.run(*args, **kwargs, deadline_ms=20.1)
+        assert (got.stopped, want.stopped) == ("deadline", "budget")
+        got.stopped = "budget"
+        same_result(got, want)
 
 
 @pytest.mark.parametrize("deadline", [0, 0.0, -3.0, 5])
