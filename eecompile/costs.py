@@ -100,7 +100,7 @@ class CostModel:
     def at_routes(self, settings: Settings) -> Tensor:
         """[K] float32: cost of a row on each route, with the exits that are open."""
         (route,) = self.program.routes
-        costs = torch.tensor(self.at_exits(settings))
+        costs = self.constant(self.at_exits(settings), torch.device("cpu"))
         if route.to_exits:
             return costs
         every = torch.eye(len(route.ways))

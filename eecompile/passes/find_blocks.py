@@ -80,8 +80,9 @@ class FindBlocks(Pass):
             at = program.prediction
             units = residual_units(nodes, trunk, program.flops, leaves[at] if at is not None else None)
             best = groups[0][1] if groups else []
-            within = sum(any(u.x < m.first and m.last < u.y for u in units) for m in best)
-            if units and 2 * within >= len(best):  # those modules are the branches, not the blocks
+            within = [sum(u.x < m.first and m.last < u.y for m in best) for u in units]
+            # Those modules are the branches, not the blocks: one in a unit, and most of them are in one.
+            if units and max(within) <= 1 and 2 * sum(within) >= len(best):
                 groups = [("x + f(x)", [unit_instance(u, nodes) for u in units])]
         if not groups:
             return PassResult(program.replace(blocks=()), False, tuple(refusals), "no repeated block")

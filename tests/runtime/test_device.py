@@ -117,7 +117,7 @@ def test_a_result_is_told_without_the_host(bert, kind, monkeypatch):
 
     with torch.no_grad(), executor(fast, "simulate"):
         outcome = fast._execute(flat, fast.settings, True)
-        want = fast._result(outcome, fast.settings)
+        want = fast._result(outcome, fast.settings, flat)
         with monkeypatch.context() as patched:
             for name in ("item", "__bool__", "__float__", "__int__", "__index__"):
                 patched.setattr(torch.Tensor, name, forbidden)
@@ -126,14 +126,14 @@ def test_a_result_is_told_without_the_host(bert, kind, monkeypatch):
             patched.setattr(
                 torch.Tensor, "tolist", lambda t: forbidden() if not t.ndim or t.data_ptr() in there else told(t)
             )
-            got = fast._result(outcome, fast.settings)
+            got = fast._result(outcome, fast.settings, flat)
         assert torch.equal(got.cost, want.cost)
         if fast.gates:
             fast.set_gate_thresholds(0.0)
         fast.set_thresholds(2.0)
         fresh = again(bert, strategies.Branchy(router=light) if kind == "router" else SUMS[kind]())
         fresh.load_state_dict(fast.state_dict())
-        got, want = (f._result(outcome, f.settings).cost for f in (fast, fresh))  # by the settings as they are now
+        got, want = (f._result(outcome, f.settings, flat).cost for f in (fast, fresh))  # by the settings as they are now
         torch.testing.assert_close(got, want)
 
 
