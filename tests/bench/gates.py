@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eecompile.ir.settings import GATES
 from eecompile.measuring import summary
 from eecompile.strategies import SkipNet
 from tests.bench import models
@@ -107,21 +108,12 @@ def shut(subject: Subject, share: float) -> list[float]:
     """Thresholds at which every gate shuts for that share of the rows; each gate's decision moves the scores of the next."""
     fast, k = subject.fast, count(subject, share)
     fast.set_gate_thresholds(OPEN)
-    chosen = fast.gate_thresholds
-
-    def between(i: int, score: Tensor) -> None:
-        ranked = score.sort().values
-        chosen[i] = float(ranked[k - 1] + ranked[k]) / 2
-
-    hooks = [
-        gate.head.register_forward_hook(lambda _, args, score, i=i: between(i, score))  # type: ignore[misc]
-        for i, gate in enumerate(fast.gates)
-    ]
-    fast.observe(**subject.inputs)  # one pass: a decision is taken after its threshold is set
-    for hook in hooks:
-        hook.remove()
-    thresholds = chosen.tolist()
-    fast.set_gate_thresholds(thresholds)
+    for i, gate in enumerate(fast.gates):  # in turn, since a call keeps the settings that it began with
+        scores = fast.observe(**subject.inputs).gate_scores
+        assert scores is not None
+        ranked = scores[:, i].sort().values
+        fast.set_thresholds({gate.name: float(ranked[k - 1] + ranked[k]) / 2})
+    thresholds = list(fast.settings[GATES])
     gates = fast.run(**subject.inputs).gates
     assert gates is not None
     found = (~gates).sum(0).tolist()
