@@ -69,7 +69,8 @@ def example(options: Options, record: Record) -> None:
     record.done("judge")
 
     together = eecompile(base.model, Anytime(combine=chosen), example_inputs=(x,))
-    together.heads.load_state_dict(fast.heads.state_dict())  # heads are trained each for itself, whatever they answer
+    together.heads.load_state_dict(fast.heads.state_dict())  # each is trained for itself, whatever they answer together
+    together.settings = fast.settings
     fast = together
     images, labels = datasets.load("cifar10", "test", limits["test"], standin=quick).tensors
     with torch.no_grad():
