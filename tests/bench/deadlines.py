@@ -24,6 +24,7 @@ def run(context: Context) -> list[Figure]:
     subject = models.lenet(1, 1, context.device) if context.small else models.resnet(1, 1, context.device)
     strategy = strategies.Anytime(head="linear", max_head_share=9.0)
     fast = eecompile(subject.model, strategy, example_kwargs=subject.example())
+    fast.set_thresholds(1.0)  # open, and hardly a row leaves by itself
     calls, steps = (8, 2) if context.small else (CALLS, STEPS)
     figures = []
     for load in ("idle", "one core busy"):

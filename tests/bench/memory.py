@@ -97,7 +97,7 @@ def reached(subject: Subject) -> Iterator[Tensor]:
         yield from _tensors(module)
     for step in fast._chosen.plan(tuple(range(len(fast.exits))), False):  # type: ignore[attr-defined]
         if isinstance(step.call, EagerSegment):
-            yield from step.call.attributes
+            yield from (entries[name] for entries, name in step.call.entries)
 
 
 def _tensors(module: torch.nn.Module) -> Iterator[Tensor]:
