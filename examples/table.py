@@ -1,7 +1,7 @@
-"""The README's table of figures on real data, made from ``results/*.json``, so that the two cannot drift apart.
+"""The tables of figures on real data, made from ``results/*.json``, so that pages and records cannot drift apart.
 
-``python -m examples.table`` writes it between the markers in README.md; ``--check`` only compares and ends with 1
-where they differ.
+``python -m examples.table`` writes all of them into docs/results.md and five into README.md, between the markers;
+``--check`` only compares and ends with 1 where a page differs.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,59 +17,83 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "examples" / "results"
 BEGIN, END = "<!-- figures: python -m examples.table -->", "<!-- end of figures -->"
 COLUMNS = ("what", "thresholds", "trunk", "full", "early", "cost", "leaving", "faster at batch", "command")
+SHORT_COLUMNS = ("", "strategy", "full", "early", "cost", "faster at 32", "command")
+# The README's: one for each use, the last one a loss. Strategy, record, row.
+SHORT = (
+    ("`branchy`", "branchy_lenet", 0),
+    ("`mebert`", "mebert_imdb", 0),
+    ("`cascade`", "cascade_text", 0),
+    ("`depth_adaptive`", "depth_adaptive_text", 4),
+    ("`branchy`", "branchy_resnet", 0),
+)
 
 
 def table(results: Path = RESULTS) -> str:
-    """The table in Markdown, a line for each row of each record; without records a sentence."""
+    """All rows of all records in Markdown; without records a sentence."""
+    lines = [_line(row, record["command"]) for record in _records(results) for row in record["rows"]]
+    return _markdown(COLUMNS, lines) if lines else "No result is recorded yet."
+
+
+def short(results: Path = RESULTS) -> str:
+    """The rows of `SHORT` in Markdown."""
     lines = []
+    for strategy, stem, index in SHORT:
+        record = json.loads((results / f"{stem}.json").read_text())
+        row = record["rows"][index]
+        accuracies = (_percent(row["full_accuracy"]), _percent(row["accuracy"]))
+        faster = row["speedup"].get("32") or row["speedup"]["64"]
+        lines.append((row["what"], strategy, *accuracies, _percent(row["cost"]), f"{faster:.2f}x", f"`{record['command']}`"))
+    return _markdown(SHORT_COLUMNS, lines)
+
+
+def _records(results: Path) -> Iterator[dict[str, Any]]:
     for path in sorted(results.glob("*.json")):
         record = json.loads(path.read_text())
-        if path.stem.endswith("-quick") or "rows" not in record:
-            continue
-        lines += [_line(row, record["command"]) for row in record["rows"]]
-    if not lines:
-        return "No result is recorded yet."
-    head = f"| {' | '.join(COLUMNS)} |\n|{'---|' * len(COLUMNS)}"
-    return "\n".join((head, *lines))
+        if not path.stem.endswith("-quick") and "rows" in record:
+            yield record
 
 
-def _line(row: dict[str, Any], command: str) -> str:
+def _markdown(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
+    head = f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}"
+    return "\n".join((head, *(f"| {' | '.join(cells)} |" for cells in lines)))
+
+
+def _line(row: dict[str, Any], command: str) -> tuple[str, ...]:
     accuracies = (_percent(row.get(key)) for key in ("original_accuracy", "full_accuracy", "accuracy"))
     shares = " / ".join(f"{100 * share:.0f}" for share in row.get("share", {}).values())
     times = ", ".join(f"{ratio:.2f}x at {size}" for size, ratio in row.get("speedup", {}).items())
-    cells = (
-        row["what"],
-        row.get("thresholds", "-"),
-        *accuracies,
-        _percent(row.get("cost")),
-        f"{shares} %" if shares else "-",
-    )
-    return f"| {' | '.join((*cells, times or '-', f'`{command}`'))} |"
+    leaving = f"{shares} %" if shares else "-"
+    first = (row["what"], row.get("thresholds", "-"), *accuracies, _percent(row.get("cost")))
+    return (*first, leaving, times or "-", f"`{command}`")
 
 
 def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
-def placed(readme: str, made: str) -> str:
-    """``readme`` with ``made`` between the markers."""
-    before, found, rest = readme.partition(BEGIN)
+PAGES = {ROOT / "docs" / "results.md": table, ROOT / "README.md": short}
+
+
+def placed(page: str, made: str) -> str:
+    """``page`` with ``made`` between the markers."""
+    before, found, rest = page.partition(BEGIN)
     _, closed, after = rest.partition(END)
     if not found or not closed:
-        raise ValueError(f"README.md has no '{BEGIN}' followed by '{END}'")
+        raise ValueError(f"the page has no '{BEGIN}' followed by '{END}'")
     return f"{before}{BEGIN}\n\n{made}\n\n{END}{after}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m examples.table", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 where README.md is behind")
+    parser.add_argument("--check", action="store_true", help="write nothing; end with 1 where a page differs")
     only_check = parser.parse_args().check
-    path = ROOT / "README.md"
-    old = path.read_text()
-    new = placed(old, table())
-    if only_check:
-        sys.exit(None if new == old else "README.md is behind examples/results: run python -m examples.table")
-    path.write_text(new)
+    for path, make in PAGES.items():
+        old = path.read_text()
+        new = placed(old, make())
+        if only_check and new != old:
+            sys.exit(f"{path.name} differs from examples/results: run python -m examples.table")
+        if not only_check:
+            path.write_text(new)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import torch
 from eecompile.measuring import Rounds
 from eecompile.strategies import SkipNet
 from tests.bench import __main__ as program
-from tests.bench import gates, groups, memory, models, readme, record, saving
+from tests.bench import gates, groups, memory, models, page, record, saving
 from tests.bench.record import Figure, Target, merge, timed
 from tests.bench.rivals import BareStages, ByHand
 from tests.support import watch
@@ -36,7 +36,7 @@ FIGURE = {
 
 
 def check(whole: dict) -> None:
-    """The schema that the README's table and others read."""
+    """The schema that the page's table and others read."""
     assert set(whole) == {"groups"}
     for group, result in whole["groups"].items():
         assert group in groups.GROUPS
@@ -180,25 +180,25 @@ def test_what_the_command_refuses(capsys):
 
 
 @pytest.mark.skipif(not (record.RESULTS / "cpu.json").exists(), reason="nothing is recorded yet")
-def test_the_recorded_file_has_this_form_and_is_what_the_readme_says():
+def test_the_recorded_file_has_this_form_and_is_what_the_page_says():
     whole = record.read(record.RESULTS / "cpu.json")
     check(whole)
-    text = readme.README.read_text()
-    assert readme.placed(text, readme.markdown(whole)) == text, "run python -m tests.bench --readme"
+    text = page.PAGE.read_text()
+    assert page.placed(text, page.markdown(whole)) == text, "run python -m tests.bench --page"
 
 
-def test_the_readmes_table():
+def test_the_pages_table():
     figures = [
         Figure("LeNet", 1.1, "x the time", 0.01, 9, Target(1.02), "Why."),
         Figure("bytes", 3.0, "MiB", others=0.5),
     ]
     machine = {"processor": "P", "threads": 2, "isa": "AVX2", "versions": {"torch": "2"}}
     group = {"about": "exits closed", "machine": machine, "figures": [f.to_dict() for f in figures]}
-    made = readme.markdown({"groups": {"closed": group}}).splitlines()
+    made = page.markdown({"groups": {"closed": group}}).splitlines()
     assert made[2] == "| LeNet: exits closed | 1.100 x the time | 0.010 | at most 1.02 | **missed** | `--only closed` |"
     assert made[3] == "| bytes: exits closed | 3.000 MiB |  |  |  (disturbed) | `--only closed` |"
     assert made[4:] == ["", "- Missed: LeNet. Why.", "", "Measured on P, 2 threads, AVX2, torch 2."]
-    text = f"a\n{readme.BEGIN}\nold\n{readme.END}\nz"
-    assert readme.placed(text, "new") == f"a\n{readme.BEGIN}\n\nnew\n\n{readme.END}\nz"
+    text = f"a\n{page.BEGIN}\nold\n{page.END}\nz"
+    assert page.placed(text, "new") == f"a\n{page.BEGIN}\n\nnew\n\n{page.END}\nz"
     with pytest.raises(ValueError, match="has no"):
-        readme.placed("a", "new")
+        page.placed("a", "new")

@@ -43,8 +43,10 @@ class SelfAdaptive(ExitStrategy):
         curriculum: In how many steps the parts become free to be dropped, the last ones first; 1 for all at once.
         reward: Of "reinforce": "log_likelihood" or "correctness".
         entropy: Bonus on the entropy of sampled decisions.
-        head, criterion, threshold, mask, max_head_share, weights, distillation, combine: Of the exits; see `ExitStrategy`.
         trunk: Train the trunk too unless `fit(trunk=...)` says otherwise.
+
+    The options of the exits (head, criterion, threshold, mask, max_head_share, weights, distillation, combine) are those of
+    `ExitStrategy`.
     """
 
     name: ClassVar[str] = "self_adaptive"

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from tests.bench import groups, machine, readme, record
+from tests.bench import groups, machine, page, record
 
 EPILOG = """examples:
   python -m tests.bench                     every group; CPU, 2 threads
@@ -37,7 +37,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=9, help="interleaved rounds, at least 7 (9)")
     parser.add_argument("--out", type=Path, help="the JSON file (tests/bench/results/DEVICE.json)")
     parser.add_argument("--show", action="store_true", help="print the table of the file and stop")
-    parser.add_argument("--readme", action="store_true", help="write the file's table into README.md and stop")
+    parser.add_argument("--page", action="store_true", help="write the file's table into docs/results.md and stop")
     parser.add_argument("--small", action="store_true", help=argparse.SUPPRESS)  # for tests/test_bench.py
     options = parser.parse_args(argv)
     if options.rounds < 7 and not options.small:
@@ -55,10 +55,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     options = parse(argv)
     console = Console(width=None if sys.stdout.isatty() else 150)
-    if options.show or options.readme:
-        if options.readme and options.out.exists():
-            made = readme.markdown(record.read(options.out))
-            readme.README.write_text(readme.placed(readme.README.read_text(), made))
+    if options.show or options.page:
+        if options.page and options.out.exists():
+            made = page.markdown(record.read(options.out))
+            page.PAGE.write_text(page.placed(page.PAGE.read_text(), made))
         return show(options.out, console)
     torch.set_num_threads(options.threads)
     device = torch.device(options.device)

@@ -1,4 +1,4 @@
-"""The README's figures are those of the recorded results."""
+"""The figures on the pages are those of the recorded results."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ import pytest
 
 from examples import table
 
-README = Path(__file__).parents[2] / "README.md"
 
-
-def test_readme_is_up_to_date() -> None:
-    readme = README.read_text()
-    assert table.placed(readme, table.table()) == readme, "run python -m examples.table"
+@pytest.mark.parametrize("page", table.PAGES, ids=lambda page: page.name)
+def test_pages_are_up_to_date(page: Path) -> None:
+    text = page.read_text()
+    assert table.placed(text, table.PAGES[page]()) == text, "run python -m examples.table"
 
 
 @pytest.mark.parametrize("path", sorted(table.RESULTS.glob("*.json")), ids=lambda path: path.stem)

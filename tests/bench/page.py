@@ -1,12 +1,12 @@
-"""The README's table of benchmark figures, made from `results/cpu.json`, so that the two cannot drift apart."""
+"""The table of benchmark figures in docs/results.md, made from `results/cpu.json`, so that the two cannot drift apart."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
-README = Path(__file__).parents[2] / "README.md"
-BEGIN, END = "<!-- benchmarks: python -m tests.bench --readme -->", "<!-- end of benchmarks -->"
+PAGE = Path(__file__).parents[2] / "docs" / "results.md"
+BEGIN, END = "<!-- benchmarks: python -m tests.bench --page -->", "<!-- end of benchmarks -->"
 VERDICTS = {True: "met", False: "**missed**", None: ""}
 
 
@@ -32,14 +32,14 @@ def _machines(whole: dict[str, Any]) -> set[str]:
     }
 
 
-def placed(readme: str, made: str, begin: str = BEGIN, end: str = END) -> str:
-    """`readme` with `made` between the markers.
+def placed(page: str, made: str, begin: str = BEGIN, end: str = END) -> str:
+    """`page` with `made` between the markers.
 
     Raises:
         ValueError: The markers are not there.
     """
-    before, found, rest = readme.partition(begin)
+    before, found, rest = page.partition(begin)
     _, closed, after = rest.partition(end)
     if not found or not closed:
-        raise ValueError(f"README.md has no '{begin}' followed by '{end}'")
+        raise ValueError(f"the page has no '{begin}' followed by '{end}'")
     return f"{before}{begin}\n\n{made.rstrip()}\n\n{end}{after}"
