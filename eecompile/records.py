@@ -111,6 +111,9 @@ class Exit:
         head_inputs: Names of the nodes that the head is called with.
         combine: What it answers, given the exits before it: "last", "ensemble", "confident" or "weighted".
         routed: Name of the node `[B, E]` with a router's confidences, where one sends rows here; else empty.
+        gate: Name of the gate before which it lies, where its head is the rest of the model without the regions of that
+            gate and all later ones; else empty.
+        sides: Where to find `head_inputs[1:]` in the training capture; None for inputs of the model.
     """
 
     name: str
@@ -127,6 +130,8 @@ class Exit:
     mask_input: str | None = None
     combine: str = "last"
     routed: str = ""
+    gate: str = ""
+    sides: tuple[Anchor | None, ...] = ()
 
     @property
     def reads(self) -> tuple[str, ...]:

@@ -161,6 +161,7 @@ def _exit(data: dict[str, Any]) -> Exit:
     fields["criterion"] = criterion(fields["criterion"])
     fields["anchor"] = Anchor(**fields["anchor"])
     fields["head_inputs"] = tuple(fields["head_inputs"])
+    fields["sides"] = tuple(side and Anchor(**side) for side in fields.get("sides", ()))
     return Exit(**fields)
 
 
@@ -202,7 +203,7 @@ def _heads(
     for e in program.exits:
         data = described[e.name]
         if data["kind"] == "shared":
-            tail = sites.shared_tail(program)
+            tail = sites.tail_of(program, e)
             if not isinstance(tail, sites.Tail):
                 raise ArtifactError("the model's own head is not found again", where=e.name, got=tail.reason)
             score = score_head(sites.site_at(program, cut_of(program, e), e.mask_input)[0]) if data["score"] else None

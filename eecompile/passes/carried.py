@@ -217,4 +217,5 @@ def brought_exit(program: Program, cut: Cut, one: Carried, recipe: ExitRecipe) -
         head_inputs=(cut.value, *(n.name for n in sides)),
         mask_input=sides[at].name if at >= 0 else None,
         combine=recipe.combine,
+        sides=(),
     )

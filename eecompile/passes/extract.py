@@ -7,7 +7,7 @@ symbolic size is read again from one of the part's own inputs.
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -105,11 +105,19 @@ def extract(
     inputs: Sequence[fx.Node],
     outputs: Sequence[fx.Node],
     name: str,
+    instead: Mapping[fx.Node, fx.Node] | None = None,
 ) -> fx.GraphModule:
-    """`nodes` of `source` as a module from `inputs` to `outputs`; parameters stay shared."""
+    """`nodes` of `source` as a module from `inputs` to `outputs`; parameters stay shared.
+
+    Args:
+        instead: Nodes that take the value of another one.
+    """
     part = Extractor(source)
     for n in inputs:
         part.placeholder(n)
     for n in nodes:
-        part.copy_unless_outer(n)
+        if instead and n in instead:
+            part.env[n] = part.resolve(instead[n])
+        else:
+            part.copy_unless_outer(n)
     return part.finish([part.resolve(n) for n in outputs], name)

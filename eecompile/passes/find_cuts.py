@@ -171,10 +171,10 @@ class Sweep:
         for i, b in enumerate(members):
             low = self.index[b.last]
             high = self.index[members[i + 1].first] - 1 if i + 1 < len(members) else low
-            found.append((self._narrowest(low, max(low, high)), b, max(low, high)))
+            found.append((self.narrowest(low, max(low, high)), b, max(low, high)))
         return found
 
-    def _narrowest(self, low: int, high: int) -> int:
+    def narrowest(self, low: int, high: int) -> int:
         best, key = low, None
         for p, live in self.live_at(range(low, high + 1)):
             tuples = sum(not facts.is_tensor(n) and not facts.is_symbolic_number(n) for n in live)
@@ -265,3 +265,17 @@ class Sweep:
             dominates=value in dominators,
             anchor=self.anchors.get(value, Anchor("", 0, value.name, 0)),
         )
+
+
+def cuts_before(program: Program) -> dict[str, Cut | Refusal]:
+    """For every gate that is in the graph, the cut between what goes into its region and the gate itself."""
+    sweep, names = Sweep(program), facts.by_name(program.graph_module)
+    work = next(i for i, n in enumerate(sweep.nodes) if n.op != "placeholder")
+    found = {}
+    for g in program.gates:
+        x = names[g.carries[0].x]
+        low = max(work, sweep.position[x])
+        p = sweep.narrowest(low, max(low, sweep.position[names[g.score]] - 1))
+        ((_, live),) = sweep.live_at([p])
+        found[g.name] = sweep.cut(p, live, f"before {g.region}", x, False, [])
+    return found

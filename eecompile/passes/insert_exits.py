@@ -8,9 +8,10 @@ says by itself and, last, the model, and the program's reports.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -25,8 +26,9 @@ from eecompile.ir.settings import Settings
 from eecompile.passes import facts, sites
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.carried import Brought
+from eecompile.passes.find_cuts import cuts_before
 from eecompile.passes.functional import make_functional
-from eecompile.program import Anchor, Exit, Program, Refusal
+from eecompile.program import Anchor, Cut, Exit, Program, Refusal
 from eecompile.untrained import mark_untrained
 
 HEADS = "eecompile_heads"
@@ -100,17 +102,7 @@ class InsertExits(Pass):
     def build(self, program: Program) -> dict[str, Branch]:
         """New heads, in the dtype and on the device of the model."""
         if self.head == "shared":
-            tail = sites.shared_tail(program)
-            if isinstance(tail, Refusal):
-                raise PassError("no shared head", where=tail.node, got=tail.reason)
-            scores = [
-                score_head(sites.site_at(program, cut_of(program, e), e.mask_input)[0]) if e.criterion.learned else None
-                for e in program.exits
-            ]
-            for s in scores:
-                if s is not None:
-                    mark_untrained(s)
-            return {e.name: Branch(tail.module, s) for e, s in zip(program.exits, scores, strict=True)}
+            return {e.name: self._shared(program, e) for e in program.exits}
         reference = next((p for p in program.graph_module.parameters() if p.is_floating_point()), None)
         heads = {}
         with torch.random.fork_rng(devices=[]):
@@ -130,6 +122,16 @@ class InsertExits(Pass):
                 for part in branch.children():
                     mark_untrained(part)
         return heads
+
+    def _shared(self, program: Program, e: Exit) -> Branch:
+        """The model's own layers as a head, with a score of its own where the criterion is learned."""
+        tail = sites.tail_of(program, e)
+        if isinstance(tail, Refusal):
+            raise PassError("no shared head", where=tail.node, got=tail.reason)
+        score = score_head(sites.site_at(program, cut_of(program, e), e.mask_input)[0]) if e.criterion.learned else None
+        if score is not None:
+            mark_untrained(score)
+        return Branch(tail.module, score)
 
 
 class EnsembleWeights(nn.Module):
@@ -369,18 +371,21 @@ def relocate(program: Program, exits: tuple[Exit, ...]) -> tuple[Exit, ...]:
     swap = {c.y: names[c.node] for g in program.gates for c in g.carries}
     swap |= {y: names[s.value] for h in program.halts if not h.repeated for y, s in zip(h.ys[:-1], h.steps, strict=False)}
     swap |= {h.ys[-1]: names[h.output] for h in program.halts}
+    before = cuts_before(program) if any(e.gate for e in exits) else {}
     for e in exits:
+        cut = before[e.gate] if e.gate else next((c for c in program.cuts if c.name == e.cut), None)
         node = found.get(e.anchor)
-        cut = next((c for c in program.cuts if c.name == e.cut), None)
-        if node is None and cut is not None:
+        if isinstance(cut, Cut) and (e.gate or node is None):
             node = names[cut.value]
-        if node is None:
+        if node is None or isinstance(cut, Refusal):
             raise PassError("an exit's place is not in the training capture", where=e.cut, got=str(e.anchor))
         node = swap.get(node.name, node)
         after = node if cut is None or cut.value != node.name else names[cut.after]
-        inputs = (node.name, *e.head_inputs[1:])
-        missing = [n for n in inputs if n not in names]
-        if missing:
-            raise PassError("a head's input is not in the training capture", where=e.cut, got=missing)
-        moved.append(Exit(**{**e.__dict__, "node": node.name, "after": after.name, "head_inputs": inputs}))
+        inputs = [node.name]
+        for name, anchor in itertools.zip_longest(e.head_inputs[1:], e.sides):
+            other = names.get(name) if anchor is None else found.get(anchor)
+            if other is None:
+                raise PassError("a head's input is not in the training capture", where=e.cut, got=name)
+            inputs.append(other.name)
+        moved.append(replace(e, node=node.name, after=after.name, head_inputs=tuple(inputs)))
     return tuple(moved)

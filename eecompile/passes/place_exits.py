@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import fnmatch
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import torch
@@ -12,11 +12,12 @@ from torch import nn
 
 from eecompile.errors import EecompileError, NoPlaceError, StrategyError, near
 from eecompile.heads import Branch, HeadSpec, Site, build_head, score_head
-from eecompile.passes import sites
+from eecompile.passes import facts, sites
 from eecompile.passes.annotate import ROWS, flops_of
 from eecompile.passes.at_predictions import at_predictions
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.carried import Brought
+from eecompile.passes.find_cuts import cuts_before
 from eecompile.program import Cut, Exit, Program, Refusal
 from eecompile.strategies.base import ExitRecipe
 
@@ -65,9 +66,7 @@ class PlaceExits(Pass):
         if not chosen:
             raise nothing_placed(program, considered.refusals)
         chosen.sort(key=lambda e: e.depth)
-        exits = tuple(
-            Exit(**{**e.__dict__, "name": f"exit_{i}", "head": f"eecompile_heads.exit_{i}"}) for i, e in enumerate(chosen)
-        )
+        exits = tuple(replace(e, name=f"exit_{i}", head=f"eecompile_heads.exit_{i}") for i, e in enumerate(chosen))
         summary = ", ".join(f"{e.name} after {e.cut} at {e.depth:.0%}" for e in exits)
         return PassResult(program.replace(exits=exits), False, tuple(considered.refusals), summary)
 
@@ -91,8 +90,9 @@ class Candidates:
         self.program, self.recipe, self.example = program, recipe, example
         self.refusals: list[Refusal] = []
         self._judged: dict[str, Exit | None] = {}
+        self._anchors = {n.name: a for n, a in facts.anchors(program.graph_module.graph.nodes).items()}
         self._tail: sites.Tail | Refusal | None = None
-        if recipe.head == "shared":
+        if recipe.head == "shared" and recipe.where != "gates":
             self._tail = sites.shared_tail(program)
             if isinstance(self._tail, Refusal):
                 raise StrategyError(
@@ -124,12 +124,12 @@ class Candidates:
                 return None
         sides: tuple[str, ...] = ()
         if isinstance(self._tail, sites.Tail):
-            reason = sites.tail_fits(self._tail, cut)
+            reason = sites.tail_fits(self.program, self._tail, cut)
             if reason is not None:
                 refuse(reason)
                 return None
             sides, kind = self._tail.sides, "shared"
-            cost = sum(self.program.flops.get(n.name, 0.0) for n in self._tail.module.graph.nodes)
+            cost = self._cost(self._tail)
         elif site.kind == "other" and isinstance(spec, str):
             refuse(f"no built-in head for a value {list(site.sizes)}; give a module or a factory as head=")
             return None
@@ -146,21 +146,7 @@ class Candidates:
             refuse(f"head and decision cost {cost / total:.1%} of the model, leaving here saves {max(saves, 0) / total:.1%}")
             return None
         inputs = (cut.value, *sides) if kind == "shared" else (cut.value, *((mask,) if mask else ()))
-        return Exit(
-            name="",
-            node=cut.value,
-            after=cut.after,
-            cut=cut.name,
-            depth=cut.depth,
-            head="",
-            criterion=self.recipe.criterion,
-            head_flops=cost,
-            anchor=cut.anchor,
-            head_inputs=inputs,
-            head_kind=kind,
-            mask_input=mask,
-            combine=self.recipe.combine,
-        )
+        return self._exit(cut, kind, cost, inputs, mask)
 
     def sizes(self, cut: Cut) -> list[int]:
         """Sizes of the value at a cut, with ROWS rows and the example's length."""
@@ -185,31 +171,50 @@ class Candidates:
         return [e for c in blocks if (e := self.judge(c)) is not None]
 
     def before_gates(self) -> list[Exit]:
-        """One exit before every gate, where the head reads what it would read if that gate and all later ones were shut.
+        """One exit before every gate, which answers what the model says if it skips that gate's region and all later ones.
 
         Raises:
-            StrategyError: The gated regions do not follow one another up to the head, or a head does not fit.
+            StrategyError: The work cannot stop there, or what goes into a region does not reach the prediction.
         """
-        gates, cuts = self.program.gates, {c.value: c for c in self.program.cuts}
-        ends = [c.value for c in self.program.cuts if c.is_block][-1:]
-        handed = [*(g.node for g in gates[:-1]), *ends]
-        read = [*(g.carries[0].x for g in gates[1:]), *(g.node for g in gates[-1:])]
-        if not gates or handed != read:
-            apart = next((g.region for g, a, b in zip(gates, handed, read, strict=False) if a != b), "the model")
-            raise StrategyError(
-                "the prediction behind a gated region is not what the model says when it skips the later ones",
-                where=apart,
-                got="work without a gate behind it, which skipping leaves in place",
-                wanted="gated regions that follow one another up to the model's own final layers",
-                hint='train the gates by their cost: targets="cost", or mode="gates"',
-            )
-        found = [self.judge(cuts[g.carries[0].x]) if g.carries[0].x in cuts else None for g in gates]
-        placed = [e for e in found if e is not None]
-        if len(placed) < len(gates):
-            missing = next(g.region for g, e in zip(gates, found, strict=True) if e is None)
-            reasons = "; ".join(r.reason for r in self.refusals) or "no cut lies there"
-            raise StrategyError("no exit fits before a gated region", where=missing, got=reasons)
+        placed = []
+        cuts = cuts_before(self.program)
+        for gate in self.program.gates:
+            cut = cuts[gate.name]
+            tail = cut if isinstance(cut, Refusal) else sites.skipping_tail(self.program, cut.value, cut.after, gate.name)
+            if isinstance(cut, Refusal) or isinstance(tail, Refusal):
+                assert isinstance(tail, Refusal)
+                raise StrategyError(
+                    "no exit fits before a gated region",
+                    where=gate.region,
+                    got=tail.reason,
+                    hint='train the gates by their cost: targets="cost", or mode="gates"',
+                )
+            site, mask = sites.site_at(self.program, cut, self.recipe.mask)
+            cost = self._cost(tail) + DECISION_FLOPS_PER_CLASS * site.classes
+            placed.append(replace(self._exit(cut, "shared", cost, (cut.value, *tail.sides), mask), gate=gate.name))
         return placed
+
+    def _cost(self, tail: sites.Tail) -> float:
+        """FLOPs of the model's own layers as a head."""
+        return sum(self.program.flops.get(n.name, 0.0) for n in tail.module.graph.nodes)
+
+    def _exit(self, cut: Cut, kind: str, cost: float, inputs: tuple[str, ...], mask: str | None) -> Exit:
+        return Exit(
+            name="",
+            node=cut.value,
+            after=cut.after,
+            cut=cut.name,
+            depth=cut.depth,
+            head="",
+            criterion=self.recipe.criterion,
+            head_flops=cost,
+            anchor=cut.anchor,
+            head_inputs=inputs,
+            head_kind=kind,
+            mask_input=mask,
+            combine=self.recipe.combine,
+            sides=tuple(self._anchors.get(n) for n in inputs[1:]),
+        )
 
     def everywhere(self) -> list[Exit]:
         """Every place where a fresh answer is worth its head: block boundaries, or all cuts of a model without blocks.

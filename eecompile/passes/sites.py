@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +12,8 @@ from eecompile.errors import PassError
 from eecompile.heads import Site
 from eecompile.passes import facts
 from eecompile.passes.extract import extract
-from eecompile.program import Cut, Program, Refusal
+from eecompile.passes.functional import make_functional
+from eecompile.program import Cut, Exit, Program, Refusal
 
 MASK_NAMES = ("attention_mask", "padding_mask", "key_padding_mask", "mask", "input_mask")
 
@@ -60,36 +62,59 @@ def find_mask(program: Program, sizes: tuple[int | str, ...], batch_axis: int, w
 
 @dataclass(frozen=True)
 class Tail:
-    """The model's own final layers, from the last block to the prediction, as a head.
+    """The model's own rest behind a cut as a head that shares its parameters.
 
     Attributes:
         module: Takes the value at a cut, then `sides`.
-        sides: Names of the further live values that it reads (padding masks, token ids).
+        sides: Names of the further values that it reads (padding masks, token ids), in graph order.
+        reads: Whether the value at the cut is among what it reads.
     """
 
     module: fx.GraphModule
     sides: tuple[str, ...]
-    sizes: tuple[int | str, ...]
+    reads: bool
 
 
 def shared_tail(program: Program) -> Tail | Refusal:
-    """The layers behind the last block as a module that shares their parameters."""
+    """The model's own final layers, from the last block to the prediction, as a head."""
     blocks = [c for c in program.cuts if c.is_block]
     if program.front_end == "blocks":
         return Refusal("model", "shared head", "a model that was captured as blocks has no graph of its final layers")
     if not blocks:
         return Refusal("model", "shared head", "the model has no repeated block, so no tail behind the last one")
     last = blocks[-1]
+    tail = _tail(program, last.value, last.after, {})
+    if not tail.reads:
+        return Refusal(last.name, "shared head", f"the tail reads {list(tail.sides)}, not {last.value}")
+    if any(v.trunk and v.node in tail.sides for v in last.live):
+        return Refusal(last.name, "shared head", "the tail reads more than one value of the trunk")
+    return tail
+
+
+def skipping_tail(program: Program, value: str, after: str, gate: str) -> Tail | Refusal:
+    """All that is left of the model after a cut without the regions of `gate` and of every later gate, as a head."""
+    names = facts.by_name(program.graph_module)
+    first = next(i for i, g in enumerate(program.gates) if g.name == gate)
+    tail = _tail(program, value, after, {names[g.node]: names[g.carries[0].x] for g in program.gates[first:]})
+    return tail if tail.reads else Refusal(gate, "shared head", "the prediction does not depend on its input")
+
+
+def tail_of(program: Program, e: Exit) -> Tail | Refusal:
+    """The head of an exit that has no layers of its own."""
+    return skipping_tail(program, e.node, e.after, e.gate) if e.gate else shared_tail(program)
+
+
+def _tail(program: Program, value: str, after: str, instead: Mapping[fx.Node, fx.Node]) -> Tail:
+    """What the prediction needs behind `after`; `instead` are nodes that take the value of another one."""
     gm = program.graph_module
     nodes = list(gm.graph.nodes)
     names = facts.by_name(gm)
-    after = nodes.index(names[last.after])
+    position = {n: i for i, n in enumerate(nodes)}
     assert program.prediction is not None
     prediction = facts.output_leaves(gm)[program.prediction]
     needed: set[fx.Node] = set()
     reads: list[fx.Node] = []
     stack = [prediction]
-    position = {n: i for i, n in enumerate(nodes)}
     sizes_read: list[fx.Node] = []
     while stack or sizes_read:
         if not stack:  # sizes last: most are those of what the tail reads anyway
@@ -101,24 +126,20 @@ def shared_tail(program: Program) -> Tail | Refusal:
         if facts.is_symbolic_number(n):
             needed.add(n)
             sizes_read.append(n)
-        elif position[n] <= after:
+        elif position[n] <= position[names[after]]:
             if n not in reads:
                 reads.append(n)
         else:
             needed.add(n)
-            stack += n.all_input_nodes
-    value = names[last.value]
-    if value not in reads:
-        return Refusal(last.name, "shared head", f"the tail reads {[n.name for n in reads]}, not {value.name}")
-    trunk = {v.node for v in last.live if v.trunk}
-    others = [n for n in reads if n is not value]
-    if any(n.name in trunk for n in others):
-        return Refusal(last.name, "shared head", "the tail reads more than one value of the trunk")
-    others.sort(key=lambda n: position[n])
+            stack += [instead[n]] if n in instead else n.all_input_nodes
+    others = sorted((n for n in reads if n is not names[value]), key=lambda n: position[n])
     ordered = sorted(needed, key=lambda n: position[n])
-    module = extract(gm, ordered, [value, *others], [prediction], "SharedHead")
-    sizes = next(v.shape for v in last.live if v.node == last.value)
-    return Tail(module, tuple(n.name for n in others), sizes)
+    module = extract(gm, ordered, [names[value], *others], [prediction], "SharedHead", instead)
+    own = list(module.graph.nodes)
+    for n in own:  # the rest of the graph reads the same values
+        make_functional(n, {n: i for i, n in enumerate(own)})
+    facts.tidy(module)
+    return Tail(module, tuple(n.name for n in others), names[value] in reads)
 
 
 def _unread(size: fx.Node, reads: list[fx.Node]) -> list[fx.Node]:
@@ -129,10 +150,12 @@ def _unread(size: fx.Node, reads: list[fx.Node]) -> list[fx.Node]:
     return [] if told else size.all_input_nodes
 
 
-def tail_fits(tail: Tail, cut: Cut) -> str | None:
-    """Why the model's tail cannot be the head at `cut`, None where it can."""
-    value = next(v for v in cut.live if v.node == cut.value)
-    if value.shape != tail.sizes:
-        return f"the model's own head reads {list(tail.sizes)}, the value here is {list(value.shape)}"
+def tail_fits(program: Program, tail: Tail, cut: Cut) -> str | None:
+    """Why the model's final layers cannot be the head at `cut`, None where they can."""
+    last = [c for c in program.cuts if c.is_block][-1]
+    (wanted,) = (v.shape for v in last.live if v.node == last.value)
+    (value,) = (v.shape for v in cut.live if v.node == cut.value)
+    if value != wanted:
+        return f"the model's own head reads {list(wanted)}, the value here is {list(value)}"
     missing = [s for s in tail.sides if s not in {v.node for v in cut.live}]
     return f"the model's own head also reads {', '.join(missing)}, not computed yet" if missing else None

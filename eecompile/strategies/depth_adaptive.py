@@ -23,17 +23,18 @@ class DepthAdaptive(Strategy):
     | mode | what decides | a row runs |
     |---|---|---|
     | up_front | one multinomial over depths, from the input of the first gated block | its first d blocks |
-    | halting | behind every block its own unit: go on or not | the blocks before the first no |
+    | halting | after every block its own unit: go on or not | the blocks before the first no |
     | gates | before every block its own unit: run it or not (SkipNet) | any of the blocks |
 
     Targets "oracle", "correctness" and "expected" need the prediction at every depth. It comes from exits with the model's
-    own final layers before every gate; training opens every gate, and at inference those exits are closed. They need
-    gated blocks that follow one another up to the final layers, as a Transformer's do; others take "cost".
+    own layers before every gate, which skip that gate's block and all later ones; what is not gated (the blocks that change
+    the shape, in networks with stages) runs in each of them. Training opens every gate, and at inference those exits are
+    closed. Their work grows with the share of the model that has no gate: where that is large, "cost" trains faster.
 
     Args:
         mode: "up_front", "halting" or "gates".
         gates: "every-block", or names of blocks with wildcards.
-        min_depth: The first so many blocks run for every row; the depth is chosen behind them.
+        min_depth: The first so many blocks run for every row; the depth is chosen after them.
         targets: "oracle": the depth with the least loss plus price; "correctness": the first that is right; "expected":
             loss plus price in the mean over the chosen distribution; "cost": no target depth, but gradients through the
             decisions and a price on their cost. None is "oracle", with mode "gates" "cost".
@@ -44,7 +45,7 @@ class DepthAdaptive(Strategy):
         threshold: Score from which a gate is open: up front, of the probability that the depth is larger.
         open_bias: Logit that untrained units start near: above 0 they begin deep.
         weights: Of the task's loss at every depth: "uniform", "linear" in depth, or a list.
-        depth_weight: Of the choice's loss beside the task's.
+        depth_weight: Of the choice's loss, next to the task's.
         mask: Name of the input that marks padding; found by itself where it has a usual name.
         trunk: Train the trunk too unless `fit(trunk=...)` says otherwise. The final layers must learn to read every depth.
     """

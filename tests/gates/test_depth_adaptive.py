@@ -6,12 +6,13 @@ import random
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from eecompile import StrategyError, load
+from eecompile.program import Result
 from eecompile.strategies import DepthAdaptive
 from tests.gates.adaptive import Loader, rows, tower
-from tests.support import CLOSED, again, both, close, equal_bits, separating, watch
+from tests.support import CLOSED, again, both, close, equal_bits, run_by, separating, watch
 from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
@@ -45,6 +46,25 @@ def activations(fast, args, kwargs) -> list[int]:
     return [shape[0] for name in ("gelu", "gelu_") for shape in shapes.get(name, ())]
 
 
+def at_every_depth(fast, args, kwargs) -> Result:
+    """What a training run says at each depth is what rows get that run so far; gives that run's result."""
+    count = len(fast.gates)
+    fast.train_trunk, fast.gate_mode = False, "open"
+    fast.set_gate_thresholds(CLOSED)  # not even this shuts them while training
+    fast.train()
+    with torch.no_grad():
+        every = fast.run(*args, **kwargs)
+    fast.eval()
+    assert len(every.outputs) == count + 1
+    for depth in range(count + 1):
+        fast.set_gate_thresholds([0.0] * depth + [CLOSED] * (count - depth))
+        result = fast.run(*args, **kwargs)
+        close(fast.prediction_of(result.output), every.outputs[depth])
+        assert result.steps.dtype == torch.int64
+        assert result.steps.tolist() == [depth] * len(result.steps)
+    return every
+
+
 @pytest.mark.parametrize("recipe", ["up front", "behind one block", "halting"])
 def test_the_prediction_at_a_depth_is_what_a_row_of_that_depth_gets(model, recipe):
     entry, base = model
@@ -53,19 +73,8 @@ def test_the_prediction_at_a_depth_is_what_a_row_of_that_depth_gets(model, recip
     count = len(fast.gates)
     assert len(fast.exits) == count
     assert [e.threshold for e in fast.exits] == [CLOSED] * count
-    fast.train_trunk, fast.gate_mode = False, "open"
-    fast.set_gate_thresholds(CLOSED)  # not even this shuts them while training
-    fast.train()
-    with torch.no_grad():
-        every = fast.run(*args, **kwargs)
-    fast.eval()
+    every = at_every_depth(fast, args, kwargs)
     assert every.steps.tolist() == [count] * 3
-    for depth in range(count + 1):
-        fast.set_gate_thresholds([0.0] * depth + [CLOSED] * (count - depth))
-        result = fast.run(*args, **kwargs)
-        close(fast.prediction_of(result.output), every.outputs[depth])
-        assert result.steps.dtype == torch.int64
-        assert result.steps.tolist() == [depth] * 3
     assert sorted(every.gate_scores[0].tolist(), reverse=True) == every.gate_scores[0].tolist() or recipe == "halting"
 
 
@@ -131,18 +140,63 @@ def test_hard_rows_learn_to_run_deeper(mode):
     assert float((again.output.argmax(1) == y).float().mean()) > 0.9
 
 
-def test_a_model_with_other_work_between_its_blocks_is_steered_by_cost():
-    entry = ZOO["hf_resnet"]
+class Unit(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(width, width, 3, padding=1), nn.BatchNorm2d(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(x + self.norm(self.conv(x)))
+
+
+class Stages(nn.Module):
+    """Two stages [B, 3, 8, 8] to logits [B, 2], with a layer between that changes the shape; `joined` ones read both."""
+
+    def __init__(self, joined: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.joined = joined
+        self.stem, self.down = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 12, 2, stride=2)
+        self.stages = nn.ModuleList(nn.Sequential(Unit(width), Unit(width)) for width in (8, 12))
+        self.up, self.head = nn.ConvTranspose2d(12, 8, 2, stride=2), nn.Linear(16 if joined else 12, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        high = self.stages[0](torch.relu_(self.stem(x)))
+        low = self.stages[1](torch.relu_(self.down(high)))
+        if self.joined:
+            low = torch.cat((high, self.up(low).relu_()), 1)
+        y: Tensor = self.head(low.mean((2, 3)))
+        return y
+
+
+@pytest.mark.parametrize("name", ["swin", "hf_resnet"])
+def test_what_has_no_gate_runs_at_every_depth(name):
+    entry = ZOO[name]
     args, kwargs = entry.inputs(4)
-    compiled = eecompile(entry.model(), example_inputs=args, example_kwargs=kwargs)
-    with pytest.raises(StrategyError, match="is not what the model says") as caught:
-        again(compiled, DepthAdaptive())
-    assert 'targets="cost"' in str(caught.value)
-    fast = again(compiled, DepthAdaptive(targets="cost", min_depth=0, target_cost=0.7))
-    assert not fast.exits
-    assert [stage.gate_mode for stage in fast.strategy.stages] == ["hard"]
-    fast.set_gate_thresholds([0.0, 0.0, CLOSED, 0.0, 0.0, 0.0])
-    assert fast.run(*args, **kwargs).steps.tolist() == [2] * 4  # one that is shut shuts all later ones
+    fast = eecompile(entry.model(), DepthAdaptive(min_depth=0), example_inputs=args, example_kwargs=kwargs)
+    at_every_depth(fast, args, kwargs)
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_networks_with_stages_learn_their_depth(joined, tmp_path):
+    x, y = torch.randn(64, 3, 8, 8), torch.randint(0, 2, (64,))
+    fast = eecompile(Stages(joined).eval(), DepthAdaptive(min_depth=0), example_inputs=(x[:4],))
+    assert len(fast.exits) == len(fast.gates) == 4
+    at_every_depth(fast, (x[:5],), {})
+    before = fast.original.down.weight.clone()
+    fast.fit([(x, y)] * 2, epochs=1, trunk_lr=1e-2, progress=False)
+    assert not torch.equal(fast.graph_module.get_parameter("down.weight"), before)
+    at_every_depth(fast, (x[:5],), {})
+    found = scores(fast, (x,), {})
+    fast.set_gate_thresholds(found.median(0).values.tolist())
+    fast.save(tmp_path / "program")
+    back = load(tmp_path / "program")
+    compact, reference = both(back, x)
+    assert len(set(compact.steps.tolist())) > 1
+    assert torch.equal(compact.gates, reference.gates)
+    close(compact.output, reference.output)
+    equal_bits(reference.output, run_by("reference", fast, x).output)
+    at_every_depth(back, (x[:5],), {})
 
 
 def test_a_saved_program_keeps_depths_and_trains_on(tmp_path):
