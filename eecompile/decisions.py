@@ -225,10 +225,11 @@ class Decisions(Routing):
         """
         self.settings = self.settings.with_values(TEMPERATURES, temperatures)
 
-    def costs(self, open_exits: Sequence[bool]) -> Tensor:
+    def costs(self, open_exits: Sequence[bool], settings: Settings | None = None) -> Tensor:
         """[E + 1] float32: fraction of the full model's FLOPs of a row that leaves at each exit, open heads and the scores
-        of gates included; every gate counts as open."""
-        return torch.tensor(self.cost_model.at_exits(self.settings, open_exits), dtype=torch.float32)
+        of gates included; every gate counts as open. Under the present settings, or those given."""
+        found = self.cost_model.at_exits(self.settings if settings is None else settings, open_exits)
+        return torch.tensor(found, dtype=torch.float32)
 
     def confidences_of(
         self, outputs: Sequence[Tensor], temperatures: Tensor, scores: Sequence[Tensor] | None = None

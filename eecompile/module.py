@@ -192,9 +192,13 @@ class CompiledModule(DevicePrograms, Anytime):
         `gates` and `steps` are still what `run` would tell: a row that left passes no later gate. `gate_scores` are there
         for every row; with exits closed first (`set_thresholds(2.0)`) every gate decides about every row.
         """
+        return self.observe_at(self.settings, args, kwargs)
+
+    def observe_at(self, settings: Settings, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result:
+        """`observe` under other settings than those of the module, which stay."""
         flat = self.flatten(args, kwargs)
         with torch.no_grad(), self._mode(False):
-            return self._result(self._reference().run(flat, settings := self.settings), settings, flat)
+            return self._result(self._reference().run(flat, settings), settings, flat)
 
     def full(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the model without any exit."""

@@ -55,22 +55,22 @@ class Trainable(Decisions):
         With `budget=`, a mean fraction of the full model's cost, the most accurate thresholds that keep it instead; see
         `eecompile.calibration.budget.calibrate_budget`.
         """
-        if budget is None:
-            with self.waiting.measurement(settles=True):
-                return calibrate(self.compiled, loader, **_plain(options))
-        for name in ("max_drop", "delta"):
-            if name in options:
-                raise EecompileError(
-                    f"{name}= and budget= are two ways to calibrate", got="both", wanted="one of them",
-                    hint="a budget fixes the cost and gives the best accuracy; max_drop fixes the accuracy",
-                )  # fmt: skip
+        if budget is not None and (both := {"max_drop", "delta"} & set(options)):
+            raise EecompileError(
+                f"{min(both)}= and budget= are two ways to calibrate", got="both", wanted="one of them",
+                hint="a budget fixes the cost and gives the best accuracy; max_drop fixes the accuracy",
+            )  # fmt: skip
         with self.waiting.measurement(settles=True):
-            return calibrate_budget(self.compiled, loader, plain(budget), **_plain(options))
+            if budget is None:
+                report: Any = calibrate(self.compiled, loader, **_plain(options))
+            else:
+                report = calibrate_budget(self.compiled, loader, plain(budget), **_plain(options))
+            self.settings = report.settings
+        return report
 
     def budget_curve(self, loader: Iterable[Any], test_loader: Iterable[Any] | None = None, **options: Any) -> Any:
         """Budget against accuracy; see `eecompile.calibration.budget.budget_curve`."""
-        with self.waiting.measurement(settles=False):
-            return budget_curve(self.compiled, loader, test_loader, **_plain(options))
+        return budget_curve(self.compiled, loader, test_loader, **_plain(options))
 
     def evaluate(self, loader: Iterable[Any], **options: Any) -> Any:
         """Accuracy against compute; see `eecompile.training.evaluate.evaluate`."""

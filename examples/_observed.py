@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eecompile.calibration.calibrate import calibrate
 from eecompile.criteria import MaxProbability
+from eecompile.ir.settings import EXITS, TEMPERATURES, Settings
 from eecompile.kernels.confidence import confidence
 from eecompile.kernels.select import select
 from eecompile.program import Result
@@ -64,8 +65,10 @@ class Replay:
             yield index, self.seen.labels[index]
 
     def calibrate(self, **options: Any) -> Any:
-        """`eecompile.calibration.calibrate.calibrate`; sets thresholds and temperatures on the compiled module."""
-        return calibrate(self, self, **options)
+        """`eecompile.calibration.calibrate.calibrate`; sets what it found on the compiled module."""
+        report = calibrate(self, self, **options)
+        self.fast.settings = report.settings
+        return report
 
     def evaluate(self, **options: Any) -> Any:
         """`eecompile.training.evaluate.evaluate` at the present thresholds."""
@@ -73,9 +76,14 @@ class Replay:
 
     def observe(self, rows: Tensor) -> Result:
         """What ``fast.observe`` gives for the rows, by the same definitions of confidence and selection."""
+        return self.observe_at(self.fast.settings, (rows,), {})
+
+    def observe_at(self, settings: Settings, args: Sequence[Tensor], kwargs: Any) -> Result:
+        """`observe` under other settings."""
+        (rows,) = args
         outputs = tuple(self.seen.outputs[rows].unbind(1))
         scores = None if self.seen.scores is None else tuple(self.seen.scores[rows].unbind(1))
-        thresholds, temperatures = self.fast.thresholds, self.fast.temperatures
+        thresholds, temperatures = torch.tensor(settings[EXITS]), torch.tensor(settings[TEMPERATURES])
         criteria = [record.criterion for record in self.fast.exits]
         last = MaxProbability() if criteria[-1].learned else criteria[-1]
         confidences, state = [], None
@@ -86,7 +94,7 @@ class Replay:
             confidences.append(value)
             state = new if kind.stateful else None
         output, index, sure = select(outputs, confidences, thresholds)
-        cost = self.fast.costs(tuple(t <= 1.0 for t in thresholds.tolist()))[index]
+        cost = self.fast.costs(tuple(t <= 1.0 for t in thresholds.tolist()), settings)[index]
         every = tuple(torch.nan_to_num(value, nan=0.0) for value in confidences)
         return Result(output, index, sure, cost, outputs, every, scores)
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 from rich.console import RenderableType
 
 from eecompile.calibration.report import CalibratedExit
-from eecompile.training.report import Report, json_safe, number, percent, stacked, table
+from eecompile.ir.settings import Settings
+from eecompile.training.report import Report, json_safe, percent, stacked, table
 
 
 @dataclass
@@ -16,6 +17,7 @@ class BudgetReport(Report):
     """Thresholds for a budget.
 
     Attributes:
+        settings: Of the whole program; `fast.calibrate` sets them.
         budget: Largest mean fraction of the full model's FLOPs.
         method: "search" or "quota".
         mean_cost: On the calibration rows; at most the budget.
@@ -28,6 +30,7 @@ class BudgetReport(Report):
 
     title: ClassVar[str] = "Budget"
 
+    settings: Settings
     budget: float
     method: str
     target: str
@@ -45,32 +48,25 @@ class BudgetReport(Report):
     def to_dict(self) -> dict[str, Any]:
         return {
             "title": self.title,
-            **{key: json_safe(value) for key, value in vars(self).items() if key != "exits"},
-            "exits": [json_safe({**vars(row), "open": row.is_open}) for row in self.exits],
+            **{key: json_safe(value) for key, value in vars(self).items() if key not in ("exits", "settings")},
+            "settings": self.settings.to_dict(),
+            "exits": [row.to_dict() for row in self.exits],
         }
 
     def __rich__(self) -> RenderableType:
-        rows = [
-            [
-                row.name,
-                "-" if row.threshold is None else number(row.threshold, 6) if row.is_open else "closed",
-                percent(row.share, 1),
-                percent(row.cost, 1),
-            ]
-            for row in self.exits
-        ]
+        cells = [row.cells() for row in self.exits]
         text = (
             f"mean cost {percent(self.mean_cost, 1)} within {percent(self.budget, 1)} of the full model's FLOPs on "
             f"{self.rows} rows, {self.target} {percent(self.accuracy)} against {percent(self.full_accuracy)}"
         )
         if self.gap is not None:
             text += "; no thresholds do better" if self.gap == 0 else f"; none do better by more than {percent(self.gap, 2)}"
-        return stacked(table(self.title, ["exit", "threshold", "leaving", "cost"], rows), text, *self.notes)
+        return stacked(table(self.title, list(cells[0]), [list(row.values()) for row in cells]), text, *self.notes)
 
 
 @dataclass
 class BudgetCurve(Report):
-    """Budget against score: thresholds from the calibration rows, judged on others.
+    """Budget against score: thresholds from the calibration rows, measured on others.
 
     Attributes:
         points: By budget: `budget`, `ratio`, `gap`, `thresholds`, and mean `cost` and `accuracy` on the calibration rows

@@ -8,7 +8,7 @@ temperatures are computed from them; if not, or where outputs have positions, th
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +16,9 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import CalibrationError
-from eecompile.training.batches import batches
+from eecompile.ir.settings import Settings
+from eecompile.program import Result
+from eecompile.training.batches import Batch, batches
 from eecompile.training.protocol import Compiled
 from eecompile.training.scores import IGNORE, Metric, agreement, check_labels, measure, right
 
@@ -62,9 +64,8 @@ class Collected:
 
     Attributes:
         keys: float64 `[n]`, random.
-        confidences: float32 `[n, E + 1]`, all exits open, as `observe` gave them.
+        confidences: float32 `[n, E + 1]`, all exits open.
         score: float64 `[n, E + 1]`: right or wrong, agreeing or not, or the metric.
-        correct: float64 `[n, E + 1]` against labels; None without labels or with a metric.
         predictions: int64 `[n, E + 1]` for outputs `[n, C]`, else None.
         scores: float32 `[n, E]` logits of learned criteria, else None.
         kept: Logits for the temperatures; None where they are not fitted.
@@ -74,7 +75,6 @@ class Collected:
     keys: Tensor
     confidences: Tensor
     score: Tensor
-    correct: Tensor | None
     predictions: Tensor | None
     scores: Tensor | None
     kept: Logits | None
@@ -85,89 +85,120 @@ class Collected:
         return len(self.keys)
 
 
-def collect(
-    fast: Compiled,
-    loader: Iterable[Any],
-    *,
-    target: str,
-    metric: Metric | None,
-    temperatures: bool,
-    seed: int,
-    device: torch.device,
-) -> Collected:
-    """One pass.
+@dataclass(frozen=True)
+class Source:
+    """Where the rows come from and how they are scored.
 
-    Raises:
-        CalibrationError: No rows; labels that are missing or wrong; NaN in an output; a metric outside of
-            [0, 1].
+    Attributes:
+        loader: Of the calibration data.
+        target: "accuracy" or "agreement".
+        metric: Instead of accuracy; None without.
+        device: Where the compiled module is.
+    """
+
+    fast: Compiled
+    loader: Iterable[Any]
+    target: str
+    metric: Metric | None
+    device: torch.device
+
+    def batches(self) -> Iterator[Batch]:
+        """One pass.
+
+        Raises:
+            CalibrationError: No batch; some batches with labels and others without.
+        """
+        labelled = None
+        for batch in batches(self.loader, self.device):
+            has = batch.labels is not None
+            if labelled not in (None, has):
+                raise CalibrationError(
+                    "some batches have labels and others do not", where=batch.where, wanted="labels in all or in none"
+                )
+            labelled = has
+            yield batch
+        if labelled is None:
+            raise CalibrationError(
+                "the calibration loader is empty",
+                got="no batch",
+                wanted="at least one batch of (inputs, labels)",
+                hint="check the data set's size and `drop_last`; a used-up generator yields nothing",
+            )
+
+    def observe(self, batch: Batch, settings: Settings) -> Result:
+        """The batch under these settings; those of the module stay as they are.
+
+        Raises:
+            CalibrationError: NaN in an output.
+        """
+        result = self.fast.observe_at(settings, batch.args, batch.kwargs)
+        if not result.outputs or not result.confidences:
+            raise CalibrationError("the compiled module gave no outputs of the exits", where=batch.where)
+        names = [record.name for record in self.fast.exits] + ["the model's own output"]
+        check_finite(result.outputs, names, batch.where)
+        return result
+
+    def scores(self, outputs: Sequence[Tensor], full: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """float64 [B, K] of K outputs on the CPU, bool [B] of rows with a label, and the labels where they are classes.
+
+        Args:
+            full: What agreement is with.
+
+        Raises:
+            CalibrationError: Labels that are missing or wrong; a metric outside of [0, 1].
+        """
+        n = full.shape[0]
+        valid, labels = torch.ones(n, dtype=torch.bool), None
+        if self.metric is not None:
+            found = [measure(self.metric, o, batch.labels, n, batch.where, CalibrationError).cpu() for o in outputs]
+            check_unit(torch.stack(found, 1), batch.where)
+            return torch.stack(found, 1), valid, None
+        if batch.labels is not None or self.target == "accuracy":
+            labels = check_labels(full, batch.labels, batch.where, CalibrationError)
+            valid = right(full, labels)[1].cpu()
+        if self.target == "agreement":
+            return torch.stack([agreement(o, full, labels).cpu() for o in outputs], 1), valid, labels
+        assert labels is not None
+        return torch.stack([right(o, labels)[0].cpu() for o in outputs], 1), valid, labels
+
+
+def collect(source: Source, settings: Settings, *, temperatures: bool, seed: int) -> Collected:
+    """One pass under `settings`.
+
+    Args:
+        temperatures: Whether logits are kept for them.
     """
     generator = torch.Generator().manual_seed(seed)
-    names = [record.name for record in fast.exits] + ["the model's own output"]
-    parts: dict[str, list[Tensor]] = {
-        name: [] for name in ("keys", "confidences", "score", "correct", "predictions", "scores")
-    }
-    kept = Logits() if temperatures and metric is None else None
+    parts: dict[str, list[Tensor]] = {name: [] for name in ("keys", "confidences", "score", "predictions", "scores")}
+    kept = Logits() if temperatures and source.metric is None else None
     skipped = 0
     # where the surest exit answers, temperatures belong to what each head says by itself
-    surest = combination_of(fast) == "confident"
-    for batch in batches(loader, device):
-        result = fast.observe(*batch.args, **batch.kwargs)
-        if not result.outputs or not result.confidences:
-            raise CalibrationError("fast.observe gave no outputs of the exits", where=batch.where)
+    surest = combination_of(source.fast) == "confident"
+    for batch in source.batches():
+        result = source.observe(batch, settings)
+        assert result.outputs is not None and result.confidences is not None
         outputs = result.outputs
-        check_finite(outputs, names, batch.where)
-        n = outputs[-1].shape[0]
-        keys = torch.rand(n, generator=generator, dtype=torch.float64)
-        valid = torch.ones(n, dtype=torch.bool)
-        labels: Tensor | None = None
-        if metric is not None:
-            score = torch.stack(
-                [measure(metric, o, batch.labels, n, batch.where, CalibrationError).cpu() for o in outputs], 1
-            )
-            check_unit(score, batch.where)
-        else:
-            if batch.labels is not None or target == "accuracy":
-                labels = check_labels(outputs[-1], batch.labels, batch.where, CalibrationError)
-                pairs = [right(output, labels) for output in outputs]
-                correct = torch.stack([score for score, _ in pairs], 1).cpu()
-                valid = pairs[-1][1].cpu()
-                parts["correct"].append(correct[valid])
-            if target == "accuracy":
-                score = correct
-            else:
-                score = torch.stack([agreement(output, outputs[-1], labels) for output in outputs], 1).cpu()
-            if kept is not None and labels is not None:
-                judged = result.separate if surest and result.separate else outputs
-                kept.add(keys[valid], tuple(o.cpu()[valid] for o in judged), labels.cpu()[valid])
-            if outputs[-1].ndim == 2:
-                parts["predictions"].append(torch.stack([o.argmax(1) for o in outputs], 1).cpu()[valid])
+        keys = torch.rand(outputs[-1].shape[0], generator=generator, dtype=torch.float64)
+        score, valid, labels = source.scores(outputs, outputs[-1], batch)
+        if kept is not None and labels is not None:
+            scored = result.separate if surest and result.separate else outputs
+            kept.add(keys[valid], tuple(o.cpu()[valid] for o in scored), labels.cpu()[valid])
+        if source.metric is None and outputs[-1].ndim == 2:
+            parts["predictions"].append(torch.stack([o.argmax(1) for o in outputs], 1).cpu()[valid])
         parts["keys"].append(keys[valid])
         parts["confidences"].append(torch.stack([c.float().cpu() for c in result.confidences], 1)[valid])
         parts["score"].append(score[valid])
         if result.scores is not None:
             parts["scores"].append(torch.stack([s.float().cpu() for s in result.scores], 1)[valid])
         skipped += int((~valid).sum())
-    if not parts["keys"]:
-        raise CalibrationError(
-            "the calibration loader is empty",
-            got="no batch",
-            wanted="at least one batch of (inputs, labels)",
-            hint="check the data set's size and `drop_last`; a used-up generator yields nothing",
-        )
     joined = {name: torch.cat(found) for name, found in parts.items() if found}
-    correct_rows = joined.get("correct")
-    if correct_rows is not None and len(correct_rows) != len(joined["keys"]):
-        raise CalibrationError("some batches have labels and others do not", wanted="labels in all or in none")
-    if kept is not None and not kept.keys:
-        kept = None
     return Collected(
         keys=joined["keys"],
         confidences=joined["confidences"],
         score=joined["score"],
-        correct=correct_rows,
         predictions=joined.get("predictions"),
         scores=joined.get("scores"),
-        kept=kept,
+        kept=kept if kept is not None and kept.keys else None,
         skipped=skipped,
     )
 
@@ -177,33 +208,21 @@ def combination_of(fast: Compiled) -> str:
     return str(getattr(fast.exits[0], "combine", "last")) if fast.exits else "last"
 
 
-def second_pass(fast: Compiled, loader: Iterable[Any], collected: Collected, device: torch.device) -> Tensor:
-    """Confidences `[n, E + 1]` with the temperatures that `fast` has now, of the same rows in the same order.
+def second_pass(source: Source, settings: Settings, collected: Collected) -> Tensor:
+    """Confidences `[n, E + 1]` under `settings`, of the same rows in the same order.
 
     Raises:
         CalibrationError: The loader gave other rows: its order or its augmentation is random.
     """
-    found, predictions = [], []
-    for batch in batches(loader, device):
-        result = fast.observe(*batch.args, **batch.kwargs)
-        outputs, confidences = result.outputs or (), result.confidences or ()
-        valid = torch.ones(outputs[-1].shape[0], dtype=torch.bool)
-        if batch.labels is not None:
-            valid = right(outputs[-1], check_labels(outputs[-1], batch.labels, batch.where))[1].cpu()
-            predictions.append(right(outputs[-1], check_labels(outputs[-1], batch.labels))[0].cpu()[valid])
-        found.append(torch.stack([c.float().cpu() for c in confidences], 1)[valid])
-    again = torch.cat(found)
-    same = len(again) == collected.rows
-    if same and predictions and collected.correct is not None:
-        same = torch.equal(torch.cat(predictions), collected.correct[:, -1])
-    if not same:
+    again = collect(source, settings, temperatures=False, seed=0)
+    if not torch.equal(again.score, collected.score):
         raise CalibrationError(
             "the calibration loader gave other rows when it was read again",
-            got=f"{len(again)} rows against {collected.rows}, or in another order",
+            got=f"{again.rows} rows against {collected.rows}, or in another order",
             wanted="the same rows in the same order",
             hint="pass shuffle=False and no augmentation, or temperature=False, which reads the data once",
         )
-    return again
+    return again.confidences
 
 
 def check_finite(outputs: tuple[Tensor, ...], names: list[str], where: str) -> None:

@@ -8,10 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from eecompile.ir.settings import CLOSED
 from eecompile.training.curve import first_exit
-
-CLOSED = 2.0
-"""The threshold of a closed exit: above 1, and a number that JSON takes."""
 
 Costs = Callable[[tuple[bool, ...]], Tensor]
 Confidences = Callable[[tuple[bool, ...]], Tensor]
@@ -68,6 +66,10 @@ class Evidence:
     def leave(self, thresholds: Tensor) -> Tensor:
         """int64 `[n]`: the exit that each row takes. `thresholds` float32 `[E]`."""
         return first_exit(self.of(pattern(thresholds)), thresholds)
+
+    def losses(self, thresholds: Tensor) -> Tensor:
+        """float64 `[n]`: the loss of each row under these thresholds."""
+        return self.loss.gather(1, self.leave(thresholds)[:, None])[:, 0]
 
     def measure(self, thresholds: Tensor) -> tuple[float, float]:
         """Sum of the losses and mean cost under these thresholds."""

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
 from eecompile.calibration.collect import combination_of
 from eecompile.calibration.risk import rows_needed
 from eecompile.errors import CalibrationError, near
@@ -16,31 +20,99 @@ MOST_SEARCH_ROWS = 10_000
 LEAST_SEARCH_ROWS = 30
 
 
-def check_options(fast: Compiled, max_drop: float, delta: float | None, target: str, metric: Metric | None) -> None:
-    if not fast.exits and not skips(fast):
-        raise CalibrationError(
-            "there are no exits, gates, branches or halting thresholds to calibrate",
-            hint="compile with a strategy that inserts exits or gates, or that halts",
-        )
-    if not (0 <= max_drop < 1):
-        raise CalibrationError("max_drop is out of range", got=max_drop, wanted="0 <= max_drop < 1, 0.01 for 1%")
-    if delta is not None and not (0 < delta < 1):
-        raise CalibrationError("delta is out of range", got=delta, wanted="0 < delta < 1, or None for no guarantee")
-    if target not in TARGETS:
-        raise CalibrationError("unknown target", got=repr(target), wanted=near(str(target), TARGETS))
-    if metric is not None and target == "agreement":
-        raise CalibrationError(
-            "agreement is for classification", got="metric= and target='agreement'", hint="leave out target"
-        )
-    other = _no_classes(fast) if target == "agreement" else ""
-    if other:
-        raise CalibrationError(
-            "agreement compares the class of the largest score, which is not what this model is for",
-            got=other,
-            wanted="one class of several for each row",
-            hint="give the full model's answers as labels, [(x, fast.full(x))], and metric=lambda z, y: ... that compares "
-            "them, for several labels ((z > 0) == (y > 0)).all(-1).double()",
-        )
+@dataclass(frozen=True)
+class Options:
+    """Keyword arguments of `calibrate`.
+
+    Attributes:
+        max_drop: Largest drop, in [0, 1): 0.01 is one percent point of accuracy.
+        delta: Largest probability, over the draw of the calibration data, that the drop is larger after all,
+            in (0, 1). None: no guarantee, the cheapest settings whose drop on this data is at most `max_drop`.
+        target: "accuracy" (against the labels) or "agreement" (with the full model; needs no labels).
+        temperature: Whether temperatures are fitted. Exits with a patience, a learned or a routed criterion keep 1.
+        metric: `(prediction, labels) -> [B]` in [0, 1], higher is better, for a task that is not classification.
+        keep_open: Whether every exit stays open (threshold at most 1), so that a call may be stopped there. None: what
+            the strategy asks for, and always where exits answer together, since closing one would change the others.
+        seed: Of the random split of the rows.
+    """
+
+    max_drop: float = 0.01
+    delta: float | None = 0.05
+    target: str = "accuracy"
+    temperature: bool = True
+    metric: Metric | None = None
+    keep_open: bool | None = None
+    seed: int = 0
+
+    @classmethod
+    def of(cls, fast: Compiled, given: Mapping[str, Any]) -> Options:
+        """Keyword arguments for this module, checked.
+
+        Raises:
+            CalibrationError: An unknown name, a value out of range, or a target that does not fit the task.
+        """
+        names = [f.name for f in fields(cls)]
+        for name in given:
+            if name not in names:
+                raise CalibrationError("calibrate has no such option", got=f"{name}=", wanted=near(name, names))
+        found = cls(**given)
+        found.check(fast)
+        return found
+
+    @property
+    def score(self) -> str:
+        """What is compared: "accuracy", "agreement" or "metric"."""
+        return self.target if self.metric is None else "metric"
+
+    @property
+    def rows_needed(self) -> int | None:
+        """Calibration rows with which something could qualify: enough to test on, and some to search on."""
+        least = None if self.delta is None else rows_needed(self.max_drop, FIRST_START * self.delta)
+        return None if least is None else least + LEAST_SEARCH_ROWS
+
+    def check(self, fast: Compiled) -> None:
+        """Raises `CalibrationError` where a value is out of range or the target does not fit the task."""
+        if not fast.exits and not skips(fast):
+            raise CalibrationError(
+                "there are no exits, gates, branches or halting thresholds to calibrate",
+                hint="compile with a strategy that inserts exits or gates, or that halts",
+            )
+        if not (0 <= self.max_drop < 1):
+            raise CalibrationError("max_drop is out of range", got=self.max_drop, wanted="0 <= max_drop < 1, 0.01 for 1%")
+        if self.delta is not None and not (0 < self.delta < 1):
+            raise CalibrationError("delta is out of range", got=self.delta, wanted="0 < delta < 1, or None for no guarantee")
+        if self.target not in TARGETS:
+            raise CalibrationError("unknown target", got=repr(self.target), wanted=near(str(self.target), TARGETS))
+        if self.metric is not None and self.target == "agreement":
+            raise CalibrationError(
+                "agreement is for classification", got="metric= and target='agreement'", hint="leave out target"
+            )
+        other = _no_classes(fast) if self.target == "agreement" else ""
+        if other:
+            raise CalibrationError(
+                "agreement compares the class of the largest score, which is not what this model is for",
+                got=other,
+                wanted="one class of several for each row",
+                hint="give the full model's answers as labels, [(x, fast.full(x))], and metric=lambda z, y: ... that "
+                "compares them, for several labels ((z > 0) == (y > 0)).all(-1).double()",
+            )
+
+    def stays_open(self, fast: Compiled) -> bool:
+        """Whether calibration leaves every exit open.
+
+        Raises:
+            CalibrationError: Exits answer together, and `keep_open` is False.
+        """
+        together = combination_of(fast) != "last"
+        if self.keep_open is None:
+            return together or bool(getattr(getattr(fast, "strategy", None), "keep_open", False))
+        if together and not self.keep_open:
+            raise CalibrationError(
+                "exits that answer together stay open: closing one would change what the others say",
+                got=f"combine={combination_of(fast)!r}, keep_open=False",
+                hint="leave out keep_open",
+            )
+        return self.keep_open
 
 
 def _no_classes(fast: Compiled) -> str:
@@ -51,24 +123,6 @@ def _no_classes(fast: Compiled) -> str:
     if program is None or program.prediction is None:
         return ""
     return "one score for each row" if program.signature.outputs[program.prediction].shape[-1] == 1 else ""
-
-
-def stays_open(fast: Compiled, keep_open: bool | None) -> bool:
-    """Whether calibration leaves every exit open.
-
-    Raises:
-        CalibrationError: Exits answer together, and `keep_open` is False.
-    """
-    together = combination_of(fast) != "last"
-    if keep_open is None:
-        return together or bool(getattr(getattr(fast, "strategy", None), "keep_open", False))
-    if together and not keep_open:
-        raise CalibrationError(
-            "exits that answer together stay open: closing one would change what the others say",
-            got=f"combine={combination_of(fast)!r}, keep_open=False",
-            hint="leave out keep_open",
-        )
-    return keep_open
 
 
 def split_sizes(n: int, max_drop: float, delta: float | None) -> tuple[int, int]:

@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from rich.console import RenderableType
+from torch import Tensor
 
-from eecompile.calibration.promise import loss_in_words, proven
-from eecompile.calibration.settings_report import SettingsReport
+from eecompile.calibration.choose import Chosen
+from eecompile.calibration.options import Options
+from eecompile.ir.settings import Settings
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 
 
+class Part:
+    """One thing that was set."""
+
+    def cells(self) -> dict[str, str]:
+        """Its row of the table, by column."""
+        raise NotImplementedError
+
+    def to_dict(self) -> dict[str, Any]:
+        found: dict[str, Any] = json_safe(vars(self))
+        return found
+
+
 @dataclass
-class CalibratedExit:
+class CalibratedExit(Part):
     """One exit, or the model's own end.
 
     Attributes:
@@ -37,38 +52,149 @@ class CalibratedExit:
     def is_open(self) -> bool:
         return self.threshold is None or self.threshold <= 1
 
+    def cells(self) -> dict[str, str]:
+        threshold = "-" if self.threshold is None else number(self.threshold, 6) if self.is_open else "closed"
+        return {
+            "exit": self.name,
+            "threshold": threshold,
+            "temperature": number(self.temperature),
+            "leaving": percent(self.share, 1),
+            "cost": percent(self.cost, 1),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "open": self.is_open}
+
+
+@dataclass
+class CalibratedGate(Part):
+    """One gate.
+
+    Attributes:
+        region: What it may skip.
+        threshold: Score from which it opens; 0 is always open.
+        open: Share of the calibration rows that it lets in.
+        saves: What it saves when closed, as a fraction of the full model's FLOPs.
+    """
+
+    name: str
+    region: str
+    threshold: float
+    open: float
+    saves: float
+
+    def cells(self) -> dict[str, str]:
+        return {
+            "gate": self.name,
+            "region": self.region,
+            "threshold": "always open" if self.threshold == 0 else number(self.threshold),
+            "rows let in": percent(self.open, 1),
+            "saves when closed": percent(self.saves),
+        }
+
+
+@dataclass
+class CalibratedRoute(Part):
+    """One route of a router between branches.
+
+    Attributes:
+        margin: What its probability is lowered by before the largest is taken; above 1 it is closed.
+        share: Share of the calibration rows that take it.
+        cost: Of a row that takes it, as a fraction of the full model's FLOPs.
+    """
+
+    name: str
+    margin: float
+    share: float
+    cost: float
+
+    def cells(self) -> dict[str, str]:
+        return {
+            "route": self.name,
+            "margin": "closed" if self.margin > 1 else number(self.margin),
+            "rows sent there": percent(self.share, 1),
+            "cost": percent(self.cost, 1),
+        }
+
+
+@dataclass
+class CalibratedHalt(Part):
+    """The chains that rows halt in; they share one threshold.
+
+    Attributes:
+        threshold: What scores must add up to; above 1 no row halts.
+        steps: Mean steps of the calibration rows; None where nothing qualified.
+        most: Steps of a row that never halts.
+    """
+
+    name: str
+    threshold: float
+    steps: float | None
+    most: int
+
+    def cells(self) -> dict[str, str]:
+        return {
+            "chain": self.name,
+            "threshold": "never halts" if self.threshold > 1 else number(self.threshold),
+            "mean steps": number(self.steps, 3),
+            "most": str(self.most),
+        }
+
+
+@dataclass(frozen=True)
+class Words:
+    """How a report speaks of what was set.
+
+    Attributes:
+        what: What may qualify, as in "No thresholds qualify".
+        against: What early answers are compared with.
+        otherwise: What holds where nothing qualifies.
+    """
+
+    title: str
+    what: str
+    against: str
+    otherwise: str
+
+
+EXIT_WORDS = Words("Calibration", "thresholds", "the full model", "all exits are closed")
+
 
 @dataclass
 class CalibrationReport(Report):
-    """Thresholds and temperatures that were set, and how sure the bound is.
+    """Settings that were found, and how sure the bound is.
 
     Attributes:
-        qualified: Whether any early exit satisfies the bound. If not, all exits are closed.
-        guarantee: The promise, or why there is none, as a sentence.
+        settings: Of the whole program; `fast.calibrate` sets them.
+        kind: What was set: "exits", "gates", "routes" or "halting".
+        parts: Each of them; also under the name of its kind, as in `report.exits`.
+        qualified: Whether anything satisfies the bound. If not, nothing is left early or skipped.
         target: "accuracy", "agreement" or "metric".
         rows: Calibration rows used; `search_rows` of them to find candidates, `test_rows` to test them.
         skipped_rows: Rows without a label, left out.
-        rows_needed: Fewest calibration rows with which anything could qualify; None for `delta=None` or
-            max_drop 0.
+        rows_needed: Fewest calibration rows with which anything could qualify; None for `delta=None` or max_drop 0.
         expected_cost: Mean fraction of the full model's FLOPs on all rows.
         loss_search: Mean of the tested loss, an upper bound of the drop, on the rows of the search.
         loss_test: On the rows of the test; None for `delta=None`.
-        drop_search: Drop itself (full model's mean score less that with early exit) on the rows of the
-            search.
+        drop_search: Drop itself (full model's mean score less that with early exit) on the rows of the search.
         drop_test: On the rows of the test.
-        p_value: Of "the mean loss is above max_drop", on the rows of the test.
+        p_value: Of "the mean loss is above max_drop", on the rows of the test; `smallest_p` is the least of all tested.
         level: Level that it was tested at, at most `delta`.
-        tested: Threshold vectors in the path; `accepted` of them qualified.
-        before: Where there are gates or branches too: what was found for them, first.
+        tested: Settings in the path; `accepted` of them qualified.
+        curve: Every setting of gates, routes or halting that was run: setting, mean cost, drop.
+        budget: The mean cost that was asked for instead of a drop; None without.
+        before: What was found first for gates, routes and halting, where there are exits too.
     """
 
-    title: ClassVar[str] = "Calibration"
-
+    settings: Settings
+    words: Words
+    kind: str
+    parts: list[Any]
     qualified: bool
-    guarantee: str
     target: str
     max_drop: float
     delta: float | None
+    seed: int
     rows: int
     search_rows: int
     test_rows: int
@@ -79,66 +205,158 @@ class CalibrationReport(Report):
     loss_test: float | None
     drop_search: float
     drop_test: float | None
+    drop: float
     p_value: float | None
+    smallest_p: float | None
     level: float | None
     tested: int
     accepted: int
-    seed: int
-    exits: list[CalibratedExit] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    before: list[SettingsReport] = field(default_factory=list)
+    curve: list[dict[str, Any]] = field(default_factory=list)
+    budget: float | None = None
+    before: list[CalibrationReport] = field(default_factory=list)
+
+    HIDDEN: ClassVar[tuple[str, ...]] = ("settings", "words", "parts", "before")
+
+    @classmethod
+    def of(
+        cls,
+        options: Options,
+        chosen: Chosen[Any],
+        *,
+        drop: Tensor,
+        rows: tuple[Tensor, Tensor],
+        skipped_rows: int = 0,
+        **found: Any,
+    ) -> CalibrationReport:
+        """From what was chosen.
+
+        Args:
+            drop: float64 [n], full score less early score of every row.
+            rows: Rows of the search and of the test.
+            found: Further attributes.
+        """
+        loss, (first, second) = drop.clamp(min=0), rows
+        return cls(
+            qualified=chosen.value is not None,
+            target=options.score,
+            max_drop=options.max_drop,
+            delta=options.delta,
+            seed=options.seed,
+            rows=len(drop),
+            search_rows=len(first),
+            test_rows=len(second),
+            skipped_rows=skipped_rows,
+            rows_needed=options.rows_needed,
+            loss_search=float(loss[first].mean()),
+            loss_test=float(loss[second].mean()) if len(second) else None,
+            drop_search=float(drop[first].mean()),
+            drop_test=float(drop[second].mean()) if len(second) else None,
+            drop=float(drop.mean()),
+            p_value=chosen.p_value,
+            smallest_p=chosen.smallest,
+            level=chosen.level,
+            tested=chosen.tested,
+            accepted=chosen.accepted,
+            **found,
+        )
+
+    @property
+    def exits(self) -> list[CalibratedExit]:
+        return self._parts("exits")
+
+    @property
+    def gates(self) -> list[CalibratedGate]:
+        return self._parts("gates")
+
+    @property
+    def routes(self) -> list[CalibratedRoute]:
+        return self._parts("routes")
+
+    @property
+    def halting(self) -> list[CalibratedHalt]:
+        return self._parts("halting")
+
+    def _parts(self, kind: str) -> list[Any]:
+        return self.parts if self.kind == kind else []
 
     def to_dict(self) -> dict[str, Any]:
         return {
-            "title": self.title,
-            **{key: json_safe(value) for key, value in vars(self).items() if key not in ("exits", "before")},
-            "gates": None,
-            "routes": None,
-            **{found.rows_of()[0]: found.to_dict() for found in self.before},
-            "exits": [json_safe({**vars(row), "open": row.is_open}) for row in self.exits],
+            "title": self.words.title,
+            **{key: json_safe(value) for key, value in vars(self).items() if key not in self.HIDDEN},
+            "guarantee": self.guarantee,
+            "settings": self.settings.to_dict(),
+            **{found.kind: found.to_dict() for found in self.before},
+            self.kind: [part.to_dict() for part in self.parts],
         }
 
     def __rich__(self) -> RenderableType:
-        columns = ["exit", "threshold", "temperature", "leaving", "cost"]
-        rows = [
-            [
-                row.name,
-                "-" if row.threshold is None else number(row.threshold, 6) if row.is_open else "closed",
-                number(row.temperature),
-                percent(row.share, 1),
-                percent(row.cost, 1),
-            ]
-            for row in self.exits
-        ]
-        parts = [f"expected cost {percent(self.expected_cost, 1)} of the full model's FLOPs, {self.rows} rows"]
+        cells = [part.cells() for part in self.parts]
+        shown = table(self.words.title, list(cells[0]), [list(row.values()) for row in cells])
         drop = f"drop {percent(self.drop_search)} on the rows of the search"
         if self.drop_test is not None:
             drop += f", {percent(self.drop_test)} on those of the test (bound used: {percent(self.loss_test)})"
-        if self.before:
-            parts.insert(0, "given these, against the model as it is set; costs of exits count nothing as left out:")
-        return stacked(*self.before, table(self.title, columns, rows), *parts, drop, self.guarantee, *self.notes)
+        given = ["given these, against the model as it is set; costs of exits count nothing as skipped:"]
+        text = f"expected cost {percent(self.expected_cost, 1)} of the full model's FLOPs, {self.rows} rows"
+        return stacked(*self.before, shown, *(given if self.before else ()), text, drop, self.guarantee, *self.notes)
 
-
-def sentence(report: CalibrationReport, smallest_p: float | None) -> str:
-    """The promise, or why there is none."""
-    n, full = report.test_rows, "the full model"
-    what = loss_in_words(report.target, report.max_drop, full, f"{full}'s", full)
-    if report.delta is None:
-        if report.qualified:
-            return f"No guarantee was asked for: on these {report.rows} rows {what}."
-        return f"No thresholds save anything while {what} on these {report.rows} rows; all exits are closed."
-    if report.qualified:
-        return proven(what, report.delta, n, report.p_value, report.level)
-    closed = f"No thresholds qualify for max_drop={report.max_drop:g}, delta={report.delta:g}; all exits are closed."
-    if report.rows_needed is None:
-        return f"{closed} No number of rows can show a drop of 0: pass max_drop above 0, or delta=None."
-    if report.rows < report.rows_needed:
+    @property
+    def guarantee(self) -> str:
+        """The promise, or why there is none, as a sentence."""
+        words, rows = self.words, f"on these {self.rows} rows"
+        if self.budget is not None:
+            kept = f"the most accurate of {self.accepted} {words.what} with a mean cost of at most {percent(self.budget, 1)}"
+            return f"No guarantee: {kept} {rows}, of {self.tested} that were tried."
+        loss = self._loss()
+        if self.delta is None:
+            if self.qualified:
+                return f"No guarantee was asked for: {rows} {loss}."
+            return f"No {words.what} save anything while {loss} {rows}; {words.otherwise}."
+        if self.qualified:
+            return (
+                f"With probability at least {100 * (1 - self.delta):g}% over the calibration data, {loss} on inputs drawn "
+                f"like it (Learn then Test on {self.test_rows} rows, p = {self.p_value:.2g} at level {self.level:.2g})."
+            )
+        none = f"No {words.what} qualify for max_drop={self.max_drop:g}, delta={self.delta:g}; {words.otherwise}."
+        if self.rows_needed is None:
+            return f"{none} No number of rows can show a drop of 0: pass max_drop above 0, or delta=None."
+        if self.rows < self.rows_needed:
+            return (
+                f"{none} {self.rows} rows are too few to show it even without a single error: at least "
+                f"{self.rows_needed} are needed, more where early answers are sometimes wrong."
+            )
+        p = "" if self.smallest_p is None else f" (smallest p = {self.smallest_p:.2g})"
         return (
-            f"{closed} {report.rows} rows are too few to show it even without a single error: at least "
-            f"{report.rows_needed} are needed, more where early answers are sometimes wrong."
+            f"{none} On the {self.test_rows} rows of the test the safest of {self.tested} candidates lost too much or "
+            f"saved nothing{p}. Train longer, allow a larger max_drop, or calibrate on more rows."
         )
-    p = "" if smallest_p is None else f" (smallest p = {smallest_p:.2g})"
-    return (
-        f"{closed} On the {n} rows of the test the safest of {report.tested} candidates lost too much or "
-        f"saved nothing{p}. Train the exits longer, allow a larger max_drop, or calibrate on more rows."
-    )
+
+    def _loss(self) -> str:
+        """What is bounded."""
+        drop, against = f"{100 * self.max_drop:g}%", self.words.against
+        of = "" if self.kind == "exits" else "the model with "
+        return {
+            "accuracy": f"accuracy drops by at most {drop} against {of}{against}",
+            "agreement": f"at most {drop} of the answers differ from those of {of}{against}",
+            "metric": f"the mean metric drops by at most {self.max_drop:g} against {of}{against}",
+        }[self.target]
+
+
+def calibrated_exits(
+    names: Sequence[str],
+    settings: tuple[Sequence[float], Sequence[float]],
+    index: Tensor,
+    costs: Tensor,
+    nll: Sequence[tuple[float | None, float | None]],
+) -> list[CalibratedExit]:
+    """One for each exit and, last, the model's own end.
+
+    Args:
+        settings: Thresholds [E] and temperatures [E + 1].
+        index: int64 [n], where the rows leave.
+        costs: [E + 1].
+    """
+    thresholds: list[float | None] = [*settings[0], None]
+    shares = [float((index == k).double().mean()) for k in range(len(names))]
+    found = zip(names, thresholds, settings[1], shares, costs.tolist(), nll, strict=True)
+    return [CalibratedExit(name, t, temperature, s, c, *n) for name, t, temperature, s, c, n in found]

@@ -26,7 +26,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from eecompile.calibration.evidence import CLOSED, Evidence, pattern
+from eecompile.calibration.evidence import Evidence, pattern
+from eecompile.ir.settings import CLOSED
 
 PRICES = 16
 REFINEMENTS = 40

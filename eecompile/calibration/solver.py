@@ -21,11 +21,12 @@ import math
 import torch
 from torch import Tensor
 
-from eecompile.calibration.evidence import CLOSED, Evidence, pattern
+from eecompile.calibration.evidence import Evidence, pattern
 from eecompile.calibration.options import MOST_SEARCH_ROWS
 from eecompile.calibration.proof import Prover
 from eecompile.calibration.search import Search, candidates
 from eecompile.errors import CalibrationError
+from eecompile.ir.settings import CLOSED
 
 METHODS = ("search", "quota")
 BISECTIONS = 50

@@ -7,13 +7,14 @@ any other shape with the batch first where the task is not classification.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 from torch import Tensor, nn
 
 from eecompile.criteria import Criterion
+from eecompile.ir.settings import Settings
 from eecompile.program import Result
 
 
@@ -35,6 +36,10 @@ class Compiled(Protocol):
 
     training: bool
     trained_by_loss: bool
+
+    @property
+    def settings(self) -> Settings:
+        """Thresholds, temperatures and all else that may be set."""
 
     @property
     def exits(self) -> Sequence[ExitLike]: ...
@@ -68,8 +73,12 @@ class Compiled(Protocol):
         """E + 1 confidences `[n]` float32 of stored outputs `[n, C]`, with other temperatures, all exits
         open."""
 
-    def costs(self, open_exits: tuple[bool, ...]) -> Tensor:
-        """[E + 1] float32: share of the full model's FLOPs of a row that leaves at exit k, heads included."""
+    def observe_at(self, settings: Settings, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result:
+        """`observe` under other settings; those of the module stay as they are."""
+
+    def costs(self, open_exits: tuple[bool, ...], settings: Settings | None = None) -> Tensor:
+        """[E + 1] float32: share of the full model's FLOPs of a row that leaves at exit k, heads included; under the
+        present settings, or those given."""
 
     def head_parameters(self) -> Iterator[nn.Parameter]: ...
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
+from eecompile.calibration.calibrate import calibrate
 from eecompile.criteria import Criterion
 from eecompile.program import Result
 from tests.training.fake import Fake
@@ -43,3 +46,10 @@ def draw(
 
 def loader(x: Tensor, y: Tensor, size: int = 500) -> list[tuple[Tensor, Tensor]]:
     return list(zip(x.split(size), y.split(size), strict=True))
+
+
+def calibrated(fast: Any, data: Any, **options: Any) -> Any:
+    """The report of `calibrate`, and what it found set."""
+    report = calibrate(fast, data, **options)
+    fast.settings = report.settings
+    return report

@@ -12,10 +12,11 @@ from torch import nn
 
 from eecompile import strategies
 from eecompile.calibration.budget import budget_curve, calibrate_budget
-from eecompile.calibration.evidence import CLOSED, Evidence
+from eecompile.calibration.evidence import Evidence
 from eecompile.calibration.search import Search
 from eecompile.calibration.solver import Solver
 from eecompile.errors import CalibrationError, EecompileError
+from eecompile.ir.settings import CLOSED
 from tests.calibration.synthetic import Drawn, draw, loader
 from tests.calibration.test_search import costs
 from tests.support import compiled as eecompile
@@ -149,6 +150,7 @@ def test_thresholds_are_set_and_the_report_tells_what_they_do():
     x, y = draw(1500)
     fast = Drawn()
     report = calibrate_budget(fast, loader(x, y), 0.6)
+    fast.settings = report.settings
     accuracy, cost = held(fast, x, y)
     assert cost <= 0.6
     assert report.mean_cost == pytest.approx(cost, abs=1e-6)

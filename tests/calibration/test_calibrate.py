@@ -11,12 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eecompile.calibration import collect as collecting
-from eecompile.calibration.calibrate import FIRST_START, LEAST_SEARCH_ROWS, calibrate, split_sizes
+from eecompile.calibration.calibrate import calibrate
+from eecompile.calibration.options import FIRST_START, LEAST_SEARCH_ROWS, split_sizes
 from eecompile.calibration.risk import exact_binomial, rows_needed
 from eecompile.criteria import Learned, Margin, Patience
 from eecompile.errors import CalibrationError
 from eecompile.training.evaluate import evaluate
-from tests.calibration.synthetic import Drawn, draw, loader
+from tests.calibration.synthetic import Drawn, calibrated, draw, loader
 from tests.training.fake import Fake, batched, blobs
 
 X, Y = draw(3000)
@@ -24,7 +25,7 @@ X, Y = draw(3000)
 
 def test_sets_thresholds_and_temperatures_and_reports_them():
     fast = Drawn()
-    report = calibrate(fast, loader(X, Y), max_drop=0.03)
+    report = calibrated(fast, loader(X, Y), max_drop=0.03)
     assert report.qualified
     assert fast.calls == 6  # one pass
     assert fast.thresholds.tolist() == pytest.approx([row.threshold for row in report.exits[:-1]])
@@ -48,7 +49,7 @@ def test_sets_thresholds_and_temperatures_and_reports_them():
 
 def test_the_p_value_is_that_of_the_rows_of_the_test():
     fast = Drawn()
-    report = calibrate(fast, [(X, Y)], max_drop=0.03, seed=4)
+    report = calibrated(fast, [(X, Y)], max_drop=0.03, seed=4)
     keys = torch.rand(3000, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
     test = keys.argsort(stable=True)[1000:]
     result = fast.observe(X[test])
@@ -58,7 +59,7 @@ def test_the_p_value_is_that_of_the_rows_of_the_test():
 
 
 def test_deterministic_and_the_seed_matters():
-    a, b, c = (calibrate(Drawn(), loader(X, Y), max_drop=0.03, seed=s).to_dict() for s in (0, 0, 1))
+    a, b, c = (calibrated(Drawn(), loader(X, Y), max_drop=0.03, seed=s).to_dict() for s in (0, 0, 1))
     assert a == b
     assert a != c
 
@@ -70,8 +71,8 @@ def test_temperatures_see_only_the_rows_of_the_search():
     other = Y.clone()
     other[test] = (other[test] + 1) % 3
     first, second = Drawn(), Drawn()
-    calibrate(first, [(X, Y)])
-    calibrate(second, [(X, other)])
+    calibrated(first, [(X, Y)])
+    calibrated(second, [(X, other)])
     assert torch.equal(first.temperatures, second.temperatures)
 
 
@@ -81,7 +82,7 @@ def test_temperatures_make_scaled_logits_honest():
     z = 1.5 * torch.randn(6000, 4, 3, generator=g)
     y = torch.multinomial(z[:, 1].softmax(1), 1, generator=g)[:, 0]
     z[:, 1] *= 3
-    report = calibrate(fast, loader(z, y))
+    report = calibrated(fast, loader(z, y))
     assert report.exits[1].temperature == pytest.approx(3, rel=0.1)
     assert report.exits[1].nll_after < report.exits[1].nll_before
 
@@ -91,7 +92,7 @@ def test_temperatures_make_scaled_logits_honest():
 def test_criteria(criterion, delta):
     fast = Drawn(exits=4, criterion=criterion)
     x, y = draw(3000, exits=4)
-    report = calibrate(fast, loader(x, y), max_drop=0.1, delta=delta)
+    report = calibrated(fast, loader(x, y), max_drop=0.1, delta=delta)
     seen = evaluate(fast, loader(x, y))
     assert report.qualified
     assert seen.mean_cost == pytest.approx(report.expected_cost, abs=1e-6)
@@ -101,25 +102,25 @@ def test_criteria(criterion, delta):
 
 
 def test_agreement_needs_no_labels():
-    report = calibrate(Drawn(), [X], max_drop=0.1, target="agreement")
+    report = calibrated(Drawn(), [X], max_drop=0.1, target="agreement")
     assert report.qualified
     assert "not fitted" in report.notes[0]
     assert "differ" in report.guarantee
-    assert calibrate(Drawn(), loader(X, Y), max_drop=0.1, target="agreement").notes == []
+    assert calibrated(Drawn(), loader(X, Y), max_drop=0.1, target="agreement").notes == []
 
 
 def test_metric_in_the_unit_interval_uses_hoeffding_bentkus():
     metric = lambda prediction, wanted: prediction.softmax(1).gather(1, wanted[:, None])[:, 0]  # noqa: E731
     fast = Drawn()
-    report = calibrate(fast, loader(X, Y), max_drop=0.1, metric=metric)
+    report = calibrated(fast, loader(X, Y), max_drop=0.1, metric=metric)
     assert report.qualified
     seen = evaluate(fast, loader(X, Y), metric=metric)
     assert seen.drop <= 0.1
     assert "mean metric" in report.guarantee
     with pytest.raises(CalibrationError, match=r"\[0, 1\]"):
-        calibrate(fast, loader(X, Y), metric=lambda p, y: p[:, 0])
+        calibrated(fast, loader(X, Y), metric=lambda p, y: p[:, 0])
     with pytest.raises(CalibrationError, match="agreement"):
-        calibrate(fast, loader(X, Y), metric=metric, target="agreement")
+        calibrated(fast, loader(X, Y), metric=metric, target="agreement")
 
 
 # --- nothing qualifies ------------------------------------------------------------------------------------
@@ -127,7 +128,7 @@ def test_metric_in_the_unit_interval_uses_hoeffding_bentkus():
 
 def test_too_few_rows_close_the_exits_and_say_how_many_are_needed():
     fast = Drawn()
-    report = calibrate(fast, loader(X[:200], Y[:200]), max_drop=0.01)
+    report = calibrated(fast, loader(X[:200], Y[:200]), max_drop=0.01)
     needed = rows_needed(0.01, FIRST_START * 0.05) + LEAST_SEARCH_ROWS
     assert not report.qualified
     assert report.rows_needed == needed == 345
@@ -140,16 +141,16 @@ def test_too_few_rows_close_the_exits_and_say_how_many_are_needed():
 
 def test_as_many_rows_as_are_needed_do_where_nothing_goes_wrong():
     x, y = draw(345, skill=20.0)
-    assert calibrate(Drawn(), [(x, y)], max_drop=0.01).qualified
-    assert not calibrate(Drawn(), [(x[:344], y[:344])], max_drop=0.01).qualified
+    assert calibrated(Drawn(), [(x, y)], max_drop=0.01).qualified
+    assert not calibrated(Drawn(), [(x[:344], y[:344])], max_drop=0.01).qualified
 
 
 def test_a_drop_of_zero_cannot_be_shown():
-    report = calibrate(Drawn(), loader(X, Y), max_drop=0.0)
+    report = calibrated(Drawn(), loader(X, Y), max_drop=0.0)
     assert not report.qualified
     assert report.rows_needed is None
     assert "delta=None" in report.guarantee
-    report = calibrate(Drawn(), loader(X, Y), max_drop=0.0, delta=None)
+    report = calibrated(Drawn(), loader(X, Y), max_drop=0.0, delta=None)
     assert report.qualified
     assert report.drop_search <= 0
 
@@ -157,10 +158,26 @@ def test_a_drop_of_zero_cannot_be_shown():
 def test_exits_that_know_nothing_are_closed():
     x = X.clone()
     x[:, :3] = torch.randn(3000, 3, 3, generator=torch.Generator().manual_seed(0))
-    report = calibrate(Drawn(), loader(x, Y), max_drop=0.01)
+    report = calibrated(Drawn(), loader(x, Y), max_drop=0.01)
     assert report.exits[-1].share > 0.9
-    report = calibrate(Drawn(), loader(x, Y), max_drop=0.001, delta=0.001)
+    report = calibrated(Drawn(), loader(x, Y), max_drop=0.001, delta=0.001)
     assert "No thresholds qualify" in report.guarantee
+
+
+def test_the_module_stays_as_it_is():
+    fast = Drawn()
+    before, written = fast.settings, (fast.thresholds._version, fast.temperatures._version)
+    fast.observe_at = lambda new, args, kwargs: Drawn.result(seen(new), args[0].unbind(1), None)
+
+    def seen(new):
+        other = Drawn()
+        other.settings = new
+        return other
+
+    report = calibrate(fast, loader(X, Y), max_drop=0.03)
+    assert report.qualified and report.settings != before
+    assert fast.settings == before
+    assert (fast.thresholds._version, fast.temperatures._version) == written
 
 
 def test_thresholds_and_temperatures_survive_an_error():
@@ -168,7 +185,7 @@ def test_thresholds_and_temperatures_survive_an_error():
     fast.set_thresholds([0.7, 0.8, 2.0])
     fast.set_temperatures([1.5, 1.0, 1.0, 0.5])
     with pytest.raises(CalibrationError):
-        calibrate(fast, [(X, Y + 1)])
+        calibrated(fast, [(X, Y + 1)])
     assert fast.thresholds.tolist() == pytest.approx([0.7, 0.8, 2.0])
     assert fast.temperatures.tolist() == [1.5, 1.0, 1.0, 0.5]
 
@@ -181,7 +198,7 @@ def test_thresholds_and_temperatures_survive_an_error():
 def test_the_empirical_optimum_keeps_the_drop_and_beats_one_threshold(n, seed, max_drop):
     x, y = draw(n, seed=seed)
     fast = Drawn()
-    report = calibrate(fast, [(x, y)], max_drop=max_drop, delta=None, temperature=False)
+    report = calibrated(fast, [(x, y)], max_drop=max_drop, delta=None, temperature=False)
     result = fast.observe(x)
     full = (x[:, -1].argmax(1) == y).double().mean()
     early = (result.output.argmax(1) == y).double().mean()
@@ -197,7 +214,7 @@ def test_the_empirical_optimum_keeps_the_drop_and_beats_one_threshold(n, seed, m
 def test_ties_leave_together():
     x = X.clone().round()  # few distinct confidences
     fast = Drawn()
-    report = calibrate(fast, loader(x, Y), max_drop=0.05, temperature=False)
+    report = calibrated(fast, loader(x, Y), max_drop=0.05, temperature=False)
     seen = evaluate(fast, loader(x, Y))
     assert [row.share for row in seen.rows] == pytest.approx([row.share for row in report.exits])
 
@@ -222,12 +239,12 @@ def test_outputs_with_positions_read_the_data_twice():
     y[0] = -100
     y[1, 1:] = -100
     fast = Positions()
-    report = calibrate(fast, loader(x, y), max_drop=0.1)
+    report = calibrated(fast, loader(x, y), max_drop=0.1)
     assert fast.calls == 6
     assert report.rows == 1499
     assert report.skipped_rows == 1
     assert report.qualified
-    again = calibrate(Positions(), loader(x, y), max_drop=0.1)
+    again = calibrated(Positions(), loader(x, y), max_drop=0.1)
     assert again.to_dict() == report.to_dict()
 
     class Shuffled:
@@ -236,17 +253,17 @@ def test_outputs_with_positions_read_the_data_twice():
             return iter(loader(x[order], y[order]))
 
     with pytest.raises(CalibrationError, match="other rows"):
-        calibrate(Positions(), Shuffled(), max_drop=0.1)
-    assert calibrate(Positions(), Shuffled(), max_drop=0.1, temperature=False).rows == 1499
+        calibrated(Positions(), Shuffled(), max_drop=0.1)
+    assert calibrated(Positions(), Shuffled(), max_drop=0.1, temperature=False).rows == 1499
     with pytest.raises(Exception, match="read only once"):
-        calibrate(Positions(), iter(loader(x, y)), max_drop=0.1)
+        calibrated(Positions(), iter(loader(x, y)), max_drop=0.1)
 
 
 def test_large_outputs_are_not_all_kept(monkeypatch):
-    whole = calibrate(Drawn(), loader(X, Y), max_drop=0.05)
+    whole = calibrated(Drawn(), loader(X, Y), max_drop=0.05)
     monkeypatch.setattr(collecting, "LIMIT", 2500 * 4 * 3 * 4 // 2)
     fast = Drawn()
-    part = calibrate(fast, loader(X, Y), max_drop=0.05)
+    part = calibrated(fast, loader(X, Y), max_drop=0.05)
     assert fast.calls == 12
     # the rows of the search were among those kept; sums over other batches differ in the last digits
     assert _rounded(part.to_dict()) == _rounded(whole.to_dict())
@@ -263,7 +280,7 @@ def _rounded(value):
 def test_rows_without_labels_are_left_out():
     y = Y.clone()
     y[::3] = -100
-    report = calibrate(Drawn(), loader(X, y), max_drop=0.05)
+    report = calibrated(Drawn(), loader(X, y), max_drop=0.05)
     assert (report.rows, report.skipped_rows) == (2000, 1000)
 
 
@@ -271,7 +288,7 @@ def test_confidences_that_are_not_finite_never_leave():
     x = X.clone()
     x[::2, 0, 1] = float("inf")  # max probability is NaN there, and the outputs are not
     fast = Drawn()
-    report = calibrate(fast, loader(x, Y), max_drop=0.1, temperature=False)
+    report = calibrated(fast, loader(x, Y), max_drop=0.1, temperature=False)
     assert report.qualified
     assert not (fast.observe(x).exit_index[::2] == 0).any()
 
@@ -280,7 +297,7 @@ def test_nan_outputs_are_named():
     x = X.clone()
     x[700, 1, 2] = float("nan")
     with pytest.raises(CalibrationError, match="NaN in 1 of 500 rows") as error:
-        calibrate(Drawn(), loader(x, Y))
+        calibrated(Drawn(), loader(x, Y))
     assert "exit_1, batch 1" in str(error.value)
 
 
@@ -299,16 +316,17 @@ def test_nan_outputs_are_named():
         ([(X, Y)], {"delta": 0.0}, "delta"),
         ([(X, Y)], {"delta": 1.0}, "delta"),
         ([(X, Y)], {"target": "acuracy"}, "did you mean accuracy"),
+        ([(X, Y)], {"max_dorp": 0.1}, "did you mean max_drop"),
     ],
 )
 def test_bad_input(data, options, text):
     with pytest.raises(CalibrationError, match=text):
-        calibrate(Drawn(), data, **options)
+        calibrated(Drawn(), data, **options)
 
 
 def test_no_exits():
     with pytest.raises(CalibrationError, match="no exits"):
-        calibrate(Fake(exits=0), batched(*blobs()))
+        calibrated(Fake(exits=0), batched(*blobs()))
 
 
 @settings(max_examples=100, deadline=None)
@@ -328,5 +346,5 @@ def test_the_split_leaves_a_test_that_can_show_something_where_one_can(n, max_dr
 def test_a_large_set_takes_seconds():
     x, y = draw(60_000, exits=6)
     started = time.process_time()
-    assert calibrate(Drawn(exits=6), loader(x, y, 5000), max_drop=0.02).qualified
+    assert calibrated(Drawn(exits=6), loader(x, y, 5000), max_drop=0.02).qualified
     assert time.process_time() - started < 20

@@ -7,9 +7,8 @@ import math
 import pytest
 import torch
 
-from eecompile.calibration.calibrate import calibrate
 from eecompile.criteria import Patience
-from tests.calibration.synthetic import Drawn, draw, loader
+from tests.calibration.synthetic import Drawn, calibrated, draw, loader
 
 TRIALS, ROWS = 80, 900
 POPULATION = draw(40_000, exits=2, seed=99)
@@ -31,7 +30,7 @@ def violations(delta, max_drop, target="accuracy", criterion=None, trials=TRIALS
     x, y = draw(ROWS * TRIALS, exits=2, seed=1)
     for part in range(trials):
         rows = slice(part * ROWS, (part + 1) * ROWS)
-        report = calibrate(
+        report = calibrated(
             fast,
             loader(x[rows], y[rows]),
             max_drop=max_drop,
@@ -73,7 +72,7 @@ def test_the_bound_holds_when_no_early_answer_is_ever_better():
     for seed in range(60):
         x, y = draw(600, exits=2, seed=seed)
         x[:, :2] = 3 * torch.randn(600, 2, 3, generator=g)
-        report = calibrate(fast, loader(x, y), max_drop=0.02, delta=0.1, temperature=False, seed=seed)
+        report = calibrated(fast, loader(x, y), max_drop=0.02, delta=0.1, temperature=False, seed=seed)
         # leaving rows are wrong (and the full model right) about half of the time: a share above 4% is a violation
         share = 1 - report.exits[-1].share
         opened += share > 0.06

@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eecompile.calibration.evidence import CLOSED, Evidence, pattern, remembered, sane
+from eecompile.calibration.evidence import Evidence, pattern, remembered, sane
 from eecompile.calibration.search import Search, candidates, front, patterns
 from eecompile.calibration.stateful import agreement_confidences, all_or_none
 from eecompile.criteria import MaxProbability, Patience
+from eecompile.ir.settings import CLOSED
 
 
 def costs(e, head=0.02):

@@ -11,11 +11,13 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from eecompile import strategies
-from eecompile.calibration.calibrate import calibrate
 from eecompile.cli.digits_net import DigitsNet
 from eecompile.errors import CalibrationError, EecompileError
+from eecompile.ir import settings
+from eecompile.ir.settings import Settings
 from eecompile.program import Result
 from eecompile.training.evaluate import evaluate
+from tests.calibration.synthetic import calibrated
 from tests.support import compiled as eecompile
 
 
@@ -38,14 +40,19 @@ class OneGate(nn.Module):
     def gates(self):
         return (SimpleNamespace(name="gate_0", region="block", threshold=float(self.gate_thresholds[0]), saves=0.5),)
 
-    def set_thresholds(self, thresholds):
-        assert len(thresholds) == 0
+    @property
+    def settings(self):
+        return Settings().add(settings.gates(["gate_0"]), self.gate_thresholds.tolist())
 
-    def set_temperatures(self, temperatures):
-        assert temperatures == [1.0]
+    @settings.setter
+    def settings(self, new):
+        self.gate_thresholds.copy_(torch.tensor(new[settings.GATES]))
 
-    def set_gate_thresholds(self, thresholds):
-        self.gate_thresholds.copy_(torch.tensor(thresholds))
+    def observe_at(self, new, args, kwargs):
+        before, self.settings = self.settings, new
+        result = self.observe(*args, **kwargs)
+        self.settings = before
+        return result
 
     def costs(self, open_exits):
         return torch.ones(1)
@@ -82,7 +89,7 @@ def test_the_drop_is_bounded_as_often_as_promised(target, labels):
     wrong = qualified = 0
     for seed in range(trials):
         fast = OneGate()
-        report = calibrate(fast, loader(rows(450, seed), labels=labels), max_drop=max_drop, delta=delta, target=target)
+        report = calibrated(fast, loader(rows(450, seed), labels=labels), max_drop=max_drop, delta=delta, target=target)
         t = float(fast.gate_thresholds[0])
         assert t == report.gates[0].threshold
         wrong += 0.2 * t * t > max_drop
@@ -95,14 +102,14 @@ def test_without_a_guarantee_it_breaks_the_bound_often():
     wrong = 0
     for seed in range(40):
         fast = OneGate()
-        calibrate(fast, loader(rows(450, seed)), max_drop=0.0315, delta=None)
+        calibrated(fast, loader(rows(450, seed)), max_drop=0.0315, delta=None)
         wrong += 0.2 * float(fast.gate_thresholds[0]) ** 2 > 0.0315
     assert wrong > 8
 
 
 def test_the_report_says_what_was_found():
     fast = OneGate()
-    report = calibrate(fast, loader(rows(3000, 1)), max_drop=0.03, delta=0.05)
+    report = calibrated(fast, loader(rows(3000, 1)), max_drop=0.03, delta=0.05)
     t = float(fast.gate_thresholds[0])
     assert 0.2 < t < 0.39  # 0.387 loses exactly 0.03
     assert report.expected_cost == pytest.approx(1 - t / 2, abs=0.02)
@@ -111,12 +118,12 @@ def test_the_report_says_what_was_found():
     assert "all gates open" in report.guarantee
     assert report.to_dict()["gates"][0]["name"] == "gate_0"
     assert "gate_0" in str(report)
-    few = calibrate(fast, loader(rows(60, 1)), max_drop=0.01, delta=0.05)
+    few = calibrated(fast, loader(rows(60, 1)), max_drop=0.01, delta=0.05)
     assert not few.qualified
     assert fast.gate_thresholds.tolist() == [0.0]
     assert "too few" in few.guarantee
     with pytest.raises(CalibrationError):
-        calibrate(fast, [], max_drop=0.01)
+        calibrated(fast, [], max_drop=0.01)
 
 
 def test_evaluation_compares_with_all_gates_open():

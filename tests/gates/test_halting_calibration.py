@@ -10,9 +10,11 @@ import torch
 from torch import nn
 
 from eecompile import strategies
-from eecompile.calibration.calibrate import calibrate
 from eecompile.errors import CalibrationError, EecompileError
+from eecompile.ir import settings
+from eecompile.ir.settings import Settings
 from eecompile.program import Result
+from tests.calibration.synthetic import calibrated
 from tests.gates.adaptive import rows as tasks
 from tests.gates.adaptive import tower
 from tests.support import compiled as eecompile
@@ -34,14 +36,19 @@ class OneChain(nn.Module):
         )
         self.halting_threshold = 1.0
 
-    def set_thresholds(self, thresholds):
-        assert len(thresholds) == 0
+    @property
+    def settings(self):
+        return Settings().add(settings.halting(0.0), [self.halting_threshold])
 
-    def set_temperatures(self, temperatures):
-        assert temperatures == [1.0]
+    @settings.setter
+    def settings(self, new):
+        (self.halting_threshold,) = new[settings.HALTING]
 
-    def set_halting_threshold(self, threshold):
-        self.halting_threshold = threshold
+    def observe_at(self, new, args, kwargs):
+        before, self.settings = self.settings, new
+        result = self.observe(*args, **kwargs)
+        self.settings = before
+        return result
 
     def observe(self, x):
         halted = 1 - x[:, 0] >= self.halting_threshold
@@ -64,7 +71,7 @@ def test_the_drop_is_bounded_as_often_as_promised(target, labels):
     wrong = qualified = 0
     for seed in range(trials):
         fast = OneChain()
-        report = calibrate(fast, loader(450, seed, labels=labels), max_drop=max_drop, delta=delta, target=target)
+        report = calibrated(fast, loader(450, seed, labels=labels), max_drop=max_drop, delta=delta, target=target)
         t = fast.halting_threshold
         assert t == report.halting[0].threshold
         wrong += 0.3 * max(0.0, 1 - t) > max_drop
@@ -75,15 +82,15 @@ def test_the_drop_is_bounded_as_often_as_promised(target, labels):
 
 def test_the_report_says_what_was_found():
     fast = OneChain()
-    report = calibrate(fast, loader(3000, 1), max_drop=0.08, delta=0.05)
-    assert fast.halting_threshold == 0.8  # 0.7 loses 0.09
+    report = calibrated(fast, loader(3000, 1), max_drop=0.08, delta=0.05)
+    assert fast.halting_threshold == pytest.approx(0.8)  # 0.7 loses 0.09
     assert report.expected_cost == pytest.approx(0.9, abs=0.02)
     assert report.halting[0].steps == pytest.approx(1.8, abs=0.03)
     assert report.p_value <= report.level <= 0.05
     assert "no row halted" in report.guarantee
     assert report.to_dict()["halting"][0]["most"] == 2
     assert "mean steps" in str(report)
-    few = calibrate(fast, loader(60, 1), max_drop=0.01, delta=0.05)
+    few = calibrated(fast, loader(60, 1), max_drop=0.01, delta=0.05)
     assert not few.qualified
     assert fast.halting_threshold == 2.0
     assert "no row halts" in few.guarantee

@@ -7,12 +7,12 @@ import torch
 from torch import Tensor, nn
 
 from eecompile import EecompileError, StrategyError, strategies
-from eecompile.calibration.calibrate import calibrate
 from eecompile.errors import CalibrationError
 from eecompile.strategies import Branchy, Router, strategy
 from eecompile.training.objectives import objective
 from eecompile.training.objectives.routes import uneven
 from eecompile.training.route_report import RouteRow
+from tests.calibration.synthetic import calibrated
 from tests.gates.adaptive import Loader, Tower, rows, tower
 from tests.support import compiled as eecompile
 
@@ -78,7 +78,7 @@ def test_hard_rows_go_to_a_later_exit(model):
 def test_calibration_of_exits_that_rows_are_sent_to(model):
     fast = compiled(model, Router(at="input", to="exits", price=0.3), exits=("embed",), max_head_share=1e9)
     fast.fit(Loader(), epochs=6, lr=1e-2, progress=False)
-    report = calibrate(fast, Loader(2048, seed=5), max_drop=0.03)
+    report = calibrated(fast, Loader(2048, seed=5), max_drop=0.03)
     assert report.qualified, report.guarantee
     assert report.expected_cost < 1
     x, y, _ = rows(512, seed=1)

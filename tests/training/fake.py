@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from eecompile.criteria import Criterion, MaxProbability
+from eecompile.ir import settings
+from eecompile.ir.settings import Settings
 from eecompile.kernels.confidence import confidence
 from eecompile.program import Result
 
@@ -66,6 +68,20 @@ class Fake(nn.Module):
 
     def set_temperatures(self, temperatures: list[float]) -> None:
         self.temperatures.copy_(torch.tensor(temperatures))
+
+    @property
+    def settings(self) -> Settings:
+        names = [record.name for record in self.exits]
+        return (
+            Settings()
+            .add(settings.exits(names), self.thresholds.tolist())
+            .add(settings.temperatures(names), self.temperatures.tolist())
+        )
+
+    @settings.setter
+    def settings(self, new: Settings) -> None:
+        self.set_thresholds(list(new[settings.EXITS]))
+        self.set_temperatures(list(new[settings.TEMPERATURES]))
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         yield from self.heads.parameters()
@@ -128,12 +144,19 @@ class Fake(nn.Module):
         self.train(mode)
         return result
 
+    def observe_at(self, new: Settings, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result:
+        before, self.settings = self.settings, new
+        try:
+            return self.observe(*args, **kwargs)
+        finally:
+            self.settings = before
+
     def confidences_of(
         self, outputs: Sequence[Tensor], temperatures: Tensor, scores: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, ...]:
         return confidences_of(self, outputs, temperatures, scores, torch.zeros(len(self.exits)))
 
-    def costs(self, open_exits: tuple[bool, ...]) -> Tensor:
+    def costs(self, open_exits: tuple[bool, ...], settings: Settings | None = None) -> Tensor:
         e = len(self.exits)
         heads = torch.tensor([0.02 if is_open else 0.0 for is_open in open_exits] + [0.0]).cumsum(0)
         return torch.tensor([record.depth for record in self.exits] + [1.0]) + heads[: e + 1]
