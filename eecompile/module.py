@@ -192,7 +192,8 @@ class CompiledModule(DevicePrograms, Anytime):
         `gates` and `steps` are still what `run` would tell: a row that left passes no later gate. `gate_scores` are there
         for every row; with exits closed first (`set_thresholds(2.0)`) every gate decides about every row.
         """
-        return self.observe_at(self.settings, args, kwargs)
+        with self._mode(False):
+            return self.observe_at(self.settings, args, kwargs)
 
     def observe_at(self, settings: Settings, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result:
         """`observe` under other settings than those of the module, which stay."""

@@ -60,7 +60,7 @@ class Trainable(Decisions):
                 f"{min(both)}= and budget= are two ways to calibrate", got="both", wanted="one of them",
                 hint="a budget fixes the cost and gives the best accuracy; max_drop fixes the accuracy",
             )  # fmt: skip
-        with self.waiting.measurement(settles=True):
+        with self._mode(False), self.waiting.measurement(settles=True):
             if budget is None:
                 report: Any = calibrate(self.compiled, loader, **_plain(options))
             else:
@@ -70,7 +70,8 @@ class Trainable(Decisions):
 
     def budget_curve(self, loader: Iterable[Any], test_loader: Iterable[Any] | None = None, **options: Any) -> Any:
         """Budget against accuracy; see `eecompile.calibration.budget.budget_curve`."""
-        return budget_curve(self.compiled, loader, test_loader, **_plain(options))
+        with self._mode(False):
+            return budget_curve(self.compiled, loader, test_loader, **_plain(options))
 
     def evaluate(self, loader: Iterable[Any], **options: Any) -> Any:
         """Accuracy against compute; see `eecompile.training.evaluate.evaluate`."""
