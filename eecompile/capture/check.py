@@ -102,7 +102,7 @@ def verify(
                 raise other_rows(signature, batch, error, where) from error
             if n == size:
                 whole = want
-            problems += _compare(graph, batch, want, f"batch {n}")
+            problems += compare(graph, batch, want, f"batch {n}")
         if len(signature.dynamic) > 1 and not problems:
             signature, problems = _lengths(signature, flat, graph, model, guarded)
         if not problems and signature.dynamic["batch"][0] == 1:
@@ -153,10 +153,10 @@ def _tried(signature: Signature, graph: Graph, model: Model, inputs: Sequence[to
         want = signature.flatten_output(model(inputs))
     except Exception:  # noqa: BLE001 - the user's code may raise anything
         return [f"{what}: the model itself refuses it"]
-    return _compare(graph, inputs, want, what)
+    return compare(graph, inputs, want, what)
 
 
-def _compare(
+def compare(
     graph: Graph,
     batch: Sequence[torch.Tensor],
     want: Sequence[torch.Tensor],

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import keyword
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -30,7 +33,7 @@ from eecompile.capture.caches import Caches
 from eecompile.capture.causes import raise_cause
 from eecompile.capture.grad_regions import inline_grad_regions
 from eecompile.capture.quiet import quiet
-from eecompile.capture.sizes import MAX_BATCH, MAX_LENGTH, batch_fixed, conditions, equal_sizes, ranges
+from eecompile.capture.sizes import MAX_BATCH, MAX_LENGTH, batch_fixed, conditions, either, equal_sizes, ranges
 from eecompile.capture.source import capture_failed, model_failed, stack_of, strip
 from eecompile.capture.tensors import name_in_graph, share_tensors
 from eecompile.capture.train_mode import check_training
@@ -39,6 +42,8 @@ from eecompile.errors import CaptureError, UnsupportedModelError
 from eecompile.signature import Leaf, Signature, path_of
 
 TRACE_ROWS = 5  # a batch of 1 would be specialised
+MOST_STEPS = 130  # how much longer than the example a length of the other branch may be
+LENGTHS_COMPARED = 4  # in the other branch
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,7 @@ def capture_export(
             tries.fail()
         if training:
             _has_gradients(model, tries.run(call.tensors))
-        captured = tries.best.captured
+        captured = tries.widened()
         if training and captured.flat_example is not None:
             check_training(model, captured.graph_module, captured.flat_example, tries.run)
         if tries.compares and captured.flat_example is not None:
@@ -120,6 +125,7 @@ class _Try:
 
     name: str
     captured: Captured
+    further: Mapping[str, Mapping[int, str]]
     fixed: frozenset[str]
     oblivious: bool
     unknown: tuple[str, ...]
@@ -185,7 +191,7 @@ class _Tries:
                 return
         wanted = {n for spec in further.values() for n in spec.values()}
         free = {n for n, (low, high) in captured.signature.dynamic.items() if low != high}
-        found = _Try(name, captured, frozenset(wanted - free), oblivious, unknown)
+        found = _Try(name, captured, further, frozenset(wanted - free), oblivious, unknown)
         if self.best is None or found.lost < self.best.lost:
             self.best = found
 
@@ -222,6 +228,54 @@ class _Tries:
             return _export(self.adapter, tensors, self.call, self.axes, further, oblivious)
         finally:
             caches.put_back()
+
+    def widened(self) -> Captured:
+        """The best capture, or the one of the other branch where its graph is the model in both: where a model pads its
+        input to a multiple, padding by nothing is no padding.
+
+        Both captures have conditions of their own, under one of which every call has to be.
+        """
+        assert self.best is not None
+        mine = self.best.captured
+        steps = self._longer(mine.signature, None, 1) if mine.signature.guards else []
+        if not steps:
+            return mine
+        other = check.at_lengths(mine.signature, self.call.tensors, partial(operator.add, steps[0]))
+        call = replace(self.call, tensors=tuple(other))
+        tries = _Tries(self.model, call, self.axes, self.size, self.training, self.compares)
+        tries.one(self.best.further, self.best.oblivious)
+        if tries.best is None:
+            return mine
+        theirs = tries.best.captured
+        for graph, branch in ((mine, theirs), (theirs, mine)):
+            signature = either(graph.signature, branch.signature)
+            if signature is None or not signature.admits(self.call.tensors) or not signature.admits(other):
+                continue
+            steps = self._longer(graph.signature, signature, LENGTHS_COMPARED)
+            beyond = [check.at_lengths(signature, self.call.tensors, partial(operator.add, k)) for k in steps]
+            beyond += [one for t in beyond[:1] if signature.admits(one := check.rows(signature, t, [0]))]
+            if beyond and all(self.agrees(graph, t) for t in beyond):
+                self.best = replace(self.best, captured=replace(graph, signature=signature, flat_example=mine.flat_example))
+                return self.best.captured
+        return mine
+
+    def _longer(self, beyond: Signature, within: Signature | None, count: int) -> list[int]:
+        """By how much the example has to be longer to lie beyond what a signature admits: the first `count` numbers."""
+        sizes = [t.to("meta") for t in self.call.tensors]
+        every = ((k, check.at_lengths(beyond, sizes, partial(operator.add, k))) for k in range(MOST_STEPS))
+        steps = (k for k, t in every if not beyond.admits(t) and (within is None or within.admits(t)))
+        return list(itertools.islice(steps, count))
+
+    def agrees(self, captured: Captured, tensors: Sequence[torch.Tensor]) -> bool:
+        """Whether graph and model give the same, drawing the same random numbers."""
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            try:
+                want = captured.signature.flatten_output(self.run(tensors))
+            except Exception:  # noqa: BLE001 - the user's code may raise anything
+                return False
+            torch.manual_seed(0)
+            return not check.compare(captured.graph_module, tensors, want, "the other branch")
 
     def notes(self) -> tuple[str, ...]:
         assert self.best is not None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch.export import ExportedProgram
@@ -12,7 +13,7 @@ from eecompile.capture.axes import shapes, without_batch
 from eecompile.capture.source import guard_lines, size_line
 from eecompile.errors import CaptureError
 from eecompile.guards import Guard, read_guard
-from eecompile.signature import Leaf
+from eecompile.signature import Leaf, Signature
 
 MAX_BATCH = 65536
 MAX_LENGTH = 1 << 20
@@ -76,6 +77,22 @@ def conditions(
             highest if high is None or high >= MAX_BATCH else high if highest is None else min(highest, high),
         )
     return found, tuple(guards)
+
+
+def either(mine: Signature, other: Signature) -> Signature | None:
+    """`mine` where its conditions or those of the other one hold, in the range of both; None where other sizes are free."""
+    if [leaf.shape for leaf in mine.inputs] != [leaf.shape for leaf in other.inputs]:
+        return None
+    dynamic = {}
+    for name, (low, high) in mine.dynamic.items():
+        least, most = other.dynamic.get(name, (low, high))
+        dynamic[name] = (max(low, least), min((h for h in (high, most) if h is not None), default=None))
+    shared = [g for g in mine.guards if g in other.guards]
+    rest = [[g for g in s.guards if g not in shared] for s in (mine, other)]
+    where = next((g.where for g in rest[0] if g.where), "")
+    both = [("and", *(g.expression for g in guards)) for guards in rest]
+    guards = (*shared, Guard(("or", *both), where)) if all(rest) else tuple(shared)
+    return replace(mine, dynamic=dynamic, guards=guards)
 
 
 def program_inputs(exported: ExportedProgram) -> tuple[str, ...]:

@@ -117,6 +117,26 @@ def attribute(module: torch.nn.Module, target: str) -> Any:
     return found
 
 
+def size_sources(sizes: Iterable[fx.Node], tensors: Iterable[fx.Node]) -> list[fx.Node]:
+    """Further tensors that `sizes` have to be read from, where `tensors` do not have them: a length behind padding."""
+    found: dict[fx.Node, None] = {}
+    known = {e for n in tensors for e in shape(n)}
+    todo = list(sizes)
+    while todo:
+        n = todo.pop()
+        number = value(n)
+        if isinstance(number, torch.SymInt) and expression(number) in known:
+            continue
+        if n.target is aten.sym_size.int:  # an input is smaller than what was computed from it
+            inputs = n.graph.find_nodes(op="placeholder")
+            source = next((p for p in inputs if expression(number) in shape(p)), n.args[0])
+            found[source] = None  # type: ignore[index]
+            known |= set(shape(source))  # type: ignore[arg-type]
+        else:
+            todo += [a for a in n.all_input_nodes if is_symbolic_number(a)]
+    return list(found)
+
+
 def needed_for(outputs: Iterable[fx.Node], instead: Mapping[fx.Node, fx.Node] | None = None) -> set[fx.Node]:
     """The given nodes and everything that they are computed from, in-place writes to any of it included.
 

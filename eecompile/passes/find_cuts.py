@@ -243,9 +243,9 @@ class Sweep:
         if not facts.value(value).is_floating_point():
             return refuse(f"its value is {facts.value(value).dtype}, not a floating-point state")
         crossing = []
-        for n in live:
-            if facts.is_symbolic_number(n):
-                continue  # read again from a live tensor
+        sizes = [n for n in live if facts.is_symbolic_number(n)]
+        tensors = [n for n in live if facts.is_tensor(n)]
+        for n in [*(n for n in live if n not in sizes), *facts.size_sources(sizes, tensors)]:  # sizes are read again
             if not isinstance(facts.value(n), torch.Tensor):
                 return refuse(f"{n.name} is no tensor and is needed afterwards")
             axis = self.batch.axis(n)

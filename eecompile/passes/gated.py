@@ -157,6 +157,8 @@ class GatedRegions:
             for a in n.all_input_nodes
             if a not in within and (a.op != "get_attr" or a.target in BUFFERS) and not facts.is_symbolic_number(a)
         )
+        sizes = [a for n in mine for a in n.all_input_nodes if a not in within and facts.is_symbolic_number(a)]
+        inputs |= dict.fromkeys(facts.size_sources(sizes, [*inputs]))
         if self.live_only and isinstance(gate, HaltStep) and gate.parts:
             return extract_at_live(self.gm, mine, list(inputs), ys, name, gate), list(inputs)
         return extract(self.gm, mine, list(inputs), ys, name), list(inputs)

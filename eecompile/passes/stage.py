@@ -196,7 +196,13 @@ class Layout:
             used = any(self.needed_at(u) > p and u in needed for u in n.users) or n in heads
             if used:
                 out.append(n)
-        return out
+        sizes = [
+            n
+            for n in self.trunk[: p + 1]
+            if facts.is_symbolic_number(n) and any(self.needed_at(u) > p and u in needed for u in n.users)
+        ]
+        further = facts.size_sources(sizes, out)
+        return sorted([*out, *further], key=self.position.__getitem__) if further else out
 
     def produced(self, start: int, stop: int) -> list[int]:
         """Indices of the output leaves that are computed between two exits, the prediction left out."""
