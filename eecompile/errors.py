@@ -75,6 +75,10 @@ class ArtifactError(EecompileError):
     """A saved directory is missing, truncated, altered or foreign."""
 
 
+class ExportError(EecompileError):
+    """The program has no form outside of Python for this target, or the file could not be written or run."""
+
+
 class MissingDependencyError(EecompileError):
     """An optional package is needed for this call."""
 

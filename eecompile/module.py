@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from eecompile.artifact.write import write
 from eecompile.costs import CostModel
 from eecompile.device_programs import DevicePrograms
 from eecompile.errors import EecompileError, StrategyError, near
+from eecompile.export import export
 from eecompile.ir.settings import Settings
 from eecompile.passes import facts
 from eecompile.program import History, Program, Result
@@ -444,6 +446,10 @@ class CompiledModule(DevicePrograms, Anytime):
     def save(self, path: Any) -> None:
         """Writes a directory that `eecompile.load` reads; see `eecompile.artifact.write`."""
         write(self, path)
+
+    def export(self, path: Any, target: str = "pt2") -> Path:
+        """Writes a file that runs without Python, with the savings of its exits; see `eecompile.export`."""
+        return export(self.program, self.settings, path, target)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return wrapping.deep_copy(self, memo)

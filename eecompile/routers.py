@@ -59,7 +59,7 @@ class RouterUnit(nn.Module):
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         found = torch.softmax(self.logits(x, mask).float(), -1)
         lost = found.isnan().any(-1, keepdim=True)
-        own_way = torch.zeros_like(found).index_fill(-1, torch.tensor([self.routes - 1], device=found.device), 1.0)
+        own_way = torch.zeros_like(found).index_fill(-1, torch.full((1,), self.routes - 1, device=found.device), 1.0)
         return torch.where(lost, own_way, found)
 
 

@@ -27,7 +27,7 @@ LAYERS = [
     {"capture"},
     {"passes"},
     {"runtime", "costs"},
-    {"training", "calibration"},
+    {"training", "calibration", "export"},
     {
         "module",
         "device_programs",

@@ -87,6 +87,7 @@ def schedule(
     decide_at_end: bool = False,
     arms: Possible | None = None,
     live_only: bool = False,
+    keep_thresholds: bool = False,
 ) -> Schedule:
     """The segments between the open exits.
 
@@ -97,6 +98,7 @@ def schedule(
         arms: Of each conditional, the arms that rows can take (see `possible`); None for all of them.
         live_only: Whether position-wise parts of halting steps run at live positions only, so many as there are: their
             number is known on the host only.
+        keep_thresholds: Whether decisions with a state read thresholds, so that an exit closed later leaves it alone.
     """
     arms = possible(program, None) if arms is None else arms
     layout = Layout(program, live_only)
@@ -106,7 +108,7 @@ def schedule(
     incoming = layout.inputs()
     for i, stop in enumerate(stops):
         later = tuple(open_exits[i + 1 :])
-        segment = _segment(program, layout, start, stop, incoming, later, i > 0, decide_at_end, arms)
+        segment = _segment(program, layout, start, stop, incoming, later, i > 0, decide_at_end, arms, keep_thresholds)
         segments.append(segment)
         incoming = [layout.names[v.node] for v in segment.outputs]
         start = stop
@@ -123,6 +125,7 @@ def _segment(
     after_open: bool,
     decide_at_end: bool,
     arms: Possible,
+    keep_thresholds: bool,
 ) -> Segment:
     at_end = stop == len(program.exits)
     gm = layout.gm
@@ -147,7 +150,7 @@ def _segment(
         head = _routed_head(gm, reads, stop)
         decision = [part.copy(n) for n in gm.graph.nodes if inserted(n) and _routed_confidence(n, stop)]
     elif decides:
-        decision = _decision(gm, part, -1 if at_end else stop, states, carried)
+        decision = _decision(gm, part, -1 if at_end else stop, states, carried, keep_thresholds)
     leaves = layout.produced(start, stop)
     given = [part.resolve(layout.leaves[i]) for i in leaves]
     reports = _reported(program, layout, start, stop, arms, needed) if decide_at_end else ()
@@ -231,25 +234,35 @@ DEFINED: dict[Any, tuple[Callable[..., Any], int, str]] = {
 
 
 def _decision(
-    gm: fx.GraphModule, part: Extractor, mark: int, states: dict[str, fx.Node | None], carried: tuple[str, ...]
+    gm: fx.GraphModule,
+    part: Extractor,
+    mark: int,
+    states: dict[str, fx.Node | None],
+    carried: tuple[str, ...],
+    keep_thresholds: bool,
 ) -> list[fx.Node]:
     """Head and decision of one exit inside a part; for the model's own end (mark -1) its confidence only.
 
-    Every exit of a schedule is open: no threshold is needed to freeze the state of a closed one. The last exit gives no
-    memory: nobody reads it.
+    Every exit of a schedule is open: unless it may be closed later, no threshold is needed to freeze the state of a closed
+    one. The last exit gives no memory: nothing reads it.
     """
     given: dict[str, fx.Node] = {}
+
+    def dropped(a: Any) -> bool:
+        return not keep_thresholds and _is_threshold(a)
+
     for n in gm.graph.nodes:
-        if not inserted(n) or n.meta["eecompile"] != mark or n.op == "get_attr" or _is_threshold(n):
+        if not inserted(n) or n.meta["eecompile"] != mark or n.op == "get_attr" or dropped(n):
             continue
         if n.target in (torch.ops.eecompile.select.default, torch.ops.eecompile.blank.default):
             break
         if n.target in DEFINED:
             definition, at, kind = DEFINED[n.target]
-            args = [None if i == at else a for i, a in enumerate(n.args) if not _is_threshold(a)]
+            args = [None if i == at else a for i, a in enumerate(n.args) if not dropped(a)]
             copied: list[Any] = [part.resolve(a) if isinstance(a, fx.Node) else a for a in args]
             copied[at] = states.get(kind)
-            options = {k: part.resolve(v) if isinstance(v, fx.Node) else v for k, v in n.kwargs.items() if k != "threshold"}
+            named = {k: v for k, v in n.kwargs.items() if not dropped(v)}
+            options = {k: part.resolve(v) if isinstance(v, fx.Node) else v for k, v in named.items()}
             part.env[n] = part.graph.call_function(definition, tuple(copied), options)
         else:
             part.env[n] = part.graph.node_copy(n, part.resolve)

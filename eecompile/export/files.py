@@ -1,0 +1,54 @@
+"""Writes files so that a failure leaves what was there before, and nothing half-written."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from eecompile.errors import ExportError
+
+
+@contextlib.contextmanager
+def placing(path: Path) -> Iterator[Path]:
+    """A path to write to, in a directory of its own beside `path`; what lies there in the end is moved into place.
+
+    Raises:
+        ExportError: The place cannot be written to.
+    """
+    try:
+        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        yield scratch / path.name
+        if path.is_dir() and not (scratch / path.name).is_dir():
+            raise IsADirectoryError(f"{path} is a directory")
+        written = sorted(scratch.iterdir(), key=lambda p: p.name == path.name)  # the file that names the others comes last
+        for p in written:
+            _replace(p, path.parent / p.name, scratch)
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _replace(new: Path, old: Path, scratch: Path) -> None:
+    if new.is_file():
+        with new.open("rb+") as f:
+            os.fsync(f.fileno())
+    elif old.is_dir():  # a directory cannot take another one's place
+        os.replace(old, scratch / f"{old.name}.before")
+    os.replace(new, old)
+
+
+def _unwritable(path: Path, error: OSError) -> ExportError:
+    return ExportError(
+        "the program could not be written; what was there before is unchanged",
+        where=str(path),
+        got=f"{type(error).__name__}: {error}",
+        wanted="a file name in a directory that exists and can be written to",
+    )

@@ -1,0 +1,111 @@
+"""The targets of `export`, and what each writes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch._export.serde.serialize import SerializeError
+from torch.export import ExportedProgram
+
+from eecompile.errors import ExportError, MissingDependencyError, near
+from eecompile.export.description import KEY, Description
+from eecompile.export.files import placing
+from eecompile.ir.settings import Settings
+from eecompile.passes.lower_cond import lower_cond
+from eecompile.program import Program
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime, or a form of files that runtimes take.
+
+    Attributes:
+        suffix: Of the file.
+        extra: The extra of this package that it needs, empty for none.
+        packages: The modules that this extra brings.
+        write: `write(program, settings, description, path)`.
+    """
+
+    suffix: str
+    extra: str
+    packages: tuple[str, ...]
+    write: Callable[[Program, Settings, Description, Path], None]
+
+
+def export(program: Program, settings: Settings, path: Any, target: str = "pt2") -> Path:
+    """Writes the program for a runtime, with its exits, and gives the path.
+
+    Args:
+        path: A file whose name ends as the target asks for.
+        target: One of `TARGETS`.
+
+    Raises:
+        ExportError: An unknown target, a name that does not fit, a place that cannot be written to, or a program that has no
+            such form; the message says what and why.
+        MissingDependencyError: The target needs packages that are not installed.
+    """
+    if target not in TARGETS:
+        raise ExportError("unknown target", got=repr(target), wanted=near(str(target), TARGETS))
+    found, place = TARGETS[target], Path(path)
+    if place.suffix != found.suffix:
+        raise ExportError(
+            "the name does not fit the target",
+            where=str(place),
+            got=place.suffix or "no suffix",
+            wanted=f"{found.suffix} for target {target!r}",
+        )
+    require(found.extra, found.packages)
+    with placing(place) as scratch:
+        found.write(program, settings, Description.of(program, settings, target), scratch)
+    return place
+
+
+def require(extra: str, packages: tuple[str, ...]) -> None:
+    """Raises `MissingDependencyError` unless these packages can be imported."""
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise MissingDependencyError(
+                "this target needs a package that is not installed",
+                got=str(error),
+                wanted=package,
+                hint=f"pip install 'eecompile[{extra}]'",
+            ) from error
+
+
+def _pt2(program: Program, settings: Settings, description: Description, path: Path) -> None:
+    path.write_bytes(archive(lower_cond(program, settings), description))
+
+
+def archive(exported: ExportedProgram, description: Description) -> bytes:
+    """A `.pt2` archive; torch's writer ends the process where a disk is full, so it writes to memory."""
+    memory = io.BytesIO()
+    try:
+        torch.export.save(exported, memory, extra_files={f"{KEY}.json": description.to_json()})
+    except SerializeError as error:
+        raise ExportError(
+            "torch.export cannot save the program",
+            got=" ".join(str(error).split())[:400],
+            hint="a unit of your own that makes a tensor from numbers must keep it as a buffer instead",
+        ) from error
+    return memory.getvalue()
+
+
+def _onnx(program: Program, settings: Settings, description: Description, path: Path) -> None:
+    from eecompile.export.to_onnx import write
+
+    write(program, settings, description, path)
+
+
+ONNX = ("onnx", "onnxscript", "onnxruntime")
+TARGETS = {
+    "pt2": Target(".pt2", "", (), _pt2),
+    "onnx": Target(".onnx", "onnx", ONNX, _onnx),
+}

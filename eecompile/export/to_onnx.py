@@ -1,0 +1,114 @@
+"""ONNX: conditions become `If`, weights stay in the outer graph once, and settings are inputs with defaults."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eecompile.errors import ExportError
+from eecompile.export.description import KEY, Description
+from eecompile.ir.settings import BUFFERS, Settings
+from eecompile.passes.lower_cond import lower_cond
+from eecompile.program import Program
+
+OPSET = 20
+EXTERNAL = 1_900_000_000
+"""Bytes of weights from which they go to a file of their own: one file holds less than 2 GB."""
+
+
+def write(program: Program, settings: Settings, description: Description, path: Path) -> None:
+    """Writes `path`, and `path` with `.data` after it where the weights do not fit into one file.
+
+    Raises:
+        ExportError: The exporter knows no ONNX form of an operator, or made a graph that the checker refuses.
+    """
+    import onnx
+    import onnx_ir
+
+    exported = lower_cond(program, settings, settings_are_inputs=True)
+    held = [name for name in BUFFERS if any(n.op == "placeholder" and n.name == name for n in exported.graph.nodes)]
+    try:
+        with _quiet():
+            made: Any = torch.onnx.export(
+                exported,
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=[*description.inputs, *held],
+                output_names=list(description.outputs),
+            )
+    except Exception as error:  # the exporter raises many unrelated types
+        raise ExportError(
+            "torch.onnx could not translate the program",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:600]}",
+            hint='target="pt2" needs no translation',
+        ) from error
+    model = made.model
+    _name_sizes(model, program)
+    values = settings.tensors(torch.device("cpu"))
+    for given in model.graph.inputs:
+        if given.name in held:
+            given.const_value = onnx_ir.tensor(values[given.name].numpy(), name=given.name)
+            model.graph.register_initializer(given)
+    model.metadata_props[KEY] = description.to_json()
+    model.producer_name = "eecompile"
+    size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    onnx_ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL else None)
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise ExportError("the ONNX checker refuses the graph that torch.onnx made", got=str(error)[:600]) from error
+
+
+def _name_sizes(model: Any, program: Program) -> None:
+    """Names dynamic sizes as the signature does, and drops the exporter's notes on each node: they outweigh small models."""
+    import onnx_ir
+
+    names: dict[str, str] = {}
+    for given, leaf in zip(model.graph.inputs, program.signature.inputs, strict=False):
+        for size, name in zip(given.shape, leaf.shape, strict=True):
+            if isinstance(name, str) and isinstance(size, onnx_ir.SymbolicDim) and size.value is not None:
+                names[size.value] = name
+    graphs = {model.graph}
+    for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
+        node.metadata_props.clear()
+        node.doc_string = None
+        if node.graph is not None:
+            graphs.add(node.graph)
+        for value in node.outputs:
+            _rename(value, names)
+    for graph in graphs:
+        graph.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()):
+            _rename(value, names)
+
+
+def _rename(value: Any, names: dict[str, str]) -> None:
+    value.metadata_props.clear()
+    value.doc_string = None
+    for axis, size in enumerate(value.shape or ()):
+        text = getattr(size, "value", None)
+        if text in names:
+            value.shape[axis] = names[text]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """What the exporter has to say about itself is no concern of its user."""
+    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir", "torch.onnx._internal.exporter")]
+    before = [(log, log.level) for log in loggers]
+    try:
+        for log in loggers:
+            log.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for log, level in before:
+            log.setLevel(level)
