@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,7 @@ from eecompile.capture.axes import BatchAxis
 from eecompile.capture.cascade import capture_cascade, ready
 from eecompile.capture.composite import several
 from eecompile.capture.export import capture_export
-from eecompile.errors import CaptureError, EecompileError, PassError, StrategyError
+from eecompile.errors import CaptureError, EecompileError, MissingDependencyError, PassError, StrategyError
 from eecompile.members import compiled_members
 from eecompile.module import CompiledModule
 from eecompile.passes import analysis, insertion, prepare_training_graph, run_passes
@@ -29,7 +30,7 @@ from eecompile.plain import plain
 from eecompile.prediction import find_prediction
 from eecompile.program import Program
 from eecompile.signature import Signature
-from eecompile.strategies import Strategy
+from eecompile.strategies import SelfSpeculative, Strategy
 from eecompile.strategies import strategy as resolve_strategy
 
 
@@ -73,20 +74,34 @@ def eecompile(
 
     Returns:
         CompiledModule: Called like the model, and answering like it until something in it is trained or set: exits with
-            untrained heads are closed, gates open, halting off. After training they have the strategy's thresholds.
+            untrained heads are closed, gates open, halting off. After training they have the strategy's thresholds. For
+            `strategies.SelfSpeculative` an `eecompile.language.CompiledDecoder`, which generates.
 
     Raises:
         CaptureError: The model cannot be captured; the message names the line and the way round.
         UnsupportedModelError: Samples influence one another.
         StrategyError: Unknown strategy or place, an ambiguous prediction, or no place for an exit.
     """
+    chosen = resolve_strategy(strategy)
+    if isinstance(chosen, SelfSpeculative):
+        return cast(CompiledModule, _decoder(model, chosen, _positional(example_inputs), dict(example_kwargs or {}), blocks))
     prediction, batch_axis, seed = plain(prediction), plain(batch_axis), plain(seed)
     # Tracing and new heads draw numbers; the caller's generator stays put.
     with torch.random.fork_rng(devices=[]), no_autocast():
         return _compile(
-            model, resolve_strategy(strategy), _positional(example_inputs), example_kwargs, prediction, executor,
+            model, chosen, _positional(example_inputs), example_kwargs, prediction, executor,
             backend, batch_axis, capture, dynamic, blocks, measure, seed, progress or (lambda _: None)
         )  # fmt: skip
+
+
+def _decoder(
+    model: Any, strategy: SelfSpeculative, args: tuple[Any, ...], kwargs: dict[str, Any], blocks: str | None
+) -> Any:
+    if importlib.util.find_spec("transformers") is None:
+        raise MissingDependencyError("self_speculative needs transformers", hint="pip install 'eecompile[hf]'")
+    from eecompile.language.decoder import compile_decoder
+
+    return compile_decoder(model, strategy, args, kwargs, blocks)
 
 
 def _compile(

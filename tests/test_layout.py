@@ -28,6 +28,7 @@ LAYERS = [
     {"passes"},
     {"runtime", "costs"},
     {"training", "calibration", "export"},
+    {"language"},
     {
         "module",
         "device_programs",

@@ -19,10 +19,11 @@ from eecompile.strategies.depth_adaptive import DepthAdaptive
 from eecompile.strategies.mebert import MeBert
 from eecompile.strategies.router import Router, RouteRecipe
 from eecompile.strategies.self_adaptive import SelfAdaptive
+from eecompile.strategies.self_speculative import SelfSpeculative
 from eecompile.strategies.skipnet import SkipNet
 
 STRATEGIES: dict[str, type[Strategy]] = {
-    s.name: s for s in (Act, Ann, Anytime, Branchy, Cascade, DepthAdaptive, MeBert, SelfAdaptive, SkipNet)
+    s.name: s for s in (Act, Ann, Anytime, Branchy, Cascade, DepthAdaptive, MeBert, SelfAdaptive, SelfSpeculative, SkipNet)
 }
 
 
@@ -73,6 +74,7 @@ __all__ = [
     "RouteRecipe",
     "Router",
     "SelfAdaptive",
+    "SelfSpeculative",
     "SkipNet",
     "Strategy",
     "TrainingStage",

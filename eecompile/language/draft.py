@@ -1,0 +1,160 @@
+"""The light draft head: norm, a low-rank projection, scores of the most frequent tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from rich.console import RenderableType
+from torch import Tensor, nn
+from torch.nn import functional
+
+from eecompile.errors import StrategyError
+from eecompile.language.split import own_forward, shadow
+from eecompile.training.report import Report, json_safe
+
+PATIENCE = 3
+HELD_OUT = 0.1
+
+
+class DraftHead(nn.Module):
+    """Logits of the draft vocabulary from hidden states at the exit.
+
+    Args:
+        width: Size of the hidden states.
+        vocabulary: [V'] int64; ids of the tokens that it can draft.
+        rank: Size between its two projections, 0 for a single one.
+    """
+
+    vocabulary: Tensor
+
+    def __init__(self, width: int, vocabulary: Tensor, rank: int = 0) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(width)
+        self.down = nn.Linear(width, rank, bias=False) if rank else nn.Identity()
+        self.up = nn.Linear(rank or width, vocabulary.numel(), bias=False)
+        self.register_buffer("vocabulary", vocabulary)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """[..., D] to [..., V']"""
+        logits: Tensor = self.up(self.down(self.norm(hidden)))
+        return logits
+
+
+@dataclass
+class DraftFitReport(Report):
+    """What fitting the draft head gave.
+
+    Attributes:
+        tokens: Number of positions it was fitted on, and on which it was measured.
+        epochs: Passes over the kept hidden states.
+        vocabulary: Number of tokens that can be drafted.
+        coverage: Share of the model's own choices that are in the draft vocabulary.
+        agreement: Share of held-out positions at which the head gives the model's own next token.
+    """
+
+    tokens: tuple[int, int]
+    epochs: int
+    vocabulary: int
+    coverage: float
+    agreement: float
+
+    title: ClassVar[str] = "Draft head"
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**json_safe(self.__dict__)}
+
+    def __rich__(self) -> RenderableType:
+        return (
+            f"Draft head over {self.vocabulary:,} tokens ({self.coverage:.1%} of the model's choices): gives the model's "
+            f"own token at {self.agreement:.1%} of {self.tokens[1]:,} held-out positions, after {self.epochs} epochs"
+        )
+
+
+def text_batches(loader: Iterable[Any]) -> Iterable[tuple[Tensor, Tensor]]:
+    """Ids and attention mask, both [B, S], of each batch: a tensor of ids, a dict of a tokenizer, or either with labels.
+
+    Raises:
+        StrategyError: A batch holds no token ids.
+    """
+    for batch in loader:
+        inputs = batch[0] if isinstance(batch, tuple | list) else batch
+        ids = inputs if isinstance(inputs, Tensor) else inputs.get("input_ids") if hasattr(inputs, "get") else None
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+            raise StrategyError(
+                "a batch of text holds token ids",
+                got=type(inputs).__name__ if ids is None else f"{ids.dtype} {list(ids.shape)}",
+                wanted="input_ids [B, S] int64, or a dict with input_ids and attention_mask",
+            )
+        mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
+        yield ids, torch.ones_like(ids) if mask is None else mask
+
+
+@torch.no_grad()
+def gathered(model: nn.Module, blocks: str, exit: int, loader: Iterable[Any], most: int) -> tuple[Tensor, Tensor]:
+    """Hidden states `[N, D]` at the exit and the model's own next token `[N]` at every real position, up to `most`."""
+    states, choices, count = [], [], 0
+    captured: list[Tensor] = []
+
+    def watching(twin: nn.Module) -> Any:
+        forward = own_forward(twin)
+
+        def watch(*args: Any, **kwargs: Any) -> Any:
+            output = forward(*args, **kwargs)
+            captured.append(output[0] if isinstance(output, tuple) else output)
+            return output
+
+        return watch
+
+    twin = shadow(model, {f"{blocks}.{exit - 1}": watching})
+    for ids, mask in text_batches(loader):
+        captured.clear()
+        logits = twin(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        real = mask.bool()
+        states.append(captured[0][real].float())
+        choices.append(logits[real].argmax(-1))
+        count += int(real.sum())
+        if count >= most:
+            break
+    if not states:
+        raise StrategyError("the loader gave no batch", wanted="batches of token ids")
+    return torch.cat(states)[:most], torch.cat(choices)[:most]
+
+
+def fit_draft_head(
+    states: Tensor, choices: Tensor, *, vocabulary: int, rank: int, epochs: int, lr: float, seed: int
+) -> tuple[DraftHead, DraftFitReport]:
+    """A draft head for hidden states `[N, D]` and the model's choices `[N]`, with early stopping on held-out positions."""
+    counts = torch.bincount(choices)
+    kept = counts.argsort(descending=True, stable=True)[: min(vocabulary, int((counts > 0).sum()))].sort().values
+    place = torch.full((counts.numel(),), -1)
+    place[kept] = torch.arange(kept.numel())
+    targets = place[choices]
+    generator = torch.Generator().manual_seed(seed)
+    order = torch.randperm(len(states), generator=generator)
+    held = order[: max(1, int(HELD_OUT * len(order)))]
+    train = order[len(held) :]
+    train = train[targets[train] >= 0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        head = DraftHead(states.shape[1], kept, rank)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.01)
+    best, best_state, waited, done = -1.0, head.state_dict(), 0, 0
+    for epoch in range(epochs):
+        for part in train[torch.randperm(len(train), generator=generator)].split(256):  # type: ignore[no-untyped-call]
+            optimizer.zero_grad()
+            functional.cross_entropy(head(states[part]), targets[part]).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+        done = epoch + 1
+        with torch.no_grad():
+            agreement = float((head(states[held]).argmax(-1) == targets[held]).float().mean())
+        waited = 0 if agreement > best else waited + 1
+        if agreement > best:
+            best, best_state = agreement, {k: v.clone() for k, v in head.state_dict().items()}
+        if waited >= PATIENCE:
+            break
+    head.load_state_dict(best_state)
+    coverage = float((targets >= 0).float().mean())
+    return head.eval(), DraftFitReport((len(train), len(held)), done, kept.numel(), coverage, best)

@@ -1,0 +1,332 @@
+"""One generation: draft with the lower part, verify with the upper part, row by row at its own pace.
+
+Every round, each row that goes on has one token whose lower part has not run yet. The lower part runs on it, a draft head
+proposes the next token, and so on while the head is sure and the queue of hidden states is shorter than `max_draft`. Then
+the upper part runs once over the queue. Of what was drafted the longest prefix is kept that the model itself would have
+chosen, and one token more, which the upper part has given (Leviathan et al. 2023; Elhoushi et al. 2024). With
+`kv="deferred"` drafted tokens are kept as they are, and the upper part completes the cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eecompile.language.cache import SlotCache, Slots
+from eecompile.language.lookup import lookup
+from eecompile.language.noise import gumbel
+from eecompile.language.split import Split
+
+# Two scores are a near-tie where they differ by less than so many roundings of the largest logit.
+TIE, TIE_OF_HALF = 32, 4
+
+
+@dataclass(frozen=True)
+class DraftOptions:
+    """How tokens are drafted.
+
+    Attributes:
+        threshold: Probability that the draft head must give a token; above 1 nothing is drafted.
+        max_draft: Most tokens that are drafted before the upper part runs.
+        lookup: Longest n-gram that is looked for in the text before, as a second drafter; 0 for none.
+        verify: Whether drafted tokens are kept only where the model agrees.
+    """
+
+    threshold: float
+    max_draft: int
+    lookup: int
+    verify: bool
+
+
+@dataclass
+class Counts:
+    """What a generation did.
+
+    Attributes:
+        lower, upper, full: Number of passes of each part.
+        drafted, accepted: Tokens of the draft head.
+        looked_up, looked_up_accepted: Tokens of prompt lookup.
+        ties: Tokens that a pass of one token decided, because two scores were nearly equal.
+    """
+
+    lower: int = 0
+    upper: int = 0
+    full: int = 0
+    drafted: int = 0
+    accepted: int = 0
+    looked_up: int = 0
+    looked_up_accepted: int = 0
+    ties: int = 0
+
+
+@dataclass
+class Row:
+    """One sequence. The last id has not been through the model yet; all before it have.
+
+    Attributes:
+        ids: Token ids, padding on the left included.
+        drafts: Tokens drafted after the last id, with whether prompt lookup gave each.
+        sources: For each generated token: 0 the full model, 1 the draft head, 2 prompt lookup.
+    """
+
+    ids: list[int]
+    prompt: int
+    done: bool = False
+    drafts: list[tuple[int, bool]] = field(default_factory=list)
+    sources: list[int] = field(default_factory=list)
+    scores: list[Tensor] = field(default_factory=list)
+    logits: list[Tensor] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Choosing:
+    """How a token is chosen from logits: what `generate` was asked for.
+
+    Attributes:
+        processor: transformers' `LogitsProcessorList`; `(ids [1, S], scores [1, V]) -> [1, V]`.
+        stopping: transformers' `StoppingCriteriaList`.
+        seed: Key of the noise for sampling, None for greedy decoding.
+        temperature: What the draft head's logits are divided by where tokens are sampled.
+        keep_scores, keep_logits: Whether they are kept for the output.
+        rows: Size of the batch.
+    """
+
+    processor: Callable[[Tensor, Tensor], Tensor]
+    stopping: Callable[[Tensor, Any], Tensor]
+    seed: int | None = None
+    temperature: float = 1.0
+    keep_scores: bool = False
+    keep_logits: bool = False
+    rows: int = 1
+
+    def scores(self, ids: Sequence[int], logits: Tensor, row: int) -> Tensor:
+        """[V] float32: the logits after `ids`, processed as row `row` of the batch."""
+        scores = logits.to(torch.float32, copy=True)
+        if len(self.processor):  # type: ignore[arg-type]
+            batch = self.batch(ids, logits.device)
+            scores = self.processor(batch, scores.repeat(self.rows, 1))[row]
+        return scores
+
+    def stops(self, ids: Sequence[int], scores: Any, row: int, device: torch.device) -> bool:
+        return bool(self.stopping(self.batch(ids, device), scores)[row])
+
+    def batch(self, ids: Sequence[int], device: torch.device) -> Tensor:
+        """Rows have lengths of their own, while processors and criteria may hold something for each row of the batch."""
+        return torch.tensor([ids], device=device).expand(self.rows, -1)
+
+    def noisy(self, scores: Tensor, row: int, position: int) -> Tensor:
+        if self.seed is None:
+            return scores
+        return scores + gumbel(self.seed, row, position, scores.numel()).to(scores.device)
+
+
+class Generation:
+    """The state of one call of `generate`."""
+
+    def __init__(
+        self, split: Split, head: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]], options: DraftOptions,
+        choosing: Choosing, capacity: int | None
+    ) -> None:  # fmt: skip
+        self.split, self.head, self.options, self.choosing = split, head, options, choosing
+        self.cache = SlotCache(split.count, None if capacity is None else capacity + options.max_draft)
+        self.counts = Counts()
+        self.rows: list[Row] = []
+
+    def run(
+        self, ids: Tensor, attention_mask: Tensor, before: Any = None, emit: Callable[[list[int]], None] | None = None
+    ) -> list[Row]:
+        """Generates until every row has stopped.
+
+        Args:
+            ids: [B, S] int64.
+            attention_mask: [B, S]; 0 for padding, which is on the left.
+            before: Cache of plain decoding that holds the first tokens of `ids`.
+            emit: Called with the new tokens of a single row as they are accepted.
+        """
+        self.emit, self.device = emit, ids.device
+        self.padding = attention_mask.argmax(1)
+        self.rows = [Row(row, len(row)) for row in ids.tolist()]
+        self._prefill(ids, attention_mask, before)
+        while any(not row.done for row in self.rows):
+            self._round()
+        return self.rows
+
+    def _prefill(self, ids: Tensor, attention_mask: Tensor, before: Any) -> None:
+        start = 0 if before is None else before.get_seq_length()
+        if start:
+            self.cache.load(before, start)
+        batch, length = ids.shape
+        index = torch.arange(start, length, device=self.device).expand(batch, -1)
+        slots = Slots(index, self.padding, length, True)
+        logits = self.split.prefill(ids[:, start:], slots, self.cache, attention_mask)
+        self.counts.full += 1
+        for b in range(batch):
+            self._commit(b, self._choose(b, logits[b, -1]), 0)
+
+    def finish(self, sequences: Tensor) -> Any:
+        """The cache that plain decoding leaves: all tokens `[B, S]` but the last, those after a row's end included."""
+        length = sequences.shape[1] - 1
+        tokens = {b: sequences[b, len(row.ids) - 1 : length].tolist() for b, row in enumerate(self.rows)}
+        tokens = {b: t for b, t in tokens.items() if t}
+        if tokens:
+            ids, slots = self._columns(tokens, {b: len(self.rows[b].ids) - 1 for b in tokens})
+            self.split.full(ids, slots, self.cache)
+        return self.cache.plain(length, getattr(self.split.model, "config", None))
+
+    # ------------------------------------------------------------------ one round
+
+    def _round(self) -> None:
+        live = [b for b, row in enumerate(self.rows) if not row.done]
+        for b in live:
+            self.rows[b].drafts = self._looked_up(self.rows[b])
+        queue: dict[int, list[Tensor]] = {b: [] for b in live}
+        ready = self._lower({b: [self.rows[b].ids[-1], *(t for t, _ in self.rows[b].drafts)] for b in live}, queue)
+        while ready:
+            ready = self._lower({b: [self.rows[b].drafts[-1][0]] for b in ready}, queue)
+        self._flush(queue)
+
+    def _room(self, row: Row) -> int:
+        """How many more tokens may be drafted now."""
+        return self.options.max_draft - len(row.drafts)
+
+    def _looked_up(self, row: Row) -> list[tuple[int, bool]]:
+        if not self.options.lookup:
+            return []
+        found = lookup(row.ids, self.options.lookup, self.options.max_draft)
+        self.counts.looked_up += len(found)
+        return [(token, True) for token in found]
+
+    def _lower(self, tokens: dict[int, list[int]], queue: dict[int, list[Tensor]]) -> list[int]:
+        """Runs the lower part on each row's new tokens, drafts one more; gives the rows whose draft goes on."""
+        starts = {b: len(self.rows[b].ids) - 1 + len(queue[b]) for b in tokens}
+        ids, slots = self._columns(tokens, starts)
+        hidden = self.split.lower(ids, slots, self.cache)
+        self.counts.lower += 1
+        for b, given in tokens.items():
+            queue[b] += list(hidden[b, : len(given)].unbind(0))
+        going = [b for b in tokens if self._room(self.rows[b]) > 0]
+        if not going or self.options.threshold > 1:
+            return []
+        last = torch.stack([queue[b][-1] for b in going])[:, None]  # [B', 1, D]
+        logits, vocabulary = self.head(ids[going, :1], last)
+        on = []
+        for b, scores in zip(going, logits[:, 0].float(), strict=True):
+            token = self._drafted(b, scores, vocabulary)
+            if token is not None:
+                self.rows[b].drafts.append((token, False))
+                self.counts.drafted += 1
+                on.append(b)
+        return on
+
+    def _drafted(self, b: int, scores: Tensor, vocabulary: Tensor | None) -> int | None:
+        """The draft head's token, None where it is not sure enough."""
+        row = self.rows[b]
+        noisy = scores
+        if self.choosing.seed is not None:
+            scores = scores / self.choosing.temperature
+            size = self.vocabulary_size
+            noise = gumbel(self.choosing.seed, b, len(row.ids) + len(row.drafts), size).to(scores.device)
+            noisy = scores + (noise if vocabulary is None else noise[vocabulary])
+        best = int(noisy.argmax())
+        sure = float((scores[best] - scores.logsumexp(0)).exp())
+        if not sure >= self.options.threshold:  # NaN is never sure
+            return None
+        return best if vocabulary is None else int(vocabulary[best])
+
+    def _flush(self, queue: dict[int, list[Tensor]]) -> None:
+        """The upper part over every row's queue; keeps what the model agrees with, and one token more."""
+        tokens = {b: [self.rows[b].ids[-1], *(t for t, _ in self.rows[b].drafts)][: len(queue[b])] for b in queue}
+        starts = {b: len(self.rows[b].ids) - 1 for b in queue}
+        ids, slots = self._columns(tokens, starts)
+        width = ids.shape[1]
+        some = next(iter(queue.values()))[0]
+        hidden = some.new_zeros((len(self.rows), width, some.shape[-1]))
+        for b, states in queue.items():
+            hidden[b, : len(states)] = torch.stack(states)
+        logits = self.split.upper(ids, hidden, slots, self.cache)
+        self.counts.upper += 1
+        for b in queue:
+            self._accept(b, logits[b])
+
+    def _accept(self, b: int, logits: Tensor) -> None:
+        row = self.rows[b]
+        drafts, row.drafts = row.drafts, []
+        for j in range(len(drafts) + 1):
+            drafted = drafts[j] if j < len(drafts) else None
+            if drafted is not None and not self.options.verify:
+                token, kept = drafted[0], True
+                self._record(b, logits[j], None)
+            else:
+                token = self._choose(b, logits[j], checked=len(drafts) > 0)
+                kept = drafted is not None and token == drafted[0]
+            source = 0 if not kept or drafted is None else 2 if drafted[1] else 1
+            self.counts.accepted += source == 1
+            self.counts.looked_up_accepted += source == 2
+            self._commit(b, token, source)
+            if row.done or not kept:
+                return
+
+    # ------------------------------------------------------------------ tokens
+
+    def _record(self, b: int, logits: Tensor, scores: Tensor | None) -> None:
+        """Keeps logits and scores of a token for the output, where they were asked for."""
+        row = self.rows[b]
+        if self.choosing.keep_logits:
+            row.logits.append(logits.float())
+        if self.choosing.keep_scores:
+            row.scores.append(self.choosing.scores(row.ids, logits, b) if scores is None else scores)
+
+    def _choose(self, b: int, logits: Tensor, checked: bool = False) -> int:
+        """The model's own token after the row's ids; `checked` where logits [V] come from a pass of several tokens."""
+        row = self.rows[b]
+        self.vocabulary_size = logits.numel()
+        scores = self.choosing.scores(row.ids, logits, b)
+        noisy = self.choosing.noisy(scores, b, len(row.ids))
+        if checked and _near_tie(noisy, logits):
+            self.counts.ties += 1
+            logits = self._one_token(b)
+            scores = self.choosing.scores(row.ids, logits, b)
+            noisy = self.choosing.noisy(scores, b, len(row.ids))
+        self._record(b, logits, scores)
+        return int(noisy.argmax())
+
+    def _one_token(self, b: int) -> Tensor:
+        """[V]: logits after the row's last id, computed as plain decoding does: the whole model on one token a row."""
+        last = len(self.rows[b].ids) - 1
+        ids, slots = self._columns({b: [self.rows[b].ids[-1]]}, {b: last})
+        self.counts.full += 1
+        return self.split.full(ids, slots, self.cache)[b, 0]
+
+    def _commit(self, b: int, token: int, source: int) -> None:
+        row = self.rows[b]
+        row.ids.append(token)
+        row.sources.append(source)
+        if self.emit is not None:
+            self.emit([token])
+        scores = tuple(s[None] for s in row.scores) if self.choosing.keep_scores else None
+        row.done = self.choosing.stops(row.ids, scores, b, self.device)
+
+    def _columns(self, tokens: dict[int, list[int]], starts: dict[int, int]) -> tuple[Tensor, Slots]:
+        """Ids `[B, Q]` and slots of each row's tokens, from its slot `starts[b]` on; rows without any have empty columns."""
+        width = max(len(t) for t in tokens.values())
+        ids, index = [], []
+        for b in range(len(self.rows)):
+            given = tokens.get(b, [])
+            ids.append(given + [0] * (width - len(given)))
+            index.append([starts[b] + i for i in range(len(given))] + [-1] * (width - len(given)))
+        length = 1 + max(max(line) for line in index)
+        together = all(line == index[0] for line in index) and -1 not in index[0]
+        device = self.device
+        return torch.tensor(ids, device=device), Slots(torch.tensor(index, device=device), self.padding, length, together)
+
+
+def _near_tie(scores: Tensor, logits: Tensor) -> bool:
+    """Whether rounding alone may decide between the two largest scores."""
+    top = scores.topk(2).values
+    half = logits.dtype in (torch.float16, torch.bfloat16)
+    rounding = TIE_OF_HALF * torch.finfo(logits.dtype).eps if half else TIE * torch.finfo(torch.float32).eps
+    return bool((top[0] - top[1]).abs() <= rounding * logits.abs().max())

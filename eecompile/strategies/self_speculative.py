@@ -1,0 +1,62 @@
+"""Self-speculative decoding: a language model drafts with its lower blocks and verifies with the others."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from eecompile.errors import StrategyError, near
+from eecompile.strategies.base import Recipe, Strategy
+
+KV = ("verify", "deferred")
+
+
+@dataclass(frozen=True)
+class SelfSpeculative(Strategy):
+    """Drafts tokens at an exit, verifies them with the rest of the model.
+
+    Args:
+        exit: Number of blocks of the lower part; None for a third of them, until `calibrate` measures.
+        threshold: Probability that the draft head must give a token; a draft ends at the first one below.
+        max_draft: Most tokens drafted before the upper part runs.
+        draft_vocab: Number of tokens that a trained draft head can give, the most frequent ones.
+        lookup: Longest n-gram of the text before that prompt lookup searches for; 0 for no lookup.
+        kv: "verify" keeps what the model itself would have chosen: lossless. "deferred" keeps every drafted token; the cache
+            is exact, the text may be another one.
+    """
+
+    name: ClassVar[str] = "self_speculative"
+    summary: ClassVar[str] = "an exit in a causal language model that drafts tokens, verified by the rest of the model"
+    paper: ClassVar[str] = (
+        "LayerSkip, Elhoushi et al. 2024, arXiv:2404.16710; Draft & Verify, Zhang et al. 2024, arXiv:2309.08168"
+    )
+
+    exit: int | None = None
+    threshold: float = 0.6
+    max_draft: int = 6
+    draft_vocab: int = 8192
+    lookup: int = 3
+    kv: str = "verify"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.kv not in KV:
+            raise StrategyError("unknown kv=", got=repr(self.kv), wanted=near(str(self.kv), KV))
+        for name, least in (("max_draft", 1), ("draft_vocab", 1), ("lookup", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise StrategyError(f"{name}= is a whole number", got=repr(value), wanted=f"at least {least}")
+        if not self.threshold >= 0:
+            raise StrategyError("threshold= is 0 or more", got=self.threshold)
+
+    def __add__(self, other: Strategy) -> Strategy:
+        raise StrategyError("self_speculative does not combine with other strategies", got=f"{self.name} + {other.name}")
+
+    def recipe(self) -> Recipe:
+        raise StrategyError(
+            "self_speculative splits a decoder and inserts nothing into a graph", wanted="a causal language model"
+        )
+
+    @property
+    def objective(self) -> dict[str, Any]:
+        return {"name": "next_token"}
