@@ -17,6 +17,8 @@ import eecompile
 from eecompile import CompiledModule, EecompileError, MissingDependencyError
 from eecompile.artifact.files import MANIFEST
 from eecompile.cli import inputs, sources
+from eecompile.errors import StrategyError
+from eecompile.strategies import SelfSpeculative
 
 FORMS = "package.module:attr, file.py:attr, a Hugging Face directory, a .pt2 file, or a saved directory"
 TOKENS, ROWS = 32, 4
@@ -107,11 +109,18 @@ def compiled(specs: list[str], request: Request, progress: Callable[[str], None]
             wanted=f"arguments {', '.join(parameters(last.model))}",
             hint="pass --input name=float32[4,3,32,32], --example file.py:attr, or --data",
         )
+    chosen = strategy(request)
+    if isinstance(chosen, SelfSpeculative):
+        raise StrategyError(
+            "the command line does not run language models yet",
+            got=chosen.name,
+            hint="in Python: eecompile(llm, strategies.SelfSpeculative(), example_kwargs=...).generate(...)",
+        )
     prediction = request.prediction
     model: Any = last.model if len(each) == 1 else [e.model for e in each]
     return eecompile.eecompile(
         model,
-        strategy(request),
+        chosen,
         example_inputs=args or None,
         example_kwargs=kwargs or None,
         prediction=int(prediction) if prediction is not None and prediction.isdigit() else prediction,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-STRATEGIES = ("act", "ann", "anytime", "branchy", "cascade", "depth_adaptive", "mebert", "self_adaptive", "skipnet")
+STRATEGIES = tuple("act ann anytime branchy cascade depth_adaptive mebert self_adaptive self_speculative skipnet".split())
 HEADS = ("auto", "conv", "identity", "linear", "mlp", "pooler", "shared")
 CRITERIA = ("max_probability", "entropy", "margin", "energy", "patience", "learned", "routed")
 FORMATS = ("tree", "table", "code", "diff", "dot", "mermaid", "json")
