@@ -145,6 +145,7 @@ def _compile(
         executor=executor,
         backend=backend,
         original=taken.original,
+        captured_from=taken.captured_from,
         example=example,
         training_program=None if again is None else partial(_training_program, again, recipe.equilibrium),
         artifact={"eval": captured.exported},
@@ -170,9 +171,10 @@ def same_outputs(evaluated: Signature, trained: Signature, model: nn.Module | No
         )
 
 
-def _training_program(again: Callable[[], Captured], equilibrium: Any, fast: CompiledModule) -> Program:
+def _training_program(again: Callable[[nn.Module], Captured], equilibrium: Any, fast: CompiledModule) -> Program:
+    assert fast.captured_from is not None
     with no_autocast():
-        train = again()
+        train = again(fast.captured_from)
     same_outputs(fast.program.signature, train.signature, fast.original)
     fast.artifact["train"] = train.exported
     return prepare_training_graph(fast.program, train.graph_module, train.signature, equilibrium)
@@ -184,7 +186,8 @@ class _Taken:
 
     Attributes:
         original: The full model, called as the compiled module is; None for an exported program.
-        again: Captures it in train mode.
+        captured_from: What was captured: that model, or all models of a cascade.
+        again: Captures it, or a copy of it, in train mode.
         prediction: Which output of it holds the class scores, as far as is known.
         brought: Exits of compiled models among a cascade's.
     """
@@ -192,7 +195,8 @@ class _Taken:
     captured: Captured
     strategy: Strategy
     original: nn.Module | None
-    again: Callable[[], Captured] | None
+    captured_from: nn.Module | None
+    again: Callable[[nn.Module], Captured] | None
     prediction: str | int | None
     brought: Brought = field(default_factory=Brought)
 
@@ -218,9 +222,9 @@ def _taken(
             raise StrategyError("a list of predictions is for a cascade", got=prediction, wanted="a name or an index")
         captured = _captured(model, args, kwargs, front_end, batch_axis, dynamic, blocks)
         if not isinstance(model, nn.Module):
-            return _Taken(captured, chosen, None, None, prediction)
-        again = partial(capture_export, model, args, kwargs, **axes, training=True)
-        return _Taken(captured, chosen, model, again, prediction)
+            return _Taken(captured, chosen, None, None, None, prediction)
+        again = partial(capture_export, args=args, kwargs=kwargs, **axes, training=True)
+        return _Taken(captured, chosen, model, model, again, prediction)
     _one_graph(models, args, kwargs, front_end, blocks)
     ways = [chosen.together.get(key) or (None,) * len(models) for key in ("prepare", "inputs")]
     notes: tuple[str, ...] = ()
@@ -231,8 +235,8 @@ def _taken(
     together = ready(models, args, kwargs, batch_axis=batch_axis, prediction=prediction, measure=measure, **chosen.together)
     captured = capture_cascade(together, args, kwargs, **axes)
     captured = replace(captured, notes=(*captured.notes, *notes))
-    again = partial(capture_cascade, together, args, kwargs, **axes, training=True)
-    return _Taken(captured, chosen, together.last.alone, again, together.leaf[together.order[-1]], brought)
+    again = partial(capture_cascade, args=args, kwargs=kwargs, **axes, training=True)
+    return _Taken(captured, chosen, together.last.alone, together, again, together.leaf[together.order[-1]], brought)
 
 
 def _one_graph(

@@ -48,6 +48,7 @@ class CompiledModule(DevicePrograms, Anytime):
         program: A program at level "schedule".
         strategy: What inserted the exits.
         original: The user's model, None for a loaded program.
+        captured_from: Where that is another module: all models of a cascade.
         example: Flat example inputs.
         training_program: Makes the train-mode program on demand, None where there is no way to it.
         artifact: The exported programs, by mode, for `save`.
@@ -56,6 +57,9 @@ class CompiledModule(DevicePrograms, Anytime):
     """
 
     original: nn.Module | None
+    captured_from: nn.Module | None  # what the graphs were captured from: `original`, or all models of a cascade
+    running: nn.Module | None  # whose weights run: `original`, or its copy once the trunk has been trained
+    given: fx.GraphModule | None  # the model as given, once the trunk has been trained
     example: tuple[Tensor, ...] | None
     artifact: dict[str, Any]
     _chosen: Executor
@@ -68,6 +72,7 @@ class CompiledModule(DevicePrograms, Anytime):
         executor: str = "auto",
         backend: str = "eager",
         original: nn.Module | None = None,
+        captured_from: nn.Module | None = None,
         example: tuple[Tensor, ...] | None = None,
         training_program: Callable[[CompiledModule], Program] | None = None,
         artifact: Mapping[str, Any] | None = None,
@@ -82,7 +87,9 @@ class CompiledModule(DevicePrograms, Anytime):
         self.strategy = strategy
         self.notes = tuple(notes)
         # Kept out of nn.Module's registry: they share the parameters that graph_module registers.
-        self.__dict__["original"] = original
+        self.__dict__["original"] = self.__dict__["running"] = original
+        self.__dict__["captured_from"] = original if captured_from is None else captured_from
+        self.__dict__["given"] = None
         self.__dict__["example"] = example
         self.__dict__["_training_program"] = training_program
         self.__dict__["train_signature"] = None
@@ -91,9 +98,7 @@ class CompiledModule(DevicePrograms, Anytime):
         self.__dict__["_executors"] = {}
         self.__dict__["_lock"] = threading.RLock()
         self.__dict__["_device_options"] = Options()
-        self.__dict__["autocast"] = AutocastCheck(program, original, autocast)
-        self.__dict__["dtypes"] = DtypeCheck(program, original)
-        self.__dict__["watch"] = ModelWatch(program, original)
+        self._check_against(original, autocast)
         self.__dict__["cost_model"] = CostModel(program)
         self.__dict__["_references"] = weakref.WeakKeyDictionary()
         self.settings = program.settings
@@ -103,6 +108,19 @@ class CompiledModule(DevicePrograms, Anytime):
         self._backend = self._valid("backend", backend, BACKENDS)
         self.executor = executor
         self.eval()
+
+    def _check_against(self, model: nn.Module | None, autocast: Sequence[str] = ()) -> None:
+        """Sets up what compares the graph with the Python model that it was captured from, during calls."""
+        self.__dict__["autocast"] = AutocastCheck(self.program, model, autocast)
+        self.__dict__["dtypes"] = DtypeCheck(self.program, model)
+        self.__dict__["watch"] = ModelWatch(self.program, model)
+
+    def follow_graphs(self) -> None:
+        """Makes anew what was built from the program's graphs: they read other weights now."""
+        for name in ("_references", "_full", "_executors"):
+            self.__dict__[name].clear()
+        self._check_against(self.running)
+        self.executor = self.__dict__["_asked"]
 
     def train(self, mode: bool = True) -> CompiledModule:
         """Train or eval mode. Exits and gates that wait to be trained are open in train mode; see `eecompile.waiting`."""
@@ -204,10 +222,10 @@ class CompiledModule(DevicePrograms, Anytime):
             return self._result(self._reference().run(flat, settings), settings, flat)
 
     def full(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the model without any exit."""
+        """The output of the model as it was given, without any exit."""
         flat = self.flatten(args, kwargs)
         with torch.no_grad():
-            return self.program.signature.restore(list(self.full_graph(*flat)))
+            return self.program.signature.restore(list((self.given or self.full_graph)(*flat)))
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a call in graph order; `CaptureError` where the graph does not take it, or is not the model."""
@@ -430,6 +448,8 @@ class CompiledModule(DevicePrograms, Anytime):
                 )
         settings = self.settings
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        if self.given is not None:
+            self.given._apply(fn, recurse)  # type: ignore[no-untyped-call]
         device = facts.device_of(self.graph_module)
         for gm in (self.program.source, self.program.graph_module, *self.__dict__["_training_graphs"].values()):
             _rebind(gm, self.graph_module)

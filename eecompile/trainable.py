@@ -13,6 +13,7 @@ from eecompile.calibration.budget import budget_curve, calibrate_budget
 from eecompile.calibration.calibrate import calibrate
 from eecompile.decisions import Decisions
 from eecompile.errors import EecompileError
+from eecompile.own_trunk import COPIED, IN_PLACE, copy_trunk
 from eecompile.passes import facts
 from eecompile.passes.every_step import with_every_step
 from eecompile.passes.training_decisions import with_decisions
@@ -26,6 +27,7 @@ from eecompile.training.fit import fit, objective_of
 from eecompile.training.objectives import Sum
 from eecompile.training.objectives import objective as resolve
 from eecompile.training.protocol import Compiled
+from eecompile.training.state import random_state, restore_random_state
 
 
 class Trainable(Decisions):
@@ -36,6 +38,7 @@ class Trainable(Decisions):
     gate_mode: str = "hard"  # how gates decide in train mode; see `passes/training_decisions.py`
     gates_kept_open: int = 0  # the first so many gates do not decide in train mode: a curriculum
     gates_full_share: float = 0.0  # share of a batch's rows, the first ones, that all gates let in in train mode
+    notes: tuple[str, ...]
     trained_by_loss: bool = False  # whether `fit` was last given loss=: the largest score may be no answer then
     _training_program: Callable[[Any], Program] | None
     train_signature: Signature | None  # of the train-mode capture, once there is one
@@ -107,8 +110,22 @@ class Trainable(Decisions):
         return (p for i, p in found.items() if i not in own)
 
     def trunk_parameters(self) -> Iterator[nn.Parameter]:
-        """Parameters of the user's model."""
+        """Parameters of the user's model, or of the copy of it that is trained."""
         return self.program.source.parameters()
+
+    def own_trunk(self, in_place: bool = False) -> None:
+        """Training the trunk changes copies of the model's weights from now on, and the user's model stays as it is.
+
+        `fit` calls it before it trains the trunk; call it before your own training loop does, before you make the
+        optimizer. With `in_place` the user's model is trained itself.
+
+        Raises:
+            EecompileError: The model cannot be copied.
+        """
+        if not in_place:
+            copy_trunk(self)
+        note = IN_PLACE if cast(Any, self).given is None else COPIED
+        self.notes = (*(n for n in self.notes if n not in (IN_PLACE, COPIED)), note)
 
     @contextlib.contextmanager
     def prepare_training(self, trunk: bool) -> Iterator[None]:
@@ -136,7 +153,7 @@ class Trainable(Decisions):
 
     @property
     def full_graph(self) -> fx.GraphModule:
-        """The captured graph of the full model alone."""
+        """The captured graph of the full model alone, with the weights that it has now."""
         if not self.program.models:
             return self.program.source
         cache = self.__dict__["_full"]
@@ -186,11 +203,13 @@ class Trainable(Decisions):
 
     def train_mode_capture(self) -> None:
         """Captures the model in train mode now, so that the trunk can be trained after `load` too."""
+        device = self.compiled.thresholds.device
         with self._mode(True):
-            flag, self.train_trunk = self.train_trunk, True
+            flag, self.train_trunk, drawn = self.train_trunk, True, random_state(device)
             try:
                 self._training_graph()
             finally:
+                restore_random_state(drawn, device)
                 self.train_trunk = flag
 
 

@@ -25,13 +25,16 @@ def shallow_copy(fast: Any) -> Any:
 def deep_copy(fast: Any, memo: dict[int, Any]) -> Any:
     """A compiled module of its own, over a copy of the user's model where there is one."""
     new = memo[id(fast)] = object.__new__(type(fast))
-    for shared in (fast.program.signature, fast.program.history, fast.example, *fast.artifact.values()):
+    constant = (fast.program.signature, fast.train_signature, fast.program.history, fast.example, *fast.artifact.values())
+    for shared in constant:
         memo[id(shared)] = shared  # never changed
     derived: dict[str, Any] = {"_training_graphs": {}, "_executors": {}, "_full": []}
     fresh = {**derived, "_lock": threading.RLock(), "_references": weakref.WeakKeyDictionary()}
     state = {name: value for name, value in fast.__dict__.items() if name not in (*fresh, "_chosen")}
     new.__dict__.update(copy.deepcopy(state, memo) | fresh)
-    _share_again(new.program, None if new.program.models else new.original)
+    _share_again(new.program, None if new.program.models else new.running)
+    if new.given is not None and new.original is not None and not new.program.models:
+        share_tensors(new.given, new.original)
     new.settings = fast.settings
     new.executor = fast.__dict__["_asked"]
     return new

@@ -193,12 +193,14 @@ def test_fit_has_nothing_to_train_but_the_models_themselves():
     assert all(torch.equal(v, before[k]) for k, v in nn.ModuleList(models).state_dict().items())
     report = fast.fit(batches(), epochs=4, trunk=True, lr=1e-2, trunk_lr=1e-2, progress=False)
     assert report.rows[-1].loss < report.rows[0].loss
-    after = nn.ModuleList(models).state_dict()
-    for k in range(3):  # every model learns, through its own prediction
-        assert any(not torch.equal(v, before[n]) for n, v in after.items() if n.startswith(f"{k}."))
+    assert all(torch.equal(v, before[k]) for k, v in nn.ModuleList(models).state_dict().items())
+    trained = [fast.captured_from.member(name).model for name in fast.captured_from.order]
+    for k, model in enumerate(trained):  # every model learns, through its own prediction
+        assert any(not torch.equal(v, before[f"{k}.{n}"]) for n, v in model.state_dict().items())
     fast.set_thresholds(CLOSED)
     with torch.no_grad():
-        equal_bits(fast(X), models[-1].eval()(X))
+        equal_bits(fast(X), trained[-1].eval()(X))
+        equal_bits(fast.full(X), models[-1].eval()(X))
 
 
 def test_a_learned_criterion_trains_its_scores_alone(tmp_path):
@@ -216,7 +218,7 @@ def test_a_learned_criterion_trains_its_scores_alone(tmp_path):
 def test_thresholds_carry_the_guarantee():
     """Calibrated on one part, the drop on another stays within what was promised."""
     fast = eecompile(three(), "cascade", example_inputs=(X,))
-    fast.fit(batches(1500, 1), epochs=15, trunk=True, trunk_lr=1e-2, progress=False)
+    fast.fit(batches(1500, 1), epochs=15, trunk=True, trunk_lr=1e-2, train_in_place=True, progress=False)
     report = fast.calibrate(batches(3000, 2), max_drop=0.05, delta=0.1, target="agreement")
     assert report.qualified
     measured = fast.evaluate(batches(3000, 3))

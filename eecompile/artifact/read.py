@@ -23,6 +23,7 @@ from eecompile.criteria import criterion
 from eecompile.errors import ArtifactError, EecompileError, StrategyError
 from eecompile.heads import Branch, rebuild, score_head
 from eecompile.module import CompiledModule
+from eecompile.own_trunk import COPIED, IN_PLACE, NOT_SAVED
 from eecompile.passes import (
     Annotate,
     FindBlocks,
@@ -124,12 +125,17 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
         training_program=training,
         artifact=artifact,
         autocast=data.get("autocast", ()),
-        notes=[*(n for n in data["notes"] if not n.startswith(LOADED)), f"{LOADED}{directory.name}"],
+        notes=[*_notes(data["notes"]), f"{LOADED}{directory.name}"],
     )
     fast.__dict__["train_signature"] = train_signature
     fast.trained_by_loss = data["trained_by_loss"]
     fast.waiting.restore(data["waiting"])
     return fast
+
+
+def _notes(saved: list[str]) -> list[str]:
+    """Those that still hold."""
+    return [NOT_SAVED if n in (COPIED, IN_PLACE) else n for n in saved if not n.startswith(LOADED)]
 
 
 def _exported(path: Path) -> ExportedProgram:

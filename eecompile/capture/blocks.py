@@ -123,6 +123,10 @@ class BlocksModel(nn.Module):
         """The same model for training heads only: eval mode, no gradients."""
         return BlocksModel(self.model, self.call, self.found, frozen=True)
 
+    def over(self, model: nn.Module) -> BlocksModel:
+        """The same around a copy of the model."""
+        return BlocksModel(model, self.call, self.found, self.frozen)
+
     def forward(self, *flat: Tensor) -> tuple[Tensor, ...]:
         taps: list[Tensor] = []
         by_name = {t.name: t for t in self.found.taps}

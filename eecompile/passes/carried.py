@@ -75,7 +75,7 @@ def unwrapped(models: Mapping[str, nn.Module], plain: Sequence[bool]) -> tuple[d
             continue
         fast: Any = model
         _able(name, fast, program)
-        found[name] = fast.original
+        found[name] = fast.running
         settings: Settings = fast.waiting.wanted()
         ends[name] = settings[TEMPERATURES][-1]
 

@@ -35,6 +35,7 @@ def fit(
     two_stage: bool | None = None,
     lr: float = 1e-3,
     trunk_lr: float | None = None,
+    train_in_place: bool = False,
     weight_decay: float = 0.01,
     optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
     scheduler: str | Callable[[Optimizer], Any] | None = None,
@@ -58,12 +59,15 @@ def fit(
         fast: The compiled module. Its mode, and what `prepare_training` restores, are as before afterwards.
         loader: Yields `(inputs, labels)` or Hugging Face batches, again and again.
         epochs: Passes over `loader`; with `two_stage`, of each stage. Strategies with gates share them among their stages.
-        trunk: Whether the user's model itself is trained too. False leaves every parameter of it untouched;
+        trunk: Whether the model's own layers are trained too. False leaves every parameter of them untouched;
             None, the default, is what the strategy asks for (`fast.strategy.joint`), mostly False.
         two_stage: First the model with its own output, then the heads on the frozen model (DeeBERT, Xin et
             al. 2020). None is what the strategy asks for, unless `trunk` is False.
         lr: Learning rate of the heads.
         trunk_lr: Learning rate of the trunk, a tenth of `lr` by default.
+        train_in_place: The trunk is trained in the user's model itself, which changes with it. By default in a copy, made
+            when the trunk is first trained: the user's model stays as it is, and `full`, `evaluate` and `calibrate`
+            compare with that.
         weight_decay: Of the default AdamW.
         optimizer: Makes an optimizer from parameter groups (dicts with "params", "lr", "weight_decay").
             AdamW by default.
@@ -155,6 +159,8 @@ def fit(
         progress=progress,
         callbacks=tuple(callbacks),
     )
+    if any(stage.trunk for stage in stages):
+        fast.own_trunk(in_place=train_in_place)
     fast.trained_by_loss = loss is not None
     checkpoints = None if checkpoint_dir is None else Checkpoints(checkpoint_dir)
     return Loop(fast, loader, val_loader, plan, checkpoints, accelerator).run(resume)

@@ -1,4 +1,4 @@
-"""What early answers are compared with: the full model, every exit closed and nothing left out."""
+"""What early answers are compared with: the model as it was given, without exits and with nothing left out."""
 
 from __future__ import annotations
 
@@ -31,12 +31,13 @@ def skips(fast: Any) -> bool:
 
 
 def full_prediction(fast: Any, batch: Batch, result: Result) -> Tensor:
-    """The full model's prediction for a batch that `fast.observe` gave `result` for.
+    """The full model's prediction for a batch that `fast.observe` gave `result` for, the model being as it was given.
 
-    Without gates, halting and branches that is the last of its outputs; with them the full model runs once more.
+    Without gates, halting and branches, and with a trunk that was not trained, that is the last of its outputs; else the
+    full model runs once more.
     """
     assert result.outputs is not None
-    if not skips(fast):
+    if not skips(fast) and getattr(fast, "given", None) is None:
         return result.outputs[-1]
     found: Tensor = fast.prediction_of(fast.full(*batch.args, **batch.kwargs))
     return found

@@ -84,6 +84,9 @@ class Compiled(Protocol):
 
     def trunk_parameters(self) -> Iterator[nn.Parameter]: ...
 
+    def own_trunk(self, in_place: bool = False) -> None:
+        """The trunk is about to be trained: in a copy, or in the user's model itself."""
+
     def prepare_training(self, trunk: bool) -> AbstractContextManager[Any] | None:
         """Train mode, with the trunk trainable or frozen.
 

@@ -51,4 +51,5 @@ def test_a_model_that_writes_in_training_alone_is_taken():
     assert not bool(model.seen.any())
     y = torch.randint(0, 3, (6,))
     fast.fit([(X, y)], trunk=True, progress=False)
-    assert bool(model.seen.any()), "training writes it, as the model itself would"
+    assert bool(fast.running.seen.any()), "training writes it, as the model itself would"
+    assert not bool(model.seen.any()), "in the copy that is trained"

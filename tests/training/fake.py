@@ -92,6 +92,9 @@ class Fake(nn.Module):
         yield from self.blocks.parameters()
         yield from self.end.parameters()
 
+    def own_trunk(self, in_place: bool = False) -> None:
+        """Trained as it is: nothing of it belongs to anybody else."""
+
     @contextmanager
     def prepare_training(self, trunk: bool) -> Iterator[None]:
         flags = [(p, p.requires_grad) for p in self.trunk_parameters()]
