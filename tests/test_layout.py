@@ -43,6 +43,7 @@ LAYERS = [
         "benchmark",
         "explain",
         "wrapping",
+        "own_trunk",
     },
     {"inspect"},
     {"__init__"},  # the package's front: names of every layer, each imported when it is first asked for
