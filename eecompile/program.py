@@ -15,9 +15,7 @@ import torch
 from torch import fx
 
 from eecompile.errors import PassError, near
-from eecompile.ir.settings import Settings
-from eecompile.reasons import Reason
-from eecompile.records import (
+from eecompile.ir.records import (
     Anchor,
     Block,
     Carry,
@@ -31,11 +29,14 @@ from eecompile.records import (
     Refusal,
     Region,
     Report,
+    Route,
     Stage,
     TokenPart,
+    Way,
     Width,
 )
-from eecompile.route_records import Route, Way
+from eecompile.ir.settings import Settings
+from eecompile.reasons import Reason
 from eecompile.signature import Signature
 from eecompile.strategies.base import GateRecipe, HaltRecipe, RouteRecipe
 

@@ -6,7 +6,9 @@ of the user's own, `load_state_dict`. Modules without a mark, such as a model's 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+from collections.abc import Iterator
 
 import torch
 from torch import nn
@@ -26,6 +28,21 @@ def mark_untrained(module: nn.Module) -> None:
     """Says that a module's present weights are no trained ones; nothing to say of one without parameters."""
     if next(module.parameters(), None) is not None:
         module.__dict__[MARK] = digest(module)
+
+
+def untrained(module: nn.Module, device: torch.device, dtype: str) -> nn.Module:
+    """A new module, moved to where it is inserted and marked."""
+    module.to(device=device, dtype=getattr(torch, dtype))
+    mark_untrained(module)
+    return module
+
+
+@contextlib.contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """Random weights are those of this seed; the global generator is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
 
 
 def is_untrained(module: nn.Module) -> bool:

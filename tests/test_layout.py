@@ -19,11 +19,10 @@ PACKAGE = ROOT / "eecompile"
 # From the ground up; a file may import from its own layer and from those above it in this list.
 LAYERS = [
     {"errors", "measuring", "guards", "containers", "plain"},
-    {"ir"},
+    {"ir", "criteria"},
     {"kernels", "ops"},
     {"untrained"},
-    {"signature", "criteria", "heads", "gates", "routers", "strategies", "route_records"}
-    | {"reasons", "records", "program", "prediction", "thresholds"},
+    {"signature", "heads", "gates", "routers", "strategies"} | {"reasons", "program", "prediction", "thresholds"},
     {"capture"},
     {"passes"},
     {"runtime", "costs"},

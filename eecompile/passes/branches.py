@@ -14,10 +14,10 @@ import torch
 from torch import fx, nn
 
 from eecompile.errors import StrategyError
+from eecompile.ir.functional import make_functional
 from eecompile.passes import facts
 from eecompile.passes.extract import Extractor
 from eecompile.passes.find_regions import exclusive
-from eecompile.passes.functional import make_functional
 from eecompile.program import Program, Region
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,12 @@ from eecompile.capture.axes import counts_rows
 from eecompile.capture.memory import memory as memory
 from eecompile.capture.tensors import share_tensors
 from eecompile.errors import PassError
-from eecompile.program import Anchor, Live
+from eecompile.ir.graph import anchors as anchors
+from eecompile.ir.graph import by_name as by_name
+from eecompile.ir.graph import stack as stack
+from eecompile.ir.graph import target_name as target_name
+from eecompile.ir.graph import value as value
+from eecompile.ir.records import Anchor, Live
 from eecompile.signature import Signature
 
 aten = torch.ops.aten
@@ -29,10 +33,6 @@ def expression(size: Any) -> sympy.Expr:
 def device_of(module: torch.nn.Module) -> torch.device:
     """Where its parameters are; the CPU where there are none."""
     return next((p.device for p in module.parameters()), torch.device("cpu"))
-
-
-def value(node: fx.Node) -> Any:
-    return node.meta.get("val")
 
 
 def is_tensor(node: fx.Node) -> bool:
@@ -104,10 +104,6 @@ def placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:
 def output_leaves(graph_module: fx.GraphModule) -> list[fx.Node]:
     """The nodes that the graph gives, in order."""
     return list(graph_module.graph.output_node().args[0])  # type: ignore[arg-type]
-
-
-def by_name(graph_module: fx.GraphModule) -> dict[str, fx.Node]:
-    return {n.name: n for n in graph_module.graph.nodes}
 
 
 def attribute(module: torch.nn.Module, target: str) -> Any:
@@ -215,34 +211,8 @@ def trunk_nodes(graph_module: fx.GraphModule, batch: Batch) -> set[fx.Node]:
     return out
 
 
-def stack(node: fx.Node) -> tuple[tuple[str, int, str], ...]:
-    """Modules around a node, outermost first: (path, call, class)."""
-    found: tuple[tuple[str, int, str], ...] = node.meta.get("stack", ())
-    return found
-
-
 def block_name(path: str, call: int) -> str:
     return path if call == 0 else f"{path}@{call}"
-
-
-def target_name(node: fx.Node) -> str:
-    """An operator's name; in-place and functional forms count as one, so that captures of both modes agree."""
-    name = str(node.target) if not callable(node.target) or hasattr(node.target, "_schema") else node.target.__name__
-    return re.sub(r"_(\.\w+)$", r"\1", name)
-
-
-def anchors(nodes: Iterable[fx.Node]) -> dict[fx.Node, Anchor]:
-    """Names for values that hold in every capture of the same model: n-th call of an operator in its module."""
-    counts: dict[tuple[str, int, str], int] = {}
-    found = {}
-    for n in nodes:
-        if n.op != "call_function":
-            continue
-        path, call = stack(n)[-1][:2] if stack(n) else ("", 0)
-        key = (path, call, target_name(n))
-        counts[key] = counts.get(key, -1) + 1
-        found[n] = Anchor(*key, counts[key])
-    return found
 
 
 def relative(anchor: Anchor, block: str) -> tuple[str, str, int]:

@@ -22,14 +22,16 @@ from eecompile.criteria import Criterion, MaxProbability
 from eecompile.errors import PassError, StrategyError
 from eecompile.heads import Branch, HeadSpec, build_head, check_head, score_head
 from eecompile.ir import settings
+from eecompile.ir.functional import make_functional
+from eecompile.ir.graph import Counterparts
 from eecompile.ir.settings import Settings
+from eecompile.ir.writer import GraphWriter, add_modules
 from eecompile.passes import facts, sites
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.carried import Brought
 from eecompile.passes.find_cuts import cuts_before
-from eecompile.passes.functional import make_functional
-from eecompile.program import Anchor, Cut, Exit, Program, Refusal
-from eecompile.untrained import mark_untrained
+from eecompile.program import Cut, Exit, Program, Refusal
+from eecompile.untrained import mark_untrained, seeded
 
 HEADS = "eecompile_heads"
 COMBINATION = "eecompile_combination"
@@ -65,7 +67,7 @@ class InsertExits(Pass):
         heads = dict(self.heads) or self.build(program)
         program = program.replace(settings=self._settings(program))
         gm = facts.copy(program.graph_module)
-        _attach(gm, heads)
+        add_modules(gm, HEADS, heads)
         program.settings.attach(gm, facts.device_of(gm))
         if program.exits and program.exits[0].combine == "weighted":
             classes = program.signature.outputs[program.prediction or 0].shape[-1]
@@ -105,8 +107,7 @@ class InsertExits(Pass):
             return {e.name: self._shared(program, e) for e in program.exits}
         reference = next((p for p in program.graph_module.parameters() if p.is_floating_point()), None)
         heads = {}
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.seed)
+        with seeded(self.seed):
             for e in program.exits:
                 if e.cut in self.brought.exits:
                     heads[e.name] = self.brought.exits[e.cut].branch
@@ -153,31 +154,22 @@ def cut_of(program: Program, e: Exit) -> Any:
     return next(c for c in program.cuts if c.after == e.after)
 
 
-def _attach(gm: fx.GraphModule, heads: Mapping[str, Branch]) -> None:
-    container = nn.Module()
-    for name, branch in heads.items():
-        container.add_module(name, branch)
-    gm.add_module(HEADS, container)
-
-
-class _Marker:
+class _Marker(GraphWriter):
     """Writes exits in graph order and the selection at the end."""
 
+    exit = -1  # which exit new nodes belong to, -1 for the selection
+
     def __init__(self, gm: fx.GraphModule, program: Program) -> None:
-        self.gm, self.program, self.graph = gm, program, gm.graph
-        self.nodes = facts.by_name(gm)
-        self.position = {n: i for i, n in enumerate(gm.graph.nodes)}
+        super().__init__(gm)
+        self.program = program
         self.outputs: list[fx.Node] = []
         self.confidences: list[fx.Node] = []
         self.scores: list[fx.Node] = []
         self.separate: list[fx.Node] = []
         self.state: fx.Node | None = None
         self.memory: fx.Node | None = None  # of the combination of exits
-        self.at = -1
-        first = next(n for n in self.graph.nodes if n.op != "placeholder")
-        with self.graph.inserting_before(first):
-            self.thresholds = self._new(self.graph.get_attr(settings.THRESHOLDS_BUFFER), "thresholds")
-            self.temperatures = self._new(self.graph.get_attr(settings.TEMPERATURES_BUFFER), "temperatures")
+        self.thresholds = self.setting(settings.THRESHOLDS_BUFFER, "thresholds")
+        self.temperatures = self.setting(settings.TEMPERATURES_BUFFER, "temperatures")
         leaves = facts.own_leaves(gm, program.signature)
         assert program.prediction is not None
         self.leaves = leaves
@@ -187,149 +179,131 @@ class _Marker:
             raise StrategyError("the prediction has no batch axis", got=str(self.prediction))
         self.axis = axis
 
-    def _new(self, node: fx.Node, name: str, like: fx.Node | None = None) -> fx.Node:
-        node._rename(name)
-        node.meta["eecompile"] = self.at  # the exit that it belongs to, -1 for the selection
-        if like is not None and "val" in like.meta:
-            node.meta["val"] = like.meta["val"]
-        return node
+    def note(self, node: fx.Node, name: str, val: Any = None) -> fx.Node:
+        node.meta["eecompile"] = self.exit
+        return super().note(node, name, val)
+
+    def predicts(self, name: str, target: Any, *args: Any) -> fx.Node:
+        """A node whose value is like the model's own prediction."""
+        return self.call_like(name, facts.value(self.prediction), target, *args)
 
     def _role(self, node: fx.Node, role: str) -> fx.Node:
         """Says what the lowering takes this node for: "output", "confidence", "threshold", "state", "memory"."""
         node.meta["eecompile_role"] = role
         return node
 
-    def _item(self, source: fx.Node, i: int, name: str, like: fx.Node | None = None) -> fx.Node:
-        return self._new(self.graph.call_function(operator.getitem, (source, i)), name, like)
-
     def add_exit(self, index: int, e: Exit, branch: Branch) -> None:
-        """Head and confidence directly behind the cut, before anything can overwrite what the head reads."""
-        self.at = index
-        with self.graph.inserting_after(self.nodes[e.after]):
-            anchor = self.graph.call_function(operator.pos, (0,))  # keeps the order of what follows
-        with self.graph.inserting_before(anchor):
-            inputs = tuple(self.nodes[n] for n in e.head_inputs)
-            if not branch.takes_mask:
-                inputs = inputs[:1]
-            call = self._new(self.graph.call_module(e.head, inputs), f"{e.name}_head", self.prediction)
-            logits = call
-            if branch.score is not None:
-                logits = self._item(call, 0, f"{e.name}_logits", self.prediction)
-                self.scores.append(self._item(call, 1, f"{e.name}_score"))
-            logits = self._as_prediction(e, logits)
-            self.separate.append(logits)
-            if e.combine in ("ensemble", "weighted"):
-                logits = self._ensemble(e, logits, index)
-            judged = self.scores[-1] if e.criterion.learned else logits
-            if e.criterion.routed:
-                self._sent(e, index)
-            else:
-                self._confidence(e.name, judged, e.criterion, index, self._mask(e, judged))
-            if e.combine == "confident":
-                logits = self._surest(e.name, logits, index)
-        self.graph.erase_node(anchor)
+        """Head and confidence directly after the cut, before anything can overwrite what the head reads."""
+        self.exit, self.at = index, self.names[e.after]
+        inputs = tuple(self.names[n] for n in e.head_inputs)
+        val = facts.value(self.prediction)
+        call = self.module(f"{e.name}_head", e.head, inputs if branch.takes_mask else inputs[:1], val)
+        logits = call
+        if branch.score is not None:
+            logits = self.predicts(f"{e.name}_logits", operator.getitem, call, 0)
+            self.scores.append(self.call_like(f"{e.name}_score", None, operator.getitem, call, 1))
+        logits = self._as_prediction(e, logits)
+        self.separate.append(logits)
+        if e.combine in ("ensemble", "weighted"):
+            logits = self._ensemble(e, logits, index)
+        scored = self.scores[-1] if e.criterion.learned else logits
+        if e.criterion.routed:
+            self._sent(e, index)
+        else:
+            self._confidence(e.name, scored, e.criterion, index, self._mask(e, scored))
+        if e.combine == "confident":
+            logits = self._surest(e.name, logits, index)
         self.outputs.append(self._role(logits, "output"))
 
     def _as_prediction(self, e: Exit, logits: fx.Node) -> fx.Node:
         """The logits in the dtype of the model's own, where the value at the exit has another one."""
-        given, wanted = (facts.value(n) for n in (self.nodes[e.head_inputs[0]], self.prediction))
+        given, wanted = (facts.value(n) for n in (self.names[e.head_inputs[0]], self.prediction))
         if given is None or e.head_kind == "shared" or given.dtype == wanted.dtype:
             return logits
-        cast = self.graph.call_function(aten.to.dtype, (logits, wanted.dtype))
-        return self._new(cast, f"{e.name}_cast", self.prediction)
+        return self.predicts(f"{e.name}_cast", aten.to.dtype, logits, wanted.dtype)
 
     def _sent(self, e: Exit, index: int) -> None:
         """The router's confidence for this exit: nothing of the head is in it."""
-        column = self.graph.call_function(aten.select.int, (self.nodes[e.routed], 1, index))
-        column.meta["val"] = self.nodes[e.routed].meta["val"][:, index]
-        self.confidences.append(self._role(self._new(column, f"{e.name}_confidence"), "confidence"))
+        column = self.call(f"{e.name}_confidence", aten.select.int, self.names[e.routed], 1, index)
+        self.confidences.append(self._role(column, "confidence"))
 
     def _ensemble(self, e: Exit, logits: fx.Node, index: int) -> fx.Node:
         name, target = e.name, torch.ops.eecompile.ensemble.default
         args: tuple[Any, ...] = (logits, self.memory, self._threshold(name, index))
         if e.combine == "weighted":
             # The heads are trained by themselves: the ensemble's loss moves nothing but its own weights.
-            logits = self._new(self.graph.call_function(aten.detach.default, (logits,)), f"{name}_alone", logits)
-            given = [self._new(self.graph.get_attr(f"{COMBINATION}.{n}"), f"{name}_{n}") for n in ("weights", "bias")]
+            logits = self.call_like(f"{name}_alone", facts.value(logits), aten.detach.default, logits)
+            given = [self.attribute(f"{COMBINATION}.{n}", f"{name}_{n}") for n in ("weights", "bias")]
             target = torch.ops.eecompile.weighted_ensemble.default
             args = (logits, self.memory, *given, index, args[2])
-        call = self._new(self.graph.call_function(target, args), f"{name}_combination")
-        self.memory = self._role(self._item(call, 1, f"{name}_memory"), "memory")
-        return self._item(call, 0, f"{name}_combined", self.prediction)
+        call = self.call_like(f"{name}_combination", None, target, *args)
+        self.memory = self._role(self.item(f"{name}_memory", call, 1), "memory")
+        return self.predicts(f"{name}_combined", operator.getitem, call, 0)
 
     def _surest(self, name: str, logits: fx.Node, index: int) -> fx.Node:
         args = (logits, self.confidences[-1], self.memory, self._threshold(name, index))
-        call = self._new(self.graph.call_function(torch.ops.eecompile.keep_best.default, args), f"{name}_combination")
-        self.confidences[-1] = self._role(self._item(call, 1, f"{name}_surest"), "confidence")
-        self.memory = self._role(self._item(call, 2, f"{name}_memory"), "memory")
-        return self._item(call, 0, f"{name}_combined", self.prediction)
+        call = self.call_like(f"{name}_combination", None, torch.ops.eecompile.keep_best.default, *args)
+        self.confidences[-1] = self._role(self.item(f"{name}_surest", call, 1), "confidence")
+        self.memory = self._role(self.item(f"{name}_memory", call, 2), "memory")
+        return self.predicts(f"{name}_combined", operator.getitem, call, 0)
 
     def _threshold(self, name: str, index: int) -> fx.Node:
-        node = self.graph.call_function(aten.select.int, (self.thresholds, 0, index))
-        return self._role(self._new(node, f"{name}_threshold"), "threshold")
+        node = self.call_like(f"{name}_threshold", None, aten.select.int, self.thresholds, 0, index)
+        return self._role(node, "threshold")
 
-    def _mask(self, e: Exit, judged: fx.Node) -> fx.Node | None:
+    def _mask(self, e: Exit, scored: fx.Node) -> fx.Node | None:
         if e.mask_input is None or e.criterion.learned or not masks_positions(self.program, e):
             return None
-        return self.nodes[e.mask_input]
+        return self.names[e.mask_input]
 
     def _confidence(self, name: str, logits: fx.Node, criterion: Criterion, index: int, mask: fx.Node | None) -> None:
-        number = self._new(self.graph.call_function(aten.select.int, (self.temperatures, 0, index)), f"{name}_temperature")
+        number = self.call_like(f"{name}_temperature", None, aten.select.int, self.temperatures, 0, index)
         options: dict[str, Any] = {"patience": criterion.patience, "reduce": criterion.reduce}
         if mask is not None:
             options["mask"] = mask
         if criterion.stateful and index < len(self.program.exits):
             options["threshold"] = self._threshold(name, index)
-        target = torch.ops.eecompile.confidence.default
         args = (logits, self.state if criterion.stateful else None, criterion.name, number)
-        call = self._new(self.graph.call_function(target, args, options), f"{name}_decision")
-        self.confidences.append(self._role(self._item(call, 0, f"{name}_confidence"), "confidence"))
+        call = self.call_like(f"{name}_decision", None, torch.ops.eecompile.confidence.default, *args, **options)
+        self.confidences.append(self._role(self.item(f"{name}_confidence", call, 0), "confidence"))
         if criterion.stateful:
-            self.state = self._role(self._item(call, 1, f"{name}_state"), "state")
+            self.state = self._role(self.item(f"{name}_state", call, 1), "state")
 
     def finish(self) -> None:
-        self.at = -1
         output = self.graph.output_node()
+        self.exit, self.at = -1, output.prev
         exits = self.program.exits
-        with self.graph.inserting_before(output):
-            final = self.prediction
-            if self.axis:
-                final = self.graph.call_function(aten.movedim.int, (final, self.axis, 0))
-                self._new(final, "prediction_rows")
-            criterion = exits[-1].criterion if exits else MaxProbability()
-            if criterion.learned or criterion.routed:  # there is no score behind the last layer
-                criterion = MaxProbability(reduce=criterion.reduce)
-            mask = self._mask(exits[-1], final) if exits else None
-            self._confidence("model", final, criterion, len(exits), mask)
-            self.outputs.append(final)
-            self.separate = [*self.separate, final] if exits and exits[-1].combine != "last" else []
-            chosen = self._new(
-                self.graph.call_function(
-                    torch.ops.eecompile.select.default, (self.outputs, self.confidences, self.thresholds)
-                ),
-                "selection",
-            )
-            prediction = self._item(chosen, 0, "selected", self.prediction)
-            index = self._item(chosen, 1, "exit_index")
-            confidence = self._item(chosen, 2, "confidence")
-            if self.axis:
-                prediction = self.graph.call_function(aten.movedim.int, (prediction, 0, self.axis))
-                self._new(prediction, "selected_prediction", self.prediction)
-            leaves = [prediction if n is self.prediction else self._blank(n, i, index) for i, n in enumerate(self.leaves)]
-        reports = [self.nodes[r.node] for r in self.program.reports]
+        final = self.prediction
+        if self.axis:
+            final = self.call_like("prediction_rows", None, aten.movedim.int, final, self.axis, 0)
+        criterion = exits[-1].criterion if exits else MaxProbability()
+        if criterion.learned or criterion.routed:  # there is no score after the last layer
+            criterion = MaxProbability(reduce=criterion.reduce)
+        mask = self._mask(exits[-1], final) if exits else None
+        self._confidence("model", final, criterion, len(exits), mask)
+        self.outputs.append(final)
+        self.separate = [*self.separate, final] if exits and exits[-1].combine != "last" else []
+        args = (self.outputs, self.confidences, self.thresholds)
+        chosen = self.call_like("selection", None, torch.ops.eecompile.select.default, *args)
+        prediction = self.predicts("selected", operator.getitem, chosen, 0)
+        index = self.item("exit_index", chosen, 1)
+        confidence = self.item("confidence", chosen, 2)
+        if self.axis:
+            prediction = self.predicts("selected_prediction", aten.movedim.int, prediction, 0, self.axis)
+        leaves = [prediction if n is self.prediction else self._blank(n, i, index) for i, n in enumerate(self.leaves)]
+        reports = [self.names[r.node] for r in self.program.reports]
         output.args = (
             (*leaves, index, confidence, *self.outputs, *self.confidences, *self.scores, *self.separate, *reports),
         )
 
     def _blank(self, leaf: fx.Node, i: int, index: fx.Node) -> fx.Node:
         """Another output leaf: rows that left before it was computed have no value there."""
-        available = available_from(self.program, self.position[leaf], self.position, self.nodes)
+        available = available_from(self.program, self.position[leaf], self.position, self.names)
         if available == 0:
             return leaf
         axis = self.program.signature.outputs[i].batch_axis
-        target = torch.ops.eecompile.blank.default
         args = (leaf, index, available, -1 if axis is None else axis)
-        return self._new(self.graph.call_function(target, args), f"{leaf.name}_or_nothing", leaf)
+        return self.call_like(f"{leaf.name}_or_nothing", facts.value(leaf), torch.ops.eecompile.blank.default, *args)
 
 
 def masks_positions(program: Program, e: Exit) -> bool:
@@ -364,9 +338,8 @@ def relocate(program: Program, exits: tuple[Exit, ...]) -> tuple[Exit, ...]:
     Raises:
         PassError: A value of the first capture has no counterpart.
     """
-    nodes = list(program.graph_module.graph.nodes)
-    names = facts.by_name(program.graph_module)
-    found: dict[Anchor, fx.Node] = {a: n for n, a in facts.anchors(nodes).items()}
+    there = Counterparts(program.graph_module, "an exit")
+    names = there.names
     moved = []
     swap = {c.y: names[c.node] for g in program.gates for c in g.carries}
     swap |= {y: names[s.value] for h in program.halts if not h.repeated for y, s in zip(h.ys[:-1], h.steps, strict=False)}
@@ -374,7 +347,7 @@ def relocate(program: Program, exits: tuple[Exit, ...]) -> tuple[Exit, ...]:
     before = cuts_before(program) if any(e.gate for e in exits) else {}
     for e in exits:
         cut = before[e.gate] if e.gate else next((c for c in program.cuts if c.name == e.cut), None)
-        node = found.get(e.anchor)
+        node = there.found.get(e.anchor)
         if isinstance(cut, Cut) and (e.gate or node is None):
             node = names[cut.value]
         if node is None or isinstance(cut, Refusal):

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import torch
 from torch import fx
 
+from eecompile.ir.functional import functional
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
-from eecompile.passes.functional import functional
 from eecompile.program import Program
 
 aten = torch.ops.aten
