@@ -9,16 +9,19 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from eecompile.errors import PassError, near
+from eecompile.ir.choices import choices_of
 from eecompile.ir.records import (
     Anchor,
     Block,
     Carry,
+    Choice,
     Cut,
     Exit,
     Gate,
@@ -44,6 +47,7 @@ __all__ = [
     "Anchor",
     "Block",
     "Carry",
+    "Choice",
     "Cut",
     "Exit",
     "Gate",
@@ -200,6 +204,11 @@ class Program:
             for i, value in zip(self.tail.slots, values, strict=True):
                 found[i] = value
         return found
+
+    @cached_property
+    def choices(self) -> tuple[Choice, ...]:
+        """Every region in which rows take one of several arms: gates and widths, halting steps, a router's branches."""
+        return choices_of(self.gates, self.widths, self.halts, self.routes)
 
     @property
     def gate_recipe(self) -> GateRecipe | None:

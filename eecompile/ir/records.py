@@ -465,3 +465,60 @@ class Stage:
     flops: float
     nodes: int
     only_for: tuple[tuple[tuple[int, ...], float], ...] = ()
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One of the things that may run for a row.
+
+    Attributes:
+        name: "skip", "run", the number of a width, or a branch as users know it.
+        values: Names of the nodes that it hands on, one for each merge.
+        skips: Whether nothing runs: the values are what goes past the region.
+        module: Name of the submodule that is all of it; empty where nodes of the graph compute it.
+        inputs: Names of the nodes that the module is called with.
+    """
+
+    name: str
+    values: tuple[str, ...]
+    skips: bool = False
+    module: str = ""
+    inputs: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Where the arms of a choice meet: the `choose` at `node`."""
+
+    node: str
+    batch_axis: int
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A region in which each row takes one of several arms: a gate, a halting step, a width or a router's branches.
+
+    Attributes:
+        name: Of the gate, step, width or router.
+        region: Name of the region, for messages.
+        index: Names of the nodes that say which arm a row takes: one `[B]` with its number, or for every arm but the first
+            one that is open from that arm on.
+        arms: In order; for branches and widths the last is the model as it was.
+        merges: One for each value.
+        gates: Names of the gates that open one arm after the other.
+        reads: Names of further nodes that lie before the region.
+        inner: Names of nodes between the arms' values and the merge.
+        live: Name of the node `[B, S]` that says which positions run, where positions choose one by one.
+        parts: What runs at the live positions only.
+    """
+
+    name: str
+    region: str
+    index: tuple[str, ...]
+    arms: tuple[Arm, ...]
+    merges: tuple[Merge, ...]
+    gates: tuple[str, ...] = ()
+    reads: tuple[str, ...] = ()
+    inner: tuple[str, ...] = ()
+    live: str = ""
+    parts: tuple[TokenPart, ...] = ()

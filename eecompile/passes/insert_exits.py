@@ -356,7 +356,7 @@ def relocate(program: Program, exits: tuple[Exit, ...]) -> tuple[Exit, ...]:
         after = node if cut is None or cut.value != node.name else names[cut.after]
         inputs = [node.name]
         for name, anchor in itertools.zip_longest(e.head_inputs[1:], e.sides):
-            other = names.get(name) if anchor is None else found.get(anchor)
+            other = names.get(name) if anchor is None else there.found.get(anchor)
             if other is None:
                 raise PassError("a head's input is not in the training capture", where=e.cut, got=name)
             inputs.append(other.name)

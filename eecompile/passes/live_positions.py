@@ -11,10 +11,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from eecompile.ir.records import Choice, TokenPart
 from eecompile.passes import facts
 from eecompile.passes.extract import Extractor
 from eecompile.passes.positionwise import VIEWS, Positions
-from eecompile.program import HaltStep, TokenPart
 
 
 class LivePositions(nn.Module):
@@ -67,7 +67,7 @@ def extract_at_live(
     inputs: Sequence[fx.Node],
     outputs: Sequence[fx.Node],
     name: str,
-    step: HaltStep,
+    choice: Choice,
 ) -> fx.GraphModule:
     """As `extract`, with the step's parts as submodules that run at its live positions."""
     names = facts.by_name(source)
@@ -75,7 +75,7 @@ def extract_at_live(
     for n in inputs:
         part.placeholder(n)
     mine = {n.name for n in nodes}
-    whole = [p for p in step.parts if mine.issuperset(p.nodes)]
+    whole = [p for p in choice.parts if mine.issuperset(p.nodes)]
     ends = {names[p.node]: p for p in whole}
     hidden = {name for p in whole for name in p.nodes}
     for n in nodes:
@@ -87,7 +87,7 @@ def extract_at_live(
         part.modules[p.name] = LivePositions(_body(source, p), p.most_live)
         past = part.resolve(names[p.past]) if p.past else None
         call = part.graph.call_module(
-            p.name, (part.resolve(names[step.live]), past, *(part.resolve(names[i]) for i in p.inputs))
+            p.name, (part.resolve(names[choice.live]), past, *(part.resolve(names[i]) for i in p.inputs))
         )
         call.meta = {key: v for key, v in n.meta.items() if key in ("val", "stack")}
         part.env[n] = call

@@ -17,7 +17,7 @@ import eecompile.ops as ops
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.extract import Extractor
-from eecompile.passes.gated import Possible, conditionals, defined, possible
+from eecompile.passes.regions import Possible, decisions, defined, possible
 from eecompile.passes.stage import Layout, inserted
 from eecompile.program import Live, Program
 
@@ -212,7 +212,7 @@ def _reported(
 
 def fixed(program: Program, arms: Possible) -> set[str]:
     """Names of gates, steps and chains that do the same for every row: nothing is reported of them."""
-    known = {c.name for c, taken in zip(conditionals(program), arms, strict=True) if len(taken) == 1}
+    known = {name for name, taken in decisions(program, arms).items() if len(taken) == 1}
     return known | {h.name for h in program.halts if h.steps[-1].name in known}
 
 

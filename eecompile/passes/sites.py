@@ -10,9 +10,9 @@ from torch import fx
 
 from eecompile.errors import PassError
 from eecompile.heads import Site
+from eecompile.ir.functional import make_functional
 from eecompile.passes import facts
 from eecompile.passes.extract import extract
-from eecompile.passes.functional import make_functional
 from eecompile.program import Cut, Exit, Program, Refusal
 
 MASK_NAMES = ("attention_mask", "padding_mask", "key_padding_mask", "mask", "input_mask")

@@ -17,8 +17,8 @@ from eecompile.errors import PassError
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.extract import Extractor
-from eecompile.passes.gated import GatedRegions, Possible
-from eecompile.program import Gate, Halt, HaltStep, Live, Program, Stage
+from eecompile.passes.regions import Possible, Regions
+from eecompile.program import Gate, Halt, Live, Program, Stage
 
 
 def inserted(node: fx.Node) -> bool:
@@ -84,7 +84,7 @@ class Layout:
         self.position = {n: i for i, n in enumerate(self.trunk)}
         self.batch = facts.Batch(self.gm, program.signature)
         self.learned = facts.trunk_nodes(self.gm, self.batch)
-        self.regions = GatedRegions(program, self.gm, self.batch, live_only)
+        self.regions = Regions(program, self.gm, self.batch, live_only)
         shape = program.signature.outputs[program.prediction or 0].shape
         self.positions = len(shape) == 3
         self.bounds = [self.position[self.names[e.after]] for e in program.exits]
@@ -137,9 +137,9 @@ class Layout:
 
     def _whole(self, needed: set[fx.Node], arms: Possible | None) -> set[fx.Node]:
         """With all that a halting step carries on where it runs on some rows, if only a report reads it."""
-        for i, g in enumerate(self.regions.gates):
-            if isinstance(g, HaltStep) and (arms is None or len(arms[i]) > 1) and self.regions.serves(i, needed):
-                needed = needed | facts.needed_for([self.names[c.y] for c in g.carries])
+        for i, c in enumerate(self.regions.choices):
+            if len(c.merges) > 1 and (arms is None or len(arms[i]) > 1) and self.regions.serves(i, needed):
+                needed = needed | facts.needed_for(self.names[v] for v in c.arms[-1].values)
         return needed
 
     def copy_interval(
@@ -170,7 +170,7 @@ class Layout:
                 if arms is None:
                     regions.show_in(part, i)
                 else:
-                    regions.copy_into(part, i, arms, needed)
+                    regions.copy_into(part, i, arms[i], needed)
                 continue
             part.copy_unless_outer(n)
 

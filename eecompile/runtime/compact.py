@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from eecompile.ir.settings import EXITS, Settings
-from eecompile.passes.gated import Possible, possible
 from eecompile.passes.lower import Segment, schedule
+from eecompile.passes.regions import Possible, possible
 from eecompile.passes.settings import with_settings
 from eecompile.program import Program
 from eecompile.runtime.anytime import run_within, stream_of

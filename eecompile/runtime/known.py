@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from eecompile.ir.settings import Settings
-from eecompile.passes.gated import RUN, Possible, conditionals
-from eecompile.program import Halt, HaltStep, Program
+from eecompile.passes.regions import RUN, Possible, decisions
+from eecompile.program import Halt, Program
 from eecompile.runtime.reference import reached
 
 T = TypeVar("T")
@@ -54,16 +54,13 @@ def with_known(program: Program, arms: Possible, reports: Mapping[str, Tensor], 
 
 def _known(program: Program, arms: Possible, reports: Mapping[str, Tensor], exit_index: Tensor) -> dict[str, Tensor]:
     """Decisions of gates that are open or shut whatever the input, and zeros for what nobody reached."""
+    taken = decisions(program, arms)
+    stages = {g.name: g.stage for g in program.gates}
+    stages |= {s.name: s.stage for h in program.halts for s in h.steps if s.carries}
     known = {
-        g.name: (exit_index >= g.stage).float() * (taken == RUN)
-        for g, taken in zip(program.gates, arms, strict=False)
-        if len(taken) == 1 or g.name not in reports
-    }
-    count = len(program.gates)
-    known |= {
-        s.name: (exit_index >= s.stage).float() * (taken == RUN)
-        for s, taken in zip(conditionals(program)[count:], arms[count:], strict=False)
-        if isinstance(s, HaltStep) and (len(taken) == 1 or s.name not in reports)
+        name: (exit_index >= stage).float() * (taken[name] == RUN)
+        for name, stage in stages.items()
+        if len(taken[name]) == 1 or name not in reports
     }
     for h in program.halts:
         if h.name not in reports:

@@ -22,7 +22,7 @@ from torch import Tensor, fx
 
 from eecompile import ops
 from eecompile.passes import facts
-from eecompile.passes.gated import Gated
+from eecompile.passes.partition import Partition
 
 aten = torch.ops.aten
 COMMUTE = (aten.add.Tensor, aten.mul.Tensor)
@@ -88,11 +88,12 @@ def overwriting(module: fx.GraphModule) -> set[fx.Node]:
     found: set[fx.Node] = set()
     for n in position:
         region = module.get_submodule(str(n.target)) if n.op == "call_module" else None
-        if not isinstance(region, Gated):
+        past: tuple[fx.Node, ...] | None = n.args[1] if isinstance(region, Partition) else None
+        if past is None or len(set(past)) < len(past):
             continue
-        past: tuple[fx.Node, ...] = n.args[1]
-        given = facts.output_leaves(region.body)
-        if len(set(past)) < len(past) or len(set(given)) < len(given) or not all(map(_fresh, given)):
+        assert isinstance(region, Partition)
+        given = [facts.output_leaves(body) for body in region.graphs()]
+        if not all(len(set(leaves)) == len(leaves) and all(map(_fresh, leaves)) for leaves in given):
             continue
         if all((_fresh(x) or _of(x, found)) and _last_read(x, n, position) for x in past):
             found.add(n)

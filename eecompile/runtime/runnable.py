@@ -9,7 +9,6 @@ give another dtype than when it was captured, so nothing is written over there.
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -18,10 +17,8 @@ from torch import Tensor, fx
 from eecompile.capture.tensors import entry
 from eecompile.errors import MissingDependencyError
 from eecompile.passes import facts
-from eecompile.passes.gated import Gated
 from eecompile.passes.live_positions import LivePositions
-from eecompile.passes.routed import Routed
-from eecompile.passes.widened import Widened
+from eecompile.passes.partition import Partition
 from eecompile.runtime.precision import any_autocast
 from eecompile.runtime.reuse import overwriting, reusable
 
@@ -114,11 +111,11 @@ class EagerSegment:
     """Calls a segment's generated code without module hooks and attribute look-ups."""
 
     def __init__(self, module: fx.GraphModule) -> None:
-        for gated in module.modules():
-            if isinstance(gated, Gated | LivePositions):
-                gated.call = EagerSegment(gated.body)
-            elif isinstance(gated, Widened | Routed):
-                gated.prepare(EagerSegment)
+        for region in module.modules():
+            if isinstance(region, LivePositions):
+                region.call = EagerSegment(region.body)
+            elif isinstance(region, Partition):
+                region.prepare(EagerSegment)
         self.source = module
         self.module, self.entries = lifted(module, reuse=True)
         self.forward = self.module.forward
@@ -150,16 +147,18 @@ def compiled(module: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
     """A segment through `torch.compile` with a dynamic batch: one graph for every number of survivors above one."""
     if not hasattr(torch, "compile"):
         raise MissingDependencyError("this torch has no torch.compile", hint='use backend="eager"')
-    inner = [m for m in module.modules() if isinstance(m, LivePositions)]
-    gates: list[Gated | LivePositions | Widened | Routed] = [m for m in module.modules() if isinstance(m, Gated)]
-    gates += inner
-    for several in (m for m in module.modules() if isinstance(m, Widened | Routed)):
-        several.prepare(partial(torch.compile, dynamic=True, fullgraph=True))
-        gates.append(several)
-    for gated in gates:  # how many rows are open is known on the host only: the graph breaks around a region
-        if isinstance(gated, Gated | LivePositions):
-            whole = not any(isinstance(m, LivePositions) for m in gated.body.modules())
-            gated.call = torch.compile(gated.body, dynamic=True, fullgraph=whole)
-        gated.forward = torch.compiler.disable(gated.forward)  # type: ignore[method-assign, no-untyped-call]
-    call: Callable[..., tuple[Tensor, ...]] = torch.compile(module, dynamic=True, fullgraph=not gates)
+    regions = [m for m in module.modules() if isinstance(m, Partition | LivePositions)]
+    for region in regions:  # how many rows an arm has is known on the host only: the graph breaks around a region
+        if isinstance(region, Partition):
+            region.prepare(_compiled_body)
+        else:
+            region.call = _compiled_body(region.body)
+        region.forward = torch.compiler.disable(region.forward)  # type: ignore[method-assign, no-untyped-call]
+    call: Callable[..., tuple[Tensor, ...]] = torch.compile(module, dynamic=True, fullgraph=not regions)
     return call
+
+
+def _compiled_body(body: fx.GraphModule) -> Callable[..., tuple[Tensor, ...]]:
+    whole = not any(isinstance(m, Partition | LivePositions) for m in body.modules())
+    found: Callable[..., tuple[Tensor, ...]] = torch.compile(body, dynamic=True, fullgraph=whole)
+    return found

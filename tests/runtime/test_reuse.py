@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from eecompile import CompiledModule, strategies
-from eecompile.passes.gated import EITHER
+from eecompile.passes.regions import EITHER
 from eecompile.runtime.reuse import overwriting, reusable
 from eecompile.runtime.runnable import EagerSegment
 from tests.support import CLOSED, both, equal_bits, watch

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from eecompile.passes.gated import possible
 from eecompile.passes.lower import schedule
+from eecompile.passes.regions import possible
 from eecompile.program import Program
 from eecompile.runtime.device.build import build
 from eecompile.runtime.device.check import NoSync, Problem, check_modules, lint

@@ -15,8 +15,8 @@ from torch import Tensor
 from eecompile.errors import StrategyError, UnsupportedModelError
 from eecompile.ir.settings import Settings
 from eecompile.passes import facts
-from eecompile.passes.gated import Possible, possible
 from eecompile.passes.lower import schedule
+from eecompile.passes.regions import Possible, possible
 from eecompile.program import Program
 from eecompile.reasons import Unless
 from eecompile.runtime.device.build import build

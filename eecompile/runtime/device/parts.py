@@ -15,9 +15,7 @@ from torch import Tensor, fx
 
 from eecompile.kernels.choose import is_open
 from eecompile.passes import facts
-from eecompile.passes.gated import Gated
-from eecompile.passes.routed import Routed
-from eecompile.passes.widened import Widened
+from eecompile.passes.partition import Partition
 from eecompile.runtime.device.fuse import Sent
 from eecompile.runtime.device.nodes import THRESHOLDS
 
@@ -68,7 +66,7 @@ def split(module: fx.GraphModule, prefix: str) -> Parts:
     nodes = [n for n in module.graph.nodes if n.op not in ("output", "placeholder", "get_attr")]
     wanted = [a for a in module.graph.output_node().args[0] if isinstance(a, fx.Node)]  # type: ignore[union-attr]
     modules = {n: facts.attribute(module, str(n.target)) for n in nodes if n.op == "call_module"}
-    calls = {n: m for n, m in modules.items() if isinstance(m, Gated | Widened | Routed | Sent)}
+    calls = {n: m for n, m in modules.items() if isinstance(m, Partition | Sent)}
     items = {i for c in calls for i in c.users}
     runs: list[list[fx.Node] | fx.Node] = []
     for n in nodes:
@@ -93,10 +91,7 @@ def split(module: fx.GraphModule, prefix: str) -> Parts:
             pieces.append(_straight(module, run, mine, list(dict.fromkeys(given)), prefix))
         else:
             called = calls[run]
-            if isinstance(called, Gated):
-                pieces.append(_gated(run, called, prefix))
-            else:
-                pieces += _sent(run, called, prefix) if isinstance(called, Sent) else _several(run, called, prefix)
+            pieces += _sent(run, called, prefix) if isinstance(called, Sent) else _arms(run, called, prefix)
     inputs = [n for n in module.graph.nodes if n.op == "placeholder"]
     return Parts(_names(inputs, prefix), tuple(pieces), _names(wanted, prefix))
 
@@ -124,49 +119,28 @@ def _straight(module: fx.GraphModule, run: list[fx.Node], mine: set[fx.Node], gi
     return Straight(facts.module_of(module, graph, "Part"), _names(inputs, prefix), _names(given, prefix))
 
 
-def _gated(call: fx.Node, gated: Gated, prefix: str) -> Conditional:
-    decision, past, *inputs = call.args
-    name = f"{prefix}{call.name}"
-    return Conditional(
-        name=name,
-        decision=_names([decision], prefix)[0],
-        past=_names(past, prefix),
-        inputs=_names(inputs, prefix),
-        outputs=_given(call, len(past), prefix),  # type: ignore[arg-type]
-        inside=split(gated.body, f"{name}."),
-        axes=gated.axes,
-        out_axes=gated.out_axes,
-    )
-
-
-def _several(call: fx.Node, several: Widened | Routed, prefix: str) -> list[Straight | Conditional]:
-    """Who is open at each width or branch, and a region for each."""
-    name = f"{prefix}{call.name}"
-    past: tuple[str, ...] = ()
-    if isinstance(several, Widened):
-        decisions, by, *inputs = call.args
-        past = () if by is None else _names([by], prefix)
-        run = [k for k, passes in enumerate(several.passes) if not passes]
-        decided: Callable[..., Tensor] = at_width
-        asked, axis = list(decisions), several.axis  # type: ignore[arg-type]
-    else:
-        choice, *inputs = call.args
-        run, decided, asked, axis = list(range(len(several.bodies))), on_way, [choice], several.out_axis
+def _arms(call: fx.Node, partition: Partition, prefix: str) -> list[Straight | Conditional]:
+    """A region for each arm that has a body, and before them who takes it; a gate's decision says that as it is."""
+    asked, by, *inputs = call.args
+    name, count = f"{prefix}{call.name}", len(partition.out_axes)
+    past = () if by is None else _names(by, prefix)
     given = _names(inputs, prefix)
-    found: list[Straight | Conditional] = [_choice(asked, run, decided, name, prefix)]
-    for i, k in enumerate(run):
-        body = several.bodies[k]
-        assert isinstance(body, fx.GraphModule)
+    gate = partition.arms == (1,)
+    found: list[Straight | Conditional] = []
+    if not gate:
+        found.append(_choice([asked], list(partition.arms), on_arm, name, prefix))  # type: ignore[list-item]
+    for i, (k, body, takes) in enumerate(zip(partition.arms, partition.graphs(), partition.takes, strict=True)):
+        inner = name if gate else f"{name}.{k}"
         found.append(
             Conditional(
-                name=f"{name}.{k}",
-                decision=f"{name}.is_{k}",
+                name=inner,
+                decision=_names([asked], prefix)[0] if gate else f"{name}.is_{k}",
                 past=past if i == 0 else (),
-                inputs=tuple(given[j] for j in several.takes[k]),
-                outputs=_given(call, 1, prefix),
-                inside=split(body, f"{name}.{k}."),
-                axes=tuple(several.axes[j] for j in several.takes[k]),
-                out_axes=(axis,),
+                inputs=tuple(given[j] for j in takes),
+                outputs=_given(call, count, prefix),
+                inside=split(body, f"{inner}."),
+                axes=tuple(partition.axes[j] for j in takes),
+                out_axes=partition.out_axes,
                 first=i == 0,
             )
         )
@@ -211,14 +185,9 @@ def _choice(
     return Straight(module, (*_names(read, prefix), *besides), tuple(f"{name}.is_{k}" for k in run))
 
 
-def at_width(k: int, *decisions: Tensor) -> Tensor:
-    """[n] float32, 1 for rows that run with so many gates open: an open gate has all before it open."""
-    return (torch.stack([is_open(d) for d in decisions]).sum(0) == k).float()
-
-
-def on_way(k: int, choice: Tensor) -> Tensor:
-    """[n] float32, 1 for rows that take branch k."""
-    return (choice == k).float()
+def on_arm(k: int, index: Tensor) -> Tensor:
+    """[n] float32, 1 for rows that take arm k."""
+    return (index == k).float() if index.dtype == torch.int64 else (is_open(index) == bool(k)).float()
 
 
 def to_exit(k: int, confidence: Tensor, thresholds: Tensor) -> Tensor:
