@@ -26,10 +26,9 @@ from eecompile.ir.settings import BUFFERS, THRESHOLDS_BUFFER, Settings
 from eecompile.kernels import choose, confidence, gate, halt
 from eecompile.kernels.choose import is_open
 from eecompile.passes import facts
-from eecompile.passes.gated import Gated, possible
 from eecompile.passes.lower import Schedule, Segment, schedule
-from eecompile.passes.routed import Routed
-from eecompile.passes.widened import Widened
+from eecompile.passes.partition import Partition
+from eecompile.passes.regions import possible
 from eecompile.program import Program
 from eecompile.signature import Leaf
 
@@ -360,29 +359,24 @@ class Traced(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         if n.op == "call_module":
             module = facts.attribute(self.module, str(n.target))
-            if isinstance(module, Widened | Routed):
-                return self._choice(n, module)
+            if isinstance(module, Partition):
+                return self._partition(n, module)
         return super().run_node(n)
 
-    def _choice(self, n: fx.Node, module: Widened | Routed) -> tuple[Tensor]:
-        """Each row through the arm that it takes; an arm without a body is what goes past the region."""
-        args, _ = self.fetch_args_kwargs_from_env(n)
-        if isinstance(module, Widened):
-            decisions, result, *inputs = args
-            index = torch.stack([is_open(d) for d in decisions]).sum(0)  # an open gate has all before it open
-            bodies: list[Any] = [None if p else b for b, p in zip(module.bodies, module.passes, strict=True)]
-            axis = module.axis
-        else:
-            index, *inputs = args
-            bodies, result, axis = list(module.graphs), None, module.out_axis
+    def _partition(self, n: fx.Node, module: Partition) -> tuple[Tensor, ...]:
+        """Each row through the arm that it takes; the others have what goes past the region."""
+        (index, past, *inputs), _ = self.fetch_args_kwargs_from_env(n)
+        arms = zip(module.arms, module.graphs(), module.takes, strict=True)
+        result: tuple[Tensor, ...] | None = past
         if result is None:
             given = [(a, self.env[a]) for a in n.all_input_nodes]
-            result = _zeros(next(iter(n.users)), given, axis, index)
-        for k, (body, takes) in enumerate(zip(bodies, module.takes, strict=True)):
-            if body is not None:
-                taken, axes = [inputs[i] for i in takes], [module.axes[i] for i in takes]
-                (result,) = run_arm(index == k, (result,), body, taken, axes, (axis,), self.tensors)
-        return (result,)
+            items = sorted(n.users, key=lambda item: int(str(item.args[1])))
+            result = tuple(_zeros(item, given, axis, index) for item, axis in zip(items, module.out_axes, strict=True))
+        for k, body, takes in arms:
+            taken, axes = [inputs[i] for i in takes], [module.axes[i] for i in takes]
+            mask = index == k if index.dtype == torch.int64 else is_open(index) if k else ~is_open(index)
+            result = run_arm(mask, result, body, taken, axes, module.out_axes, self.tensors)
+        return result
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
         value = facts.attribute(self.module, str(target))
@@ -393,10 +387,6 @@ class Traced(fx.Interpreter):
 
     def call_module(self, target: Any, args: Any, kwargs: Any) -> Any:
         module = facts.attribute(self.module, str(target))
-        if isinstance(module, Gated):
-            decision, past, *inputs = args
-            mask = is_open(decision)
-            return run_arm(mask, past, module.body, inputs, module.axes, module.out_axes, self.tensors)
         if isinstance(module, fx.GraphModule):
             return Traced(module, self.tensors).run(*args)
         given = {n: self.tensors[_key(n, t)] for n, t in _state(module)}
@@ -471,7 +461,7 @@ def tensors_of(*modules: fx.GraphModule | None) -> dict[Any, tuple[str, Tensor]]
             value = facts.attribute(module, name)
             if isinstance(value, Tensor):
                 found.setdefault(_key(name, value), (name, value))
-            elif isinstance(value, fx.GraphModule | Gated | Widened | Routed):
+            elif isinstance(value, fx.GraphModule | Partition):
                 found |= tensors_of(*_bodies(value)) | found
             elif n.op == "call_module":
                 found |= {_key(inner, t): (f"{name}.{inner}", t) for inner, t in _state(value)} | found
@@ -479,10 +469,8 @@ def tensors_of(*modules: fx.GraphModule | None) -> dict[Any, tuple[str, Tensor]]
 
 
 def _bodies(module: nn.Module) -> list[fx.GraphModule]:
-    if isinstance(module, Gated):
-        return [module.body]
-    if isinstance(module, Widened | Routed):
-        return [b for b in module.bodies if isinstance(b, fx.GraphModule)]
+    if isinstance(module, Partition):
+        return module.graphs()
     return [module] if isinstance(module, fx.GraphModule) else []
 
 
