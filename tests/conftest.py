@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from eecompile import CompiledModule, strategies
 from tests.support import Fingerprint
 from tests.support import compiled as eecompile
-from tests.zoo import ZOO, Entry
+from tests.zoo import OFTEN, ZOO, Entry
 
 ROWS = 6  # of the example that a model is compiled with
 STARTED = time.monotonic()
@@ -29,11 +29,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip(f"NOT RUN, the time was up: {item.nodeid}")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` is applied
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With `--dist loadgroup` tests of one model of the zoo share a process: it is compiled once. Others share by file."""
+    """With `--dist loadgroup` tests of one model of the zoo share a process: it is compiled once. Others share by file.
+
+    What a model of the zoo shows that is not one of `OFTEN` is left to `make test-all`.
+    """
     for item in items:
         name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
         shared = name in ZOO and "zoo" in getattr(item, "fixturenames", ())
+        if shared and name not in OFTEN:
+            item.add_marker(pytest.mark.nightly)
         item.add_marker(pytest.mark.xdist_group(name if shared else str(item.path.relative_to(item.config.rootpath))))
 
 

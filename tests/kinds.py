@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from eecompile import CompiledModule, strategies
 from eecompile.strategies import Strategy
+from tests.compositions import Squash
 from tests.gates.adaptive import rows, tower
 from tests.support import Fingerprint
 from tests.support import compiled as eecompile
@@ -23,17 +24,6 @@ from tests.zoo import ZOO
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 WHERE = {"exits": ("blocks.0", "blocks.2"), "head": "linear", "max_head_share": 9.0}
 BRANCHES = ("blocks.1", "blocks.3")
-
-
-class Squash(nn.Module):
-    """A branch of the user's."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.scale = nn.Parameter(torch.tensor(0.9))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.tanh(x * self.scale)
 
 
 def tower_call(batch: int, seed: int) -> Call:
@@ -57,6 +47,7 @@ class Kind:
         splits: Fields of a result that differ from row to row at some random settings.
         executors: What must agree with the reference.
         saves: Whether it can be saved.
+        often: Whether `make test` has it; a kind that is close to another one, or slow, is left to `make test-all`.
         options: Further options of `eecompile`.
     """
 
@@ -68,6 +59,7 @@ class Kind:
     splits: tuple[str, ...] = ("exit_index",)
     executors: tuple[str, ...] = ("compact", "simulate")
     saves: bool = True
+    often: bool = True
     options: dict[str, Any] = field(default_factory=dict)
 
     def build(self) -> Program:
@@ -140,19 +132,23 @@ def router(to: Any, **options: Any) -> Kind:
 KINDS: dict[str, Kind] = {
     "exits by a score": exits(criterion="max_probability"),
     "exits by entropy, mlp heads": exits(criterion="entropy", head="mlp"),
-    "exits by energy": exits(criterion="energy"),
-    "exits by margin": exits(criterion="margin"),
-    "exits by a learned score": exits(criterion="learned"),
+    "exits by energy": replace(exits(criterion="energy"), often=False),
+    "exits by margin": replace(exits(criterion="margin"), often=False),
+    "exits by a learned score": replace(exits(criterion="learned"), often=False),
     "patience": exits(criterion="patience", exits="every-block"),
     "ensemble": exits(criterion="max_probability", combine="ensemble"),
+    "ensemble by patience": replace(exits(criterion="patience", combine="ensemble", exits="every-block"), often=False),
+    "surest exit": exits(criterion="learned", combine="confident"),
     "weighted ensemble": exits(criterion="max_probability", combine="weighted"),
     "anytime": Kind(lambda: strategies.Anytime(head="linear")),
     "gates": Kind(lambda: strategies.SkipNet(unit="linear", open_bias=0.0), splits=("gates",)),
     "recurrent gates on halves": text(
-        lambda: strategies.SkipNet("halves", unit="recurrent", open_bias=0.0, min_open=2), splits=("gates",)
+        lambda: strategies.SkipNet("halves", unit="recurrent", open_bias=0.0, min_open=2), splits=("gates",), often=False
     ),
     "depth up front": Kind(lambda: strategies.DepthAdaptive(min_depth=0, open_bias=0.0), splits=("gates", "steps")),
-    "depth by gates": Kind(lambda: strategies.DepthAdaptive("gates", unit="linear", open_bias=0.0), splits=("gates",)),
+    "depth by gates": Kind(
+        lambda: strategies.DepthAdaptive("gates", unit="linear", open_bias=0.0), splits=("gates",), often=False
+    ),
     "widths and exits": Kind(
         lambda: strategies.SelfAdaptive(exits=1, head="linear", widths=(0.25, 0.5, 1.0), parts="every-block", open_bias=0.0),
         splits=("widths", "gates", "exit_index"),
@@ -163,7 +159,7 @@ KINDS: dict[str, Kind] = {
     "pondernet": Kind(lambda: strategies.Act(halting="pondernet", halting_bias=-0.5), splits=("steps",)),
     "router to exits": router("exits", **{**WHERE, "exits": BRANCHES[:1] + ("blocks.2",)}),
     "router to branches": router({"light": 0.5, "squash": Squash()}, exits=("blocks.0",), head="linear", max_head_share=9.0),
-    "cascade": cascade(strategy=lambda: strategies.Cascade(criterion="margin", order="given")),
+    "cascade": cascade(strategy=lambda: strategies.Cascade(criterion="margin", order="given"), often=False),
     "cascade of compiled models": cascade(
         strategy=lambda: strategies.Cascade(order="given"),
         members={

@@ -13,7 +13,7 @@ from eecompile import UnsupportedModelError, load
 from eecompile.passes import find_token_parts
 from eecompile.runtime.device.executor import Options
 from tests.kinds import KINDS, Program
-from tests.support import close, equal_bits, neutral, random_settings, run_by, same_result, shares_parameters
+from tests.support import close, equal_bits, executor, neutral, random_settings, run_by, same_result, shares_parameters
 
 SIZES = (1, 5, 8)
 DRAWS = 3
@@ -24,7 +24,7 @@ def programs() -> dict[str, Program]:
     return {}
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=[pytest.param(n, marks=() if k.often else pytest.mark.nightly) for n, k in KINDS.items()])
 def program(request: Any, programs: dict[str, Program], monkeypatch: pytest.MonkeyPatch) -> Program:
     """Compiled once; neutral at the start of every test."""
     name = request.param
@@ -124,9 +124,15 @@ def test_a_stream_ends_where_run_does(program):
         with torch.no_grad():
             streamed = list(fast.stream(*args, **kwargs))
             whole = fast.run(*args, **kwargs)
+            with executor(fast, "reference"):
+                wanted = list(fast.stream(*args, **kwargs))
+        for got, want in zip(streamed, wanted, strict=True):
+            same_result(got, want)
         same_result(streamed[-1], whole)
+        assert bool(streamed[-1].final.all())
         assert not any(bool(r.final.all()) for r in streamed[:-1])
         for earlier, later in zip(streamed, streamed[1:], strict=False):
+            assert bool(later.final[earlier.final].all()), "a row that was final is not any more"
             assert torch.equal(later.exit_index[earlier.final], earlier.exit_index[earlier.final])
             assert bool((later.cost >= earlier.cost - 1e-6).all())
 

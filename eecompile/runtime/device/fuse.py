@@ -109,7 +109,7 @@ def fused(segment: Segment) -> Decision:
     if not isinstance(shape, Tensor) or shape.ndim != 2:
         return plain
     stateful = call.args[2] == "patience"
-    if stateful and segment.gives_states != 1:  # a combination carries more: it stays together
+    if stateful and (segment.gives_states != 1 or segment.takes_states > 1):  # a combination carries more: it stays together
         return plain
     return _without(segment, call, stateful)
 
