@@ -13,11 +13,10 @@ from torch.nn import functional as F
 
 from eecompile import CompiledModule, strategies
 from tests import zoo_plain as plain
-from tests.support import Fingerprint
 from tests.support import compiled as eecompile
 from tests.zoo import TEXT, text
 
-BATCHES = range(1, 10)
+BATCHES = (1, 2, 5, 9)
 ROWS = 6
 
 
@@ -67,11 +66,9 @@ class Herd:
     by_hand: Callable[..., list[Any]]  # the outputs of all models on those inputs
     options: dict[str, Any] = field(default_factory=dict)
 
-    def compiled(self) -> tuple[CompiledModule, dict[str, Fingerprint]]:
-        before = {name: Fingerprint.of(m) for name, m in self.models.items()}
+    def compiled(self) -> CompiledModule:
         args, kwargs = self.inputs(ROWS, 0)
-        fast = eecompile(self.models, self.strategy, example_inputs=args, example_kwargs=kwargs, **self.options)
-        return fast, before
+        return eecompile(self.models, self.strategy, example_inputs=args, example_kwargs=kwargs, **self.options)
 
 
 def images() -> Herd:

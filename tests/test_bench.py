@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch
 from eecompile.measuring import Rounds
 from eecompile.strategies import SkipNet
 from tests.bench import __main__ as program
-from tests.bench import gates, groups, memory, models, page, record, saving
+from tests.bench import gates, groups, models, page, record, saving
 from tests.bench.record import Figure, Target, merge, timed
 from tests.bench.rivals import BareStages, ByHand
 from tests.support import watch
@@ -114,15 +113,6 @@ def test_ratios():
     )
 
 
-def test_a_file_is_whole_or_not_there(tmp_path, monkeypatch):
-    out = tmp_path / "cpu.json"
-    merge(out, "closed", {"figures": [1]})
-    before = out.read_text()
-    with pytest.raises(ValueError, match="Out of range float"):
-        merge(out, "nobody", {"figures": [float("nan")]})
-    assert out.read_text() == before
-
-
 def test_the_ideal_and_the_rivals_do_the_same_work():
     """Small BERT: the same rows leave at the same exits, and the ideal runs each layer on the rows that survive."""
     import transformers as hf
@@ -152,31 +142,6 @@ def test_the_ideal_and_the_rivals_do_the_same_work():
             h.remove()
     assert ran == [(0, 8), (1, 4), (2, 2), (3, 1)]
     assert saving.LEAVING == (16, 8, 8)
-
-
-def test_peak_memory_is_what_a_call_holds_at_once():
-    def call() -> torch.Tensor:
-        a = torch.empty(1 << 20, dtype=torch.uint8)
-        b = torch.empty(2 << 20, dtype=torch.uint8)
-        del a
-        return torch.empty(1 << 19, dtype=torch.uint8) + b[: 1 << 19]
-
-    found = memory.peak_bytes(call, torch.device("cpu"))
-    assert 3 << 20 <= found < (3 << 20) + 4096
-
-
-def test_what_the_command_refuses(capsys):
-    for argv, said in (
-        (["--rounds", "3"], "at least 7"),
-        (["--device", "tpu"], "cpu or cuda"),
-        (["--only", "speed"], "invalid choice"),
-        (["--small"], "--out"),
-    ):
-        with pytest.raises(SystemExit) as stopped:
-            program.main(argv)
-        assert stopped.value.code == 2
-        assert said in capsys.readouterr().err
-    assert program.main(["--show", "--out", str(Path("nowhere.json"))]) == 2
 
 
 @pytest.mark.skipif(not (record.RESULTS / "cpu.json").exists(), reason="nothing is recorded yet")

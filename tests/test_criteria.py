@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from eecompile import CompiledModule, criteria, strategies
 from eecompile.criteria import CRITERIA, REDUCTIONS, Criterion, criterion
 from eecompile.errors import StrategyError
+from eecompile.kernels.confidence import confidence
 from tests.answering import answering
 from tests.support import CLOSED, again, both, same_result
 from tests.support import compiled as eecompile
@@ -20,53 +21,9 @@ NAN, INF = math.nan, math.inf
 STATELESS = ["max_probability", "entropy", "margin", "energy"]
 
 
-# ------------------------------------------------------------------------------------------------ definitions
-
-
-def max_probability(p: Tensor, z: Tensor) -> Tensor:
-    return p.max(-1).values
-
-
-def entropy(p: Tensor, z: Tensor) -> Tensor:
-    h = torch.zeros(p.shape[:-1], dtype=torch.float64)
-    for c in range(p.shape[-1]):
-        h -= torch.where(p[..., c] > 0, p[..., c] * p[..., c].clamp_min(1e-300).log(), 0.0)
-    return 1 - h / math.log(p.shape[-1])
-
-
-def margin(p: Tensor, z: Tensor) -> Tensor:
-    ranked = p.sort(-1, descending=True).values
-    return ranked[..., 0] - ranked[..., 1]
-
-
-def energy(p: Tensor, z: Tensor) -> Tensor:
-    top = z.max(-1).values
-    u = top + (z - top[..., None]).exp().sum(-1).log() - math.log(z.shape[-1])
-    return 0.5 + 0.5 * u / (1 + u.abs())
-
-
-DEFINITIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "max_probability": max_probability,
-    "entropy": entropy,
-    "margin": margin,
-    "energy": energy,
-}
-
-
-def defined(name: str, logits: Tensor, temperature: float) -> Tensor:
-    """Per row, or per position, in float64."""
-    z = logits.double() / temperature
-    e = (z - z.max(-1, keepdim=True).values).exp()
-    return DEFINITIONS[name](e / e.sum(-1, keepdim=True), z)
-
-
-def reduced(per_position: Tensor, how: str, mask: Tensor | None) -> Tensor:
-    """`[n, S]` to `[n]`, row by row."""
-    found = []
-    for i, row in enumerate(per_position):
-        real = row if mask is None else row[mask[i] != 0]
-        found.append({"min": real.min(), "mean": real.mean(), "last": real[-1]}[how] if len(real) else torch.tensor(NAN))
-    return torch.stack([f.double() for f in found])
+def defined(name: str, logits: Tensor, temperature: float, **options: Any) -> Tensor:
+    """What tests/kernels/test_op_confidence.py holds against the formulas, in float64."""
+    return confidence(logits, None, name, torch.tensor(temperature), dtype=torch.float64, **options)[0]
 
 
 # ------------------------------------------------------------------------------------------------ models
@@ -210,16 +167,6 @@ def test_a_threshold_that_is_met_exactly_lets_a_row_leave(net: CompiledModule) -
             assert torch.equal(fast.run(x).exit_index == 0, leaves)
 
 
-def test_two_classes_that_tie() -> None:
-    """Two largest logits: half the probability each, no margin, and the lower class."""
-    logits = torch.tensor([[2.0, 2.0, -INF, -INF], [0.0, 0.0, 0.0, 0.0]])
-    assert defined("margin", logits, 1.0).tolist() == [0.0, 0.0]
-    for name, want in (("max_probability", [0.5, 0.25]), ("margin", [0.0, 0.0]), ("entropy", [0.5, 0.0])):
-        fast = answering(name, logits)
-        got = fast.observe(torch.tensor([[0.0], [1.0]])).confidences[0]  # type: ignore[index]
-        assert got.tolist() == pytest.approx(want, abs=1e-6)
-
-
 BAD = torch.tensor(
     [[0.0, NAN, 0.0, 9.0], [INF, 0.0, 0.0, 0.0], [-INF, -INF, -INF, -INF], [9.0, -INF, -INF, -INF], [9.0, 0.0, 0.0, 0.0]]
 )
@@ -286,7 +233,7 @@ def test_positions_are_reduced_without_the_padding(tagger: CompiledModule, name:
     seen = fast.observe(**call)
     assert seen.outputs is not None and seen.confidences is not None
     for logits, got in zip(seen.outputs, seen.confidences, strict=True):
-        want = torch.nan_to_num(reduced(defined(name, logits, 1.0), how, call["attention_mask"]), nan=0.0)
+        want = torch.nan_to_num(defined(name, logits, 1.0, reduce=how, mask=call["attention_mask"]), nan=0.0)
         torch.testing.assert_close(got.double(), want, rtol=0, atol=3e-6)
 
 
@@ -299,24 +246,4 @@ def test_a_row_of_padding_alone_stays_to_the_end(tagger: CompiledModule, how: st
     alone = call["attention_mask"].sum(1) == 0
     assert alone.tolist() == [True, *[False] * 7, True]
     assert compact.exit_index.tolist() == [2 if a else 0 for a in alone]
-    same_result(compact, reference)
-
-
-@pytest.mark.parametrize("how", REDUCTIONS)
-def test_patience_over_positions(tagger: CompiledModule, how: str) -> None:
-    """Agreement counts for each position; padding has no say in it."""
-    fast = using(tagger, criteria.Patience(reduce=how), exits=2)
-    call = sentences(16)
-    seen = fast.observe(**call)
-    assert seen.outputs is not None and seen.confidences is not None
-    fast.set_thresholds(1.0)
-    seen = fast.observe(**call)
-    held, streak = torch.full((16, 7), -1), torch.zeros(16, 7, dtype=torch.int64)
-    for logits, got in zip(seen.outputs, seen.confidences, strict=True):  # type: ignore[arg-type]
-        said = logits.argmax(-1)
-        streak = torch.where(said == held, streak + 1, 1)
-        held = said
-        want = torch.nan_to_num(reduced((streak / 2).clamp(max=1), how, call["attention_mask"]), nan=0.0)
-        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-6)
-    compact, reference = both(fast, **call)
     same_result(compact, reference)

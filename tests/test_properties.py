@@ -42,9 +42,9 @@ ROWS = st.integers(1, 9)
 
 
 def bounded(examples: int) -> settings:
-    """So many random examples in `make test-all`, a quarter in `make test`."""
+    """So many random examples in `make test-all`, an eighth in `make test`."""
     return settings(
-        max_examples=examples if os.environ.get("EECOMPILE_TESTS") == "all" else examples // 4 + 1,
+        max_examples=examples if os.environ.get("EECOMPILE_TESTS") == "all" else examples // 8 + 1,
         derandomize=True,
         deadline=None,
         database=None,

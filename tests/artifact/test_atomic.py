@@ -96,6 +96,7 @@ except eecompile.ArtifactError as error:
 """
 
 
+@pytest.mark.nightly
 def test_files_that_really_cannot_grow(place):
     """safetensors and torch.export write with code of their own, whose errors are not OSErrors."""
     before = sorted(p.name for p in place.iterdir())

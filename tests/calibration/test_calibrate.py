@@ -343,6 +343,7 @@ def test_the_split_leaves_a_test_that_can_show_something_where_one_can(n, max_dr
     assert split_sizes(n, max_drop, None) == (n, 0)
 
 
+@pytest.mark.nightly
 def test_a_large_set_takes_seconds():
     x, y = draw(60_000, exits=6)
     started = time.process_time()

@@ -48,8 +48,8 @@ def violations(delta, max_drop, target="accuracy", criterion=None, trials=TRIALS
     ("max_drop", "delta", "options"),
     [
         (0.05, 0.1, {}),
-        (0.03, 0.2, {"temperature": False}),
-        (0.08, 0.1, {"target": "agreement", "temperature": False}),
+        pytest.param(0.03, 0.2, {"temperature": False}, marks=pytest.mark.nightly),
+        pytest.param(0.08, 0.1, {"target": "agreement", "temperature": False}, marks=pytest.mark.nightly),
         (0.08, 0.2, {"criterion": Patience(exits_in_agreement=2), "temperature": False}),
     ],
 )
@@ -59,12 +59,14 @@ def test_the_drop_is_bounded_as_often_as_promised(max_drop, delta, options):
     assert opened > 0.9  # and not by closing everything
 
 
+@pytest.mark.nightly
 def test_the_empirical_optimum_breaks_it_often():
     """Without the guarantee the same simulation fails: it can."""
     wrong, _ = violations(None, 0.02, target="agreement", temperature=False, trials=40)
     assert wrong > 0.3
 
 
+@pytest.mark.nightly
 def test_the_bound_holds_when_no_early_answer_is_ever_better():
     """All exits are noise: whatever leaves is wrong at random, so nothing may open, almost ever."""
     fast, opened = Drawn(exits=2), 0

@@ -136,6 +136,7 @@ def test_beats_one_threshold_for_all():
         assert min(c for total, c, _ in found if total <= loss) <= cost + 0.01
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("e", [24])
 def test_large(e):
     evidence = random_evidence(5_000, e, 0)

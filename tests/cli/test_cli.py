@@ -161,6 +161,7 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_goes_on(saved: Path, tmp
     assert not kept[0].exists()
 
 
+@pytest.mark.nightly
 def test_a_reader_that_goes_away_is_no_error(saved: Path) -> None:
     line = f"{sys.executable} -m eecompile inspect {saved} --format code | head -n 2"
     done = subprocess.run(["bash", "-c", f"set -o pipefail; {line}"], capture_output=True, text=True, env=environment())
@@ -169,6 +170,7 @@ def test_a_reader_that_goes_away_is_no_error(saved: Path) -> None:
     assert len(done.stdout.splitlines()) == 2
 
 
+@pytest.mark.nightly
 def test_a_process_of_its_own(saved: Path) -> None:
     start = time.perf_counter()
     done = process("run", str(saved), "--input", "x=float32[3,1,8,8]", "--json")
@@ -195,6 +197,7 @@ def test_several_models_are_rewritten_as_a_cascade(tmp_path: Path) -> None:
     assert "does not run on the example" in done.stderr  # the small one reads 4 x 4
 
 
+@pytest.mark.nightly
 def test_three_models_and_a_sum_of_strategies(tmp_path: Path) -> None:
     """`rewrite A B C --strategy cascade`, and heads inside of the models besides."""
     (tmp_path / "nets.py").write_text(

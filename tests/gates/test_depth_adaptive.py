@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ from eecompile import StrategyError, load
 from eecompile.program import Result
 from eecompile.strategies import DepthAdaptive
 from tests.gates.adaptive import Loader, rows, tower
-from tests.support import CLOSED, again, both, close, equal_bits, run_by, separating, watch
+from tests.support import CLOSED, again, both, close, equal_bits, run_by, watch
 from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
@@ -22,13 +20,6 @@ RECIPES = {
     "halting": DepthAdaptive("halting", min_depth=0, unit="linear", open_bias=0.0),
     "gates": DepthAdaptive("gates", unit="linear", open_bias=0.0),
 }
-
-
-@pytest.fixture(scope="module", params=["bert", "vit"])
-def model(request):
-    entry = ZOO[request.param]
-    args, kwargs = entry.inputs(4)
-    return entry, eecompile(entry.model(), example_inputs=args, example_kwargs=kwargs, **dict(entry.options))
 
 
 def scores(fast, args, kwargs) -> Tensor:
@@ -66,10 +57,9 @@ def at_every_depth(fast, args, kwargs) -> Result:
 
 
 @pytest.mark.parametrize("recipe", ["up front", "behind one block", "halting"])
-def test_the_prediction_at_a_depth_is_what_a_row_of_that_depth_gets(model, recipe):
-    entry, base = model
-    fast = again(base, RECIPES[recipe])
-    args, kwargs = entry.inputs(3, seed=2)
+def test_the_prediction_at_a_depth_is_what_a_row_of_that_depth_gets(zoo, recipe):
+    fast = again(zoo("bert").fast, RECIPES[recipe])
+    args, kwargs = ZOO["bert"].inputs(3, seed=2)
     count = len(fast.gates)
     assert len(fast.exits) == count
     assert [e.threshold for e in fast.exits] == [CLOSED] * count
@@ -78,33 +68,9 @@ def test_the_prediction_at_a_depth_is_what_a_row_of_that_depth_gets(model, recip
     assert sorted(every.gate_scores[0].tolist(), reverse=True) == every.gate_scores[0].tolist() or recipe == "halting"
 
 
-@pytest.mark.parametrize("recipe", sorted(RECIPES))
-def test_compact_agrees_with_the_reference(model, recipe):
-    entry, base = model
-    fast = again(base, RECIPES[recipe])
-    rng = random.Random(3)
-    depths: set[int] = set()
-    for batch in (1, 4, 7):
-        args, kwargs = entry.inputs(batch, seed=5)
-        found = scores(fast, args, kwargs)
-        for _ in range(2):
-            fast.set_gate_thresholds([rng.choice([0.0, *[separating(s, rng)] * 3]) for s in found.T])
-            compact, reference = both(fast, *args, **kwargs)
-            assert torch.equal(compact.gates, reference.gates)
-            assert torch.equal(compact.steps, reference.steps)
-            assert torch.equal(compact.steps, compact.gates.sum(1))
-            torch.testing.assert_close(compact.cost, reference.cost, atol=1e-6, rtol=0)
-            close(compact.output, reference.output)
-            if recipe != "gates":  # no block behind a shut one
-                assert bool((compact.gates.int().diff(dim=1) <= 0).all())
-            depths |= set(compact.steps.tolist())
-    assert len(depths) > 1
-
-
-def test_each_row_runs_its_first_blocks_only():
-    entry = ZOO["bert"]
-    args, kwargs = entry.inputs(6, seed=3)
-    fast = eecompile(entry.model(), DepthAdaptive(), example_inputs=args, example_kwargs=kwargs)
+def test_each_row_runs_its_first_blocks_only(zoo):
+    args, kwargs = ZOO["bert"].inputs(6, seed=3)
+    fast = again(zoo("bert").fast, DepthAdaptive())
     found = scores(fast, args, kwargs).sort(0).values  # behind one block three gates
     fast.set_gate_thresholds([float(found[cut - 1, i] + found[cut, i]) / 2 for i, cut in enumerate((1, 3, 5))])
     ran = activations(fast, args, kwargs)
@@ -170,11 +136,9 @@ class Stages(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["swin", "hf_resnet"])
-def test_what_has_no_gate_runs_at_every_depth(name):
-    entry = ZOO[name]
-    args, kwargs = entry.inputs(4)
-    fast = eecompile(entry.model(), DepthAdaptive(min_depth=0), example_inputs=args, example_kwargs=kwargs)
-    at_every_depth(fast, args, kwargs)
+def test_what_has_no_gate_runs_at_every_depth(zoo, name):
+    args, kwargs = ZOO[name].inputs(4)
+    at_every_depth(again(zoo(name).fast, DepthAdaptive(min_depth=0)), args, kwargs)
 
 
 @pytest.mark.parametrize("joined", [False, True])
@@ -199,25 +163,6 @@ def test_networks_with_stages_learn_their_depth(joined, tmp_path):
     at_every_depth(back, (x[:5],), {})
 
 
-def test_a_saved_program_keeps_depths_and_trains_on(tmp_path):
-    entry = ZOO["bert"]
-    args, kwargs = entry.inputs(5, seed=4)
-    fast = eecompile(entry.model(), DepthAdaptive(), example_inputs=args, example_kwargs=kwargs)
-    middle = scores(fast, args, kwargs).median(0).values
-    fast.set_gate_thresholds([float(m) - 1e-6 for m in middle])
-    want = fast.run(*args, **kwargs)
-    fast.save(tmp_path / "program")
-    back = load(tmp_path / "program")
-    got = back.run(*args, **kwargs)
-    equal_bits(got.output, want.output)
-    assert torch.equal(got.steps, want.steps)
-    assert back.strategy == fast.strategy
-    back.train_trunk, back.gate_mode = False, "open"
-    back.train()
-    back.loss(back.run(*args, **kwargs), torch.tensor([0, 1, 0, 1, 0])).backward()
-    assert all(p.grad is not None for p in back.gate_units.parameters())
-
-
 @pytest.mark.parametrize(
     ("options", "says"),
     [
@@ -236,9 +181,5 @@ def test_options_are_checked(options, says):
 
 
 def test_models_without_a_block_to_skip_are_refused():
-    entry = ZOO["lstmcell"]
-    args, kwargs = entry.inputs(4)
-    with pytest.raises(StrategyError, match="no region for a gate"):
-        eecompile(entry.model(), DepthAdaptive(), example_inputs=args, example_kwargs=kwargs)
     with pytest.raises(StrategyError, match="one of the first 3, which every row runs"):
         eecompile(tower(), DepthAdaptive(min_depth=3), example_inputs=(rows(4)[0],))

@@ -71,36 +71,6 @@ def test_collapse_is_told_from_gates_that_depend_on_the_input():
     assert half.stuck == {0: "open"}
 
 
-class Killed(BaseException):
-    pass
-
-
-def test_a_killed_run_resumes_bit_for_bit_in_every_stage(trained, tmp_path):
-    fast = compiled(trained, target_cost=0.5, shares=(1, 1, 1))
-    start = {name: tensor.clone() for name, tensor in fast.state_dict().items()}
-
-    def run(directory, kill=None):
-        fast.load_state_dict(start)
-
-        def callback(event):
-            if event.kind == "step" and event.step == kill:
-                raise Killed
-
-        options = {"epochs": 3, "trunk": True, "lr": 1e-2, "checkpoint_every": 1, "progress": False}
-        report = fast.fit(loader(60), checkpoint_dir=tmp_path / directory, callbacks=[callback], **options)
-        return {name: tensor.clone() for name, tensor in fast.state_dict().items()}, [
-            (row.loss, row.gates) for row in report.rows
-        ]
-
-    state, rows = run("whole")
-    for kill in (1, 2, 5):  # within the first stage, at its end, in the last
-        with pytest.raises(Killed):
-            run(f"killed-{kill}", kill)
-        again, rows_again = run(f"killed-{kill}")
-        assert rows_again == rows
-        assert all(torch.equal(state[name], again[name]) for name in state), kill
-
-
 def test_a_loop_of_ones_own_pays_for_open_gates(trained):
     fast = compiled(trained, target_cost=0.3)
     fast.train()

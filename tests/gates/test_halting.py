@@ -8,54 +8,28 @@ import torch
 from eecompile import StrategyError, strategies
 from eecompile.kernels.halt import halt
 from tests.capture.nets import Net
-from tests.support import both, close, gelu_of, watch
+from tests.gates.adaptive import rows, tower
+from tests.support import again, close, gelu_of, watch
 from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
 NEVER = 2.0
-KINDS = {
-    "PonderNet, one block again": ("bert", {"halting": "pondernet", "max_steps": 3, "blocks": "bert.encoder.layer.1"}),
-    "per stage of a ResNet": ("hf_resnet", {}),
-    "with labels for every position": ("gpt2_lm", {"per_token": True}),
-}
 
 
-def compiled(name: str, options: dict[str, object], spread: bool = True):
+def compiled(zoo, name: str, options: dict[str, object]):
     """Units with weights large enough for rows to differ."""
-    entry = ZOO[name]
-    args, kwargs = entry.inputs(4)
-    strategy = strategies.Act(halting_bias=-0.5, **options)
-    fast = eecompile(entry.model(), strategy, example_inputs=args, example_kwargs=kwargs, **entry.options)
+    fast = again(zoo(name).fast, strategies.Act(halting_bias=-0.5, **options))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in fast.gate_units.parameters():
-            if spread and p.ndim == 2:
+            if p.ndim == 2:
                 p.copy_(torch.randn(p.shape, generator=generator))
-    return entry, fast
+    return ZOO[name], fast
 
 
-@pytest.mark.parametrize("kind", sorted(KINDS))
-def test_compact_agrees_with_the_reference(kind):
-    entry, fast = compiled(*KINDS[kind])
-    seen: set[int] = set()
-    for threshold in (0.9, 0.4):
-        fast.set_halting_threshold(threshold)
-        for batch in (1, 5):
-            args, kwargs = entry.inputs(batch, seed=2)
-            compact, reference = both(fast, *args, **kwargs)
-            assert torch.equal(compact.steps, reference.steps)
-            torch.testing.assert_close(compact.cost, reference.cost)
-            torch.testing.assert_close(compact.ponder, reference.ponder)
-            close(compact.output, reference.output)
-            with torch.no_grad():
-                close(fast(*args, **kwargs), reference.output)
-            seen |= set(compact.steps.flatten().tolist())
-    assert len(seen) > 1, "every row took the same number of steps"
-
-
-def test_the_output_is_the_weighted_mean_of_the_states():
+def test_the_output_is_the_weighted_mean_of_the_states(zoo):
     """By hand, from the states of the captured blocks and the scores of the units, in float64."""
-    entry, fast = compiled("bert", {})
+    entry, fast = compiled(zoo, "bert", {})
     args, kwargs = entry.inputs(3, seed=6)
     chain = fast.program.halts[0]
     graph = fast.graph_module
@@ -84,8 +58,8 @@ def values_of(graph, flat, names):
     return found
 
 
-def test_rows_that_halted_are_not_computed():
-    entry, fast = compiled("bert", {})
+def test_rows_that_halted_are_not_computed(zoo):
+    entry, fast = compiled(zoo, "bert", {})
     args, kwargs = entry.inputs(6, seed=3)
     fast.set_halting_threshold(0.35)
     steps = fast.run(*args, **kwargs).steps
@@ -96,13 +70,12 @@ def test_rows_that_halted_are_not_computed():
 
 @pytest.mark.parametrize("trunk", [False, True])
 def test_a_price_on_steps_makes_them_fewer(trunk):
-    entry, fast = compiled("bert", {"ponder_price": 1.0}, spread=False)
-    args, kwargs = entry.inputs(8, seed=4)
-    labels = torch.arange(8) % 2
-    before = float(fast.run(*args, **kwargs).ponder.mean())
-    loader = [(kwargs, labels)] * 20
+    x, y, _ = rows(8, seed=4)
+    fast = eecompile(tower(4), strategies.Act(halting_bias=-0.5, ponder_price=1.0), example_inputs=(x,))
+    before = float(fast.run(x).ponder.mean())
+    loader = [(x, y)] * 20
     fast.fit(loader, epochs=1, trunk=trunk, lr=0.02, progress=False)
-    assert float(fast.run(*args, **kwargs).ponder.mean()) < before - 0.5
+    assert float(fast.run(x).ponder.mean()) < before - 0.5
 
 
 @pytest.mark.parametrize(
@@ -115,9 +88,9 @@ def test_a_price_on_steps_makes_them_fewer(trunk):
         ("nn_encoder_sf", {}, "no chain of blocks"),
     ],
 )
-def test_mistakes_are_named(name, options, says):
+def test_mistakes_are_named(zoo, name, options, says):
     with pytest.raises(StrategyError, match=says):
-        compiled(name, options)
+        compiled(zoo, name, options)
 
 
 PONDERNET = [
@@ -135,8 +108,8 @@ def test_options_out_of_range(options):
         strategies.Act(**options)
 
 
-def test_thresholds_out_of_range():
-    _, fast = compiled("bert", {})
+def test_thresholds_out_of_range(zoo):
+    _, fast = compiled(zoo, "bert", {})
     for wrong in (0.0, -1.0, float("nan")):
         with pytest.raises(StrategyError):
             fast.set_halting_threshold(wrong)

@@ -14,26 +14,15 @@ from eecompile.gates import norms_at
 from eecompile.inspect.why import where
 from eecompile.strategies import SelfAdaptive
 from tests.gates.adaptive import Loader, Residual, rows, tower
-from tests.support import CLOSED, again, both, close, equal_bits, gelu_of, random_thresholds, separating, watch
+from tests.support import again, both, close, equal_bits, gelu_of, separating, watch
 from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
-MODELS = ["vit", "hf_resnet", "llama"]  # MLPs, convolutions with norms, gated MLPs
 
 
 def adaptive(**options) -> SelfAdaptive:
     return SelfAdaptive(**{"exits": None, "widths": WIDTHS, "open_bias": 0.0, **options})
-
-
-@pytest.fixture(scope="module", params=MODELS)
-def model(request):
-    entry = ZOO[request.param]
-    args, kwargs = entry.inputs(4)
-    options = dict(entry.options)
-    exits = None if request.param == "llama" else 2
-    fast = eecompile(entry.model(), adaptive(exits=exits), example_inputs=args, example_kwargs=kwargs, **options)
-    return request.param, entry, fast
 
 
 def scores(fast, args, kwargs):
@@ -44,50 +33,9 @@ def scores(fast, args, kwargs):
     return found
 
 
-def test_compact_agrees_with_the_reference(model):
-    _, entry, fast = model
-    rng = random.Random(3)
-    seen: set[float] = set()
-    for batch in (1, 5, 8):
-        args, kwargs = entry.inputs(batch, seed=6)
-        fast.set_thresholds(CLOSED)
-        found = scores(fast, args, kwargs)
-        for _ in range(2):
-            fast.set_thresholds(CLOSED)
-            fast.set_gate_thresholds([rng.choice([0.0, CLOSED, *[separating(s, rng)] * 6]) for s in found.T])
-            if fast.exits:
-                fast.set_thresholds(random_thresholds(fast.observe(*args, **kwargs).confidences[:-1], rng, closed=0.5))
-            compact, reference = both(fast, *args, **kwargs)
-            assert torch.equal(compact.exit_index, reference.exit_index)
-            assert torch.equal(compact.gates, reference.gates)
-            assert torch.equal(compact.widths, reference.widths)
-            torch.testing.assert_close(compact.cost, reference.cost, atol=1e-6, rtol=0)
-            close(compact.output, reference.output)
-            with torch.no_grad():
-                close(fast(*args, **kwargs), reference.output)
-            seen |= set(compact.widths.flatten().tolist())
-    assert seen <= {0.0, *WIDTHS}
-    assert len(seen) >= 4
-
-
-def test_the_full_width_is_the_model_itself(model):
-    _, entry, fast = model
-    args, kwargs = entry.inputs(3, seed=4)
-    fast.set_thresholds(CLOSED)
-    for thresholds in (0.0, 1e-9):  # whatever the score, and decided row by row
-        fast.set_gate_thresholds(thresholds)
-        want = list(fast.source_graph(*fast.program.signature.flatten(args, kwargs)))
-        for result in both(fast, *args, **kwargs):
-            equal_bits(fast.program.signature.flatten_output(result.output), want)
-            assert result.widths.tolist() == [[1.0] * len(fast.widths)] * 3
-            torch.testing.assert_close(result.cost, torch.ones(3), atol=0.02, rtol=0)
-
-
-def test_a_narrow_mlp_computes_its_channels_only():
-    entry = ZOO["bert"]
-    args, kwargs = entry.inputs(6, seed=3)
-    fast = eecompile(entry.model(), adaptive(parts="mlp", always_on=("*layer.[123]*",)), example_inputs=args,
-                     example_kwargs=kwargs)  # fmt: skip
+def test_a_narrow_mlp_computes_its_channels_only(zoo):
+    args, kwargs = ZOO["bert"].inputs(6, seed=3)
+    fast = again(zoo("bert").fast, adaptive(parts="mlp", always_on=("*layer.[123]*",)))
     assert [w.region for w in fast.widths] == ["bert.encoder.layer.0:mlp"]
     assert fast.widths[0].channels == ((9, 18, 28, 37),)
     found = scores(fast, args, kwargs)
@@ -279,13 +227,10 @@ def test_a_model_without_such_layers_is_refused():
     assert "another one" in str(told.value)
 
 
-def test_parts_that_cannot_be_narrowed_say_why(model):
-    name, _, fast = model
-    refused = {r.node: r.reason for r in fast.program.refusals if r.rule == "place_widths"}
-    if name == "hf_resnet":
-        return
-    attention = next(reason for node, reason in refused.items() if node.endswith("attention"))
+def test_parts_that_cannot_be_narrowed_say_why(zoo):
+    base = zoo("bert").fast
+    refused = [r for r in again(base, adaptive()).program.refusals if r.rule == "place_widths"]
+    attention = next(r.reason for r in refused if r.node.endswith("attention"))
     assert "a view that divides them" in attention
-    if name == "vit":
-        with pytest.raises(StrategyError, match="two of the widths equal"):
-            again(fast, adaptive(widths=(0.26, 0.27, 1.0), parts="mlp"))
+    with pytest.raises(StrategyError, match="two of the widths equal"):
+        again(base, adaptive(widths=(0.26, 0.27, 1.0), parts="mlp"))

@@ -227,6 +227,7 @@ def stretched(s: Source, blocks: int) -> Program:
     return program.replace(flops=per_node)
 
 
+@pytest.mark.nightly
 def test_ten_thousand_nodes_in_well_under_half_a_minute() -> None:
     s = source(built(lambda: Plain(3)), (), masked_call())
     program = stretched(s, 500)
@@ -268,6 +269,7 @@ class Layer(nn.Module):
         return h
 
 
+@pytest.mark.nightly
 def test_the_stretched_graph_is_a_real_one() -> None:
     """What the test above counts on: it runs, and each block is in it."""
     s = source(built(lambda: Plain(3)), (), masked_call())

@@ -8,13 +8,12 @@ import pytest
 import torch
 from torch import Tensor, fx, nn
 
-from eecompile.criteria import Criterion, Entropy, Learned, MaxProbability, Patience, criterion
+from eecompile.criteria import Criterion, Entropy, Learned, MaxProbability
 from eecompile.errors import StrategyError
 from eecompile.heads import Branch
 from eecompile.ir.settings import EXITS
 from eecompile.ir.settings import TEMPERATURES_BUFFER as TEMPERATURES
 from eecompile.ir.settings import THRESHOLDS_BUFFER as THRESHOLDS
-from eecompile.kernels.confidence import confidence
 from eecompile.passes import InsertExits, facts, run_passes
 from eecompile.passes.insert_exits import HEADS
 from eecompile.program import Program
@@ -91,46 +90,6 @@ def test_the_first_exit_that_is_sure_is_selected(any_source: Source) -> None:
     outputs, rows = torch.stack(found["outputs"]), torch.arange(6)
     same_bits([found["leaves"][0]], [outputs[want, rows]])
     same_bits([found["confidence"]], [torch.stack(seen)[want, rows]])
-
-
-@pytest.mark.parametrize("name", ["max_probability", "entropy", "margin", "energy", "learned"])
-def test_the_confidence_is_that_of_the_criterion_and_the_temperature(masked: Source, name: str) -> None:
-    chosen = criterion(name)
-    program = marked(masked, criterion=chosen)
-    flat = masked.inputs(4)
-    temperatures = torch.tensor([0.5, 2.0, 3.0])
-    getattr(program.marked, TEMPERATURES).copy_(temperatures)
-    found = run(program, flat)
-    judged = found["scores"] if chosen.learned else found["outputs"][:-1]
-    for k, value in enumerate(judged):
-        want, _ = confidence(value, None, name, temperatures[k])
-        same_bits([found["confidences"][k]], [want])
-    own = "max_probability" if chosen.learned else name  # behind the last layer there is no score
-    want, _ = confidence(found["outputs"][-1], None, own, temperatures[-1])
-    same_bits([found["confidences"][-1]], [want])
-
-
-def test_patience_counts_over_the_open_exits_only(resnet: Source) -> None:
-    program = marked(resnet, "every-block", criterion=Patience(exits_in_agreement=2), head="linear", threshold=1.0)
-    flat = resnet.inputs(9)
-    count = len(program.exits)
-    for closed in ([], [1], [0, 2], [1, 2, 3]):
-        thresholds = torch.ones(count)
-        thresholds[closed] = 2.0
-        getattr(program.marked, THRESHOLDS).copy_(thresholds)
-        found = run(program, flat)
-        predicted = [o.argmax(-1).tolist() for o in found["outputs"]]
-        for row in range(9):
-            last, streak, want = None, 0, count
-            for k in range(count):
-                if k in closed:
-                    continue
-                streak = streak + 1 if predicted[k][row] == last else 1
-                last = predicted[k][row]
-                if streak >= 2:
-                    want = k
-                    break
-            assert found["index"][row].item() == want, (closed, row)
 
 
 def test_padding_does_not_count_towards_the_confidence_of_positions(tagger: Source) -> None:

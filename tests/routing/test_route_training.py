@@ -109,6 +109,7 @@ def test_hard_rows_take_the_models_own_way(model, estimator):
     assert {"cost", "share", "accuracy", "decided", "spread"} == set(report.to_dict()["rows"][0]["routes"])
 
 
+@pytest.mark.nightly
 def test_the_price_decides_how_many_rows_take_the_light_way(model):
     costs = []
     for price in (0.0, 3.0):
@@ -274,6 +275,7 @@ def test_mistakes_are_named(model, router, says):
         compiled(model, router, **({"exits": ("blocks.0",), "max_head_share": 1e9} if router.to_exits else {}))
 
 
+@pytest.mark.nightly
 def test_margins_of_branches_keep_the_promise(model):
     """And with exits in the same graph both promises together keep it."""
     router = Router(at="input", to={"light": 0.01}, over=("input", "blocks.2"), price=0.3)

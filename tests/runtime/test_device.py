@@ -20,24 +20,10 @@ from eecompile.runtime.device.fallback import Bound
 from eecompile.runtime.device.machine import Simulator, allocated, constants
 from eecompile.runtime.device.nodes import Call, Copy, Decide, Gather, If, OpenRows, Switch, While
 from eecompile.runtime.device.warm import Warm
-from tests.compositions import SEQUENCES, SUMS
+from tests.compositions import SUMS
 from tests.runtime.devices import Late, reference, simulated, spread
 from tests.support import again, close, executor, random_settings, random_thresholds, same_result
 from tests.zoo import ZOO
-
-
-@pytest.mark.parametrize("kind", [*SUMS, *SEQUENCES])
-def test_gates_halting_and_exits_agree_with_the_reference(bert, kind):
-    """Gated regions become a switch of their own, within the switch of their stage."""
-    fast = again(bert, {**SUMS, **SEQUENCES}[kind]())
-    rng = random.Random(3)
-    for batch, structure in ((1, "nested"), (5, "nested"), (9, "machine")):
-        fast.device_options = Options(structure=structure)
-        args, kwargs = ZOO["bert"].inputs(batch, seed=6)
-        for _ in range(2):
-            random_settings(fast, args, kwargs, rng)
-            same_result(simulated(fast, **kwargs), reference(fast, **kwargs))
-    assert fast.check_no_sync().ok
 
 
 def test_a_router_to_exits_agrees_with_the_reference(bert):

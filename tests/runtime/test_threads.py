@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eecompile import CompiledModule, strategies
 from tests.runtime.test_deadlines import Layers
-from tests.support import CLOSED, executor
+from tests.support import CLOSED, again, executor
 from tests.support import compiled as eecompile
 
 THREADS = 4
@@ -110,10 +110,10 @@ def programs(zoo, name: str) -> CompiledModule:
         "ensemble": strategies.Branchy(exits=3, criterion="max_probability", combine="ensemble"),
         "gates": exits + strategies.SkipNet(open_bias=0.0),
         "halting": exits + strategies.Act(halting_bias=0.0),
-        "blocks": exits,
     }
-    capture = "blocks" if name == "blocks" else "export"
-    return eecompile(animal.model, kinds[name], example_inputs=args, example_kwargs=kwargs, capture=capture)
+    if name != "blocks":
+        return again(animal.fast, kinds[name])
+    return eecompile(animal.model, exits, example_inputs=args, example_kwargs=kwargs, capture="blocks")
 
 
 @pytest.mark.parametrize("name", ["reference", "compact", "patience", "ensemble", "gates", "halting", "blocks"])

@@ -133,32 +133,6 @@ def test_its_options_are_saved_and_its_means_are_not():
         AdaLoss(memory=1.5)
 
 
-def test_a_resumed_run_ends_as_an_unbroken_one(tmp_path):
-    """The running means are in the checkpoint: with memory 0.95 they matter to the end."""
-    from eecompile.training.fit import fit
-
-    loader = batched(*blobs())
-    options = {"epochs": 2, "objective": {"name": "adaloss", "memory": 0.95}, "progress": False, "trunk": True}
-    whole = Fake()
-    fit(whole, loader, **options)
-
-    class Stop(Exception):
-        pass
-
-    def stop(event):
-        if event.step == 7:
-            raise Stop
-
-    broken = Fake()
-    with pytest.raises(Stop):
-        fit(broken, loader, checkpoint_dir=tmp_path, checkpoint_every=1, callbacks=[stop], **options)
-    again = Fake()
-    report = fit(again, loader, checkpoint_dir=tmp_path, **options)
-    assert report.resumed_from == 7
-    for (name, a), b in zip(whole.state_dict().items(), again.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-
-
 def test_each_fit_starts_anew():
     from eecompile.training.fit import fit
 

@@ -6,11 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from eecompile import EecompileError, StrategyError, load, strategies
+from eecompile import EecompileError, StrategyError, strategies
 from eecompile.passes.insert_exits import EnsembleWeights
 from eecompile.training.objectives import Ensemble, cross_entropy
 from tests.calibration.test_budget import Chain
-from tests.support import both, equal_bits, same_result
 from tests.support import compiled as eecompile
 
 CLASSES = 4
@@ -68,24 +67,6 @@ def test_trained_weights_answer_better_than_equal_ones(trained):
     finally:
         own.load_state_dict(held)
     assert all(a < b for a, b in zip(after[1:], before[1:], strict=True)), (after, before)
-
-
-def test_compact_agrees_and_everything_is_saved(trained, tmp_path):
-    x, _ = rows(9, 5)
-    confidences = trained.observe(x).confidences
-    trained.set_thresholds([float(c.median()) + 1e-4 for c in confidences[:-1]])
-    compact, reference = both(trained, x)
-    same_result(compact, reference)
-    assert len(set(compact.exit_index.tolist())) > 2
-    trained.save(tmp_path / "program")
-    same = load(tmp_path / "program")
-    assert same.strategy == trained.strategy
-    for name, p in trained.combination.named_parameters():
-        assert torch.equal(p, dict(same.combination.named_parameters())[name])
-    with torch.no_grad():
-        equal_bits(same.run(x).output, trained.run(x).output)
-    same.fit([rows(16, 6)], progress=False)
-    assert not torch.equal(same.combination.bias, trained.combination.bias)
 
 
 def test_it_adds_to_every_objective():

@@ -198,6 +198,7 @@ save_file(full_state(fast), out)
 """
 
 
+@pytest.mark.nightly
 def test_sigkill_of_a_real_process(tmp_path):
     from safetensors.torch import load_file
 

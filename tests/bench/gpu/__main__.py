@@ -13,19 +13,16 @@ import torch
 from rich.console import Console
 
 from tests.bench import machine, record
-from tests.bench.gpu import cases, kernels, nodes, subjects
+from tests.bench.gpu import cases, kernels, subjects
 from tests.bench.gpu.cases import Found, Setting
 from tests.bench.gpu.platform import Cuda, Host
 
 PARTS: dict[str, tuple[str, int]] = {  # in order of what matters most: a model and a batch size
-    "nodes": ("", 0),
     "kernels": ("", 0),
     "bert-1": ("bert", 1),
     "bert-32": ("bert", 32),
     "resnet-1": ("resnet", 1),
     "resnet-32": ("resnet", 32),
-    "vit-1": ("vit", 1),
-    "vit-32": ("vit", 32),
     "bert-128": ("bert", 128),
 }
 LONGEST = 60.0  # seconds: no part is begun with less left
@@ -68,9 +65,7 @@ def run(parts: Sequence[str], setting: Setting, out: Path, seconds: float, small
 
         found = Found(save)
         with found.trying(name):
-            if name == "nodes":
-                nodes.run(setting, found, 4 if small else nodes.CHAIN)
-            elif name == "kernels":
+            if name == "kernels":
                 kernels.run(setting, found, small)
             else:
                 if model not in made:

@@ -65,18 +65,6 @@ class HostBranch:
         out[rows] = s.end(s.segment(EXITS, hidden))
         return out
 
-    def waiting(self, x: Tensor) -> Tensor:
-        """Several rows; all go on until the last is sure."""
-        s, hidden = self.subject, self.subject.stem(x)
-        answers, sure = None, torch.zeros(len(x), dtype=torch.bool, device=x.device)
-        for k in range(EXITS):
-            hidden = s.segment(k, hidden)
-            answers, sure = settled(*s.judged(k, hidden), self.thresholds[k], answers, sure)
-            if sure.all().item():
-                return answers
-        assert answers is not None
-        return torch.where(sure[:, None], answers, s.end(s.segment(EXITS, hidden)))
-
 
 def settled(
     logits: Tensor, confidence: Tensor, threshold: float | Tensor, answers: Tensor | None, sure: Tensor

@@ -134,25 +134,6 @@ def bert(device: torch.device, small: bool, dtype: torch.dtype) -> Subject:
     )
 
 
-def vit(device: torch.device, small: bool, dtype: torch.dtype) -> Subject:
-    """ViT-base at 224 x 224, a thousand classes."""
-    sizes: dict[str, Any] = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 6}
-    config = hf.ViTConfig(
-        num_labels=10 if small else 1000, **({**sizes, "image_size": 32, "patch_size": 8} if small else {})
-    )
-    model: Any = hf.ViTForImageClassification(config).eval().to(device, dtype)
-    return Subject(
-        "ViT-base",
-        model,
-        images(32, 48).to(device, dtype) if small else images(224, POOL // 2).to(device, dtype),
-        "pixel_values",
-        model.vit.embeddings,
-        [m for m in model.vit.modules() if type(m).__name__ == "ViTLayer"],
-        lambda hidden: model.classifier(model.vit.layernorm(hidden)[:, 0]),
-        (0, 1, 2, 3) if small else (2, 5, 8, 10),
-    )
-
-
 def resnet(device: torch.device, small: bool, dtype: torch.dtype) -> Subject:
     """ResNet-50 at 224 x 224, a thousand classes; its statistics are those of such images."""
     sizes: dict[str, Any] = {"embedding_size": 8, "hidden_sizes": [32, 64, 128, 256], "depths": [1, 2, 2, 2]}
@@ -187,7 +168,7 @@ def images(side: int, rows: int) -> Tensor:
     return torch.randn(rows, 3, side, side, generator=made) * (0.2 + strength) + 2 * shift - 1
 
 
-BUILDERS = {"bert": bert, "vit": vit, "resnet": resnet}
+BUILDERS = {"bert": bert, "resnet": resnet}
 
 
 def made(name: str, device: torch.device, small: bool, dtype: torch.dtype) -> Subject:
