@@ -19,6 +19,7 @@ from eecompile.kernels.gather import gather, scatter
 from eecompile.kernels.halt import run_halt as halt
 from eecompile.kernels.head_confidence import head_confidence
 from eecompile.kernels.open_rows import open_rows
+from eecompile.kernels.packed_rnn import packed_rnn
 from eecompile.kernels.select import select
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "head_confidence",
     "keep_best",
     "open_rows",
+    "packed_rnn",
     "scatter",
     "select",
     "tick",

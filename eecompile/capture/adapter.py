@@ -110,6 +110,7 @@ class FlatAdapter(nn.Module):
         self.m = m
         self.call = call
         self.equal: list[list[tuple[int, int]]] = []  # groups of (input, axis) that are one size
+        self.trimmed = False  # whether the longest row of a batch decided a length in the last trace
 
     def forward(self, *flat: torch.Tensor) -> Any:
         for (first, axis), *others in self.equal:

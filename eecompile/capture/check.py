@@ -50,10 +50,21 @@ def rows(signature: Signature, flat: Sequence[torch.Tensor], index: Sequence[int
 
 
 def at_lengths(signature: Signature, flat: Sequence[torch.Tensor], length: Callable[[int], int]) -> list[torch.Tensor]:
-    """The inputs with every further dynamic axis cut (or filled up by repeating) to another length."""
+    """The inputs with every further dynamic axis cut (or filled up by repeating) to another length.
+
+    Integers `[B]`, which may be the lengths of the rows, do not exceed it.
+    """
     others = set(signature.dynamic) - {"batch"}
+    lengths = [
+        n
+        for t, leaf in zip(flat, signature.inputs, strict=True)
+        for n, s in zip(t.shape, leaf.shape, strict=True)
+        if s in others
+    ]
     out = []
     for t, leaf in zip(flat, signature.inputs, strict=True):
+        if t.dim() == 1 and leaf.shape == ("batch",) and t.dtype in (torch.int32, torch.int64) and lengths:
+            t = t.clamp(max=length(max(lengths)))
         for axis, size in enumerate(leaf.shape):
             if size in others:
                 index = torch.arange(length(t.shape[axis]), device=t.device) % t.shape[axis]

@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram, export
 from torch.utils import _pytree as pytree
 
-from eecompile.capture import check
+from eecompile.capture import check, sequences
 from eecompile.capture.adapter import FlatAdapter, FlatCall, flatten_call, mode, no_attention_fastpath
 from eecompile.capture.axes import (
     BatchAxis,
@@ -178,6 +178,8 @@ class _Tries:
         unknown: tuple[str, ...] = ()
         if self.compares:
             signature, graph = captured.signature, captured.graph_module
+            if self.adapter.trimmed:
+                sequences.check_trimmed(self.run, graph, signature, captured.flat_example or (), type(self.model).__name__)
             try:
                 signature, problems, unknown = check.verify(
                     signature, captured.flat_example or (), graph, self.run, self.model, oblivious
@@ -353,8 +355,14 @@ def _export(
     adapter.equal = equal_sizes(call.paths, axes, further)
     shapes = tuple(spec(p, a) for p, a in zip(call.paths, axes, strict=True))
     # With gradients, whatever the caller has, so that the model's own regions without are seen.
-    with torch.enable_grad(), fx_config.patch(backed_size_oblivious=oblivious):  # type: ignore[attr-defined]
-        return export(adapter, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+    with (
+        torch.enable_grad(),
+        fx_config.patch(backed_size_oblivious=oblivious),  # type: ignore[attr-defined]
+        sequences.padded() as trimmed,
+    ):
+        exported = export(adapter, tuple(tensors), dynamic_shapes=(shapes,), strict=False)
+    adapter.trimmed = bool(trimmed)
+    return exported
 
 
 def _data_dependent(error: BaseException) -> bool:

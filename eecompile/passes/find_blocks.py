@@ -18,7 +18,7 @@ from torch import fx
 from eecompile.errors import StrategyError, near
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
-from eecompile.passes.recurrent import OPERATORS
+from eecompile.passes.recurrent import CELLS
 from eecompile.passes.residual_units import Unit, residual_units
 from eecompile.program import Block, Program, Refusal
 
@@ -148,7 +148,7 @@ def candidates(
     for (path, call), one in every.items():
         again = call > 0 or (path, 1) in every
         cell = one.kind.endswith("Cell") and again  # a leaf, but the unit of a recurrent net
-        cell = cell or (path not in parents and any(nodes[i].target in OPERATORS for i in one.nodes))
+        cell = cell or (path not in parents and any(nodes[i].target in CELLS for i in one.nodes))
         if cell or (path in parents and (re.search(r"\d", path) or again)):
             groups[(re.sub(r"\d+", "*", path), one.kind)].append(one)
     ranked = []
@@ -156,7 +156,7 @@ def candidates(
     live = _live_counts(nodes, trunk, last)
     for (pattern, kind), members in groups.items():
         members.sort(key=lambda m: m.first)
-        cell = kind.endswith("Cell") or any(nodes[i].target in OPERATORS for i in members[0].nodes)
+        cell = kind.endswith("Cell") or any(nodes[i].target in CELLS for i in members[0].nodes)
         coverage = sum(len(m.nodes) for m in members) / max(total, 1)
         if len(members) < 2:
             continue

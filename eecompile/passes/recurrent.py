@@ -27,13 +27,39 @@ OPERATORS = {
     aten.rnn_tanh.input: "RNN",
     aten.rnn_relu.input: "RNN",
 }
+PACKED = torch.ops.eecompile.packed_rnn.default  # a layer over packed sequences
+CELLS = {*OPERATORS, PACKED}
 EVERYTHING = 1 << 62  # the end of an open slice
 
 
 def split_layers(graph_module: fx.GraphModule) -> int:
     """Rewrites every recurrent stack of the graph; gives the number of layers."""
     found = [n for n in graph_module.graph.nodes if n.target in OPERATORS]
-    return sum(_Stack(graph_module, n).split() for n in found)
+    return sum(_Stack(graph_module, n).split() for n in found) + _packed_layers(graph_module)
+
+
+def _packed_layers(graph_module: fx.GraphModule) -> int:
+    """Names the layers of packed stacks, and reads the final states of single layers off those; gives their number."""
+    found = graph_module.graph.find_nodes(op="call_function", target=PACKED)
+    stacks: dict[Any, list[fx.Node]] = {}
+    for n in found:
+        stacks.setdefault(facts.stack(n)[-1:], []).append(n)
+    for (*_, (path, call, _)), layers in ((k, v) for k, v in stacks.items() if k and len(v) > 1):
+        for n in layers:
+            for part in (n, *n.users):
+                mode = str(n.args[4]).partition("_")[0]
+                part.meta["stack"] = (*facts.stack(part), (f"{path}.{n.args[7]}", call, mode))
+    for node in graph_module.graph.find_nodes(op="call_function", target=aten.cat.default):
+        states = list(node.args[0])
+        if not all(s.target is operator.getitem and s.args[0] in found and s.args[1] for s in states):
+            continue
+        per = int(facts.value(states[0]).shape[0])
+        for u in list(node.users):
+            args = u.args
+            if u.target is aten.select.int and args[1] == 0 and isinstance(args[2], int):
+                i = args[2] % (per * len(states))
+                u.args = (states[i // per], 0, i % per)
+    return len(found)
 
 
 @dataclass(frozen=True)
@@ -180,7 +206,7 @@ def hidden(node: fx.Node) -> bool:
     while node.target is aten.dropout.default:
         node = node.all_input_nodes[0]
     source = node.args[0] if node.target is operator.getitem else None
-    return isinstance(source, fx.Node) and source.target in OPERATORS and bool(node.args[1] == 0)
+    return isinstance(source, fx.Node) and source.target in CELLS and bool(node.args[1] == 0)
 
 
 def _constant(args: Sequence[Any]) -> bool:
