@@ -46,6 +46,7 @@ LAYERS = [
     },
     {"inspect"},
     {"__init__"},  # the package's front: names of every layer, each imported when it is first asked for
+    {"serving"},
     {"cli", "__main__"},
 ]
 RANK = {unit: i for i, layer in enumerate(LAYERS) for unit in layer}

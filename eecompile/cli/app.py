@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eecompile.cli import build, demo, doctor, measure, train
+from eecompile.cli import build, demo, doctor, measure, serve, train
 from eecompile.cli.out import guarded
 
 # Up to 0.27.0 typer joins the lines of a paragraph of an epilog; later it keeps them, and paragraphs stand apart.
@@ -104,6 +104,9 @@ app.command(
         "eecompile bench fast --data net.py:test --batch 32 --model net.py:Net --compile",
     )
 )(guarded(measure.bench))
+app.command(epilog=examples("eecompile serve fast", "eecompile serve fast --port 9000 --max-batch 64 --max-wait-ms 5"))(
+    guarded(serve.serve)
+)
 app.command(epilog=examples("eecompile strategies", "eecompile strategies --json"))(guarded(build.strategies))
 app.command(epilog=examples("eecompile doctor", "eecompile doctor --json"))(guarded(doctor.doctor))
 app.command(epilog=examples("eecompile demo", "eecompile demo -o digits-fast --json"))(guarded(demo.demo))

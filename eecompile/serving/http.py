@@ -1,0 +1,127 @@
+"""The Open Inference Protocol, version 2, over a row server: health, metadata, infer, and Prometheus metrics."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eecompile.errors import EecompileError, MissingDependencyError
+from eecompile.serving.server import Answer, RowServer, ServerBusy, ServerClosed
+from eecompile.signature import Leaf, Signature
+
+try:
+    from fastapi import FastAPI, Request
+    from fastapi.responses import JSONResponse, Response
+except ImportError as e:
+    raise MissingDependencyError("serving needs fastapi", hint="pip install 'eecompile[serve]'") from e
+
+DTYPES = {
+    "BOOL": torch.bool, "UINT8": torch.uint8, "INT8": torch.int8, "INT16": torch.int16, "INT32": torch.int32,
+    "INT64": torch.int64, "FP16": torch.float16, "BF16": torch.bfloat16, "FP32": torch.float32, "FP64": torch.float64,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def app(server: RowServer, name: str) -> Any:
+    """A FastAPI application that serves one program.
+
+    A request of several rows is split; its reply comes when the last of them has left. `parameters` of a request may hold
+    `deadline_ms` and `budget`; those of the reply hold `exit_index`, `confidence` and `cost` of each row.
+    """
+    made = FastAPI(title=f"eecompile: {name}")
+    signature = server.fast.program.signature
+
+    def failed(error: Exception) -> Any:
+        if isinstance(error, ServerBusy):
+            headers = {"Retry-After": str(max(1, round(error.retry_after_s)))}
+            return JSONResponse({"error": str(error)}, 429, headers)
+        return JSONResponse({"error": str(error)}, 503 if isinstance(error, ServerClosed) else 400)
+
+    @made.get("/v2/health/live")
+    @made.get("/v2/health/ready")
+    @made.get(f"/v2/models/{name}/ready")
+    async def ready() -> Any:
+        return JSONResponse({"ready": server.alive}, 200 if server.alive else 503)
+
+    @made.get("/v2")
+    async def about() -> Any:
+        return {"name": "eecompile", "version": "2", "extensions": []}
+
+    @made.get(f"/v2/models/{name}")
+    async def metadata() -> Any:
+        def tensor(leaf: Leaf) -> dict[str, Any]:
+            shape = [-1 if isinstance(s, str) else s for s in leaf.shape]
+            return {"name": leaf.path, "datatype": NAMES[leaf.dtype], "shape": shape}
+
+        return {
+            "name": name,
+            "versions": ["1"],
+            "platform": "eecompile",
+            "inputs": [tensor(leaf) for leaf in signature.inputs],
+            "outputs": [tensor(leaf) for leaf in signature.outputs],
+        }
+
+    @made.post(f"/v2/models/{name}/infer")
+    async def infer(request: Request) -> Any:
+        try:
+            body = await request.json()
+            rows = _rows(body, signature)
+            limits = {k: v for k, v in (body.get("parameters") or {}).items() if k in ("deadline_ms", "budget")}
+            futures = [server.submit(**row, **limits) for row in rows]
+        except (EecompileError, ValueError, KeyError, TypeError) as e:
+            return failed(e)
+        try:
+            answers = await asyncio.gather(*(asyncio.wrap_future(f) for f in futures))
+        except EecompileError as e:
+            return failed(e)
+        return _reply(name, body.get("id"), answers, signature)
+
+    @made.get("/metrics")
+    async def metrics() -> Any:
+        text = b"" if server.metrics is None else server.metrics.text()
+        return Response(text, media_type="text/plain; version=0.0.4")
+
+    return made
+
+
+def _rows(body: Any, signature: Signature) -> list[dict[str, Tensor]]:
+    """The rows of a request, each as keyword arguments with a batch of 1."""
+    if not isinstance(body, dict) or not isinstance(body.get("inputs"), list):
+        raise EecompileError("an infer request holds a list of inputs", got=type(body).__name__, wanted='{"inputs": [...]}')
+    given = {i["name"]: torch.tensor(i["data"], dtype=DTYPES[i["datatype"]]).reshape(i["shape"]) for i in body["inputs"]}
+    known = {leaf.path: leaf for leaf in signature.inputs}
+    if given.keys() != known.keys():
+        raise EecompileError("other inputs than the model's", got=", ".join(given), wanted=", ".join(known))
+    counts = {t.shape[known[n].batch_axis] for n, t in given.items() if known[n].batch_axis is not None}
+    if len(counts) != 1:
+        raise EecompileError("the inputs have different numbers of rows", got=sorted(counts))
+    return [
+        {n: t if known[n].batch_axis is None else t.narrow(known[n].batch_axis, b, 1) for n, t in given.items()}
+        for b in range(counts.pop())
+    ]
+
+
+def _reply(name: str, id: Any, answers: list[Answer], signature: Signature) -> dict[str, Any]:
+    leaves = [signature.flatten_output(a.output) for a in answers]
+    outputs = []
+    for i, leaf in enumerate(signature.outputs):
+        value = leaves[0][i] if leaf.batch_axis is None else torch.cat([line[i] for line in leaves], leaf.batch_axis)
+        data = {
+            "name": leaf.path,
+            "datatype": NAMES[value.dtype],
+            "shape": list(value.shape),
+            "data": value.flatten().tolist(),
+        }
+        outputs.append(data)
+    reported = {
+        "exit": [a.exit for a in answers],
+        "exit_index": [a.exit_index for a in answers],
+        "confidence": [a.confidence for a in answers],
+        "cost": [a.cost for a in answers],
+        "stopped": [a.stopped for a in answers],
+    }
+    reply = {"model_name": name, "model_version": "1", "outputs": outputs, "parameters": reported}
+    return reply if id is None else {**reply, "id": id}

@@ -1,0 +1,290 @@
+"""A row server: each row answered at its exit, none lost, none mixed up."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from eecompile import CompiledModule, eecompile, strategies
+from eecompile.errors import CaptureError, StrategyError, UntrainedWarning
+from eecompile.serving import Answer, RowServer, ServerBusy, ServerClosed
+
+
+class Slow(nn.Module):
+    """A layer that can be made to wait or to raise, as an operator that export keeps."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.relu(self.linear(x))
+
+
+@pytest.fixture(scope="module")
+def fast(rows: Tensor) -> CompiledModule:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(*[Slow() for _ in range(4)], nn.Linear(8, 3)).eval()
+        made = eecompile(
+            model, strategies.Branchy(exits=("0", "2"), criterion="max_probability"), example_inputs=(torch.randn(4, 8),)
+        )
+    with pytest.warns(UntrainedWarning):
+        made.set_thresholds([1.0, 1.0])
+    sure = made.observe(rows).confidences
+    assert sure is not None
+    first = float(sure[0].median())
+    made.set_thresholds([first, float(sure[1][sure[0] < first].median())])  # a half leaves at each
+    return made
+
+
+@pytest.fixture(scope="module")
+def rows() -> Tensor:
+    return torch.randn(64, 8, generator=torch.Generator().manual_seed(1)) * 3
+
+
+def same(fast: CompiledModule, rows: Tensor, answers: list[Answer]) -> None:
+    wanted = fast.run(rows)
+    assert [a.exit_index for a in answers] == wanted.exit_index.tolist()
+    torch.testing.assert_close(torch.cat([a.output for a in answers]), wanted.output)
+    torch.testing.assert_close(torch.tensor([a.confidence for a in answers]), wanted.confidence)
+    torch.testing.assert_close(torch.tensor([a.cost for a in answers]), wanted.cost)
+
+
+def test_answers_are_those_of_one_call(fast: CompiledModule, rows: Tensor) -> None:
+    assert len(set(fast.run(rows).exit_index.tolist())) == 3  # rows leave everywhere
+    with RowServer(fast, max_batch=16, max_wait_ms=5) as server:
+        futures = [server.submit(r[None]) for r in rows]
+        answers = [f.result(30) for f in futures]
+    same(fast, rows, answers)
+    assert all(a.final and a.stopped is None and a.output.shape == (1, 3) for a in answers)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    st.lists(st.tuples(st.integers(0, 63), st.sampled_from([0.0, 0.0, 0.0, 0.002])), min_size=1, max_size=40),
+    st.integers(1, 9),
+)
+def test_rows_are_never_mixed_up(fast: CompiledModule, rows: Tensor, arrivals: list[tuple[int, float]], most: int) -> None:
+    with RowServer(fast, max_batch=most, max_wait_ms=1) as server:
+        futures = []
+        for i, pause in arrivals:
+            time.sleep(pause)
+            futures.append(server.submit(rows[i : i + 1]))
+        answers = [f.result(30) for f in futures]
+    same(fast, rows[[i for i, _ in arrivals]], answers)
+
+
+def test_rows_that_leave_early_are_answered_while_others_go_on(fast: CompiledModule, rows: Tensor) -> None:
+    early, late = (int((fast.run(rows).exit_index == k).nonzero()[0]) for k in (0, 2))
+    order: list[str] = []
+    with RowServer(fast, max_batch=2, max_wait_ms=1000) as server:
+        for name, i in (("late", late), ("early", early)):
+            server.submit(rows[i : i + 1]).add_done_callback(lambda _, name=name: order.append(name))
+    assert order == ["early", "late"]
+
+
+def test_many_threads_lose_nothing(fast: CompiledModule, rows: Tensor) -> None:
+    found: dict[int, Answer] = {}
+    with RowServer(fast, max_batch=32, max_queue=10_000) as server:
+
+        def ask(first: int) -> None:
+            waiting = [(i, server.submit(rows[i % 64][None])) for i in range(first, first + 100)]
+            found.update((i, f.result(60)) for i, f in waiting)
+
+        threads = [threading.Thread(target=ask, args=(100 * t,)) for t in range(8)]
+        for t in threads:
+            t.start()
+        for t in threads:
+            t.join()
+    same(fast, rows.repeat(13, 1)[:800], [found[i] for i in range(800)])
+
+
+def test_rows_of_other_shapes_run_in_batches_of_their_own() -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(
+            nn.Conv1d(2, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 2)
+        )
+        made = eecompile(
+            model.eval(),
+            strategies.Branchy(exits=("1",), head="linear"),
+            example_inputs=(torch.randn(3, 2, 9),),
+            dynamic={"input": {2: "length"}},
+        )
+    inputs = [torch.randn(1, 2, n) for n in (5, 9, 5, 12, 9)]
+    with RowServer(made) as server:
+        answers = [f.result(30) for f in [server.submit(x) for x in inputs]]
+    for x, a in zip(inputs, answers, strict=True):
+        torch.testing.assert_close(a.output, made(x))
+
+
+def test_budget_and_deadline_stop_a_row(fast: CompiledModule, rows: Tensor) -> None:
+    last = rows[fast.run(rows).exit_index == 2][:1]
+    costs = fast.costs([True, True]).tolist()
+    with RowServer(fast) as server:
+        a = server(last, budget=(costs[0] + costs[1]) / 2)
+        assert (a.exit, a.final, a.stopped) == ("exit_0", False, "budget") and a.cost == pytest.approx(costs[0])
+        b = server(last, deadline_ms=0)
+        assert (b.exit, b.final, b.stopped) == ("exit_0", False, "deadline")
+        c = server(last, deadline_ms=60_000, budget=10.0)
+        assert (c.exit, c.final, c.stopped) == ("model", True, None)
+
+
+class Held:
+    """Keeps a server's worker busy until it is let go."""
+
+    def __init__(self, server: RowServer, monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:
+        self.go, self.entered = threading.Event(), threading.Event()
+        stream = server._stream
+
+        def wait(batch: Any) -> None:
+            self.entered.set()
+            assert self.go.wait(30)
+            if error is not None:
+                raise error
+            stream(batch)
+
+        monkeypatch.setattr(server, "_stream", wait)
+
+
+def test_a_full_queue_refuses(fast: CompiledModule, rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RowServer(fast, max_batch=1, max_wait_ms=0, max_queue=2) as server:
+        held = Held(server, monkeypatch)
+        futures = [server.submit(rows[:1])]
+        assert held.entered.wait(30)
+        futures += [server.submit(rows[:1]) for _ in range(2)]
+        with pytest.raises(ServerBusy) as busy:
+            server.submit(rows[:1])
+        assert busy.value.retry_after_s > 0 and server.waiting == 2
+        held.go.set()
+        assert [f.result(30).exit_index for f in futures] == fast.run(rows[:1]).exit_index.tolist() * 3
+
+
+def test_an_error_fails_its_batch_alone(fast: CompiledModule, rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    with RowServer(fast, max_batch=1) as server:
+        with monkeypatch.context() as patch:
+            held = Held(server, patch, RuntimeError("out of memory"))
+            bad = server.submit(rows[:1])
+            held.go.set()
+            with pytest.raises(RuntimeError, match="out of memory"):
+                bad.result(30)
+        same(fast, rows[:1], [server(rows[:1])])
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_worker_that_dies_fails_what_waits(fast: CompiledModule, rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    server = RowServer(fast, max_batch=1, max_wait_ms=0)
+    held = Held(server, monkeypatch, SystemExit("killed"))
+    futures: list[Future[Answer]] = [server.submit(rows[:1])]
+    assert held.entered.wait(30)
+    futures += [server.submit(rows[:1]) for _ in range(3)]
+    held.go.set()
+    for f in futures:
+        with pytest.raises(ServerClosed, match="killed"):
+            f.result(30)
+    assert not server.alive
+    with pytest.raises(ServerClosed):
+        server.submit(rows[:1])
+
+
+def test_bad_requests_are_refused_at_once(fast: CompiledModule, rows: Tensor) -> None:
+    with RowServer(fast) as server:
+        with pytest.raises(StrategyError, match="one row"):
+            server.submit(rows[:2])
+        with pytest.raises(CaptureError):
+            server.submit(torch.randn(1, 7))
+    with pytest.raises(ServerClosed):
+        server.submit(rows[:1])
+    with pytest.raises(StrategyError, match="max_batch"):
+        RowServer(fast, max_batch=0)
+
+
+# ---------------------------------------------------------------------- over HTTP
+
+
+@pytest.fixture(scope="module")
+def address(fast: CompiledModule) -> Iterator[tuple[str, RowServer]]:
+    uvicorn = pytest.importorskip("uvicorn")
+    pytest.importorskip("fastapi")
+    from eecompile.serving.http import app
+    from eecompile.serving.metrics import Metrics
+
+    with RowServer(fast, max_queue=64, metrics=Metrics()) as server:
+        http = uvicorn.Server(
+            uvicorn.Config(app(server, "net"), host="127.0.0.1", port=0, log_level="error", lifespan="off")
+        )
+        thread = threading.Thread(target=http.run, daemon=True)
+        thread.start()
+        for _ in range(600):
+            if http.started:
+                break
+            time.sleep(0.05)
+        port = http.servers[0].sockets[0].getsockname()[1]
+        yield f"http://127.0.0.1:{port}", server
+        http.should_exit = True
+        thread.join()
+
+
+def asked(url: str, body: Any = None) -> tuple[int, Any, Any]:
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=30) as reply:
+            return reply.status, json.loads(reply.read()), reply.headers
+    except urllib.error.HTTPError as e:
+        return e.code, json.loads(e.read()), e.headers
+
+
+def infer(rows: Tensor, **more: Any) -> dict[str, Any]:
+    data = {"name": "input", "datatype": "FP32", "shape": list(rows.shape), "data": rows.flatten().tolist()}
+    return {"inputs": [data], **more}
+
+
+def test_protocol_over_http(address: tuple[str, RowServer], fast: CompiledModule, rows: Tensor) -> None:
+    base, _ = address
+    assert asked(f"{base}/v2/health/ready")[:2] == (200, {"ready": True})
+    meta = asked(f"{base}/v2/models/net")[1]
+    assert meta["inputs"] == [{"name": "input", "datatype": "FP32", "shape": [-1, 8]}]
+    status, reply, _ = asked(f"{base}/v2/models/net/infer", infer(rows[:6], id="a"))
+    wanted = fast.run(rows[:6])
+    assert status == 200 and reply["id"] == "a" and reply["outputs"][0]["shape"] == [6, 3]
+    torch.testing.assert_close(torch.tensor(reply["outputs"][0]["data"]).view(6, 3), wanted.output)
+    assert reply["parameters"]["exit_index"] == wanted.exit_index.tolist()
+    with urllib.request.urlopen(f"{base}/metrics", timeout=30) as scraped:
+        assert 'eecompile_rows_total{exit="exit_0"}' in scraped.read().decode()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {},
+        [],
+        {"inputs": [{"name": "other", "datatype": "FP32", "shape": [1, 8], "data": [0.0] * 8}]},
+        infer(torch.zeros(1, 7)),
+    ],
+    ids=["empty", "list", "name", "shape"],
+)
+def test_bad_bodies_get_400(address: tuple[str, RowServer], body: Any) -> None:
+    status, reply, _ = asked(f"{address[0]}/v2/models/net/infer", body)
+    assert status == 400 and reply["error"]
+
+
+def test_a_full_queue_gets_429(address: tuple[str, RowServer], rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    base, server = address
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "max_queue", 0)
+        status, _, headers = asked(f"{base}/v2/models/net/infer", infer(rows[:1]))
+    assert status == 429 and int(headers["Retry-After"]) >= 1
