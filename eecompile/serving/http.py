@@ -6,7 +6,6 @@ import asyncio
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from eecompile.errors import EecompileError, MissingDependencyError
 from eecompile.serving.server import Answer, RowServer, ServerBusy, ServerClosed
@@ -40,17 +39,12 @@ def app(server: RowServer, name: str) -> Any:
             return JSONResponse({"error": str(error)}, 429, headers)
         return JSONResponse({"error": str(error)}, 503 if isinstance(error, ServerClosed) else 400)
 
-    @made.get("/v2/health/live")
-    @made.get("/v2/health/ready")
-    @made.get(f"/v2/models/{name}/ready")
     async def ready() -> Any:
         return JSONResponse({"ready": server.alive}, 200 if server.alive else 503)
 
-    @made.get("/v2")
     async def about() -> Any:
         return {"name": "eecompile", "version": "2", "extensions": []}
 
-    @made.get(f"/v2/models/{name}")
     async def metadata() -> Any:
         def tensor(leaf: Leaf) -> dict[str, Any]:
             shape = [-1 if isinstance(s, str) else s for s in leaf.shape]
@@ -64,11 +58,10 @@ def app(server: RowServer, name: str) -> Any:
             "outputs": [tensor(leaf) for leaf in signature.outputs],
         }
 
-    @made.post(f"/v2/models/{name}/infer")
     async def infer(request: Request) -> Any:
         try:
             body = await request.json()
-            rows = _rows(body, signature)
+            rows: list[dict[str, Any]] = _rows(body, signature)
             limits = {k: v for k, v in (body.get("parameters") or {}).items() if k in ("deadline_ms", "budget")}
             futures = [server.submit(**row, **limits) for row in rows]
         except (EecompileError, ValueError, KeyError, TypeError) as e:
@@ -79,29 +72,32 @@ def app(server: RowServer, name: str) -> Any:
             return failed(e)
         return _reply(name, body.get("id"), answers, signature)
 
-    @made.get("/metrics")
     async def metrics() -> Any:
         text = b"" if server.metrics is None else server.metrics.text()
         return Response(text, media_type="text/plain; version=0.0.4")
 
+    for path in ("/v2/health/live", "/v2/health/ready", f"/v2/models/{name}/ready"):
+        made.add_api_route(path, ready)
+    made.add_api_route("/v2", about)
+    made.add_api_route(f"/v2/models/{name}", metadata)
+    made.add_api_route(f"/v2/models/{name}/infer", infer, methods=["POST"])
+    made.add_api_route("/metrics", metrics)
     return made
 
 
-def _rows(body: Any, signature: Signature) -> list[dict[str, Tensor]]:
+def _rows(body: Any, signature: Signature) -> list[dict[str, Any]]:
     """The rows of a request, each as keyword arguments with a batch of 1."""
     if not isinstance(body, dict) or not isinstance(body.get("inputs"), list):
         raise EecompileError("an infer request holds a list of inputs", got=type(body).__name__, wanted='{"inputs": [...]}')
     given = {i["name"]: torch.tensor(i["data"], dtype=DTYPES[i["datatype"]]).reshape(i["shape"]) for i in body["inputs"]}
-    known = {leaf.path: leaf for leaf in signature.inputs}
-    if given.keys() != known.keys():
-        raise EecompileError("other inputs than the model's", got=", ".join(given), wanted=", ".join(known))
-    counts = {t.shape[known[n].batch_axis] for n, t in given.items() if known[n].batch_axis is not None}
+    axes = {leaf.path: leaf.batch_axis for leaf in signature.inputs}
+    if given.keys() != axes.keys():
+        raise EecompileError("other inputs than the model's", got=", ".join(given), wanted=", ".join(axes))
+    batched = {n: axis for n, axis in axes.items() if axis is not None}
+    counts = {given[n].shape[axis] for n, axis in batched.items()}
     if len(counts) != 1:
         raise EecompileError("the inputs have different numbers of rows", got=sorted(counts))
-    return [
-        {n: t if known[n].batch_axis is None else t.narrow(known[n].batch_axis, b, 1) for n, t in given.items()}
-        for b in range(counts.pop())
-    ]
+    return [{n: t.narrow(batched[n], b, 1) if n in batched else t for n, t in given.items()} for b in range(counts.pop())]
 
 
 def _reply(name: str, id: Any, answers: list[Answer], signature: Signature) -> dict[str, Any]:

@@ -59,7 +59,7 @@ class Answer:
 class _Request:
     leaves: list[Any]
     spec: Any
-    axes: tuple[int, ...]
+    axes: tuple[int | None, ...]
     key: tuple[Any, ...]
     deadline: float | None
     budget: float | None
@@ -183,8 +183,7 @@ class RowServer:
             raise StrategyError("submit() takes one row", got=f"{rows} rows", hint="submit each row by itself")
         leaves, spec = pytree.tree_flatten((args, kwargs))
         axis_of = {id(t): leaf.batch_axis for t, leaf in zip(flat, signature.inputs, strict=True)}
-        axes = tuple(-1 if not isinstance(t, Tensor) else axis_of.get(id(t), 0) for t in leaves)
-        axes = tuple(-1 if a is None else a for a in axes)
+        axes = tuple(axis_of.get(id(t), 0) if isinstance(t, Tensor) else None for t in leaves)
         key = (str(spec), *((tuple(t.shape), t.dtype) if isinstance(t, Tensor) else t for t in leaves))
         deadline = None if deadline_ms is None else time.perf_counter() + deadline_ms / 1e3
         return _Request(leaves, spec, axes, key, deadline, budget)
@@ -310,7 +309,7 @@ def _merged(batch: Sequence[_Request]) -> tuple[tuple[Any, ...], Mapping[str, An
     """The arguments of one call for all requests."""
     first = batch[0]
     leaves = [
-        leaf if axis < 0 else torch.cat([r.leaves[i] for r in batch], axis)
+        leaf if axis is None else torch.cat([r.leaves[i] for r in batch], axis)
         for i, (leaf, axis) in enumerate(zip(first.leaves, first.axes, strict=True))
     ]
     args, kwargs = pytree.tree_unflatten(leaves, first.spec)

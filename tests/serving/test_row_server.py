@@ -112,19 +112,24 @@ def test_many_threads_lose_nothing(fast: CompiledModule, rows: Tensor) -> None:
     same(fast, rows.repeat(13, 1)[:800], [found[i] for i in range(800)])
 
 
+class Sequence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Slow() for _ in range(3))
+        self.head = nn.Linear(8, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x.mean(1))
+
+
 def test_rows_of_other_shapes_run_in_batches_of_their_own() -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = nn.Sequential(
-            nn.Conv1d(2, 4, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool1d(1), nn.Flatten(), nn.Linear(4, 2)
-        )
-        made = eecompile(
-            model.eval(),
-            strategies.Branchy(exits=("1",), head="linear"),
-            example_inputs=(torch.randn(3, 2, 9),),
-            dynamic={"input": {2: "length"}},
-        )
-    inputs = [torch.randn(1, 2, n) for n in (5, 9, 5, 12, 9)]
+        chosen = strategies.Branchy(exits=("layers.0",))
+        made = eecompile(Sequence().eval(), chosen, example_inputs=(torch.randn(3, 9, 8),), dynamic={"x": {1: "length"}})
+        inputs = [torch.randn(1, n, 8) for n in (5, 9, 5, 12, 9)]
     with RowServer(made) as server:
         answers = [f.result(30) for f in [server.submit(x) for x in inputs]]
     for x, a in zip(inputs, answers, strict=True):
