@@ -69,10 +69,18 @@ def mean_over_positions(h: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Head(nn.Module):
-    """A head that can be saved as JSON and built again."""
+    """A head that can be saved as JSON and built again: what it reads of the value, without parameters, then its layers.
+
+    Attributes:
+        kind: Its name.
+        fits: Kinds of site that it takes.
+        reads: What its layers need of the value: "mean" over the positions of a sequence or map (each position, where the
+            model predicts per position), "first" position, or "all" of it.
+    """
 
     kind: ClassVar[str] = ""
     fits: ClassVar[tuple[str, ...]] = ()
+    reads: ClassVar[str] = "mean"
 
     def __init__(self, site: Site) -> None:
         super().__init__()
@@ -94,24 +102,65 @@ class Head(nn.Module):
             return mean_over_positions(self.batch_first(h), mask)
         return h
 
-    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+    def read(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        """What the layers work on, from a value at the site: `[B, width]`, `[B, S, width]` or the value itself."""
+        if self.reads == "all":
+            return h
+        if self.reads == "first":
+            return h[0] if self.site.batch_axis else h[:, 0]
+        return self.batch_first(h) if self.site.positions else self.pooled(h, mask)
+
+    def layers(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        """Logits from what `read` gives."""
         raise NotImplementedError
+
+    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.layers(self.read(h, mask), mask)
 
 
 class LinearHead(Head):
     """Pool, normalise where it is a sequence, one linear layer. Per position where the model predicts per position."""
 
     kind = "linear"
-    fits = ("map", "sequence", "vector")
+    fits: ClassVar[tuple[str, ...]] = ("map", "sequence", "vector")
 
     def __init__(self, site: Site) -> None:
         super().__init__(site)
         self.norm: nn.Module = nn.LayerNorm(site.width) if site.kind == "sequence" else nn.Identity()
         self.classifier = nn.Linear(site.width, site.classes)
 
-    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.batch_first(h) if self.site.positions else self.pooled(h, mask)
+    def layers(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         out: Tensor = self.classifier(self.norm(x))
+        return out
+
+
+class FirstTokenHead(LinearHead):
+    """The first token, normalised, one linear layer."""
+
+    kind = "first"
+    fits: ClassVar[tuple[str, ...]] = ("sequence",)
+    reads = "first"
+
+
+class AttentionHead(Head):
+    """Mean of the real positions weighted by a learned score of each (Lin et al. 2017, one hop), then one linear layer."""
+
+    kind = "attention"
+    fits = ("sequence",)
+    reads = "all"
+
+    def __init__(self, site: Site) -> None:
+        super().__init__(site)
+        self.norm = nn.LayerNorm(site.width)
+        self.score = nn.Linear(site.width, 1)
+        self.classifier = nn.Linear(site.width, site.classes)
+
+    def layers(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.norm(self.batch_first(x))
+        score = self.score(x)
+        if mask is not None:  # the smallest number in place of -inf: a row without a real position keeps a finite mean
+            score = score.masked_fill(mask.unsqueeze(-1) == 0, torch.finfo(score.dtype).min)
+        out: Tensor = self.classifier((x * score.softmax(1)).sum(1))
         return out
 
 
@@ -120,6 +169,7 @@ class ConvHead(Head):
 
     kind = "conv"
     fits = ("map",)
+    reads = "all"
 
     def __init__(self, site: Site, channels: int | None = None) -> None:
         super().__init__(site)
@@ -137,8 +187,8 @@ class ConvHead(Head):
     def options(self) -> dict[str, Any]:
         return {"channels": self.conv.out_channels}
 
-    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.pool(torch.relu(self.norm(self.conv(h))))
+    def layers(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        x = self.pool(torch.relu(self.norm(self.conv(x))))
         out: Tensor = self.classifier(x.flatten(1))
         return out
 
@@ -160,8 +210,7 @@ class MLPHead(Head):
     def options(self) -> dict[str, Any]:
         return {"hidden": self.hidden.out_features}
 
-    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.batch_first(h) if self.site.positions else self.pooled(h, mask)
+    def layers(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         out: Tensor = self.classifier(torch.relu(self.hidden(self.norm(x))))
         return out
 
@@ -171,6 +220,7 @@ class PoolerHead(Head):
 
     kind = "pooler"
     fits = ("sequence",)
+    reads = "first"
 
     def __init__(self, site: Site, dropout: float = 0.1) -> None:
         super().__init__(site)
@@ -182,8 +232,7 @@ class PoolerHead(Head):
     def options(self) -> dict[str, Any]:
         return {"dropout": self.dropout.p}
 
-    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = h[0] if self.site.batch_axis else h[:, 0]
+    def layers(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         out: Tensor = self.classifier(self.dropout(torch.tanh(self.pooler(x))))
         return out
 
@@ -212,12 +261,15 @@ class IdentityHead(Head):
 
     kind = "identity"
     fits = ("vector", "sequence")
+    reads = "all"
 
-    def forward(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.batch_first(h)
+    def layers(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self.batch_first(x)
 
 
-HEADS: dict[str, type[Head]] = {h.kind: h for h in (LinearHead, ConvHead, MLPHead, PoolerHead, IdentityHead)}
+KINDS = (LinearHead, FirstTokenHead, AttentionHead, ConvHead, MLPHead, PoolerHead, IdentityHead)
+HEADS: dict[str, type[Head]] = {h.kind: h for h in KINDS}
+ONE_A_ROW = ("conv", "pooler", "first", "attention")  # one prediction for a row, where the model may give one per position
 Fits = TypeVar("Fits", bound=nn.Module)
 HeadSpec = str | nn.Module | Callable[[Site], nn.Module]
 
@@ -269,7 +321,7 @@ def build_head(spec: HeadSpec, site: Site, where: str) -> nn.Module:
     if isinstance(spec, str):
         kind = default_kind(site) if spec == "auto" else spec
         made = fitting("head", HEADS, kind, site, where, ("auto", "shared"), "give a module or a factory as head=")
-        if site.positions and kind in ("conv", "pooler"):
+        if site.positions and kind in ONE_A_ROW:
             raise StrategyError(
                 f"head {kind!r} gives one prediction for a row, the model gives one per position",
                 where=where,

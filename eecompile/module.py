@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from eecompile.costs import CostModel
 from eecompile.device_programs import DevicePrograms
 from eecompile.errors import EecompileError, StrategyError, near
 from eecompile.export import export
+from eecompile.heads import Head
 from eecompile.ir.settings import Settings
 from eecompile.passes import facts
 from eecompile.program import History, Program, Result
@@ -121,6 +123,24 @@ class CompiledModule(DevicePrograms, Anytime):
             self.__dict__[name].clear()
         self._check_against(self.running)
         self.executor = self.__dict__["_asked"]
+
+    def replace_heads(self, heads: Mapping[str, tuple[nn.Module, float]]) -> None:
+        """Other heads at exits: `{exit: (head, FLOPs of head and decision for one row)}`.
+
+        A head is an `eecompile.heads.Head` for the value at its exit. Thresholds stay as they are.
+        """
+        exits = []
+        for e in self.program.exits:
+            if e.name in heads:
+                head, flops = heads[e.name]
+                branch = self.branch(e.name)
+                branch.head, branch.takes_mask = head.train(branch.training), isinstance(head, Head)
+                e = replace(e, head_kind=str(getattr(head, "kind", type(head).__name__)), head_flops=flops)
+            exits.append(e)
+        self.program = self.program.replace(exits=tuple(exits))
+        self.__dict__["cost_model"] = CostModel(self.program)
+        self.__dict__["_training_graphs"].clear()
+        self.follow_graphs()
 
     def train(self, mode: bool = True) -> CompiledModule:
         """Train or eval mode. Exits and gates that wait to be trained are open in train mode; see `eecompile.waiting`."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from eecompile.errors import StrategyError
 from eecompile.heads import (
     HEADS,
+    ONE_A_ROW,
     Branch,
     ConvHead,
     LinearHead,
@@ -81,7 +82,7 @@ def test_every_head_at_every_shape(kind: str, place: str) -> None:
         assert error.value.where == "layer.3"
         assert site.kind in str(error.value.got)
         return
-    if site.positions and kind == "pooler":
+    if site.positions and kind in ONE_A_ROW:
         with pytest.raises(StrategyError, match="one prediction for a row, the model gives one per position"):
             build_head(kind, site, "layer.3")
         return
@@ -210,7 +211,7 @@ def test_a_branch_gives_its_score_along() -> None:
 def test_a_head_is_built_again_from_its_description(place: str) -> None:
     site = SITES[place]
     for kind in HEADS:
-        if kind in ("identity", "pooler", "conv") and (site.kind not in HEADS[kind].fits or site.positions):
+        if kind in ("identity", *ONE_A_ROW) and (site.kind not in HEADS[kind].fits or site.positions):
             continue
         if site.kind not in HEADS[kind].fits:
             continue

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 STRATEGIES = tuple("act ann anytime branchy cascade depth_adaptive mebert self_adaptive self_speculative skipnet".split())
-HEADS = ("auto", "conv", "identity", "linear", "mlp", "pooler", "shared")
+HEADS = ("attention", "auto", "conv", "first", "identity", "linear", "mlp", "pooler", "shared")
 CRITERIA = ("max_probability", "entropy", "margin", "energy", "patience", "learned", "routed")
 FORMATS = ("tree", "table", "code", "diff", "dot", "mermaid", "json")
 EXECUTORS = ("auto", "reference", "compact", "simulate", "device")

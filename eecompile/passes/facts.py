@@ -174,8 +174,14 @@ def own_leaves(graph_module: fx.GraphModule, signature: Signature) -> list[fx.No
 
 def own_graph(graph_module: fx.GraphModule, signature: Signature) -> fx.GraphModule:
     """The model's own computation alone, under a graph of its own."""
+    return graph_of(graph_module, own_leaves(graph_module, signature))
+
+
+def graph_of(graph_module: fx.GraphModule, outputs: Sequence[fx.Node]) -> fx.GraphModule:
+    """What these nodes are computed by alone, under a graph of its own that gives them."""
     gm = copy(graph_module)
-    leaves = own_leaves(gm, signature)
+    names = by_name(gm)
+    leaves = [names[n.name] for n in outputs]
     gm.graph.output_node().args = (tuple(leaves),)
     needed = needed_for(leaves)
     for n in reversed(list(gm.graph.nodes)):  # in-place operators are never dead code to FX

@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from eecompile.criteria import Criterion
-from eecompile.heads import HeadSpec
 from eecompile.strategies.base import ExitStrategy, Where
 
 
 @dataclass(frozen=True)
 class MeBert(ExitStrategy):
-    """A pooler and classifier after every block of an encoder.
+    """A classifier after every block of an encoder: over the mean of the real positions, or what `fit` finds best.
 
     Args:
         two_stage: Train trunk and last classifier first, then the exits with the trunk frozen (DeeBERT). False trains
@@ -24,6 +23,5 @@ class MeBert(ExitStrategy):
     paper: ClassVar[str] = "DeeBERT, Xin et al. 2020, arXiv:2004.12993; PABEE, Zhou et al. 2020, arXiv:2006.04152"
 
     exits: Where = "every-block"
-    head: HeadSpec = "pooler"
     criterion: str | Criterion = "entropy"
     two_stage: bool = False  # type: ignore[misc]

@@ -36,7 +36,7 @@ def fit(
     lr: float = 1e-3,
     trunk_lr: float | None = None,
     train_in_place: bool = False,
-    weight_decay: float = 0.01,
+    weight_decay: float | None = None,
     optimizer: Callable[[list[dict[str, Any]]], Optimizer] | None = None,
     scheduler: str | Callable[[Optimizer], Any] | None = None,
     objective: str | Mapping[str, Any] | Objective | None = None,
@@ -50,15 +50,25 @@ def fit(
     seed: int = 0,
     accelerator: Any = None,
     max_grad_norm: float | None = None,
+    cached: bool | None = None,
+    draws: int | None = None,
+    cache_mb: int = 1024,
     progress: bool = True,
     callbacks: Sequence[Callable[[Event], None]] = (),
 ) -> FitReport:
     """Trains the heads; with `trunk=True` the whole model jointly; with `two_stage=True` one after the other.
 
+    With a frozen trunk what the heads read is computed once and kept, and each head is fitted to convergence on it: linear
+    ones by L-BFGS, others by AdamW with early stopping. A fifth of the rows is held out for that (or `val_loader` is used),
+    and where the strategy's head is "auto" the kind of head of each exit is chosen there, as is the weight decay. Where that
+    cannot be (gates, routers, exits that answer together, options of a loop of batches), heads are trained batch by batch,
+    and the report says why.
+
     Args:
         fast: The compiled module. Its mode, and what `prepare_training` restores, are as before afterwards.
         loader: Yields `(inputs, labels)` or Hugging Face batches, again and again.
-        epochs: Passes over `loader`; with `two_stage`, of each stage. Strategies with gates share them among their stages.
+        epochs: Passes over `loader`; where features are kept at most so many, and one unless the data change. With
+            `two_stage`, of each stage. Strategies with gates share them among their stages.
         trunk: Whether the model's own layers are trained too. False leaves every parameter of them untouched;
             None, the default, is what the strategy asks for (`fast.strategy.joint`), mostly False.
         two_stage: First the model with its own output, then the heads on the frozen model (DeeBERT, Xin et
@@ -68,7 +78,8 @@ def fit(
         train_in_place: The trunk is trained in the user's model itself, which changes with it. By default in a copy, made
             when the trunk is first trained: the user's model stays as it is, and `full`, `evaluate` and `calibrate`
             compare with that.
-        weight_decay: Of the default AdamW.
+        weight_decay: Of the default AdamW, 0.01 by default. On kept features chosen where none is given; for linear heads
+            it is that of `weight_decay / 2 * ||W||^2` over standardised features.
         optimizer: Makes an optimizer from parameter groups (dicts with "params", "lr", "weight_decay").
             AdamW by default.
         scheduler: None, "cosine" (to 0 over each stage), or a function that makes a scheduler from the
@@ -86,12 +97,17 @@ def fit(
             on one; False starts anew, and old checkpoints go once a new one is whole. A run that is resumed
             after a kill at any step ends with the same parameters, bit for bit, as one that was never broken
             (one process, same machine and thread count, a loader whose order depends on its generators
-            alone). A run that had ended is not trained further,
+            alone). Where features are kept, checkpoints follow each head, and the pass over the data is made anew. A run
+            that had ended is not trained further,
             but more `epochs` may be asked for where there is no scheduler.
         seed: Of everything random in training; the caller's generators are put back at the end.
         accelerator: An `accelerate.Accelerator` of the caller's, for mixed precision and the like. By
             default one that leaves the model on the device where it is.
         max_grad_norm: Gradients are scaled down to this 2-norm.
+        cached: Whether heads are fitted on kept features: None where that can be, True insists, False trains batch by batch.
+        draws: Passes of the trunk over data that change from pass to pass (random augmentation). None finds that out, and
+            takes `epochs`.
+        cache_mb: MiB of features kept in memory; more go to files in a temporary directory.
         progress: A progress bar, where the output is a terminal.
         callbacks: Each is called with an `Event` after every step and every epoch.
 
@@ -99,21 +115,22 @@ def fit(
         FitReport: Per epoch the loss, the accuracy of every exit, the learning rate and the time.
 
     Raises:
-        EecompileError: An empty loader; labels of a wrong dtype, shape or range (before the backward pass);
-            a loss or gradient that is not finite (the last checkpoint is kept); a checkpoint of other
+        EecompileError: `cached=True` where that cannot be; an empty loader; labels of a wrong dtype, shape or range (before
+            the backward pass); a loss or gradient that is not finite (the last checkpoint is kept); a checkpoint of other
             settings; a full disk while a checkpoint is written (the older one is kept); nothing to train.
         KeyboardInterrupt: On Ctrl-C, once the running step has ended, a checkpoint is written and how to
             resume is printed. A second Ctrl-C stops at once.
     """
     whole("epochs", epochs, 1)
     whole("seed", seed, 0)
-    for name, value in (("patience", patience), ("checkpoint_every", checkpoint_every)):
+    whole("cache_mb", cache_mb, 0)
+    for name, value in (("patience", patience), ("checkpoint_every", checkpoint_every), ("draws", draws)):
         if value is not None:
             whole(name, value, 1)
     for name, number in (("lr", lr), ("trunk_lr", trunk_lr), ("max_grad_norm", max_grad_norm)):
         if number is not None and not (math.isfinite(number) and number > 0):
             raise EecompileError(f"{name} must be a positive number", got=number)
-    if not (math.isfinite(weight_decay) and weight_decay >= 0):
+    if weight_decay is not None and not (math.isfinite(weight_decay) and weight_decay >= 0):
         raise EecompileError("weight_decay must be 0 or more", got=weight_decay)
     if resume not in (True, False, "must"):
         raise EecompileError("unknown value of resume", got=repr(resume), wanted="True, False or 'must'")
@@ -149,7 +166,7 @@ def fit(
         metric=metric,
         lr=lr,
         trunk_lr=lr / 10 if trunk_lr is None else trunk_lr,
-        weight_decay=weight_decay,
+        weight_decay=0.01 if weight_decay is None else weight_decay,
         optimizer=optimizer,
         scheduler=scheduler,
         patience=patience,
@@ -158,6 +175,12 @@ def fit(
         max_grad_norm=max_grad_norm,
         progress=progress,
         callbacks=tuple(callbacks),
+        cached=cached,
+        draws=draws,
+        cache_mb=cache_mb,
+        decay=weight_decay,
+        accelerator=accelerator is not None,
+        epochs=epochs,
     )
     if any(stage.trunk for stage in stages):
         fast.own_trunk(in_place=train_in_place)

@@ -20,9 +20,13 @@ from torch import Tensor, nn
 
 from eecompile.errors import EecompileError
 from eecompile.training.batches import Batch, batches, device_of, empty_loader, iterate, length_of, split
+from eecompile.training.cache import Cache
 from eecompile.training.checkpoint import Checkpoints, differences
+from eecompile.training.features import Collector, Features, NotCached
 from eecompile.training.full import gate_names, halts
 from eecompile.training.halt_report import HaltRow, halted
+from eecompile.training.head_choice import Choice, heads_alone, require_own, why_not, with_kinds
+from eecompile.training.head_report import HeadRow
 from eecompile.training.interrupt import Interrupt, say
 from eecompile.training.optim import freeze, make_optimizer, make_scheduler, parameter_groups
 from eecompile.training.plan import Event, Plan, Position, StagePlan
@@ -64,7 +68,16 @@ class Loop:
         self.resumed_from: int | None = None
         self.saved_at: tuple[int, int] | None = None
         self.trained = trained_tensors(fast, plan)
-        self.settings = settings(fast, plan, self.loader, self.accelerator, self.trained)
+        self.why_not: dict[str, str] = {
+            s.name: why_not(fast, plan, s, self.accelerator.num_processes) for s in plan.stages if heads_alone(s)
+        }
+        self.insisted()
+        fitted = not all(self.why_not.values())
+        self.settings = settings(fast, plan, self.loader, self.accelerator, self.trained, fitted)
+        self.optimizer: Any = None
+        self.scheduler: Any = None
+        self.heads: list[HeadRow] = []
+        self.features: dict[str, Any] = {}
 
     def run(self, resume: bool | str) -> FitReport:
         started = time.perf_counter()
@@ -78,7 +91,8 @@ class Loop:
                 self._resume(resume)
                 while self.at.stage < len(self.plan.stages):
                     stage = self.plan.stages[self.at.stage]
-                    self._stage(stage)
+                    if not self._fitted(stage):
+                        self._stage(stage)
                     self.at.next_stage()
                     for following in self.plan.stages[self.at.stage : self.at.stage + 1]:
                         self.plan.objective_in(following).take(self.plan.objective_in(stage).passed_on())
@@ -102,7 +116,89 @@ class Loop:
             best_epoch=self.at.best_epoch,
             checkpoint=str(self.checkpoints.latest) if self.checkpoints is not None else None,
             seconds=time.perf_counter() - started,
+            heads=self.heads,
+            batch_by_batch=next(filter(None, self.why_not.values()), ""),
+            **self.features,
         )
+
+    def insisted(self) -> None:
+        """An error where features were to be kept, or drawn, and cannot be."""
+        reasons = [*filter(None, self.why_not.values())] or ([] if self.why_not else ["no stage trains heads alone"])
+        for name, asked in (("cached=True", self.plan.cached), ("draws=", self.plan.draws is not None)):
+            if asked and reasons:
+                raise EecompileError(
+                    "heads cannot be fitted on kept features", where=name, got=reasons[0], hint=f"leave {name} out"
+                )
+
+    # --- heads on kept features -------------------------------------------------------------------------------
+
+    def _fitted(self, stage: StagePlan) -> bool:
+        """Fits the heads of a stage on features that are kept; False where they are trained batch by batch."""
+        if self.why_not.get(stage.name, "batch by batch"):
+            return False
+        if self.at.stage_done:  # before the run was resumed
+            return True
+        started = time.perf_counter()
+        self.objective = self.plan.objective_in(stage)
+        with ExitStack() as stack:
+            stack.enter_context(self.fast.prepare_training(False) or nullcontext())
+            cache = stack.enter_context(Cache(self.plan.cache_mb * 2**20))
+            choice = Choice(self.fast, self.plan, self.objective)
+            require_own(choice.slots)
+            try:
+                features = self._collect(choice, cache)
+            except NotCached as reason:
+                if self.plan.cached or iter(iterate(self.loader)) is self.loader:
+                    raise EecompileError(
+                        "heads cannot be fitted on kept features", got=str(reason), hint="pass cached=False"
+                    ) from reason
+                self.why_not[stage.name] = str(reason)
+                return False
+            self.fast.train()
+            self._fit_each(stage, choice, features)
+            self._fitted_row(stage, choice, features, started)
+        return True
+
+    def _collect(self, choice: Choice, cache: Cache) -> Features:
+        self.fast.eval()
+        collector = Collector(
+            self.fast, choice.slots, self.objective, cache, self.plan.draws, self.plan.epochs, self.plan.seed
+        )
+        self.bar.begin("features")
+        return collector.run(self.loader, self.val_loader, self.device, self._advanced)
+
+    def _advanced(self) -> None:
+        self.bar.advance()
+        if self.interrupt.requested:
+            self._interrupted()
+
+    def _fit_each(self, stage: StagePlan, choice: Choice, features: Features) -> None:
+        self.bar.begin("heads", len(choice.slots))
+        for k in range(self.at.batch, len(choice.slots)):
+            row = choice.fit(features, k)
+            self.heads.append(row)
+            self.at.batch, self.at.step = k + 1, self.at.step + row.steps
+            self.trained = trained_tensors(self.fast, self.plan)
+            self.bar.advance()
+            if self.interrupt.requested:
+                self._interrupted()
+            self._save()
+            self._tell(Event("step", stage.name, len(self.rows) + 1, self.at.batch, self.at.step, row.loss))
+
+    def _fitted_row(self, stage: StagePlan, choice: Choice, features: Features, started: float) -> None:
+        loss, scores = choice.measured(features, False)
+        row = EpochRow(stage.name, len(self.rows) + 1, self.at.step, loss, scores, self.plan.lr, 0.0)
+        if self.val_loader is not None:
+            row.val_loss, row.val_scores = choice.measured(features, True)
+        row.seconds = time.perf_counter() - started
+        self.rows.append(row)
+        self.features = {"held_out": features.held_rows, "draws": features.draws, "notes": features.notes}
+        self.at.next_epoch()
+        self.at.stage_done = True
+        self._save()
+        self._tell(Event("epoch", stage.name, row.epoch, 0, self.at.step, row.loss, row))
+        if self.interrupt.requested:
+            self._interrupted()
 
     # --- stages, epochs, steps ----------------------------------------------------------------------------
 
@@ -272,9 +368,11 @@ class Loop:
             "settings": self.settings,
             "position": asdict(self.at),
             "rows": [asdict(row) for row in self.rows],
+            "heads": [asdict(row) for row in self.heads],
+            "features": self.features,
             "trained": encode(self.trained, tensors, "trained"),
             "best": encode(self.best, tensors, "best"),
-            "optimizer": encode(optimizer.state_dict(), tensors, "optimizer"),
+            "optimizer": encode(optimizer and optimizer.state_dict(), tensors, "optimizer"),
             "scheduler": encode(self.scheduler and self.scheduler.state_dict(), tensors, "scheduler"),
             "random": encode(random_state(self.device), tensors, "random"),
             "objective": encode(self.objective.state(), tensors, "objective"),
@@ -300,6 +398,11 @@ class Loop:
                 got="; ".join(differ),
                 hint="use the same settings, another checkpoint_dir, or resume=False to start anew",
             )
+        self.heads = [HeadRow(**row) for row in state["heads"]]
+        self.features = state["features"]
+        if self.heads:
+            with_kinds(self.fast, self.heads)
+            self.trained = trained_tensors(self.fast, self.plan)
         self._load(decode(state["trained"], tensors))
         self.best = decode(state["best"], tensors)
         self.at = Position(**state["position"])

@@ -32,13 +32,17 @@ def parameter_groups(fast: Compiled, plan: Plan, stage: StagePlan) -> list[dict[
         if fresh:
             groups.append({"params": fresh, "lr": lr, "weight_decay": plan.weight_decay})
     if not groups:
-        raise EecompileError(
-            "there is nothing to train",
-            got=f"no parameter that requires a gradient in stage {stage.name!r}",
-            hint='where the exits have no layers of their own (head="shared", a cascade of models) pass trunk=True to '
-            "train the models themselves; or check requires_grad",
-        )
+        raise nothing_to_train(stage.name)
     return groups
+
+
+def nothing_to_train(stage: str) -> EecompileError:
+    return EecompileError(
+        "there is nothing to train",
+        got=f"no parameter that requires a gradient in stage {stage!r}",
+        hint='where the exits have no layers of their own (head="shared", a cascade of models) pass trunk=True to '
+        "train the models themselves; or check requires_grad",
+    )
 
 
 def make_optimizer(plan: Plan, groups: list[dict[str, Any]]) -> Optimizer:

@@ -41,7 +41,7 @@ class Event:
     """What a callback is told.
 
     Attributes:
-        kind: "step" after every optimizer step, "epoch" after every epoch.
+        kind: "step" after every optimizer step, or every head that was fitted on kept features; "epoch" after every epoch.
         stage: "heads", "joint" or "trunk", or the name that the strategy gives.
         epoch: From 1, over all stages.
         batch: Batches done in this epoch; 0 for "epoch".
@@ -77,6 +77,12 @@ class Plan:
     max_grad_norm: float | None
     progress: bool
     callbacks: tuple[Callable[[Event], None], ...]
+    cached: bool | None = None
+    draws: int | None = None
+    cache_mb: int = 1024
+    decay: float | None = None  # the caller's weight decay; `weight_decay` is what optimizers get
+    accelerator: bool = False  # whether the caller gave one
+    epochs: int = 1
 
     def objective_in(self, stage: StagePlan) -> Objective:
         return self.objective if stage.objective is None else stage.objective
@@ -89,7 +95,7 @@ class Position:
     Attributes:
         stage: Index of the running stage.
         epoch: Whole epochs of that stage that are done.
-        batch: Batches of the running epoch that are done.
+        batch: Batches of the running epoch that are done; heads, where they are fitted on kept features.
         step: Optimizer steps done in all.
         loss_sum: Sum of loss times rows in the running epoch.
         loss_rows: Rows that it is a sum over.

@@ -37,6 +37,13 @@ class Bar:
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
 
+    def begin(self, text: str, total: int | None = None) -> None:
+        """A task other than an epoch, with so many steps; by default one for each batch of the loader."""
+        self._progress.reset(self._task, total=total or self._length, completed=0, description=text, note="")
+
+    def advance(self) -> None:
+        self._progress.advance(self._task)
+
     def epoch(self, stage: StagePlan, at: Position, epoch: int) -> None:
         text = f"{stage.name}: epoch {epoch}/{self._epochs}"
         self._progress.reset(self._task, total=self._length, completed=at.batch, description=text, note="")

@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from eecompile.training.halt_report import HaltRow
+from eecompile.training.head_report import HeadRow, heads_table
 from eecompile.training.route_report import ADVICE as ROUTE_ADVICE
 from eecompile.training.route_report import RouteRow, collapsed
 
@@ -177,6 +178,11 @@ class FitReport(Report):
         best_epoch: The epoch whose parameters were kept, where `patience` was given.
         checkpoint: Path of the last checkpoint, None without `checkpoint_dir`.
         seconds: Wall time of this call.
+        heads: How each exit's head was fitted on kept features; empty where heads were trained batch by batch.
+        batch_by_batch: Why they were; empty where they were not.
+        held_out: Rows that the kinds of head were chosen on.
+        draws: Passes of the trunk over the training data for the features.
+        notes: What else there is to know of the features.
     """
 
     title: ClassVar[str] = "Training"
@@ -193,6 +199,11 @@ class FitReport(Report):
     best_epoch: int | None = None
     checkpoint: str | None = None
     seconds: float = 0.0
+    heads: list[HeadRow] = field(default_factory=list)
+    batch_by_batch: str = ""
+    held_out: int = 0
+    draws: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def curve(self) -> list[dict[str, Any]]:
@@ -226,7 +237,8 @@ class FitReport(Report):
         return {
             "title": self.title,
             "rows": [json_safe(asdict(row)) for row in self.rows],
-            **{key: json_safe(value) for key, value in vars(self).items() if key != "rows"},
+            **{key: json_safe(value) for key, value in vars(self).items() if key not in ("rows", "heads")},
+            "heads": [json_safe(asdict(row)) for row in self.heads],
             "curve": json_safe(self.curve),
             "collapse": self.collapse,
             "stuck": self.stuck,
@@ -283,7 +295,17 @@ class FitReport(Report):
         elif self.stuck:
             ways = ", ".join(f"{name} always {way}" for name, way in self.stuck.items())
             lines.append(f"Gates that do not depend on the input: {ways}")
-        return stacked(table(self.title, columns, rows), *lines)
+        parts: list[RenderableType] = [table(self.title, columns, rows), *lines]
+        if self.heads:
+            parts += [table("Heads", *heads_table(self.heads)), "; ".join([*self._kept(), *self.notes])]
+        elif self.batch_by_batch:
+            parts.append(f"Heads were trained batch by batch: {self.batch_by_batch}")
+        return stacked(*parts)
+
+    def _kept(self) -> list[str]:
+        kept = f"the trunk ran over the training data {'once' if self.draws == 1 else f'{self.draws} times'}"
+        chosen = f"kinds and weight decay chosen on {self.held_out} rows held out"
+        return [kept, chosen if self.held_out else "too few rows to choose on: kinds kept"]
 
 
 def _halting(rows: list[EpochRow]) -> tuple[bool, bool]:

@@ -8,6 +8,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from eecompile.ir.settings import BUFFERS
+from eecompile.passes.insert_exits import HEADS
 from eecompile.training.batches import length_of
 from eecompile.training.plan import Plan, StagePlan
 from eecompile.training.protocol import Compiled
@@ -25,8 +26,14 @@ def trained_tensors(fast: Compiled, plan: Plan) -> dict[str, Tensor]:
     return found | {name: b for name, b in fast.named_buffers() if name.rpartition(".")[2] not in BUFFERS}
 
 
-def settings(fast: Compiled, plan: Plan, loader: Any, accelerator: Any, trained: dict[str, Tensor]) -> dict[str, Any]:
-    """Everything that must be equal, as JSON reads it back. The number of epochs only where it matters."""
+def settings(
+    fast: Compiled, plan: Plan, loader: Any, accelerator: Any, trained: dict[str, Tensor], heads_free: bool
+) -> dict[str, Any]:
+    """Everything that must be equal, as JSON reads it back. The number of epochs only where it matters.
+
+    Args:
+        heads_free: Whether heads are fitted on kept features, so that their kinds, and with them their tensors, may change.
+    """
     named: dict[str, Any] = {
         name: getattr(plan, name) for name in ("lr", "trunk_lr", "weight_decay", "max_grad_norm", "patience", "seed")
     }
@@ -43,6 +50,9 @@ def settings(fast: Compiled, plan: Plan, loader: Any, accelerator: Any, trained:
         "exits": [record.name for record in fast.exits],
         "tensors": {name: list(tensor.shape) for name, tensor in trained.items()},
     }
+    if heads_free:
+        named["tensors"] = {n: s for n, s in named["tensors"].items() if HEADS not in n}
+        named |= {"kept features": True, "draws": plan.draws, "weight_decay": plan.decay}
     return cast("dict[str, Any]", json.loads(json.dumps(named)))
 
 

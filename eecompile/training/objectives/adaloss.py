@@ -15,8 +15,8 @@ from torch import Tensor
 
 from eecompile.errors import EecompileError
 from eecompile.program import Result
-from eecompile.training.objectives.base import Objective, Weights, check_weights, relative, weighted
-from eecompile.training.objectives.exits import check_distillation, distilled
+from eecompile.training.objectives.base import Objective, Weights, check_weights, relative, unweighted, weighted
+from eecompile.training.objectives.exits import check_distillation, distilled, distilled_one
 
 LEAST = 1e-3  # a loss of 0 would take all the weight
 
@@ -54,6 +54,14 @@ class AdaLoss(Objective):
         if torch.is_grad_enabled():
             self._follow([float(loss.detach()) for loss in losses])
         return weighted(self.weights_now(len(losses)), losses)
+
+    @property
+    def entangled(self) -> str:
+        return unweighted(self.weights)
+
+    def of_one(self, output: Tensor, teacher: Tensor, labels: Any, where: str = "this batch") -> Tensor:
+        """The weights scale the losses of heads that share nothing, which moves no optimum."""
+        return distilled_one(output, teacher, labels, self.alpha, self.temperature, where)
 
     def _follow(self, values: list[float]) -> None:
         old = self.running if len(self.running) == len(values) else values

@@ -34,6 +34,20 @@ class Objective(ABC):
         last = outputs_of(result)[-1]
         return cross_entropy(last, check_labels(last, labels, where))
 
+    @property
+    def entangled(self) -> str:
+        """Why, with a frozen trunk, the loss of one exit needs more than `of_one` takes; empty where it does not."""
+        return f"objective {self.name!r} needs the outputs of all exits together"
+
+    def of_one(self, output: Tensor, teacher: Tensor, labels: Any, where: str = "this batch") -> Tensor:
+        """Loss of one exit, 0-dim, mean over its labels, where no `entangled` speaks against it.
+
+        Args:
+            output: What its head gives, `[B, C]` or `[B, S, C]`.
+            teacher: The model's own output, of the same shape, without gradient.
+        """
+        raise NotImplementedError
+
     def state(self) -> dict[str, Any]:
         """What the objective has learnt while training, for checkpoints: numbers, strings, lists. Most have nothing."""
         return {}
@@ -108,6 +122,12 @@ def relative(weights: Weights, n: int) -> list[float]:
         )
     total = sum(values)
     return [w / total for w in values]
+
+
+def unweighted(weights: Weights) -> str:
+    """Why exits cannot be fitted one by one under these weights; empty where they can."""
+    zero = not isinstance(weights, str) and any(w == 0 for w in weights[:-1])
+    return "an exit has weight 0 in the objective" if zero else ""
 
 
 def weighted(weights: Weights, losses: Sequence[Tensor]) -> Tensor:

@@ -20,6 +20,7 @@ from eecompile.training.objectives.base import (
     divergence,
     heads_of,
     outputs_of,
+    unweighted,
     weighted,
 )
 from eecompile.training.scores import IGNORE, check_labels, right
@@ -46,6 +47,13 @@ class WeightedCrossEntropy(Objective):
         labels = check_labels(outputs[-1], labels, where)
         return weighted(self.weights, [cross_entropy(output, labels) for output in outputs])
 
+    @property
+    def entangled(self) -> str:
+        return unweighted(self.weights)
+
+    def of_one(self, output: Tensor, teacher: Tensor, labels: Any, where: str = "this batch") -> Tensor:
+        return cross_entropy(output, check_labels(output, labels, where))
+
 
 @dataclass(frozen=True)
 class Distillation(Objective):
@@ -70,6 +78,13 @@ class Distillation(Objective):
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
         return weighted(self.weights, distilled(result, labels, self.alpha, self.temperature, where))
 
+    @property
+    def entangled(self) -> str:
+        return unweighted(self.weights)
+
+    def of_one(self, output: Tensor, teacher: Tensor, labels: Any, where: str = "this batch") -> Tensor:
+        return distilled_one(output, teacher, labels, self.alpha, self.temperature, where)
+
 
 def check_distillation(alpha: float, temperature: float) -> None:
     if not 0 <= alpha <= 1:
@@ -87,18 +102,21 @@ def distilled(result: Result, labels: Any, alpha: float, temperature: float, whe
     unlabelled = alpha == 1 and labels is None
     if not unlabelled:
         labels = check_labels(outputs[-1], labels, where)
-    real = None if unlabelled else labels != IGNORE
     teacher = outputs[-1].detach()
-    losses: list[Tensor] = []
-    for student in outputs[:-1]:
-        if alpha == 0:
-            losses.append(cross_entropy(student, labels))
-            continue
-        soft = divergence(teacher, student, temperature, real)
-        hard = 0.0 if alpha == 1 else cross_entropy(student, labels)
-        losses.append(alpha * soft + (1 - alpha) * hard)
+    losses = [distilled_one(student, teacher, labels, alpha, temperature, where) for student in outputs[:-1]]
     losses.append(outputs[-1].sum() * 0 if unlabelled else cross_entropy(outputs[-1], labels))
     return losses
+
+
+def distilled_one(student: Tensor, teacher: Tensor, labels: Any, alpha: float, temperature: float, where: str) -> Tensor:
+    """`(1 - alpha)` of the labels' cross entropy and `alpha` of the divergence from the teacher, for one exit."""
+    if alpha == 1 and labels is None:
+        return divergence(teacher, student, temperature, None)
+    labels = check_labels(student, labels, where)
+    if alpha == 0:
+        return cross_entropy(student, labels)
+    soft = divergence(teacher, student, temperature, labels != IGNORE)
+    return alpha * soft + (1 - alpha) * (0.0 if alpha == 1 else cross_entropy(student, labels))
 
 
 @dataclass(frozen=True)
@@ -127,6 +145,14 @@ class ExitScore(Objective):
             each = F.binary_cross_entropy_with_logits(score.float(), target.float(), reduction="none")
             losses.append((each * valid).sum() / valid.sum().clamp_min(1))
         return torch.stack(losses).mean()
+
+    @property
+    def entangled(self) -> str:
+        return ""
+
+    def of_one(self, output: Tensor, teacher: Tensor, labels: Any, where: str = "this batch") -> Tensor:
+        """Nothing: heads learn nothing from it, scores are fitted by themselves."""
+        return output.sum() * 0
 
 
 @dataclass(frozen=True)
@@ -181,3 +207,10 @@ class Exits(Objective):
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
         return torch.stack([part(result, labels, where=where) for part in self._parts()]).sum()
+
+    @property
+    def entangled(self) -> str:
+        return "".join(part.entangled for part in self._parts())
+
+    def of_one(self, output: Tensor, teacher: Tensor, labels: Any, where: str = "this batch") -> Tensor:
+        return torch.stack([part.of_one(output, teacher, labels, where) for part in self._parts()]).sum()

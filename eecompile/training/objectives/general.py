@@ -11,7 +11,15 @@ from torch import Tensor
 
 from eecompile.errors import EecompileError
 from eecompile.program import Result
-from eecompile.training.objectives.base import Objective, Weights, check_weights, heads_of, outputs_of, weighted
+from eecompile.training.objectives.base import (
+    Objective,
+    Weights,
+    check_weights,
+    heads_of,
+    outputs_of,
+    unweighted,
+    weighted,
+)
 from eecompile.training.objectives.registry import objective
 
 Loss = Callable[[Any, Any], Tensor]
@@ -52,6 +60,13 @@ class PerExitLoss(Objective):
 
     def final(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
         return self._one(outputs_of(result)[-1], labels, where)
+
+    @property
+    def entangled(self) -> str:
+        return unweighted(self.weights)
+
+    def of_one(self, output: Tensor, teacher: Tensor, labels: Any, where: str = "this batch") -> Tensor:
+        return self._one(output, labels, where)
 
     def _one(self, output: Tensor, labels: Any, where: str) -> Tensor:
         if self.function is None:
@@ -106,6 +121,14 @@ class Sum(Objective):
 
     def final(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
         return self.parts[0].final(result, labels, where=where)
+
+    @property
+    def entangled(self) -> str:
+        return next((part.entangled for part in self.parts if part.entangled), "")
+
+    def of_one(self, output: Tensor, teacher: Tensor, labels: Any, where: str = "this batch") -> Tensor:
+        terms = zip(self.factors, self.parts, strict=True)
+        return torch.stack([f * part.of_one(output, teacher, labels, where) for f, part in terms]).sum()
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, "parts": [p.to_dict() for p in self.parts], "factors": list(self.factors)}
