@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eecompile.calibration.risk import p_values
+from eecompile.calibration.risk import exact_binomial
 from eecompile.training.batches import split
 from examples._registry import DatasetError, atomic
 from examples.trunks import console
@@ -54,7 +54,7 @@ class Depths:
         full, found = self.right()[:, -1], 0.0
         for threshold in thresholds:
             right = self.right().gather(1, self.depth_at(threshold).unsqueeze(1)).squeeze(1)
-            if float(p_values((full & ~right).sum(), len(full), allowed, binary=True)) > delta:
+            if float(exact_binomial((full & ~right).sum(), len(full), allowed)) > delta:
                 break
             found = threshold
         return found

@@ -30,7 +30,6 @@ set so far; the union bound gives the sum. Exits also have the share of a part t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,13 +37,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eecompile.calibration.baselines import auroc, baselines
 from eecompile.calibration.choose import Path, is_binary, split
-from eecompile.calibration.collect import Collected, Source, collect, combination_of, second_pass
+from eecompile.calibration.collect import Collected, Source, collect, second_pass
 from eecompile.calibration.earned import check_models
 from eecompile.calibration.evidence import Evidence, pattern, remembered, sane
 from eecompile.calibration.lines import calibrate_line, exits_are_set, lines_of
-from eecompile.calibration.options import MOST_SEARCH_ROWS, Options, split_sizes
-from eecompile.calibration.report import EXIT_WORDS, CalibrationReport, calibrated_exits
+from eecompile.calibration.options import MOST_SEARCH_ROWS, Options, combination_of, split_sizes
+from eecompile.calibration.report import EXIT_WORDS, CalibrationReport, Subgroups, calibrated_exits
 from eecompile.calibration.search import Search, candidates
 from eecompile.calibration.stateful import agreement_confidences, all_or_none
 from eecompile.calibration.temperature import fit_temperature, negative_log_likelihood
@@ -54,7 +54,6 @@ from eecompile.training.batches import device_of, require_repeatable
 from eecompile.training.protocol import Compiled
 
 RAMP = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
-LONGEST_PATH = 2000
 
 
 def calibrate(fast: Compiled, loader: Iterable[Any], **options: Any) -> CalibrationReport:
@@ -103,7 +102,7 @@ def calibrate(fast: Compiled, loader: Iterable[Any], **options: Any) -> Calibrat
 
 
 def source_of(fast: Compiled, loader: Iterable[Any], options: Options) -> Source:
-    return Source(fast, loader, options.target, options.metric, device_of(fast))
+    return Source(fast, loader, options, device_of(fast))
 
 
 class Exits:
@@ -127,23 +126,22 @@ class Exits:
         first, second = split(data.keys, split_sizes(data.rows, options.max_drop, options.delta)[0])
         data, evidence = self.evidence(data, float(data.keys[first[-1]]))
         drops = replace(evidence, loss=data.score[:, -1:] - data.score)
-        if options.delta is None:
-            vectors = self._cheapest(data, drops)
-        else:
-            vectors = self._path(evidence.part(first))
-        closed = self.settings.neutral(EXITS)
+        vectors = self._cheapest(data, drops) if options.delta is None else self._candidates(drops.part(first))
+        closed, full, groups = self.settings.neutral(EXITS), data.score[:, -1], Subgroups(data.members, options)
         path = Path(
-            settings=vectors,
             drop=drops.losses,
+            rows=data.rows,
             cost=lambda vector: evidence.measure(vector)[1],
             full_cost=evidence.measure(torch.tensor(closed[EXITS]))[1],
-            binary=is_binary(evidence.loss),
+            binary=is_binary(data.score),
+            subsets=lambda vector: [*groups.controlled, *(self._leaving(drops, vector) if options.conditional else ())],
+            harm=lambda vector: groups.harm(full - drops.losses(vector), full),
         )
-        chosen = path.choose(second, options)
+        chosen = path.choose(vectors, first, second, options)
         settings = closed if chosen.value is None else self.settings.with_values(EXITS, chosen.value)
         thresholds = torch.tensor(settings[EXITS])
         index, costs = evidence.leave(thresholds), self.costs(pattern(thresholds))
-        return CalibrationReport.of(
+        report = CalibrationReport.of(
             options,
             chosen,
             settings=settings,
@@ -156,6 +154,19 @@ class Exits:
             parts=self.parts(settings, index, costs),
             notes=self.notes,
         )
+        report.add_groups(groups, full - drops.losses(thresholds), full)
+        for k, part in enumerate(report.parts):
+            leaving = index <= k
+            part.gap = float(drops.losses(thresholds)[leaving].mean()) if bool(leaving.any()) else None
+            if k < evidence.exits:
+                part.auroc = auroc(evidence.confidences[:, k], drops.loss[:, k] > 0)
+        report.baselines = baselines(drops, report, data.static, options.static)
+        return report
+
+    def _leaving(self, drops: Evidence, vector: Tensor) -> list[Tensor]:
+        """bool [n] for each open exit: the rows that leave there or before."""
+        index = drops.leave(vector)
+        return [index <= k for k, is_open in enumerate(pattern(vector)) if is_open]
 
     def parts(self, settings: Settings, index: Tensor, costs: Tensor) -> list[Any]:
         """What is reported of every exit and of the model's own end, with rows leaving at `index` [n]."""
@@ -227,22 +238,22 @@ class Exits:
                 found.recompute = agreement_confidences(data.predictions[:, :-1], confidences[:, :-1], criteria)
         return found
 
-    def _path(self, evidence: Evidence) -> list[Tensor]:
-        """Threshold vectors by growing loss on the rows of the search, after a ramp of very safe ones."""
-        most = 1.5 * self.options.max_drop + 3 / evidence.rows
-        found = candidates(evidence, most)
-        path = [vector for total, _, vector in found if total <= most * evidence.rows and any(pattern(vector))]
-        if path and evidence.recompute is None:
-            search = Search(evidence)
-            closed = search.closed
-            path = [search.between(closed, path[0], share) for share in RAMP] + path
-        unique: dict[tuple[float, ...], Tensor] = {}
-        for vector in path:
-            if any(pattern(vector)):
-                unique.setdefault(tuple(vector.tolist()), vector)
-        kept = list(unique.values())
-        step = math.ceil(len(kept) / LONGEST_PATH) if kept else 1
-        return kept[::step]
+    def _candidates(self, drops: Evidence) -> list[Tensor]:
+        """Threshold vectors around the front of loss against cost on the rows of the search, gains counted and not, and a
+        ramp of very safe ones."""
+        most = 1.5 * self.options.max_drop + 3 / drops.rows
+        losses = replace(drops, loss=drops.loss.clamp(min=0))
+        path = [v for total, _, v in candidates(losses, most) if total <= most * drops.rows and any(pattern(v))]
+        found = list(path)
+        if bool((drops.loss < 0).any()):
+            found += [v for total, _, v in candidates(drops, most) if total <= most * drops.rows and any(pattern(v))]
+        if drops.recompute is None:
+            search = Search(losses)
+            found += [search.between(search.closed, path[0], share) for share in RAMP] if path else []
+            if self.options.conditional:
+                found += search.even(self.options.max_drop)
+        unique = {tuple(v.tolist()): v for v in found if any(pattern(v))}
+        return list(unique.values())
 
     def _cheapest(self, data: Collected, drops: Evidence) -> list[Tensor]:
         """Vectors on the front of drop, gains counted, against cost, and the cheapest within `max_drop` refined."""

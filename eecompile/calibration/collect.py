@@ -10,19 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
+from eecompile.calibration.options import Options, combination_of
 from eecompile.errors import CalibrationError
 from eecompile.ir.settings import Settings
 from eecompile.program import Result
 from eecompile.training.batches import Batch, batches
 from eecompile.training.protocol import Compiled
-from eecompile.training.scores import IGNORE, Metric, agreement, check_labels, measure, right
+from eecompile.training.scores import IGNORE, agreement, check_labels, measure, right
+from eecompile.training.subgroups import groups_of, indexed
 
 LIMIT = 2**29
+Parts: TypeAlias = tuple[list[str], Tensor]
+"""Names of classes or groups, and for each row [n] which one is its."""
 
 
 @dataclass
@@ -68,6 +72,8 @@ class Collected:
         score: float64 `[n, E + 1]`: right or wrong, agreeing or not, or the metric.
         predictions: int64 `[n, E + 1]` for outputs `[n, C]`, else None.
         scores: float32 `[n, E]` logits of learned criteria, else None.
+        static: float64 `[n]`, drop of the smaller model that is compared with; None without.
+        members: Classes and groups.
         kept: Logits for the temperatures; None where they are not fitted.
         skipped: Rows without any label.
     """
@@ -77,6 +83,8 @@ class Collected:
     score: Tensor
     predictions: Tensor | None
     scores: Tensor | None
+    static: Tensor | None
+    members: Members
     kept: Logits | None
     skipped: int
 
@@ -91,15 +99,12 @@ class Source:
 
     Attributes:
         loader: Of the calibration data.
-        target: "accuracy" or "agreement".
-        metric: Instead of accuracy; None without.
         device: Where the compiled module is.
     """
 
     fast: Compiled
     loader: Iterable[Any]
-    target: str
-    metric: Metric | None
+    options: Options
     device: torch.device
 
     def batches(self) -> Iterator[Batch]:
@@ -138,6 +143,20 @@ class Source:
         check_finite(result.outputs, names, batch.where)
         return result
 
+    def static(self, batch: Batch) -> Tensor:
+        """The prediction of the smaller model that is compared with.
+
+        Raises:
+            CalibrationError: It is no tensor, and has no `logits`.
+        """
+        assert self.options.static is not None
+        with torch.no_grad():
+            found = self.options.static[0](*batch.args, **batch.kwargs)
+        found = getattr(found, "logits", found)
+        if not isinstance(found, Tensor):
+            raise CalibrationError("static= gives no prediction", got=type(found).__name__, wanted="a tensor, or logits")
+        return found
+
     def scores(self, outputs: Sequence[Tensor], full: Tensor, batch: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
         """float64 [B, K] of K outputs on the CPU, bool [B] of rows with a label, and the labels where they are classes.
 
@@ -149,17 +168,59 @@ class Source:
         """
         n = full.shape[0]
         valid, labels = torch.ones(n, dtype=torch.bool), None
-        if self.metric is not None:
-            found = [measure(self.metric, o, batch.labels, n, batch.where, CalibrationError).cpu() for o in outputs]
+        if self.options.metric is not None:
+            found = [measure(self.options.metric, o, batch.labels, n, batch.where, CalibrationError).cpu() for o in outputs]
             check_unit(torch.stack(found, 1), batch.where)
             return torch.stack(found, 1), valid, None
-        if batch.labels is not None or self.target == "accuracy":
+        if batch.labels is not None or self.options.target == "accuracy":
             labels = check_labels(full, batch.labels, batch.where, CalibrationError)
             valid = right(full, labels)[1].cpu()
-        if self.target == "agreement":
+        if self.options.target == "agreement":
             return torch.stack([agreement(o, full, labels).cpu() for o in outputs], 1), valid, labels
         assert labels is not None
         return torch.stack([right(o, labels)[0].cpu() for o in outputs], 1), valid, labels
+
+
+@dataclass
+class Members:
+    """The class and the group of every row that has a label."""
+
+    groups: Any
+    labels: list[Tensor] = field(default_factory=list)
+    found: list[str] = field(default_factory=list)
+    start: int = 0
+
+    def add(self, batch: Batch, labels: Tensor | None, valid: Tensor) -> None:
+        n = len(valid)
+        if labels is not None and labels.ndim == 1:
+            self.labels.append(labels.cpu()[valid])
+        if self.groups is not None and not isinstance(self.groups, str):
+            mine = groups_of(self.groups, batch, self.start, n)
+            self.found += [g for g, v in zip(mine, valid.tolist(), strict=True) if v]
+        self.start += n
+
+    def classes(self) -> Parts | None:
+        """By class label; None where rows have none."""
+        if not self.labels:
+            return None
+        return indexed([str(k) for k in torch.cat(self.labels).tolist()])
+
+    def by_group(self) -> Parts | None:
+        """As `groups=` has it; None without.
+
+        Raises:
+            CalibrationError: A column with more labels than there are rows, or "classes" where rows have none.
+        """
+        if isinstance(self.groups, str):
+            found = self.classes()
+            if found is None:
+                raise CalibrationError("rows have no class label to be grouped by", got='groups="classes"')
+            return found
+        if self.groups is None:
+            return None
+        if not callable(self.groups) and len(self.groups) != self.start:
+            raise CalibrationError("groups= is one label for each row", got=len(self.groups), wanted=self.start)
+        return indexed(self.found)
 
 
 def collect(source: Source, settings: Settings, *, temperatures: bool, seed: int) -> Collected:
@@ -169,9 +230,11 @@ def collect(source: Source, settings: Settings, *, temperatures: bool, seed: int
         temperatures: Whether logits are kept for them.
     """
     generator = torch.Generator().manual_seed(seed)
-    parts: dict[str, list[Tensor]] = {name: [] for name in ("keys", "confidences", "score", "predictions", "scores")}
-    kept = Logits() if temperatures and source.metric is None else None
-    skipped = 0
+    parts: dict[str, list[Tensor]] = {
+        name: [] for name in ("keys", "confidences", "score", "predictions", "scores", "static")
+    }
+    kept = Logits() if temperatures and source.options.metric is None else None
+    skipped, members = 0, Members(source.options.groups)
     # where the surest exit answers, temperatures belong to what each head says by itself
     surest = combination_of(source.fast) == "confident"
     for batch in source.batches():
@@ -180,14 +243,18 @@ def collect(source: Source, settings: Settings, *, temperatures: bool, seed: int
         outputs = result.outputs
         keys = torch.rand(outputs[-1].shape[0], generator=generator, dtype=torch.float64)
         score, valid, labels = source.scores(outputs, outputs[-1], batch)
+        members.add(batch, labels, valid)
         if kept is not None and labels is not None:
             scored = result.separate if surest and result.separate else outputs
             kept.add(keys[valid], tuple(o.cpu()[valid] for o in scored), labels.cpu()[valid])
-        if source.metric is None and outputs[-1].ndim == 2:
+        if source.options.metric is None and outputs[-1].ndim == 2:
             parts["predictions"].append(torch.stack([o.argmax(1) for o in outputs], 1).cpu()[valid])
         parts["keys"].append(keys[valid])
         parts["confidences"].append(torch.stack([c.float().cpu() for c in result.confidences], 1)[valid])
         parts["score"].append(score[valid])
+        if source.options.static is not None:
+            static = source.scores([source.static(batch)], outputs[-1], batch)[0][:, 0]
+            parts["static"].append((score[:, -1] - static)[valid])
         if result.scores is not None:
             parts["scores"].append(torch.stack([s.float().cpu() for s in result.scores], 1)[valid])
         skipped += int((~valid).sum())
@@ -198,14 +265,11 @@ def collect(source: Source, settings: Settings, *, temperatures: bool, seed: int
         score=joined["score"],
         predictions=joined.get("predictions"),
         scores=joined.get("scores"),
+        static=joined.get("static"),
+        members=members,
         kept=kept if kept is not None and kept.keys else None,
         skipped=skipped,
     )
-
-
-def combination_of(fast: Compiled) -> str:
-    """How the exits answer: "last", "ensemble", "confident" or "weighted"."""
-    return str(getattr(fast.exits[0], "combine", "last")) if fast.exits else "last"
 
 
 def second_pass(source: Source, settings: Settings, collected: Collected) -> Tensor:

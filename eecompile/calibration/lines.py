@@ -6,8 +6,7 @@ each. The settings are few and lie on one line, which a `Line` knows: one number
 lead, or how far halting scores must add up; and the setting as it is. They are proposed from the first rows, then every
 batch runs under all of them.
 
-**The test.** As for exits (`calibrate.py`): on the rows of the search the settings that are dearer and lose more than
-another are dropped and the others put in order of their loss; then `choose.py`. If none qualifies, nothing is skipped.
+**The test.** As for exits: `choose.py`. If none qualifies, nothing is skipped.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor
 
 from eecompile.calibration.choose import Chosen, Path, is_binary, split
-from eecompile.calibration.collect import Source
+from eecompile.calibration.collect import Members, Source
 from eecompile.calibration.options import Options, split_sizes
 from eecompile.calibration.report import (
     CalibratedGate,
@@ -30,6 +29,7 @@ from eecompile.calibration.report import (
     CalibratedRoute,
     CalibrationReport,
     Part,
+    Subgroups,
     Words,
 )
 from eecompile.errors import CalibrationError
@@ -181,16 +181,22 @@ class Tried:
 
 def calibrate_line(line: Line, source: Source, settings: Settings, options: Options) -> CalibrationReport:
     """The cheapest of a line's settings that keep the bound; exits stay closed meanwhile, and in the report as they were."""
-    tried, full, keys = _run(line, source, settings, options)
+    tried, full, keys, members = _run(line, source, settings, options)
     first, second = split(keys, split_sizes(len(keys), options.max_drop, options.delta)[0])
-    path = Path(
-        settings=_front(tried, full, first),
+    parts = Subgroups(members, options)
+    path: Path[Tried] = Path(
         drop=lambda t: full.score - t.score,
+        rows=len(keys),
         cost=lambda t: float(t.cost.mean()),
         full_cost=float(full.cost.mean()),
         binary=is_binary(torch.stack([full.score, *(t.score for t in tried)])),
+        subsets=lambda _: parts.controlled,
+        harm=lambda t: parts.harm(t.score, full.score),
     )
-    return _report(line, settings, (tried, full), (first, second), path.choose(second, options), options)
+    chosen = path.choose(tried, first, second, options)
+    report = _report(line, settings, (tried, full), (first, second), chosen, options)
+    report.add_groups(parts, (chosen.value or full).score, full.score)
+    return report
 
 
 def line_within(line: Line, source: Source, settings: Settings, budget: float, options: Options) -> CalibrationReport:
@@ -199,7 +205,7 @@ def line_within(line: Line, source: Source, settings: Settings, budget: float, o
     Raises:
         CalibrationError: No setting keeps the budget.
     """
-    tried, full, keys = _run(line, source, settings, options)
+    tried, full, keys, _ = _run(line, source, settings, options)
     tried = [*tried, full]
     costs = [float(t.cost.mean()) for t in tried]
     kept = [i for i, cost in enumerate(costs) if cost <= budget + 1e-9]
@@ -215,8 +221,8 @@ def line_within(line: Line, source: Source, settings: Settings, budget: float, o
     return report
 
 
-def _run(line: Line, source: Source, settings: Settings, options: Options) -> tuple[list[Tried], Tried, Tensor]:
-    """What was tried, the model with nothing skipped, and random keys of the rows; one pass over the data.
+def _run(line: Line, source: Source, settings: Settings, options: Options) -> tuple[list[Tried], Tried, Tensor, Members]:
+    """What was tried, the model with nothing skipped, random keys of the rows and their groups; one pass over the data.
 
     Raises:
         CalibrationError: Fewer than 2 rows with a label, and as `Source`.
@@ -227,16 +233,17 @@ def _run(line: Line, source: Source, settings: Settings, options: Options) -> tu
     asked = [settings.with_values(line.family, values) for values in line.propose(scores)]
     asked = list(dict.fromkeys([line.neutral(settings), *asked, settings]))
     generator = torch.Generator().manual_seed(options.seed)
-    keys: list[Tensor] = []
+    keys, members = list[Tensor](), Members(options.groups)
     seen: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in asked]
     for batch in chain(head, stream):
-        full, valid = None, torch.empty(0)
+        full, valid, labels = None, torch.empty(0), None
         for found, s in zip(seen, asked, strict=True):
             result = source.observe(batch, s)
             assert result.outputs is not None
             full = result.outputs[-1] if full is None else full
-            score, valid, _ = source.scores([result.outputs[-1]], full, batch)
+            score, valid, labels = source.scores([result.outputs[-1]], full, batch)
             found.append((score[valid, 0], result.cost.double().cpu()[valid], line.shares(result).cpu()[valid]))
+        members.add(batch, labels, valid)
         keys.append(torch.rand(int(valid.sum()), generator=generator, dtype=torch.float64))
     if sum(map(len, keys)) < 2:
         raise CalibrationError("too few rows to calibrate on", got=f"{sum(map(len, keys))} rows with a label", wanted="2")
@@ -244,7 +251,7 @@ def _run(line: Line, source: Source, settings: Settings, options: Options) -> tu
     for s, found in zip(asked, seen, strict=True):
         score, cost, shares = (torch.cat(values) for values in zip(*found, strict=True))
         tried.append(Tried(s, score, cost, tuple(shares.mean(0).tolist())))
-    return tried[1:], tried[0], torch.cat(keys)
+    return tried[1:], tried[0], torch.cat(keys), members
 
 
 def _head(line: Line, source: Source, stream: Iterator[Batch], settings: Settings) -> tuple[list[Batch], Tensor]:
@@ -257,19 +264,6 @@ def _head(line: Line, source: Source, stream: Iterator[Batch], settings: Setting
         if sum(map(len, scores)) >= FIRST_ROWS:
             break
     return head, torch.cat(scores)
-
-
-def _front(tried: Sequence[Tried], full: Tried, rows: Tensor) -> list[Tried]:
-    """The settings that no other beats in both loss and cost on `rows`, by growing loss."""
-    measured = [(float((full.score - t.score).clamp(min=0)[rows].sum()), float(t.cost[rows].mean()), t) for t in tried]
-    measured.sort(key=lambda m: m[:2])
-    kept: list[Tried] = []
-    cheapest = float("inf")
-    for _, cost, t in measured:
-        if cost < cheapest - 1e-12:
-            kept.append(t)
-            cheapest = cost
-    return kept
 
 
 def _report(

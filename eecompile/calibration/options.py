@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-from eecompile.calibration.collect import combination_of
 from eecompile.calibration.risk import rows_needed
 from eecompile.errors import CalibrationError, near
 from eecompile.training.full import skips
@@ -14,6 +13,7 @@ from eecompile.training.protocol import Compiled
 from eecompile.training.scores import Metric
 
 TARGETS = ("accuracy", "agreement")
+CLASSES = "classes"
 FIRST_START = 0.85
 LATER_STARTS = (0.25, 0.5, 0.75)
 MOST_SEARCH_ROWS = 10_000
@@ -34,6 +34,11 @@ class Options:
         keep_open: Whether every exit stays open (threshold at most 1), so that a call may be stopped there. None: what
             the strategy asks for, and always where exits answer together, since closing one would change the others.
         seed: Of the random split of the rows.
+        conditional: Whether the bound is to hold among the rows that leave at or before each exit too (Ringel et al. 2024).
+        groups: A label for each row of the loader, in order, or a callable `(inputs, labels) -> [B]`; "classes" for the
+            class labels. The drop of each group is reported.
+        control_groups: Whether the bound is to hold in each group too.
+        static: A smaller model to compare with, and its cost as a fraction of the full model's: `(model, 0.4)`.
     """
 
     max_drop: float = 0.01
@@ -43,6 +48,10 @@ class Options:
     metric: Metric | None = None
     keep_open: bool | None = None
     seed: int = 0
+    conditional: bool = False
+    groups: Any = None
+    control_groups: bool = False
+    static: tuple[Callable[..., Any], float] | None = None
 
     @classmethod
     def of(cls, fast: Compiled, given: Mapping[str, Any]) -> Options:
@@ -87,6 +96,15 @@ class Options:
             raise CalibrationError(
                 "agreement is for classification", got="metric= and target='agreement'", hint="leave out target"
             )
+        if self.control_groups and self.groups is None:
+            raise CalibrationError(
+                "there are no groups to control", got="control_groups=True", wanted='groups=, or "classes"'
+            )
+        if isinstance(self.groups, str) and self.groups != CLASSES:
+            raise CalibrationError("unknown groups", got=repr(self.groups), wanted='a column, a callable, or "classes"')
+        given: Any = self.static
+        if given is not None and not (isinstance(given, tuple) and len(given) == 2 and callable(given[0])):
+            raise CalibrationError("static= is a model and its cost", got=type(given).__name__, wanted="(model, 0.4)")
         other = _no_classes(fast) if self.target == "agreement" else ""
         if other:
             raise CalibrationError(
@@ -113,6 +131,11 @@ class Options:
                 hint="leave out keep_open",
             )
         return self.keep_open
+
+
+def combination_of(fast: Compiled) -> str:
+    """How the exits answer: "last", "ensemble", "confident" or "weighted"."""
+    return str(getattr(fast.exits[0], "combine", "last")) if fast.exits else "last"
 
 
 def _no_classes(fast: Compiled) -> str:

@@ -9,10 +9,13 @@ from typing import Any, ClassVar
 from rich.console import RenderableType
 from torch import Tensor
 
+from eecompile.calibration.baselines import Baseline
 from eecompile.calibration.choose import Chosen
+from eecompile.calibration.collect import Members
 from eecompile.calibration.options import Options
 from eecompile.ir.settings import Settings
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
+from eecompile.training.subgroups import GroupRow, group_rows, group_tables, harmed
 
 
 class Part:
@@ -38,6 +41,9 @@ class CalibratedExit(Part):
         cost: Of a row that leaves there, as a fraction of the full model's FLOPs.
         nll_before: Negative log likelihood at the old temperature, in nats; None where it was not fitted.
         nll_after: At the new one.
+        gap: Drop among the rows that leave there or before; None where none does.
+        auroc: How well the confidence tells rows that the full model has right and this exit wrong: the probability that
+            such a row is less sure than another. None where there is none.
     """
 
     name: str
@@ -47,6 +53,8 @@ class CalibratedExit(Part):
     cost: float
     nll_before: float | None = None
     nll_after: float | None = None
+    gap: float | None = None
+    auroc: float | None = None
 
     @property
     def is_open(self) -> bool:
@@ -60,6 +68,8 @@ class CalibratedExit(Part):
             "temperature": number(self.temperature),
             "leaving": percent(self.share, 1),
             "cost": percent(self.cost, 1),
+            "drop up to here": percent(self.gap),
+            "AUROC": number(self.auroc, 3),
         }
 
     def to_dict(self) -> dict[str, Any]:
@@ -141,6 +151,25 @@ class CalibratedHalt(Part):
         }
 
 
+class Subgroups:
+    """Classes and groups of the calibration rows."""
+
+    def __init__(self, members: Members, options: Options) -> None:
+        self.classes, self.groups, self.max_drop = members.classes(), members.by_group(), options.max_drop
+        self.controlled: list[Tensor] = []
+        if options.control_groups and self.groups is not None:
+            names, of = self.groups
+            self.controlled = [of == k for k in range(len(names))]
+
+    def harm(self, early: Tensor, full: Tensor) -> str:
+        """Which class loses more of its recall than `max_drop`, by more than chance; empty where none does."""
+        rows = [] if self.classes is None else group_rows(*self.classes, early, full)
+        worst = next(iter(harmed(rows, self.max_drop)), None)
+        if worst is None:
+            return ""
+        return f"recall of class {worst.name} from {percent(worst.full_score, 1)} to {percent(worst.score, 1)}"
+
+
 @dataclass(frozen=True)
 class Words:
     """How a report speaks of what was set.
@@ -174,15 +203,20 @@ class CalibrationReport(Report):
         skipped_rows: Rows without a label, left out.
         rows_needed: Fewest calibration rows with which anything could qualify; None for `delta=None` or max_drop 0.
         expected_cost: Mean fraction of the full model's FLOPs on all rows.
-        loss_search: Mean of the tested loss, an upper bound of the drop, on the rows of the search.
-        loss_test: On the rows of the test; None for `delta=None`.
         drop_search: Drop itself (full model's mean score less that with early exit) on the rows of the search.
         drop_test: On the rows of the test.
-        p_value: Of "the mean loss is above max_drop", on the rows of the test; `smallest_p` is the least of all tested.
+        p_value: Of "the mean drop is above max_drop", on the rows of the test; `smallest_p` is the least of all tested.
         level: Level that it was tested at, at most `delta`.
         tested: Settings in the path; `accepted` of them qualified.
         curve: Every setting of gates, routes or halting that was run: setting, mean cost, drop.
         budget: The mean cost that was asked for instead of a drop; None without.
+        passed_over: Cheaper settings that qualified, but take more than max_drop of a class's recall, by more than chance.
+        rows_for_next: Calibration rows with which the next cheaper setting is expected to qualify; None where none is.
+        cost_with_more: Cost that 1,000 more calibration rows are expected to allow.
+        conditional: Whether the bound holds among the rows that leave at or before each exit too.
+        by_class: Recall of every class of labels, the largest drop first.
+        by_group: Drop of every group of `groups=`; with `groups_controlled` the bound holds in each.
+        baselines: Simpler choices of the same cost.
         before: What was found first for gates, routes and halting, where there are exits too.
     """
 
@@ -201,8 +235,6 @@ class CalibrationReport(Report):
     skipped_rows: int
     rows_needed: int | None
     expected_cost: float
-    loss_search: float
-    loss_test: float | None
     drop_search: float
     drop_test: float | None
     drop: float
@@ -214,9 +246,18 @@ class CalibrationReport(Report):
     notes: list[str] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
     budget: float | None = None
+    passed_over: tuple[str, ...] = ()
+    rows_for_next: int | None = None
+    cost_with_more: float | None = None
+    conditional: bool = False
+    by_class: list[GroupRow] = field(default_factory=list)
+    by_group: list[GroupRow] = field(default_factory=list)
+    groups_controlled: bool = False
+    baselines: list[Baseline] = field(default_factory=list)
     before: list[CalibrationReport] = field(default_factory=list)
 
-    HIDDEN: ClassVar[tuple[str, ...]] = ("settings", "words", "parts", "before")
+    ROWS: ClassVar[tuple[str, ...]] = ("by_class", "by_group", "baselines")
+    HIDDEN: ClassVar[tuple[str, ...]] = ("settings", "words", "parts", "before", *ROWS)
 
     @classmethod
     def of(
@@ -236,7 +277,7 @@ class CalibrationReport(Report):
             rows: Rows of the search and of the test.
             found: Further attributes.
         """
-        loss, (first, second) = drop.clamp(min=0), rows
+        first, second = rows
         return cls(
             qualified=chosen.value is not None,
             target=options.score,
@@ -248,8 +289,6 @@ class CalibrationReport(Report):
             test_rows=len(second),
             skipped_rows=skipped_rows,
             rows_needed=options.rows_needed,
-            loss_search=float(loss[first].mean()),
-            loss_test=float(loss[second].mean()) if len(second) else None,
             drop_search=float(drop[first].mean()),
             drop_test=float(drop[second].mean()) if len(second) else None,
             drop=float(drop.mean()),
@@ -258,8 +297,18 @@ class CalibrationReport(Report):
             level=chosen.level,
             tested=chosen.tested,
             accepted=chosen.accepted,
+            passed_over=chosen.passed_over,
+            rows_for_next=chosen.rows_for_next,
+            cost_with_more=chosen.cost_with_more,
+            conditional=options.conditional,
+            groups_controlled=options.control_groups,
             **found,
         )
+
+    def add_groups(self, groups: Subgroups, early: Tensor, full: Tensor) -> None:
+        """Scores float64 [n] of the early answers and of the full model, by class and group."""
+        self.by_class = [] if groups.classes is None else group_rows(*groups.classes, early, full)
+        self.by_group = [] if groups.groups is None else group_rows(*groups.groups, early, full)
 
     @property
     def exits(self) -> list[CalibratedExit]:
@@ -288,6 +337,7 @@ class CalibrationReport(Report):
             "settings": self.settings.to_dict(),
             **{found.kind: found.to_dict() for found in self.before},
             self.kind: [part.to_dict() for part in self.parts],
+            **{name: [json_safe(vars(row)) for row in getattr(self, name)] for name in self.ROWS},
         }
 
     def __rich__(self) -> RenderableType:
@@ -295,10 +345,35 @@ class CalibrationReport(Report):
         shown = table(self.words.title, list(cells[0]), [list(row.values()) for row in cells])
         drop = f"drop {percent(self.drop_search)} on the rows of the search"
         if self.drop_test is not None:
-            drop += f", {percent(self.drop_test)} on those of the test (bound used: {percent(self.loss_test)})"
+            drop += f", {percent(self.drop_test)} on those of the test"
         given = ["given these, against the model as it is set; costs of exits count nothing as skipped:"]
         text = f"expected cost {percent(self.expected_cost, 1)} of the full model's FLOPs, {self.rows} rows"
-        return stacked(*self.before, shown, *(given if self.before else ()), text, drop, self.guarantee, *self.notes)
+        found = [*self._not_beaten(), *self.before, shown, *(given if self.before else ()), text, drop, self.guarantee]
+        return stacked(*found, *self._advice(), *group_tables(self.by_class, self.by_group, self.max_drop), *self.notes)
+
+    def _not_beaten(self) -> list[str]:
+        return [
+            f"Early exit does not pay here: {b.name} ({b.what}) costs {percent(b.cost, 1)} and loses {percent(b.drop)}, "
+            f"the calibrated program {percent(self.expected_cost, 1)} and {percent(self.drop)}."
+            for b in self.baselines
+            if not b.beaten
+        ]
+
+    def _advice(self) -> list[str]:
+        found = []
+        if self.baselines and not self._not_beaten():
+            others = ", ".join(f"{b.name} ({b.what}) loses {percent(b.drop)}" for b in self.baselines)
+            found.append(f"at that cost or less {others}")
+        if self.passed_over:
+            found.append(
+                f"{len(self.passed_over)} cheaper {self.words.what} qualify, but would harm a class: {self.passed_over[0]}; "
+                'groups="classes", control_groups=True bounds the drop of each class'
+            )
+        if self.cost_with_more is not None and self.cost_with_more < self.expected_cost - 5e-4:
+            found.append(f"1,000 more rows are expected to allow a cost of {percent(self.cost_with_more, 1)}")
+        if self.rows_for_next is not None and self.rows_for_next > self.rows:
+            found.append(f"the next cheaper {self.words.what} are expected to qualify with {self.rows_for_next} rows")
+        return found
 
     @property
     def guarantee(self) -> str:
@@ -312,10 +387,13 @@ class CalibrationReport(Report):
             if self.qualified:
                 return f"No guarantee was asked for: {rows} {loss}."
             return f"No {words.what} save anything while {loss} {rows}; {words.otherwise}."
+        where = " among the rows leaving at or before each exit, and overall," if self.conditional else ""
+        where += " in each group, and overall," if self.groups_controlled else ""
         if self.qualified:
             return (
-                f"With probability at least {100 * (1 - self.delta):g}% over the calibration data, {loss} on inputs drawn "
-                f"like it (Learn then Test on {self.test_rows} rows, p = {self.p_value:.2g} at level {self.level:.2g})."
+                f"With probability at least {100 * (1 - self.delta):g}% over the calibration data, {loss}{where} on inputs "
+                f"drawn like it (Learn then Test on {self.test_rows} rows, p = {self.p_value:.2g} at level "
+                f"{self.level:.2g})."
             )
         none = f"No {words.what} qualify for max_drop={self.max_drop:g}, delta={self.delta:g}; {words.otherwise}."
         if self.rows_needed is None:

@@ -1,20 +1,23 @@
-"""p-values for "the mean loss is above alpha", and testing many such hypotheses at once. float64 throughout.
+"""p-values for "the mean drop is above alpha", and testing many such hypotheses at once. float64 throughout.
 
-H: E[L] > alpha, from n independent losses in [0, 1] with sum s.
+H: E[D] > alpha, from n independent drops D = full score - early score in [-1, 1].
 
-- Binary losses: `P(Bin(n, alpha) <= s)`, exact. It is a p-value because the binomial distribution grows with
-  alpha.
-- Losses in [0, 1]: Hoeffding-Bentkus (Bates et al. 2021, used by Learn then Test, Angelopoulos et al. 2021),
-  `min(exp(-n h(min(m, alpha), alpha)), e P(Bin(n, alpha) <= ceil(s)))` with `m = s / n` and
-  `h(a, b) = a log(a / b) + (1 - a) log((1 - a) / (1 - b))`.
+- Binary scores: `P(Bin(n, alpha) <= s)`, exact, with s the rows where the full model is right and the early answer wrong.
+  Gains are not counted, so it bounds more than the drop.
+- Betting (Waudby-Smith and Ramdas 2023): `1 / max over t of prod over i <= t of (1 + bet (alpha - D_i))`. Under H the
+  product is a nonnegative supermartingale, so by Ville's inequality this is a p-value, at whatever t one looks. Gains count,
+  and so does a small variance. The bet is fixed before the tested rows are seen: it is the one for n rows and the variance
+  of other rows, `sqrt(2 log(1 / level) / (n variance))`, at most 0.9 of `1 / (1 - alpha)`, with which no factor is negative.
 
-Both are `(1 - alpha)^n` for s = 0, so fewer than `log(delta) / log(1 - alpha)` rows can never show anything.
+Where no row has a drop the first is `(1 - alpha)^n`, the second a little more: fewer than `log(delta) / log(1 - alpha)` rows
+can never show anything.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,21 +45,59 @@ def exact_binomial(total: Tensor, n: int, alpha: float) -> Tensor:
     return log_binomial_tail(torch.floor(total.double() + _ROUNDING), n, alpha).exp()
 
 
-def hoeffding_bentkus(total: Tensor, n: int, alpha: float) -> Tensor:
-    """p-values for losses in [0, 1] with sums `total`, float64 of the same shape."""
-    total = total.double()
-    m = (total / n).clamp(max=alpha)
-    divergence = torch.xlogy(m, m / alpha) + torch.xlogy(1 - m, (1 - m) / (1 - alpha)) if alpha > 0 else 0 * m
-    hoeffding = (-n * divergence).exp()
-    bentkus = (1 + log_binomial_tail(torch.ceil(total - _ROUNDING), n, alpha)).exp()
-    return torch.minimum(hoeffding, bentkus).clamp(max=1)
+def betting(drops: Tensor, alpha: float, bet: float) -> float:
+    """p-value of drops float64 `[n]` in their order, for a bet that does not depend on them."""
+    wealth = torch.log1p(bet * (alpha - drops.double())).cumsum(0)
+    return math.exp(-max(0.0, float(wealth.max()))) if len(drops) else 1.0
 
 
-def p_values(total: Tensor, n: int, alpha: float, *, binary: bool) -> Tensor:
-    """The sharper of the two where losses are binary, else Hoeffding-Bentkus. 1 where `n` is 0."""
-    if n == 0 or alpha <= 0:
-        return torch.ones_like(total, dtype=torch.float64)
-    return (exact_binomial if binary else hoeffding_bentkus)(total, n, alpha)
+@dataclass(frozen=True)
+class Bet:
+    """Which test is used, and with which bet: chosen by other rows than those that are tested.
+
+    Attributes:
+        size: Of the bet; None for the exact binomial test.
+        expected: Logarithm of the p-value that the other rows let expect.
+    """
+
+    size: float | None
+    expected: float
+
+    def p_value(self, drops: Tensor, alpha: float) -> float:
+        """Of drops float64 `[n]` of the rows of the test, in their order."""
+        if alpha <= 0 or not len(drops):
+            return 1.0
+        if self.size is None:
+            return float(exact_binomial((drops > 0).sum(), len(drops), alpha))
+        return betting(drops, alpha, self.size)
+
+
+def best_bet(drops: Tensor, n: int, alpha: float, level: float, *, binary: bool, doubt: float = 0.0) -> Bet:
+    """The sharper test for n rows that are drawn like these, of which none is tested.
+
+    Args:
+        drops: float64 `[m]`.
+        binary: Whether scores are 0 or 1.
+        doubt: So many more lost rows than were seen are expected: few rows without a drop say little.
+    """
+    if alpha <= 0 or n <= 0:
+        return Bet(None if binary else 0.0, 0.0)
+    m, drops = len(drops), drops.double()
+    mean = float(drops.sum()) / max(m, 1)
+    variance = max((float(drops.square().sum()) + 1) / (m + 1) - mean**2, 1e-9)
+    size = min(math.sqrt(2 * math.log(1 / level) / (n * variance)), MOST / (1 - alpha))
+    growth = float(torch.log1p(size * (alpha - drops)).sum()) + doubt * math.log1p(size * (alpha - 1))
+    expected = min(0.0, -n * growth / (m + doubt) - LOOKS) if m else 0.0
+    if binary:
+        lost = (float((drops > 0).sum()) + doubt) * n / max(m, 1)
+        exact = float(log_binomial_tail(torch.tensor(round(lost)), n, alpha))
+        if exact <= expected:
+            return Bet(None, exact)
+    return Bet(size, expected)
+
+
+MOST = 0.9  # of the largest bet that there is, at which a single lost row would take all
+LOOKS = 0.5  # what the maximum over all t adds to the logarithm of the last wealth, about
 
 
 def rows_needed(alpha: float, level: float) -> int | None:

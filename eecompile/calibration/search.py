@@ -160,6 +160,28 @@ class Search:
         ranks = [round(x + share * (y - x)) for x, y in pairs]
         return torch.tensor([self.at_rank(k, rank) for k, rank in enumerate(ranks)], dtype=torch.float32)
 
+    def even(self, most: float) -> list[Tensor]:
+        """Vectors whose mean loss among the rows that leave at or before each exit is about the same share of `most`."""
+        found = []
+        for share in (0.0, 0.1, 0.25, 0.4, 0.55, 0.7, 0.85, 1.0):
+            at, left = self.closed.clone(), torch.ones(self.n, dtype=torch.bool)
+            gone, lost = 0, 0.0
+            for k in range(self.e):
+                order = self.order[k][left[self.order[k]]]
+                values = self.columns[k][order]
+                count = gone + torch.arange(1, len(order) + 1)
+                mean = (lost + self.loss[k][order].cumsum(0)) / count
+                usable = (mean <= share * most + 1e-12) & (values >= 0)
+                usable[:-1] &= values[1:] != values[:-1]
+                if not bool(usable.any()):
+                    continue
+                position = int(usable.nonzero()[-1])
+                at[k] = values[position]
+                left &= self.columns[k] < at[k]
+                gone, lost = int(count[position]), float(mean[position] * count[position])
+            found.append(at)
+        return found
+
     def candidates(self, most: float) -> list[Tensor]:
         """Vectors around the front, up to a mean loss of about `most`."""
         closed = self.closed

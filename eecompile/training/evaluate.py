@@ -9,13 +9,14 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import EecompileError
-from eecompile.training.batches import batches, device_of, empty_loader, require_repeatable
+from eecompile.training.batches import Batch, batches, device_of, empty_loader, require_repeatable
 from eecompile.training.curve import degradation, first_exit, sweep, thresholds_of
 from eecompile.training.evaluation_report import EvaluationReport, ExitRow, GateShare
 from eecompile.training.full import branches, full_prediction, gate_names, halts
 from eecompile.training.protocol import Compiled
 from eecompile.training.route_report import RouteShare, route_shares
 from eecompile.training.scores import Metric, agreement, check_labels, measure, right
+from eecompile.training.subgroups import GroupRow, group_rows, groups_of, indexed
 
 
 def evaluate(
@@ -25,6 +26,7 @@ def evaluate(
     metric: Metric | None = None,
     curve: bool | int | Sequence[float] = False,
     budgets: bool | Sequence[float] = False,
+    groups: Any = None,
 ) -> EvaluationReport:
     """One pass over `loader` with everything computed and the present thresholds applied.
 
@@ -38,6 +40,8 @@ def evaluate(
             with state (patience): there the confidence depends on which exits are open.
         budgets: Also how accuracy degrades when no row may cost more than a budget, as `fast(x, budget=...)` has it:
             True for the cost of every open exit, or the budgets themselves.
+        groups: A label for each row of the loader, in order, or a callable `(inputs, labels) -> [B]`: also the scores of
+            each group.
 
     Returns:
         EvaluationReport. For `[B, S, C]` a row's accuracy is the share of its positions that are right.
@@ -53,16 +57,16 @@ def evaluate(
             hint="calibrate gives the settings of gates, routers and halting with their costs, `report.curve`",
         )
     if curve is not False and halts(fast):
-        report = evaluate(fast, loader, metric=metric, budgets=budgets)
+        report = evaluate(fast, loader, metric=metric, budgets=budgets, groups=groups)
         report.curve = halting_curve(fast, loader, metric, curve)
         return report
     device = device_of(fast)
-    seen = Seen(metric)
+    seen = Seen(metric, groups)
     for batch in batches(loader, device):
         result = fast.observe(*batch.args, **batch.kwargs)
         if not result.outputs or not result.confidences:
             raise EecompileError("fast.observe gave no outputs of the exits", where=batch.where)
-        seen.add(result, batch.labels, batch.where, full_prediction(fast, batch, result))
+        seen.add(result, batch, full_prediction(fast, batch, result))
     if not seen.index:
         raise empty_loader()
     return seen.report(fast, curve, budgets)
@@ -89,8 +93,10 @@ def halting_curve(
 class Seen:
     """What is kept of every batch: a few numbers per row and exit, on the CPU."""
 
-    def __init__(self, metric: Metric | None) -> None:
-        self.metric = metric
+    def __init__(self, metric: Metric | None, groups: Any = None) -> None:
+        self.metric, self.groups = metric, groups
+        self.classes: list[Tensor] = []
+        self.group: list[str] = []
         self.index: list[Tensor] = []
         self.cost: list[Tensor] = []
         self.confidences: list[Tensor] = []
@@ -103,7 +109,8 @@ class Seen:
         self.steps: list[Tensor] = []
         self.has_labels: bool | None = None
 
-    def add(self, result: Any, labels: Any, where: str, full: Tensor) -> None:
+    def add(self, result: Any, batch: Batch, full: Tensor) -> None:
+        labels, where = batch.labels, batch.where
         outputs: tuple[Tensor, ...] = result.outputs
         n = outputs[-1].shape[0]
         has = labels is not None
@@ -127,6 +134,8 @@ class Seen:
                 self.scores.append(torch.stack([score for score, _ in pairs], 1).cpu())
                 valid = pairs[-1][1].cpu()
                 self.full.append(right(full, checked)[0].cpu())
+                if checked.ndim == 1:
+                    self.classes.append(checked.cpu())
             else:
                 classes(outputs[-1], where)
                 checked = None
@@ -137,6 +146,8 @@ class Seen:
             self.steps.append(result.steps.double().view(n, -1).mean(1).cpu())
         if result.route is not None:
             self.route.append(result.route.cpu())
+        if self.groups is not None:
+            self.group += groups_of(self.groups, batch, len(self.group), n)
         self.valid.append(valid)
         self.index.append(result.exit_index.cpu())
         self.cost.append(result.cost.double().cpu())
@@ -181,6 +192,7 @@ class Seen:
                     accuracy_without=accuracy_without,
                 )
             )
+        by_class, by_group = self._subgroups(index, scores, valid)
         early = pick(scores, index, valid)
         full = mean(torch.cat(self.full).unsqueeze(1), 0, valid) if self.full else None
         points = None
@@ -201,7 +213,19 @@ class Seen:
             gates=self._gates(fast),
             routes=self._routes(fast, index, cost, scores, valid),
             mean_steps=self._steps(fast),
+            by_class=by_class,
+            by_group=by_group,
         )
+
+    def _subgroups(self, index: Tensor, scores: Tensor | None, valid: Tensor) -> tuple[list[GroupRow], list[GroupRow]]:
+        """Scores of every class of labels and of every group; of no rows without labels."""
+        if scores is None or not self.full:
+            return [], []
+        early, full = scores.gather(1, index[:, None])[valid, 0], torch.cat(self.full)[valid]
+        classes = [] if not self.classes else [str(k) for k in torch.cat(self.classes)[valid].tolist()]
+        group = [g for g, v in zip(self.group, valid.tolist(), strict=True) if v] if self.group else []
+        by_class, by_group = (group_rows(*indexed(of), early, full) if of else [] for of in (classes, group))
+        return by_class, by_group
 
     def _steps(self, fast: Any) -> float | None:
         if not self.steps or not halts(fast):

@@ -9,6 +9,7 @@ from rich.console import RenderableType
 
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 from eecompile.training.route_report import RouteShare
+from eecompile.training.subgroups import GroupRow, group_tables
 
 
 @dataclass
@@ -77,6 +78,8 @@ class EvaluationReport(Report):
         gates: Every gate, where there are some. Costs of exits count them as open; `mean_cost` counts what was run.
         routes: Every route, where there is a router: load, cost, accuracy.
         mean_steps: Mean steps of a row where rows halt, over its positions where each halts by itself; None elsewhere.
+        by_class: Recall of every class of labels, the largest drop first.
+        by_group: Scores of every group of `groups=`.
     """
 
     title: ClassVar[str] = "Evaluation"
@@ -95,6 +98,8 @@ class EvaluationReport(Report):
     gates: list[GateShare] = field(default_factory=list)
     routes: list[RouteShare] = field(default_factory=list)
     mean_steps: float | None = None
+    by_class: list[GroupRow] = field(default_factory=list)
+    by_group: list[GroupRow] = field(default_factory=list)
 
     @property
     def unearned(self) -> list[ExitRow]:
@@ -154,6 +159,7 @@ class EvaluationReport(Report):
                 for r in self.routes
             ]
             parts.insert(1, table("Routes", heads, sent))
+        parts += group_tables(self.by_class, self.by_group, self.drop or 0.0)
         if self.curve is not None:
             halting = self.mean_steps is not None
             points = [
@@ -175,4 +181,4 @@ class EvaluationReport(Report):
         return stacked(*parts)
 
 
-TABLES = ("rows", "gates", "routes")
+TABLES = ("rows", "gates", "routes", "by_class", "by_group")

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eecompile.calibration import collect as collecting
+from eecompile.calibration.baselines import auroc
 from eecompile.calibration.calibrate import calibrate
 from eecompile.calibration.options import FIRST_START, LEAST_SEARCH_ROWS, split_sizes
-from eecompile.calibration.risk import exact_binomial, rows_needed
+from eecompile.calibration.risk import best_bet, rows_needed
 from eecompile.criteria import Learned, Margin, Patience
-from eecompile.errors import CalibrationError
+from eecompile.errors import CalibrationError, EecompileError
 from eecompile.training.evaluate import evaluate
 from tests.calibration.synthetic import Drawn, calibrated, draw, loader
 from tests.training.fake import Fake, batched, blobs
@@ -31,9 +32,8 @@ def test_sets_thresholds_and_temperatures_and_reports_them():
     assert fast.thresholds.tolist() == pytest.approx([row.threshold for row in report.exits[:-1]])
     assert fast.temperatures.tolist() == pytest.approx([row.temperature for row in report.exits])
     assert (report.search_rows, report.test_rows, report.rows) == (1000, 2000, 3000)
-    assert report.loss_test <= 0.03
     assert report.p_value <= report.level <= 0.05
-    assert report.drop_test <= report.loss_test
+    assert report.drop_test <= 0.03
     assert sum(row.share for row in report.exits) == pytest.approx(1)
     assert "probability at least 95%" in report.guarantee
     assert "at most 3%" in report.guarantee
@@ -51,11 +51,12 @@ def test_the_p_value_is_that_of_the_rows_of_the_test():
     fast = Drawn()
     report = calibrated(fast, [(X, Y)], max_drop=0.03, seed=4)
     keys = torch.rand(3000, generator=torch.Generator().manual_seed(4), dtype=torch.float64)
-    test = keys.argsort(stable=True)[1000:]
-    result = fast.observe(X[test])
-    wrong = (X[test, -1].argmax(1) == Y[test]) & (result.output.argmax(1) != Y[test])
-    assert float(wrong.double().mean()) == pytest.approx(report.loss_test)
-    assert float(exact_binomial(wrong.sum(), 2000, 0.03)) == pytest.approx(report.p_value)
+    first, second = keys.argsort(stable=True).split([1000, 2000])
+    early, full = fast.observe(X).output.argmax(1) == Y, X[:, -1].argmax(1) == Y
+    drops = full.double() - early.double()
+    assert float(drops[second].mean()) == pytest.approx(report.drop_test)
+    bet = best_bet(drops[first], 2000, 0.03, 0.05, binary=True, doubt=1 - report.expected_cost)
+    assert bet.p_value(drops[second], 0.03) == pytest.approx(report.p_value)
 
 
 def test_deterministic_and_the_seed_matters():
@@ -109,7 +110,7 @@ def test_agreement_needs_no_labels():
     assert calibrated(Drawn(), loader(X, Y), max_drop=0.1, target="agreement").notes == []
 
 
-def test_metric_in_the_unit_interval_uses_hoeffding_bentkus():
+def test_metric_in_the_unit_interval_is_tested_by_betting():
     metric = lambda prediction, wanted: prediction.softmax(1).gather(1, wanted[:, None])[:, 0]  # noqa: E731
     fast = Drawn()
     report = calibrated(fast, loader(X, Y), max_drop=0.1, metric=metric)
@@ -188,6 +189,107 @@ def test_thresholds_and_temperatures_survive_an_error():
         calibrated(fast, [(X, Y + 1)])
     assert fast.thresholds.tolist() == pytest.approx([0.7, 0.8, 2.0])
     assert fast.temperatures.tolist() == [1.5, 1.0, 1.0, 0.5]
+
+
+# --- parts of the rows ------------------------------------------------------------------------------------
+
+
+def rare(n=4000, seed=0):
+    """Two classes, the second one 5% of the rows; the exit always says the first, the end is right."""
+    g = torch.Generator().manual_seed(seed)
+    y = (torch.rand(n, generator=g) < 0.05).long()
+    end = torch.nn.functional.one_hot(y, 2) * 4.0
+    early = torch.tensor([3.0, 0.0]) + 0.3 * torch.randn(n, 2, generator=g)
+    return torch.stack([early, end], 1), y
+
+
+def test_a_class_that_would_be_harmed_is_named_and_kept():
+    x, y = rare()
+    fast = Drawn(exits=1, classes=2)
+    report = calibrated(fast, loader(x, y), max_drop=0.06, temperature=False)
+    recall = {row.name: row for row in report.by_class}
+    assert recall["1"].drop <= 0.06 + 2.5 * (0.06 / 200) ** 0.5
+    assert "class 1" in report.passed_over[0] and "harm a class" in str(report)
+    assert report.to_dict()["by_class"][0]["name"] == "1"
+    fast.set_thresholds([0.0])
+    seen = evaluate(fast, loader(x, y), groups=lambda x, y: ["even" if k % 2 == 0 else "odd" for k in range(len(y))])
+    assert seen.by_class[0].drop == 1.0 and seen.by_class[0].rows == int(y.sum())
+    assert "class 1" in str(seen) and {row.name for row in seen.by_group} == {"even", "odd"}
+
+
+@pytest.mark.parametrize("groups", ["column", "callable"])
+def test_groups_are_reported_and_controlled(groups):
+    """Rows of one group are always wrong early: a tenth of all rows, so that the mean hides it."""
+    x, y = draw(6000, exits=1, skill=20.0)
+    hard = torch.rand(6000, generator=torch.Generator().manual_seed(5)) < 0.04
+    x[hard, 0] = x[hard, 0].roll(1, -1)
+    x[:, 2:] = hard[:, None, None]
+    x = torch.cat([x, hard[:, None, None].expand(-1, 1, 3).float()], 1)
+
+    class Marked(Drawn):
+        def _outputs(self, x):
+            return super()._outputs(x[:, :2])
+
+    of = hard.long() if groups == "column" else lambda x, y: x[:, 2, 0].long()
+    free, controlled = (
+        calibrated(Marked(exits=1), loader(x, y), max_drop=0.06, temperature=False, groups=of, control_groups=c)
+        for c in (False, True)
+    )
+    assert free.by_group[0].name == "1" and free.by_group[0].drop > 0.5
+    assert "Groups" in str(free)
+    assert controlled.by_group[0].drop <= 0.06
+    if controlled.qualified:
+        assert "in each group" in controlled.guarantee
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"groups": [0] * 10}, "another number|one label for each row"),
+        ({"groups": [0] * 9000}, "one label for each row"),
+        ({"groups": "colour"}, "unknown groups"),
+        ({"control_groups": True}, "no groups to control"),
+        ({"static": 3}, "a model and its cost"),
+        ({"static": (lambda x: "no", 0.5)}, "no prediction"),
+    ],
+)
+def test_groups_and_models_that_do_not_fit(options, text):
+    with pytest.raises(EecompileError, match=text):
+        calibrate(Drawn(), loader(X, Y), **options)
+
+
+def test_a_group_of_one_row_shows_nothing():
+    groups = ["one"] + ["others"] * 2999
+    report = calibrate(Drawn(), loader(X, Y), max_drop=0.05, groups=groups, control_groups=True)
+    assert not report.qualified
+    assert [row.rows for row in report.by_group if row.name == "one"] == [1]
+
+
+def test_the_conditional_promise_holds_at_each_exit():
+    x, y = draw(6000, skill=3.0)
+    plain, conditional = (calibrate(Drawn(), loader(x, y), max_drop=0.03, conditional=c) for c in (False, True))
+    assert conditional.qualified and "at or before each exit" in conditional.guarantee
+    assert all(e.gap is None or e.gap <= 0.03 for e in conditional.exits)
+    assert plain.expected_cost <= conditional.expected_cost + 1e-9
+    assert "drop up to here" in str(plain)
+
+
+def test_baselines_and_what_more_rows_would_buy():
+    report = calibrate(Drawn(), loader(X, Y), max_drop=0.03, static=(lambda x: x[:, -1], 0.2))
+    names = {b.name: b for b in report.baselines}
+    assert not names["static model"].beaten and names["static model"].drop == 0
+    assert str(report).startswith("Early exit does not pay here: static model")
+    assert names["random exits"].beaten
+    assert names["random exits"].cost == pytest.approx(report.expected_cost)
+    assert report.cost_with_more <= report.expected_cost + 1e-9
+    assert report.rows_for_next is None or report.rows_for_next >= report.rows
+    assert all(0.5 < e.auroc <= 1 for e in report.exits[:-1])
+
+
+def test_auroc_counts_ties_half():
+    sure = torch.tensor([0.9, 0.5, 0.5, 0.1])
+    assert auroc(sure, torch.tensor([False, False, True, True])) == pytest.approx((1 + 1 + 0.5 + 1) / 4)
+    assert auroc(sure, torch.zeros(4, dtype=torch.bool)) is None
 
 
 # --- empirical optimum ------------------------------------------------------------------------------------

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eecompile.calibration.risk import (
+    Bet,
+    best_bet,
+    betting,
     exact_binomial,
     fallback,
-    hoeffding_bentkus,
     log_binomial_tail,
-    p_values,
     rows_needed,
 )
 
@@ -47,47 +48,69 @@ def test_known_values():
 SCIPY_900 = 0.0006608413334501454
 
 
-def test_hoeffding_bentkus_against_the_formula():
-    n, alpha = 200, 0.1
-    total = torch.tensor([0.0, 3.5, 10.0, 19.9, 20.0, 50.0])
-    for s, found in zip(total.tolist(), hoeffding_bentkus(total, n, alpha).tolist(), strict=True):
-        m = min(s / n, alpha)
-        h = (m * math.log(m / alpha) if m else 0.0) + (1 - m) * math.log((1 - m) / (1 - alpha))
-        wanted = min(math.exp(-n * h), math.e * tail(math.ceil(s), n, Fraction(1, 10)), 1.0)
-        assert found == pytest.approx(wanted, rel=1e-9)
-
-
-@settings(max_examples=80, deadline=None)
-@given(st.integers(1, 3000), st.floats(0.001, 0.5), st.booleans())
-def test_p_values_grow_with_the_loss_and_fall_with_alpha(n, alpha, binary):
-    total = torch.arange(0, n + 1, max(1, n // 50)).double()
-    p = p_values(total, n, alpha, binary=binary)
-    assert ((p >= 0) & (p <= 1)).all()
-    assert (p.diff() >= -1e-12).all()
-    assert (p_values(total, n, min(0.9, alpha * 1.5), binary=binary) <= p + 1e-12).all()
+def test_the_wealth_written_out():
+    drops, alpha, bet = [1, 0, -1, 0, 0, -1, 1], 0.1, 0.7
+    wealth, most = 1.0, 1.0
+    for d in drops:
+        wealth *= 1 + bet * (alpha - d)
+        most = max(most, wealth)
+    assert betting(torch.tensor(drops), alpha, bet) == pytest.approx(1 / most)
+    assert betting(torch.tensor([1.0]), alpha, bet) == 1.0
 
 
 def test_no_rows_or_no_room_show_nothing():
-    assert float(p_values(torch.tensor(0.0), 0, 0.1, binary=True)) == 1
-    assert float(p_values(torch.tensor(0.0), 100, 0.0, binary=True)) == 1
+    for bet in (Bet(None, 0.0), Bet(0.5, 0.0)):
+        assert bet.p_value(torch.zeros(0), 0.1) == 1
+        assert bet.p_value(torch.zeros(100), 0.0) == 1
     with pytest.raises(ValueError):
         log_binomial_tail(torch.tensor(1), 5, 1.5)
     assert log_binomial_tail(torch.tensor([-1, 0, 5]), 5, 1.0).exp().tolist() == [0, 0, 1]
 
 
-@pytest.mark.parametrize("binary", [True, False])
-@pytest.mark.parametrize("level", [0.01, 0.05, 0.2])
-def test_p_values_are_super_uniform_at_the_border(binary, level):
-    n, alpha, draws = 400, 0.03, 20_000
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 2000), st.floats(0.001, 0.5), st.floats(0, 0.2), st.floats(0, 0.2), st.booleans())
+def test_no_bet_can_lose_more_than_there_is(n, alpha, worse, better, binary):
+    g = torch.Generator().manual_seed(n)
+    bet = best_bet(ternary(200, worse, better, g), n, alpha, 0.05, binary=binary)
+    assert bet.size is None or 0 <= bet.size * (1 - alpha) <= 1
+    assert binary or bet.size is not None
+    assert bet.expected <= 0
+    for d in (torch.ones(5), -torch.ones(5), torch.zeros(5)):
+        assert 0 < bet.p_value(d.double(), alpha) <= 1
+
+
+def ternary(n, worse, better, g, draws=None):
+    u = torch.rand(*(() if draws is None else (draws,)), n, generator=g)
+    return (u < worse).double() - (u > 1 - better).double()
+
+
+@pytest.mark.parametrize(("worse", "better"), [(0.03, 0.0), (0.05, 0.02), (0.3, 0.27), (None, None)])
+@pytest.mark.parametrize("level", [0.05, 0.2])
+def test_p_values_are_valid_at_the_border(worse, better, level):
+    """The mean drop is alpha: at most `level` of the p-values are that small, whichever test the other rows choose."""
+    n, alpha, draws = 300, 0.03, 1500
     g = torch.Generator().manual_seed(1)
-    if binary:
-        total = (torch.rand(draws, n, generator=g) < alpha).sum(1).double()
-    else:  # mean alpha, values in [0, 1]
-        total = (torch.rand(draws, n, generator=g).double() ** (1 / alpha - 1)).sum(1)
-    wrong = float((p_values(total, n, alpha, binary=binary) <= level).double().mean())
-    assert wrong <= level + 4 * math.sqrt(level * (1 - level) / draws)
-    if binary:  # and no weaker than a discrete test has to be
-        assert wrong >= level / 3
+    if worse is None:  # losses in [0, 1] of mean alpha
+        sample = lambda *size: torch.rand(*size, generator=g).double() ** (1 / alpha - 1)  # noqa: E731
+        tested, others = sample(draws, n), sample(draws, 100)
+    else:
+        tested, others = ternary(n, worse, better, g, draws), ternary(100, worse, better, g, draws)
+    wrong = 0
+    for d, o in zip(tested, others, strict=True):
+        wrong += best_bet(o, n, alpha, level, binary=worse is not None).p_value(d, alpha) <= level
+    assert wrong / draws <= level + 3 * math.sqrt(level * (1 - level) / draws)
+
+
+def test_gains_count_for_betting():
+    """Share of draws that show a drop of at most 2%, at level 5%, where 2% are worse and 1.5% better."""
+    g = torch.Generator().manual_seed(0)
+    shown = [0, 0]
+    for _ in range(200):
+        other, rows = ternary(1000, 0.02, 0.015, g), ternary(2000, 0.02, 0.015, g)
+        shown[0] += best_bet(other, 2000, 0.02, 0.05, binary=True).p_value(rows, 0.02) <= 0.05
+        shown[1] += Bet(None, 0.0).p_value(rows, 0.02) <= 0.05
+    assert shown[0] > 150
+    assert shown[1] < 30
 
 
 def run(p, levels):
