@@ -32,6 +32,7 @@ from eecompile.passes.place_routes import ROUTES, PlaceRoutes
 from eecompile.passes.share import Share
 from eecompile.passes.split_tail import SplitTail
 from eecompile.passes.stage import StagePass
+from eecompile.passes.training_graph import read_copies
 from eecompile.passes.verify import Verify
 from eecompile.program import Program
 from eecompile.signature import Signature
@@ -116,7 +117,10 @@ def prepare_training_graph(
     train = train.replace(exits=relocate(train, program.exits), facts=train.facts | {"exits placed"})
     combination = getattr(program.marked, COMBINATION, None)
     passes: list[Pass] = [InsertExits(heads=heads, combination=combination)]
-    return run_passes(train, [*passes, Equilibrium()] if equilibrium else passes)
+    train = run_passes(train, [*passes, Equilibrium()] if equilibrium else passes)
+    read_copies(train.graph_module)
+    facts.tidy(train.graph_module)
+    return train
 
 
 def inserted_again(program: Program, like: Program, units: Mapping[str, nn.Module]) -> Program:
