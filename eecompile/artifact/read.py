@@ -15,6 +15,7 @@ import eecompile.ops
 from eecompile.artifact import files
 from eecompile.artifact.read_gates import insert_saved_gates
 from eecompile.artifact.read_routes import insert_saved_routes
+from eecompile.artifact.records import record, records
 from eecompile.capture.export import flat_graph
 from eecompile.capture.exported import program_graph
 from eecompile.capture.quiet import quiet
@@ -42,7 +43,7 @@ from eecompile.passes.insert_exits import (
     cut_of,
     relocate,
 )
-from eecompile.program import Anchor, Exit, Place, Program
+from eecompile.program import Exit, Place, Program
 from eecompile.signature import Signature
 from eecompile.strategies import STRATEGIES, Strategy, strategy
 
@@ -77,13 +78,12 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     graph_module.meta.clear()
     models = tuple(data.get("models", ()))
     program = Program(graph_module, graph_module, signature, prediction=data["prediction"], models=models)
-    places = [Place(p["name"], Anchor(**p["value"]), Anchor(**p["after"])) for p in data.get("places", ())]
-    program = program.replace(places=tuple(places))
+    program = program.replace(places=records(Place, data.get("places", [])))
     program = run_passes(program, [*prepared(models), Annotate(), FindBlocks(data.get("blocks")), FindCuts()])
     tensors = _tensors(paths["heads"])
     if data.get("gates") is not None:
         program = insert_saved_gates(program, data["gates"], tensors)
-    exits = tuple(_exit(e) for e in data["exits"])
+    exits = tuple(record(Exit, {**e, "criterion": criterion(e["criterion"])}) for e in data["exits"])
     if data.get("routes") is not None:
         customs = {
             name.removeprefix("branch "): _plain(_exported(p)) for name, p in paths.items() if name.startswith("branch ")
@@ -160,15 +160,6 @@ def _tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
         raise ArtifactError("the weights are not a safetensors file", where=str(path), got=str(error)) from error
-
-
-def _exit(data: dict[str, Any]) -> Exit:
-    fields = dict(data)
-    fields["criterion"] = criterion(fields["criterion"])
-    fields["anchor"] = Anchor(**fields["anchor"])
-    fields["head_inputs"] = tuple(fields["head_inputs"])
-    fields["sides"] = tuple(side and Anchor(**side) for side in fields.get("sides", ()))
-    return Exit(**fields)
 
 
 def _strategy(data: dict[str, Any]) -> Strategy:

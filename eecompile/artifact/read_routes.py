@@ -7,10 +7,11 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
+from eecompile.artifact.records import record, records
 from eecompile.errors import ArtifactError
 from eecompile.passes import FindRegions, InsertRoutes, run_passes
 from eecompile.passes.insert_routes import light_of, relocate_routes
-from eecompile.program import Anchor, Program, Route, Way
+from eecompile.program import Program, Route
 from eecompile.routers import rebuild
 from eecompile.strategies.router import RouteRecipe
 
@@ -26,11 +27,7 @@ def insert_saved_routes(
     Raises:
         ArtifactError: The weights do not fit, or a branch is missing.
     """
-    options = dict(data["recipe"])
-    branches = tuple((name, what) for name, what in options.pop("branches"))
-    over = options.pop("over")
-    recipe = RouteRecipe(**options, branches=branches, over=None if over is None else (over[0], over[1]))
-    routes = tuple(_route(r) for r in data["records"])
+    recipe, routes = record(RouteRecipe, data["recipe"]), records(Route, data["records"])
     if any(w.left_out for r in routes for w in r.ways):
         program = run_passes(program, [FindRegions()])
     program = relocate_routes(program, routes)
@@ -64,22 +61,3 @@ def _single(module: nn.Module) -> nn.Module:
     output.args = (output.args[0][0],)  # type: ignore[index]
     module.recompile()
     return module
-
-
-def _route(data: dict[str, Any]) -> Route:
-    fields = dict(data)
-    fields["ways"] = tuple(_way(w) for w in fields["ways"])
-    fields["anchors"] = _anchors(fields["anchors"])
-    fields["over"] = (fields["over"][0], fields["over"][1])
-    return Route(**fields)
-
-
-def _way(data: dict[str, Any]) -> Way:
-    fields = dict(data)
-    fields["side_anchors"] = _anchors(fields["side_anchors"])
-    fields["sides"], fields["left_out"] = tuple(fields["sides"]), tuple(fields["left_out"])
-    return Way(**fields)
-
-
-def _anchors(found: Any) -> tuple[Anchor | None, ...]:
-    return tuple(None if a is None else Anchor(**a) for a in found)

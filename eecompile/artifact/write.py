@@ -127,7 +127,7 @@ def _way(program: Any, name: str) -> Way:
 
 
 def _exit(e: Exit) -> dict[str, Any]:
-    return {**asdict(e), "criterion": e.criterion.to_dict(), "head_inputs": list(e.head_inputs)}
+    return {**asdict(e), "criterion": e.criterion.to_dict()}
 
 
 def _gates(fast: Any) -> dict[str, Any] | None:
