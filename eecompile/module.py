@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from eecompile.artifact.write import write
 from eecompile.costs import CostModel
 from eecompile.device_programs import DevicePrograms
 from eecompile.errors import EecompileError, StrategyError, near
-from eecompile.export import export
+from eecompile.export import ExportReport, export, verify_export
 from eecompile.heads import Head
 from eecompile.ir.settings import Settings
 from eecompile.passes import facts
@@ -490,6 +490,10 @@ class CompiledModule(DevicePrograms, Anytime):
     def export(self, path: Any, target: str = "pt2") -> Path:
         """Writes a file that runs without Python, with the savings of its exits; see `eecompile.export`."""
         return export(self.program, self.settings, path, target)
+
+    def verify_export(self, path: Any, loader: Iterable[Any], **options: Any) -> ExportReport:
+        """Runs what `export` wrote in its runtime and compares it with the reference; see `eecompile.export.verify`."""
+        return verify_export(self.program, self.settings, path, loader, **options)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return wrapping.deep_copy(self, memo)

@@ -1,5 +1,6 @@
 """Programs that leave Python: `export` writes one for a runtime, `verify_export` runs it there and compares."""
 
 from eecompile.export.targets import TARGETS, export
+from eecompile.export.verify import ExportReport, verify_export
 
-__all__ = ["TARGETS", "export"]
+__all__ = ["TARGETS", "ExportReport", "export", "verify_export"]

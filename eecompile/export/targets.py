@@ -104,8 +104,46 @@ def _onnx(program: Program, settings: Settings, description: Description, path: 
     write(program, settings, description, path)
 
 
+def _aoti(program: Program, settings: Settings, description: Description, path: Path) -> None:
+    # A program that was saved and loaded compiles; one that is still in memory leaves sizes of branches unbound.
+    loaded = torch.export.load(io.BytesIO(archive(lower_cond(program, settings), description)))
+    # Folded into the code, settings could not be set later.
+    options = {"aot_inductor.metadata": {KEY: description.to_json()}, "joint_graph_constant_folding": False}
+    try:
+        torch._inductor.aoti_compile_and_package(loaded, package_path=str(path), inductor_configs=options)
+    except OSError:
+        raise
+    except Exception as error:  # the compiler raises many unrelated types
+        raise ExportError(
+            "AOTInductor could not compile the program",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}",
+            hint='a C++ compiler must be there (g++ or clang++); target="pt2" needs none',
+        ) from error
+
+
+def _openvino(program: Program, settings: Settings, description: Description, path: Path) -> None:
+    import openvino
+
+    source = path.with_suffix(".onnx")
+    _onnx(program, settings, description, source)
+    try:
+        model = openvino.convert_model(str(source))
+    except Exception as error:  # so does the converter
+        raise ExportError(
+            "OpenVINO could not convert the program", got=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
+        ) from error
+    for each in source.parent.glob(f"{source.name}*"):
+        each.unlink()
+    model.set_rt_info(description.to_json(), KEY)
+    openvino.save_model(model, str(path), compress_to_fp16=False)
+
+
+AOTI_MARK = "data/aotinductor/"
+"""Part of the names in an archive that AOTInductor wrote."""
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 TARGETS = {
     "pt2": Target(".pt2", "", (), _pt2),
     "onnx": Target(".onnx", "onnx", ONNX, _onnx),
+    "aoti": Target(".pt2", "", (), _aoti),
+    "openvino": Target(".xml", "openvino", (*ONNX, "openvino"), _openvino),
 }

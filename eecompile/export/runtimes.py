@@ -1,0 +1,136 @@
+"""Runs exported programs in the runtimes that they were exported for."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eecompile.errors import EecompileError, ExportError
+from eecompile.export.description import KEY, Description
+from eecompile.export.targets import AOTI_MARK, TARGETS, require
+
+Call = Callable[[Sequence[Tensor]], Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An exported program that is loaded.
+
+    Attributes:
+        description: What the file says of itself.
+        call: Outputs from the model's input tensors, in order.
+    """
+
+    description: Description
+    call: Call
+
+    def run(self, flat: Sequence[Tensor]) -> list[Tensor]:
+        """The output tensors, in order.
+
+        Raises:
+            ExportError: The runtime refuses the inputs, or fails.
+        """
+        with _runtime_errors("the runtime could not run the program"), torch.no_grad():
+            return [torch.as_tensor(t) for t in self.call(flat)]
+
+
+def opened(path: Any) -> Opened:
+    """Loads what `export` wrote.
+
+    Raises:
+        ExportError: There is no such file, `export` did not write it, or the runtime refuses it.
+        MissingDependencyError: The runtime is not installed.
+    """
+    place = Path(path)
+    if not place.exists():
+        raise ExportError("there is no exported program", where=str(place), hint="write one with fast.export(...)")
+    kinds = {".onnx": "onnx", ".xml": "openvino"}
+    target = kinds.get(place.suffix) or ("aoti" if _is_aoti(place) else "pt2")
+    require(TARGETS[target].extra, TARGETS[target].packages)
+    with _runtime_errors("the runtime could not load the program", str(place)):
+        return OPENERS[target](place)
+
+
+@contextmanager
+def _runtime_errors(what: str, where: str | None = None) -> Iterator[None]:
+    try:
+        yield
+    except EecompileError:
+        raise
+    except Exception as error:  # every runtime has errors of its own
+        raise ExportError(what, where=where, got=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}") from error
+
+
+def _is_aoti(path: Path) -> bool:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(AOTI_MARK in name for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile) as error:
+        raise ExportError(
+            "this is no exported program of eecompile", where=str(path), got=f"{type(error).__name__}: {error}"
+        ) from error
+
+
+def _open_pt2(path: Path) -> Opened:
+    extra = {f"{KEY}.json": ""}
+    program = torch.export.load(path, extra_files=extra)
+    description = Description.from_json(extra[f"{KEY}.json"], str(path))
+    module, names = program.module(), description.inputs
+    if len(names) == 1:
+        return Opened(description, lambda flat: module(flat[0]))
+    return Opened(description, lambda flat: module(**dict(zip(names, flat, strict=True))))
+
+
+def _open_aoti(path: Path) -> Opened:
+    loaded: Any = torch._inductor.aoti_load_package(str(path))
+    description = Description.from_json(loaded.get_metadata().get(KEY), str(path))
+    names = description.inputs
+    if len(names) == 1:
+        return Opened(description, lambda flat: loaded(flat[0]))
+    return Opened(description, lambda flat: loaded(**dict(zip(names, flat, strict=True))))
+
+
+def _open_onnx(path: Path) -> Opened:
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    description = Description.from_json(session.get_modelmeta().custom_metadata_map.get(KEY), str(path))
+    names = description.inputs
+    return Opened(description, lambda flat: session.run(None, {n: t.numpy() for n, t in zip(names, flat, strict=True)}))
+
+
+def _open_openvino(path: Path) -> Opened:
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(str(path))
+    text = model.get_rt_info(KEY).value if model.has_rt_info(KEY) else None
+    description = Description.from_json(None if text is None else json.dumps(json.loads(text)), str(path))
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = core.compile_model(model, "CPU", options)
+    names = description.inputs
+
+    def call(flat: Sequence[Tensor]) -> list[Any]:
+        found = compiled({n: t.numpy() for n, t in zip(names, flat, strict=True)})
+        return [found[i] for i in range(len(description.outputs))]
+
+    return Opened(description, call)
+
+
+OPENERS: dict[str, Callable[[Path], Opened]] = {
+    "pt2": _open_pt2,
+    "aoti": _open_aoti,
+    "onnx": _open_onnx,
+    "openvino": _open_openvino,
+}
