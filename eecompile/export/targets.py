@@ -107,8 +107,12 @@ def _onnx(program: Program, settings: Settings, description: Description, path: 
 def _aoti(program: Program, settings: Settings, description: Description, path: Path) -> None:
     # A program that was saved and loaded compiles; one that is still in memory leaves sizes of branches unbound.
     loaded = torch.export.load(io.BytesIO(archive(lower_cond(program, settings), description)))
-    # Folded into the code, settings could not be set later.
-    options = {"aot_inductor.metadata": {KEY: description.to_json()}, "joint_graph_constant_folding": False}
+    options = {
+        "aot_inductor.metadata": {KEY: description.to_json()},
+        # settings that were folded into the code could not be set later
+        "joint_graph_constant_folding": False,
+        "always_keep_tensor_constants": True,
+    }
     try:
         torch._inductor.aoti_compile_and_package(loaded, package_path=str(path), inductor_configs=options)
     except OSError:

@@ -15,9 +15,10 @@ from eecompile import criteria, heads, inspect, module, strategies
 from eecompile.capture import FRONT_ENDS
 from eecompile.cli import names
 from eecompile.cli.app import app
+from eecompile.export import TARGETS
 from tests.cli.shell import ROOT, call, environment, process
 
-COMMANDS = ("rewrite", "inspect", "fit", "calibrate", "evaluate", "run", "bench", "strategies", "doctor", "demo")
+COMMANDS = ("rewrite", "inspect", "fit", "calibrate", "evaluate", "run", "bench", "export", "strategies", "doctor", "demo")
 WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
 
 
@@ -111,6 +112,7 @@ def test_names_for_completion_are_those_of_the_code() -> None:
     assert names.EXECUTORS == module.EXECUTORS
     assert names.BACKENDS == module.BACKENDS
     assert names.CAPTURES == FRONT_ENDS
+    assert set(names.RUNTIMES) == set(TARGETS)
 
 
 def test_errors_are_red_on_a_terminal_only(tmp_path: Path) -> None:
