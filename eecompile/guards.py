@@ -102,6 +102,38 @@ def read_guard(code: str, size: Size, where: str = "") -> Guard | None:
     return guard
 
 
+@dataclass(frozen=True)
+class Number:
+    """A number that a model computes from sizes of its inputs and gives out, in the same form."""
+
+    expression: Any
+
+    def value(self, sizes: Mapping[str, int]) -> Any:
+        return _value(self.expression, sizes)
+
+    @property
+    def is_condition(self) -> bool:
+        """Whether it is true or false rather than a number."""
+        return isinstance(self.expression, tuple) and self.expression[0] in (*FLIPPED, "not", "and", "or")
+
+    def to_json(self) -> dict[str, Any]:
+        return {"of_sizes": self.expression}
+
+
+def read_number(code: str) -> Number:
+    """A number in Python over the names of dynamic sizes, `batch // 2`.
+
+    Raises:
+        CaptureError: A form that is not known.
+    """
+    return Number(_simple(_parsed(ast.parse(code.strip(), mode="eval").body, None, code)))
+
+
+def load_number(data: Mapping[str, Any]) -> Number:
+    """What `Number.to_json` gave."""
+    return Number(load_guard([data["of_sizes"], ""]).expression)
+
+
 def load_guard(data: Any) -> Guard:
     """A condition from JSON.
 
@@ -120,7 +152,7 @@ def load_guard(data: Any) -> Guard:
     return Guard(one(expression), str(where))
 
 
-def _parsed(node: ast.AST, size: Size, code: str) -> Any:
+def _parsed(node: ast.AST, size: Size | None, code: str) -> Any:
     def go(n: ast.AST) -> Any:
         return _parsed(n, size, code)
 
@@ -142,6 +174,10 @@ def _parsed(node: ast.AST, size: Size, code: str) -> Any:
         name = ast.unparse(node.func).removeprefix("math.").removeprefix("torch.sym_").removeprefix("torch._sym_")
         if name in CALLS:
             return (name, *map(go, node.args))
+    if size is None:
+        if isinstance(node, ast.Name):
+            return node.id
+        raise CaptureError("the model gives out a number that it computes from sizes in a way that is not known", got=code)
     found = re.fullmatch(r"L(\[.+\])\.size\(\)\[(\d+)\]", ast.unparse(node))
     if found is not None:
         return size("_".join(re.findall(r"\w+", found[1])), int(found[2]))

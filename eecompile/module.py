@@ -245,7 +245,7 @@ class CompiledModule(DevicePrograms, Anytime):
         """The output of the model as it was given, without any exit."""
         flat = self.flatten(args, kwargs)
         with torch.no_grad():
-            return self.program.signature.restore(list((self.given or self.full_graph)(*flat)))
+            return self.program.signature.restore(list((self.given or self.full_graph)(*flat)), flat)
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a call in graph order; `CaptureError` where the graph does not take it, or is not the model."""

@@ -193,7 +193,7 @@ class Program:
 
     def restore(self, leaves: Sequence[torch.Tensor], flat: Sequence[torch.Tensor]) -> Any:
         """The model's own output type around what a graph gave for these flat inputs."""
-        return self.signature.restore(leaves if self.tail is None else self.answer(leaves, flat))
+        return self.signature.restore(leaves if self.tail is None else self.answer(leaves, flat), flat)
 
     def answer(self, leaves: Sequence[torch.Tensor], flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         """The model's output leaves, from those of a graph and the call's flat inputs."""

@@ -19,7 +19,7 @@ from torch.utils import _pytree as pytree
 
 from eecompile.containers import dump_spec, load_spec
 from eecompile.errors import ArtifactError, CaptureError, near
-from eecompile.guards import Guard, load_guard
+from eecompile.guards import Guard, Number, load_guard, load_number
 
 POSITIONAL_ONLY = int(inspect.Parameter.POSITIONAL_ONLY)
 POSITIONAL = int(inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -131,7 +131,7 @@ class Signature:
         in_spec: Containers around the named arguments; `constants` fills the leaves that are no tensors.
         out_spec: Containers around the outputs.
         constants: Per input leaf: None for a tensor, else a one-element tuple with the value that was burned in.
-        out_constants: The same for the outputs.
+        out_constants: The same for the outputs; a `Number` where it is computed from sizes of the inputs.
         dynamic: Name and range of every dynamic size, the batch included.
         guards: Further conditions on these sizes, under which the graph is the model.
     """
@@ -301,13 +301,21 @@ class Signature:
 
     # ------------------------------------------------------------------ outputs
 
-    def restore(self, flat: Sequence[torch.Tensor]) -> Any:
-        """The model's own output type around the graph's flat outputs."""
+    def restore(self, flat: Sequence[torch.Tensor], inputs: Sequence[torch.Tensor]) -> Any:
+        """The model's own output type around the graph's flat outputs for these flat inputs."""
         if self._single:  # type: ignore[attr-defined]
             return flat[0]
         it = iter(flat)
         leaves = [next(it) if c is None else c[0] for c in self.out_constants]
+        if any(isinstance(leaf, Number) for leaf in leaves):
+            sizes = self.sizes(inputs)
+            leaves = [leaf.value(sizes) if isinstance(leaf, Number) else leaf for leaf in leaves]
         return pytree.tree_unflatten(leaves, self.out_spec)
+
+    def sizes(self, flat: Sequence[torch.Tensor]) -> dict[str, int]:
+        """The dynamic sizes of a call by their names."""
+        pairs = ((n, s) for t, leaf in zip(flat, self.inputs, strict=True) for n, s in zip(leaf.shape, t.shape, strict=True))
+        return {name: size for name, size in pairs if isinstance(name, str)}
 
     def flatten_output(self, output: Any) -> list[torch.Tensor]:
         """The tensors of an output of the model, in the graph's order."""
@@ -328,8 +336,15 @@ class Signature:
                 wanted="tensors, numbers, booleans or None",
                 hint="leave the text out of what the model returns",
             )
+        if any(c is not None and isinstance(c[0], Number) and c[0].is_condition for c in self.out_constants):
+            raise ArtifactError(
+                "the model returns whether its sizes meet a condition, which torch.export cannot save",
+                got=[c[0].expression for c in self.out_constants if c is not None and isinstance(c[0], Number)],
+                wanted="tensors, and whole or floating numbers",
+                hint="leave it out of what the model returns",
+            )
         for constant in (*self.constants, *self.out_constants):
-            if constant is not None and not isinstance(constant[0], bool | int | float | str | type(None)):
+            if constant is not None and not isinstance(constant[0], bool | int | float | str | type(None) | Number):
                 raise ArtifactError(
                     "an argument that was burned in cannot be saved",
                     got=f"{type(constant[0]).__name__}",
@@ -351,7 +366,9 @@ class Signature:
             "in_spec": dump_spec(self.in_spec),
             "out_spec": dump_spec(self.out_spec),
             "constants": [None if c is None else list(c) for c in self.constants],
-            "out_constants": [None if c is None else list(c) for c in self.out_constants],
+            "out_constants": [
+                None if c is None else [c[0].to_json() if isinstance(c[0], Number) else c[0]] for c in self.out_constants
+            ],
             "dynamic": {k: list(v) for k, v in self.dynamic.items()},
             "guards": [g.to_json() for g in self.guards],
             "training": self.training,
@@ -370,7 +387,10 @@ class Signature:
             in_spec=load_spec(data["in_spec"]),
             out_spec=load_spec(data["out_spec"]),
             constants=tuple(None if c is None else (c[0],) for c in data["constants"]),
-            out_constants=tuple(None if c is None else (c[0],) for c in data["out_constants"]),
+            out_constants=tuple(
+                None if c is None else (load_number(c[0]),) if isinstance(c[0], dict) else (c[0],)
+                for c in data["out_constants"]
+            ),
             dynamic={k: (v[0], v[1]) for k, v in data["dynamic"].items()},
             guards=tuple(load_guard(g) for g in data["guards"]),
             training=data["training"],

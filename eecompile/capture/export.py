@@ -11,12 +11,14 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NoReturn
 
+import sympy
 import torch
 import torch.fx.experimental._config as fx_config
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import Dim, ExportedProgram, export
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.printers import PythonPrinter
 
 from eecompile.capture import check, sequences
 from eecompile.capture.adapter import FlatAdapter, FlatCall, flatten_call, mode, no_attention_fastpath
@@ -39,8 +41,10 @@ from eecompile.capture.tensors import name_in_graph, share_tensors
 from eecompile.capture.train_mode import check_training
 from eecompile.capture.untouched import untouched
 from eecompile.errors import CaptureError, UnsupportedModelError
+from eecompile.guards import Number, read_number
 from eecompile.signature import Leaf, Signature, path_of
 
+Numbers = torch.SymInt | torch.SymFloat | torch.SymBool
 TRACE_ROWS = 5  # a batch of 1 would be specialised
 MOST_STEPS = 130  # how much longer than the example a length of the other branch may be
 LENGTHS_COMPARED = 4  # in the other branch
@@ -191,6 +195,7 @@ class _Tries:
             if problems:
                 self.problems = problems
                 return
+        captured = self._at_size_one(captured)
         wanted = {n for spec in further.values() for n in spec.values()}
         free = {n for n, (low, high) in captured.signature.dynamic.items() if low != high}
         found = _Try(name, captured, further, frozenset(wanted - free), oblivious, unknown)
@@ -230,6 +235,23 @@ class _Tries:
             return _export(self.adapter, tensors, self.call, self.axes, further, oblivious)
         finally:
             caches.put_back()
+
+    def _at_size_one(self, captured: Captured) -> Captured:
+        """Without conditions `size != 1` that operators make of themselves (broadcasting), where the graph is right at 1.
+
+        A branch of the model's own code has a line, and keeps its condition.
+        """
+        own = [g for g in captured.signature.guards if not g.where and g.expression[0] == "!=" and g.expression[2] == 1]
+        if not own or any(not isinstance(g.expression[1], str) for g in own):
+            return captured
+        wider = replace(captured.signature, guards=tuple(g for g in captured.signature.guards if g not in own))
+        flat = captured.flat_example or ()
+        every = [check.at_lengths(wider, flat, length) for length in (abs, lambda n: n + 3, lambda n: 1)]
+        every += [check.rows(wider, t, [0]) for t in every]
+        beyond = [t for t in every if wider.admits(t) and not captured.signature.admits(t)]
+        if not beyond or not all(self.agrees(captured, t) for t in beyond):
+            return captured
+        return replace(captured, signature=wider)
 
     def widened(self) -> Captured:
         """The best capture, or the one of the other branch where its graph is the model in both: where a model pads its
@@ -439,7 +461,9 @@ def _outputs(
     paths = {v.index: path_of(p) for p, v in pytree.tree_flatten_with_path(dummy)[0]}
     leaves = []
     for i, v in enumerate(values):
-        if not isinstance(v, fx.Node):
+        if isinstance(v, fx.Node) and isinstance(v.meta["val"], Numbers):
+            values[i] = _number(v.meta["val"], names, paths.get(i, f"output[{i}]"))
+        if not isinstance(values[i], fx.Node):
             continue
         sizes = _sizes(v.meta["val"], names)
         axis = next((a for a, s in enumerate(sizes) if s == "batch"), None)
@@ -447,6 +471,21 @@ def _outputs(
     if not leaves:
         raise CaptureError("the model returns no tensor", where=str(node))
     return tuple(leaves), tuple(None if isinstance(v, fx.Node) else (v,) for v in values), out_spec
+
+
+def _number(value: Any, names: Mapping[Any, str], path: str) -> Number:
+    """An output that is a number computed from sizes."""
+    e = value.node.expr
+    found = e.xreplace({s: sympy.Symbol(n, integer=True, positive=True) for s, n in names.items() if s.is_Symbol})
+    if any(s.name not in names.values() for s in found.free_symbols):
+        raise CaptureError(
+            "the model gives out a number that depends on data, or on a size of no input",
+            where=path,
+            got=str(e),
+            wanted="tensors, and numbers computed from sizes of the inputs",
+            hint="leave it out of what the model returns, or return a tensor",
+        )
+    return read_number(PythonPrinter().doprint(found))
 
 
 @dataclass(frozen=True)
@@ -491,7 +530,7 @@ def flat_graph(
             node.target = name_in_graph(strip(str(node.target), prefix), value, owner)
             root[node.target] = value
         node.meta["stack"] = stack_of(node, prefix)
-    graph.output(tuple(v for v in values if isinstance(v, fx.Node)))
+    graph.output(tuple(v for v in values if isinstance(v, fx.Node) and not isinstance(v.meta["val"], Numbers)))
     graph_module = fx.GraphModule(root, graph, class_name="Captured")
     share_tensors(graph_module, owner)
     graph_module.meta["out_leaves"] = values

@@ -64,7 +64,7 @@ class PlaceExits(Pass):
             wanted = [where] if isinstance(where, str | float) else list(where)
             chosen = considered.named(wanted)
         if not chosen:
-            raise nothing_placed(program, considered.refusals)
+            raise sites.own_autocast(program) or nothing_placed(program, considered.refusals)
         chosen.sort(key=lambda e: e.depth)
         exits = tuple(replace(e, name=f"exit_{i}", head=f"eecompile_heads.exit_{i}") for i, e in enumerate(chosen))
         summary = ", ".join(f"{e.name} after {e.cut} at {e.depth:.0%}" for e in exits)

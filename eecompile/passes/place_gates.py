@@ -74,7 +74,7 @@ class PlaceGates(Pass):
             widths.append(replace(width, name=f"width_{len(widths)}", gates=tuple(g.name for g in named)))
         if not gates:
             reasons = [f"{r.node}: {r.reason}" for r in (*program.refusals, *refusals) if r.rule in RULES]
-            raise NoPlaceError(
+            raise sites.own_autocast(program) or NoPlaceError(
                 "no region for a gate",
                 got="; ".join(reasons[:12]) or "no block of the model hands on what it was given",
                 wanted="a block whose input and output have the same shape",

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from eecompile.errors import PassError
+from eecompile.errors import NoPlaceError, PassError
 from eecompile.heads import Site
 from eecompile.ir.functional import make_functional
 from eecompile.passes import facts
@@ -58,6 +58,20 @@ def find_mask(program: Program, sizes: tuple[int | str, ...], batch_axis: int, w
             wanted=", ".join(leaf.path for leaf in program.signature.inputs),
         )
     return None
+
+
+def own_autocast(program: Program) -> NoPlaceError | None:
+    """The error for a model whose layers run under an autocast of its own: one node of the graph, without a place inside."""
+    found = [n for n in program.graph_module.graph.nodes if "wrap_with_autocast" in str(n.target)]
+    inside = sum(program.flops.get(n.name, 0.0) for n in found)
+    if not found or 2 * inside < sum(program.flops.values()):
+        return None
+    return NoPlaceError(
+        "the model's forward runs under an autocast of its own, within which neither exits nor gates have a place",
+        got=f"{inside / sum(program.flops.values()):.0%} of its cost in `with torch.autocast(...)` in forward",
+        wanted="a forward without it",
+        hint="take it out of forward, and call the compiled model under torch.autocast",
+    )
 
 
 @dataclass(frozen=True)

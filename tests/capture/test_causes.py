@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from eecompile import CaptureError, UnsupportedModelError
+from eecompile import CaptureError, UnsupportedModelError, eecompile, strategies
+from eecompile.errors import NoPlaceError
 from tests.capture.nets import CLASSES, WIDTH, Net, compiled, made, rows
 
 
@@ -134,3 +135,29 @@ def test_scripted_and_quantized_modules_are_named(change, said):
     for part in said:
         assert part in str(caught.value)
     assert "control flow" not in str(caught.value)
+
+
+class Mixed(Net):
+    """All of it, or only its last layer, under an autocast of its own."""
+
+    whole = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = x if self.whole else self.trunk(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.out(self.trunk(h) if self.whole else h).float()
+
+
+@pytest.mark.parametrize("strategy", ["branchy", "skipnet"])
+def test_an_autocast_of_its_own_around_the_whole_forward_is_named(strategy):
+    with pytest.raises(NoPlaceError, match="under an autocast of its own") as caught:
+        eecompile(made(Mixed), strategy, example_inputs=(rows(4),))
+    assert "take it out of forward" in str(caught.value)
+
+
+def test_an_autocast_of_its_own_around_a_part_is_taken():
+    model = made(Mixed)
+    model.whole = False
+    fast = eecompile(model, strategies.Branchy(exits=1), example_inputs=(rows(4),))
+    fast.set_thresholds(2.0)
+    torch.testing.assert_close(fast(rows(3)), model(rows(3)))

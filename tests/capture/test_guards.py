@@ -105,6 +105,35 @@ def test_two_lengths_compared_with_one_another(condition):
         assert equal_or_refused(fast, model, tokens(3, s), tokens(3, t)) == same, sizes
 
 
+class Products(nn.Module):
+    """Attention by `einsum`, which takes another way for sizes of 1; `branch` is one of the model's own code."""
+
+    def __init__(self, branch: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.branch = branch
+        self.emb, self.out = nn.Embedding(50, 8), nn.Linear(8, 4)
+        self.layers = nn.ModuleList([nn.Linear(8, 8) for _ in range(3)])
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.emb(ids).transpose(0, 1)
+        for layer in self.layers:
+            scores = torch.einsum("ibd,jbd->bij", layer(x), x).softmax(2)
+            x = x + torch.einsum("bij,jbd->ibd", scores, x)
+        if self.branch and ids.shape[1] == 1:
+            x = x * 1.5
+        return self.out(x.mean(0))
+
+
+@pytest.mark.parametrize("branch", [False, True])
+def test_sizes_of_one_are_answered_where_only_operators_ask_for_them(branch):
+    model = Products(branch).eval()
+    fast = compiled(model, tokens(6, 9))
+    for b, s in ((1, 9), (1, 1), (5, 1), (1, 30), (3, 4)):
+        answered = equal_or_refused(fast, model, tokens(b, s))
+        assert answered == (not branch or s > 1), (b, s)
+
+
 def test_the_refusal_names_line_sizes_and_condition():
     fast = compiled(Branching(("N > 100",)), tokens(6, 12))
     for call in (fast, fast.run, fast.observe, fast.full):

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from eecompile import CaptureError, StrategyError
-from tests.capture.nets import Answer, Net, compiled, made, rows
+from eecompile import ArtifactError, CaptureError, StrategyError, load
+from tests.capture.nets import WIDTH, Answer, Net, compiled, made, rows
 from tests.support import close, equal_bits
 from tests.support import compiled as eecompile
 
@@ -40,6 +40,51 @@ class Nothing(Net):
     def forward(self, x: Tensor) -> int:
         self.trunk(x)
         return 3
+
+
+class Sized(Net):
+    """Numbers computed from the sizes of the inputs beside the scores."""
+
+    def forward(self, ids: Tensor) -> dict[str, object]:
+        h = self.trunk(torch.nn.functional.one_hot(ids, WIDTH).float().mean(1))
+        b, s = ids.shape
+        return {"rows": b, "scores": self.out(h), "sizes": [s, b // 2, b * s + 1, s % 3], "share": s / 4}
+
+
+class Asked(Net):
+    def forward(self, x: Tensor) -> tuple[Tensor, int, bool]:
+        return super().forward(x), x.shape[0], x.shape[0] > 3
+
+
+class Counted(Net):
+    def forward(self, x: Tensor) -> tuple[Tensor, int]:
+        return super().forward(x), int((x[0] > 0).sum().item())
+
+
+def test_numbers_computed_from_sizes_are_those_of_the_call(tmp_path):
+    ids = torch.arange(48).view(6, 8) % WIDTH
+    model = made(Sized)
+    fast, other = compiled(model, ids), compiled(made(Asked), rows(4))
+    fast.save(tmp_path / "program")
+    back = load(tmp_path / "program")
+    back.set_thresholds(2.0)
+    for given in (ids[:5, :7], ids, ids[:1, :6]):
+        want = model(given)
+        for one in (fast, back):
+            got = one(given)
+            close(got.pop("scores"), want["scores"])
+            assert got == {k: v for k, v in want.items() if k != "scores"}
+            assert one.full(given)["sizes"] == want["sizes"]
+    assert (other(rows(3))[1:], other(rows(4))[1:]) == ((3, False), (4, True))
+    with pytest.raises(ArtifactError, match="whether its sizes meet a condition"):
+        other.save(tmp_path / "other")
+    fast.set_thresholds(0.0)  # all rows leave at the first exit
+    assert fast(ids[:5])["sizes"] == model(ids[:5])["sizes"]
+
+
+def test_a_number_that_depends_on_data_is_refused():
+    with pytest.raises(CaptureError, match="data-dependent expression"):
+        compiled(made(Counted), rows(4))
 
 
 def test_a_tree_of_outputs():

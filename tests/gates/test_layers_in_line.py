@@ -45,6 +45,8 @@ class Stack(nn.Module):
             return self.out(h[-1])
         if self.read == "both directions":
             return self.out(torch.cat((h[-2], h[-1]), 1))
+        if self.read == "cells":
+            return self.out(states[1][-1])
         if self.read == "slice":
             return self.out(h[-2:].transpose(0, 1).flatten(1))
         return self.out(h.view(self.rnn.num_layers, -1, x.shape[0], h.shape[-1])[-1].transpose(0, 1).flatten(1))  # "view"
@@ -258,3 +260,19 @@ def test_states_of_the_caller_go_to_their_layers():
 def test_one_layer_is_left_as_it_is():
     model = Stack(nn.GRU, "last", num_layers=1)
     assert normalized(model).history["normalize"].summary == "1 dead nodes"  # the final state, which nobody reads
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_a_layer_whose_own_state_is_read_always_runs(kind):
+    """What a skipped layer would have had as its cell state cannot be known; a GRU has none."""
+    model = Stack(kind, "cells" if kind is nn.LSTM else "state").eval()
+    fast = eecompile(model, strategies.SkipNet(unit="linear"), example_inputs=(inputs(4),))
+    assert [g.region for g in fast.gates] == [f"rnn.{k}" for k in range(1, 3 if kind is nn.LSTM else 4)]
+    rng = random.Random(0)
+    x = inputs(9)
+    scores = fast.observe(x).gate_scores
+    fast.set_gate_thresholds([separating(s, rng) for s in scores.T])
+    result = agree(fast, (x,), {})
+    assert len(set(result.gates.sum(1).tolist())) > 1
+    fast.set_gate_thresholds(0.0)
+    torch.testing.assert_close(fast(x), model(x), rtol=0, atol=1e-6)
