@@ -104,7 +104,8 @@ def fit(
         accelerator: An `accelerate.Accelerator` of the caller's, for mixed precision and the like. By
             default one that leaves the model on the device where it is.
         max_grad_norm: Gradients are scaled down to this 2-norm.
-        cached: Whether heads are fitted on kept features: None where that can be, True insists, False trains batch by batch.
+        cached: Whether heads are fitted on kept features: None where the trunk is frozen and that can be, True insists, and
+            with `trunk=True` fits them so before the joint training starts; False trains batch by batch.
         draws: Passes of the trunk over data that change from pass to pass (random augmentation). None finds that out, and
             takes `epochs`.
         cache_mb: MiB of features kept in memory; more go to files in a temporary directory.
@@ -155,7 +156,7 @@ def fit(
         trunk = bool(getattr(strategy, "joint", False))
     chosen = PerExitLoss(loss) if loss is not None else objective_of(fast, objective)
     asked = tuple(getattr(strategy, "stages", ()))
-    stages = stages_of(epochs, trunk, two_stage, asked, chosen)
+    stages = stages_of(epochs, trunk, two_stage, asked, chosen, heads_first=cached is True)
     if sum(stage.epochs for stage in stages) > 1:
         require_repeatable(loader, f"{epochs} epochs were asked for", "the training loader")
         if val_loader is not None:

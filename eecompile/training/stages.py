@@ -14,7 +14,12 @@ from eecompile.training.plan import StagePlan
 
 
 def stages_of(
-    epochs: int, trunk: bool, two_stage: bool, asked: Sequence[TrainingStage] = (), task: Objective | None = None
+    epochs: int,
+    trunk: bool,
+    two_stage: bool,
+    asked: Sequence[TrainingStage] = (),
+    task: Objective | None = None,
+    heads_first: bool = False,
 ) -> tuple[StagePlan, ...]:
     """The stages that a strategy asks for, or one, or two.
 
@@ -24,6 +29,7 @@ def stages_of(
         asked: Stages of the strategy.
         task: The objective that theirs are added to. One that prices gates itself is taken as it is: with "reinforce" in it
             for stages that sample, else for the others.
+        heads_first: Whether joint training starts from heads that are fitted to the trunk as it is.
 
     Raises:
         EecompileError: REINFORCE on a loss that is no classification; no stage that the objective can train.
@@ -57,7 +63,8 @@ def stages_of(
     if two_stage:
         return (StagePlan("trunk", epochs, True, False), StagePlan("heads", epochs, False, True))
     if trunk:
-        return (StagePlan("joint", epochs, True, True),)
+        first = (StagePlan("heads", epochs, False, True),) if heads_first else ()
+        return (*first, StagePlan("joint", epochs, True, True))
     return (StagePlan("heads", epochs, False, True),)
 
 

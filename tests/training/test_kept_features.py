@@ -446,11 +446,21 @@ def test_a_trunk_that_is_trained_is_trained_as_before() -> None:
     report = one.fit(data, epochs=2, trunk=True, progress=False)
     assert [(row.stage, row.steps) for row in report.rows] == [("joint", 2), ("joint", 4)]
     assert not report.heads and not report.batch_by_batch
-    with pytest.raises(EecompileError, match="no stage trains heads alone"):
-        two.fit(data, trunk=True, cached=True, progress=False)
     staged = two.fit(data, epochs=1, two_stage=True, progress=False)
     assert [row.stage for row in staged.rows] == ["trunk", "heads"]
     assert [row.kind for row in staged.heads] == [e.head_kind for e in two.exits]
+
+
+def test_joint_training_may_start_from_fitted_heads() -> None:
+    inputs, labels = texts("first")
+    data = batched(inputs, labels)
+    fast = compiled(data=(inputs, labels))
+    report = fast.fit(data, trunk=True, cached=True, progress=False)
+    assert [row.stage for row in report.rows] == ["heads", "joint"]
+    assert [e.head_kind for e in fast.exits] == ["first", "first"]
+    assert min((report.rows[1].scores or [0.0])[:2]) > 0.9  # while training, from the first batch on
+    with pytest.raises(EecompileError, match="no stage trains heads alone"):
+        compiled(strategies.MeBert(exits=2) + strategies.SkipNet()).fit(data, epochs=3, cached=True, progress=False)
 
 
 def test_a_loader_that_is_read_once() -> None:
