@@ -50,6 +50,13 @@ def _routes(fast: Any) -> dict[str, Any] | None:
     }
 
 
+def _guarantee(fast: Any) -> dict[str, Any] | None:
+    """The promise of the last calibration, and why it is void; None without one."""
+    if fast.guarantee is None:
+        return None
+    return {"text": fast.guarantee.text, "void": fast.guarantee.void(fast) or None}
+
+
 def unknown_early(program: Program) -> list[tuple[int, str]]:
     """Output leaves without a value (NaN, or 0) in rows that left too early: index, and the first exit that has one."""
     assert program.marked is not None
@@ -118,6 +125,7 @@ def explain(fast: Any) -> Explanation:
             "widths": [vars(w) for w in fast.widths],
             "halts": [asdict(h) for h in fast.halts],
             "untrained": list(fast.untrained),
+            "guarantee": _guarantee(fast),
             "mean_steps": fast.steps_measured,
             "routes": _routes(fast),
             "cuts": [

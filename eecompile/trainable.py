@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from eecompile import benchmark as benchmarks
 from eecompile.calibration.budget import budget_curve, calibrate_budget
 from eecompile.calibration.calibrate import calibrate
+from eecompile.calibration.guarantee import Guarantee, guarantee_of, said
 from eecompile.decisions import Decisions
 from eecompile.errors import EecompileError
 from eecompile.own_trunk import COPIED, IN_PLACE, copy_trunk
@@ -39,6 +40,7 @@ class Trainable(Decisions):
     gates_kept_open: int = 0  # the first so many gates do not decide in train mode: a curriculum
     gates_full_share: float = 0.0  # share of a batch's rows, the first ones, that all gates let in in train mode
     notes: tuple[str, ...]
+    guarantee: Guarantee | None = None  # of the last `calibrate`; `explain` says whether it still holds
     trained_by_loss: bool = False  # whether `fit` was last given loss=: the largest score may be no answer then
     _training_program: Callable[[Any], Program] | None
     train_signature: Signature | None  # of the train-mode capture, once there is one
@@ -69,6 +71,7 @@ class Trainable(Decisions):
             else:
                 report = calibrate_budget(self.compiled, loader, plain(budget), **_plain(options))
             self.settings = report.settings
+            self.guarantee = guarantee_of(self, report)
         return report
 
     def budget_curve(self, loader: Iterable[Any], test_loader: Iterable[Any] | None = None, **options: Any) -> Any:
@@ -79,7 +82,9 @@ class Trainable(Decisions):
     def evaluate(self, loader: Iterable[Any], **options: Any) -> Any:
         """Accuracy against compute; see `eecompile.training.evaluate.evaluate`."""
         with self.waiting.measurement(settles=False):
-            return evaluate(self.compiled, loader, **_plain(options))
+            report = evaluate(self.compiled, loader, **_plain(options))
+            report.guarantee = said(self)
+            return report
 
     def benchmark(self, example: Any, **options: Any) -> Any:
         """Measured time against the original; see `eecompile.benchmark.benchmark`."""

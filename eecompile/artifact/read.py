@@ -16,6 +16,7 @@ from eecompile.artifact import files
 from eecompile.artifact.read_gates import insert_saved_gates
 from eecompile.artifact.read_routes import insert_saved_routes
 from eecompile.artifact.records import record, records
+from eecompile.calibration.guarantee import Guarantee
 from eecompile.capture.export import flat_graph
 from eecompile.capture.exported import program_graph
 from eecompile.capture.quiet import quiet
@@ -129,6 +130,7 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     )
     fast.__dict__["train_signature"] = train_signature
     fast.trained_by_loss = data["trained_by_loss"]
+    fast.guarantee = None if data["guarantee"] is None else Guarantee.from_dict(data["guarantee"])
     fast.waiting.restore(data["waiting"])
     return fast
 

@@ -65,6 +65,7 @@ def write(fast: Any, path: str | Path) -> None:
         "routes": _routes(fast),
         "stages": [s.flops for s in program.stages],
         "trained_by_loss": fast.trained_by_loss,
+        "guarantee": None if fast.guarantee is None else fast.guarantee.to_dict(),
         "waiting": fast.waiting.to_dict(),
         "notes": list(fast.notes),
         "autocast": sorted(str(d).removeprefix("torch.") for d in fast.autocast.verified),

@@ -152,6 +152,7 @@ class Exits:
             skipped_rows=data.skipped,
             expected_cost=float(costs[index].mean()),
             parts=self.parts(settings, index, costs),
+            safer=[self.settings.with_values(EXITS, vector) for vector in chosen.safer],
             notes=self.notes,
         )
         report.add_groups(groups, full - drops.losses(thresholds), full)

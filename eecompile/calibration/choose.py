@@ -34,6 +34,7 @@ class Chosen(Generic[T]):
         p_value: Of "the mean drop is above max_drop", tested at `level`; None without a test.
         tested: Settings in the path; `accepted` of them qualified.
         smallest: The smallest p-value of all that were tested.
+        safer: Others that qualified and save less, the cheapest first.
         passed_over: Cheaper settings that qualified, but harm a class; why the cheapest did, in words.
         rows_for_next: Calibration rows with which the next cheaper setting is expected to qualify; None where none is.
         cost_with_more: Cost that 1,000 more calibration rows are expected to allow.
@@ -45,6 +46,7 @@ class Chosen(Generic[T]):
     tested: int
     accepted: int
     smallest: float | None
+    safer: tuple[T, ...] = ()
     passed_over: tuple[str, ...] = ()
     rows_for_next: int | None = None
     cost_with_more: float | None = None
@@ -133,14 +135,16 @@ class Path(Generic[T]):
         counts = len(path), len(accepted), min(known.values(), default=None)
         passed_over: list[str] = []
         costs = [self._cost(s) for s, _, _ in accepted]
-        for i in sorted(range(len(costs)), key=costs.__getitem__):
+        order = sorted(range(len(costs)), key=costs.__getitem__)
+        for at, i in enumerate(order):
             if costs[i] >= self.full_cost - 1e-12:
                 break
             harm = self.harm(accepted[i][0])
             if not harm:
-                return Chosen(*accepted[i], *counts, tuple(passed_over))
+                safer = tuple(accepted[j][0] for j in order[at + 1 :])
+                return Chosen(*accepted[i], *counts, safer, tuple(passed_over))
             passed_over.append(harm)
-        return Chosen(None, None, None, *counts, tuple(passed_over))
+        return Chosen(None, None, None, *counts, (), tuple(passed_over))
 
     def _with_more(self, path: Sequence[T], chosen: Chosen[T], rows: tuple[Tensor, Tensor], options: Options) -> Chosen[T]:
         """With what more rows are expected to buy, from the growth of the wealth on all rows."""

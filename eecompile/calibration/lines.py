@@ -281,6 +281,7 @@ def _report(
         options,
         chosen,
         settings=settings.with_values(line.family, value.settings[line.family]),
+        safer=[settings.with_values(line.family, t.settings[line.family]) for t in chosen.safer],
         words=line.words,
         kind=line.family if line.family != BRANCHES else "routes",
         drop=drop,

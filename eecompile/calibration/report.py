@@ -195,6 +195,7 @@ class CalibrationReport(Report):
 
     Attributes:
         settings: Of the whole program; `fast.calibrate` sets them.
+        safer: Settings that satisfy the same bound and save less, the next one first.
         kind: What was set: "exits", "gates", "routes" or "halting".
         parts: Each of them; also under the name of its kind, as in `report.exits`.
         qualified: Whether anything satisfies the bound. If not, nothing is left early or skipped.
@@ -246,6 +247,7 @@ class CalibrationReport(Report):
     notes: list[str] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
     budget: float | None = None
+    safer: list[Settings] = field(default_factory=list)
     passed_over: tuple[str, ...] = ()
     rows_for_next: int | None = None
     cost_with_more: float | None = None
@@ -257,7 +259,7 @@ class CalibrationReport(Report):
     before: list[CalibrationReport] = field(default_factory=list)
 
     ROWS: ClassVar[tuple[str, ...]] = ("by_class", "by_group", "baselines")
-    HIDDEN: ClassVar[tuple[str, ...]] = ("settings", "words", "parts", "before", *ROWS)
+    HIDDEN: ClassVar[tuple[str, ...]] = ("settings", "words", "parts", "before", "safer", *ROWS)
 
     @classmethod
     def of(

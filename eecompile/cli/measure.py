@@ -33,7 +33,7 @@ def evaluate(
         from eecompile.cli import models
 
         fast = models.saved(directory, threshold)
-        out.untrained(fast)
+        out.state(fast)
         report = fast.evaluate(datas.loader(data, batch_size), curve=False if curve is None else curve, budgets=budgets)
         out.show(report)
         out.result(report.to_dict())
@@ -65,7 +65,7 @@ def run(
         if rows < 1:
             raise _none("rows", rows)
         fast = models.saved(directory, threshold)
-        out.untrained(fast)
+        out.state(fast)
         fast.executor = executor
         args, kwargs = _call(inputs.example(example, input, data, rows, seed), fast)
         if stream or deadline_ms is not None or budget is not None:
@@ -115,7 +115,7 @@ def bench(
             raise _none("batch", batch)
         models.threads(threads)
         fast = models.saved(directory, threshold)
-        out.untrained(fast)
+        out.state(fast)
         if backend is not None:
             fast.backend = backend
         fast.executor = executor

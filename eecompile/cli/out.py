@@ -36,8 +36,11 @@ class Out:
         """Progress, for people."""
         self.progress.print(Text(text, "dim"))
 
-    def untrained(self, fast: Any) -> None:
-        """Says which exits and gates nobody has trained, so that figures of them mean nothing."""
+    def state(self, fast: Any) -> None:
+        """What makes figures mean little: exits and gates that are not trained, and a guarantee that is void."""
+        void = fast.guarantee.void(fast) if fast.guarantee is not None else ""
+        if void:
+            self.progress.print(Text(f"the guarantee is void: {void}; eecompile calibrate makes a new one", "yellow"))
         if fast.untrained:
             self.progress.print(Text(f"not trained yet: {', '.join(fast.untrained)}; eecompile fit trains them", "yellow"))
 

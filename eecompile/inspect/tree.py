@@ -11,6 +11,7 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
 from rich.tree import Tree
 
+from eecompile.calibration.guarantee import said
 from eecompile.explain import unknown_early
 from eecompile.inspect import text as write
 from eecompile.inspect.outline import Outline, Part
@@ -201,6 +202,9 @@ class _Grown:
         branch = tree.add(line)
         for note in fast.notes:
             branch.add(Text(note, "dim"))
+        promise = said(fast)
+        if promise is not None:
+            tree.add(Text.assemble(("guarantee ", "dim"), promise))
 
     def _refusals(self, tree: Tree, refusals: Sequence[Refusal]) -> None:
         if not refusals:

@@ -78,6 +78,7 @@ class EvaluationReport(Report):
         gates: Every gate, where there are some. Costs of exits count them as open; `mean_cost` counts what was run.
         routes: Every route, where there is a router: load, cost, accuracy.
         mean_steps: Mean steps of a row where rows halt, over its positions where each halts by itself; None elsewhere.
+        guarantee: Of the calibration, or why it is void; None where there is none.
         by_class: Recall of every class of labels, the largest drop first.
         by_group: Scores of every group of `groups=`.
     """
@@ -98,6 +99,7 @@ class EvaluationReport(Report):
     gates: list[GateShare] = field(default_factory=list)
     routes: list[RouteShare] = field(default_factory=list)
     mean_steps: float | None = None
+    guarantee: str | None = None
     by_class: list[GroupRow] = field(default_factory=list)
     by_group: list[GroupRow] = field(default_factory=list)
 
@@ -159,6 +161,7 @@ class EvaluationReport(Report):
                 for r in self.routes
             ]
             parts.insert(1, table("Routes", heads, sent))
+        parts += [self.guarantee] if self.guarantee is not None else []
         parts += group_tables(self.by_class, self.by_group, self.drop or 0.0)
         if self.curve is not None:
             halting = self.mean_steps is not None
