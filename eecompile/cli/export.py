@@ -39,7 +39,7 @@ def export(
         from eecompile.export.runtimes import opened
 
         fast = models.saved(directory, threshold)
-        out.untrained(fast)
+        out.state(fast)
         out.say(f"export for {target}")
         path = fast.export(output, target=target)
         said = {"exported": str(path), "bytes": _bytes(path), **vars(opened(path).description)}
