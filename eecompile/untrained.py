@@ -1,4 +1,4 @@
-"""Which inserted modules nobody has trained: their weights are those that they were inserted with.
+"""Which inserted modules are untrained: their weights are those that they were inserted with.
 
 A module that eecompile made is marked with a digest of its weights. Whatever changes them counts as training: `fit`, a loop
 of the user's own, `load_state_dict`. Modules without a mark, such as a model's own final layers, come trained.

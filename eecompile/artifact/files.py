@@ -1,6 +1,6 @@
 """The files of a saved program: named by content, listed with their hashes in one manifest that is replaced last.
 
-A new save writes its files beside the old ones, then puts its manifest in place with one atomic rename, then removes what
+A new save writes its files next to the old ones, then puts its manifest in place with one atomic rename, then removes what
 the new manifest does not name. A full disk or a kill at any moment leaves the old program or the new one, whole.
 """
 
@@ -100,7 +100,7 @@ def commit(directory: Path, manifest: Mapping[str, Any]) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     kept = {MANIFEST, *(entry["file"] for entry in manifest["files"].values())}
-    for path in directory.iterdir():  # only what `put` wrote: other files there are somebody else's
+    for path in directory.iterdir():  # only what `put` wrote: other files there are not ours
         if path.is_file() and OURS.fullmatch(path.name) and path.name not in kept:
             path.unlink(missing_ok=True)
 

@@ -55,7 +55,7 @@ class Part:
     Attributes:
         exit: Index of the exit at its end, None for the model's own end.
         inserted: Nodes of the exit's head and decision, or of the selection at the end.
-        live: What survives behind it.
+        live: What survives it.
     """
 
     name: str
@@ -240,7 +240,7 @@ def _working(gm: fx.GraphModule) -> list[fx.Node]:
 
 
 def _decides(n: fx.Node) -> bool:
-    """Whether a node belongs to a gate or a chain that halts: its unit, its decision, the choice behind a region."""
+    """Whether a node belongs to a gate or a chain that halts: its unit, its decision, the choice after a region."""
     if n.op == "call_module":
         return str(n.target).startswith((f"{GATES}.", f"{ROUTES}."))
     if HALTS.match(n.name):

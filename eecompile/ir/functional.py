@@ -19,9 +19,9 @@ def functional(target: Any) -> Any:
 
 
 def make_functional(read: fx.Node, position: Mapping[fx.Node, int], after: int = -1) -> int:
-    """In-place users of `read` behind position `after` become functional; gives how many.
+    """Makes in-place users of `read` after a position functional; returns how many there were.
 
-    What reads the value behind such a user reads the user's result from now on, as it did in memory before. Nodes
+    What reads the value after such a user reads the user's result from now on, as it did in memory before. Nodes
     that `position` does not know keep what they read.
     """
     count = 0

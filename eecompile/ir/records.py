@@ -75,7 +75,7 @@ class Cut:
     """A position in the graph where the work can stop.
 
     Attributes:
-        name: Block or node that it lies behind, as shown to users and matched by `exits=`.
+        name: Block or node that it follows, as shown to users and matched by `exits=`.
         after: Name of the last node before the cut.
         value: Name of the tensor that a head reads there.
         live: Everything that later nodes need, raw inputs included.
@@ -193,7 +193,7 @@ class Gate:
         unit: Submodule that computes the score; empty where another gate's unit gives it too.
         score: Name of the node with the score `[B]` in [0, 1].
         decision: Name of the node with the decision `[B]`, 1 for open.
-        flops: What a shut gate saves for one row.
+        flops: What a closed gate saves for one row.
         unit_flops: Cost of the score for one row.
         carries: What the region hands on.
         anchors: Of the region.
@@ -253,13 +253,13 @@ class Width:
 
 @dataclass(frozen=True)
 class Way:
-    """One of a router's ways through the part of the model that branches stand beside.
+    """One of a router's branches, the part of the model that they replace among them.
 
     Attributes:
         name: As users know it; "full" is the model's own.
         module: Name of its submodule; empty for the model's own way.
         value: Name of the node that it hands on.
-        sides: Names of the nodes that it is called with behind the value where branches begin.
+        sides: Names of the nodes that it is called with after the value where branches begin.
         side_anchors: Of those nodes; None for an input of the model.
         flops: Cost of one row.
         left_out: Names of the blocks that a light version leaves out.
@@ -290,7 +290,7 @@ class Route:
         choice: Name of the node that says where rows go: `[B]` int64, the way of each row. For exits `[B, E]`, the
             probability that the row needs at most exit k.
         admitted: Name of the node `[B, K]` whose largest entry is the way; empty for exits.
-        node: Name of the node with each row's value, behind the branches; empty for exits.
+        node: Name of the node where the branches meet; empty for exits.
         x: Name of the node where branches begin; empty for exits.
         y: Name of the node that the model's own way hands on; empty for exits.
         batch_axis: Axis of the rows in it.
@@ -335,12 +335,12 @@ class Route:
 
 @dataclass(frozen=True)
 class Report:
-    """A value per row that a run tells besides its outputs: a gate's decision, steps taken.
+    """A value per row that a run reports with its outputs: a gate's decision, steps taken.
 
     Attributes:
         node: Name of the node; its value has the batch on axis 0.
-        beside: Name of a node of the same computation: where that is not needed, nothing is told.
-        training_only: Told by the marked graph only, for objectives.
+        beside: Name of a node of the same computation: where that is not needed, nothing is reported.
+        training_only: Reported by the marked graph only, for objectives.
         stage: How many exits lie before it; rows that left earlier have zeros. Set by `stage`.
     """
 
@@ -361,7 +361,7 @@ class TokenPart:
         node: Name of the node `[B, S, ...]` that it hands on, the last of `nodes`.
         nodes: Names of its nodes, in graph order.
         inputs: Names of the nodes `[B, S, ...]` that it reads at the live positions.
-        past: Name of the node with the value of the positions that have halted; empty where nobody reads those.
+        past: Name of the node with the value of the positions that have halted; empty where that is not read.
         kept: Name of the node that chooses between the two, empty without `past`.
         flops: Cost for one row, all positions live.
         most_live: Share of live positions above which all are computed, because gathering would take longer.
@@ -390,8 +390,8 @@ class HaltStep:
         unit_flops: Cost of the score for one row.
         carries: What a row that has halted keeps instead; none for the first step.
         anchors: Of the block's `x` and `y`.
-        value: Name of the node with what the rows have behind it: the block's value, or what a halted row keeps.
-        last: Name of the last node of the step: an exit may lie behind it.
+        value: Name of the node with the rows' value after it: the block's, or what a halted row keeps.
+        last: Name of the last node of the step: an exit may follow it.
         stage: How many exits lie before it; set by `stage`.
         live: Name of the node `[B, S]` that says which positions still run, where each halts by itself; empty for the first
             step and where rows halt as a whole.
@@ -422,7 +422,7 @@ class Halt:
         steps: In order.
         x: Name of the node that goes into the first step.
         ys: Name of the node that each step computes.
-        output: Name of the node with the weighted state, which the model reads behind the chain.
+        output: Name of the node with the weighted state, which the model reads after the chain.
         ledger: Name of the node with accumulated score, steps and ponder cost, `[B, 3]` or `[B, S, 3]`.
         repeated: Whether the steps are one block again and again, so that the model as it was takes the first alone.
         per_token: Whether every position halts by itself.

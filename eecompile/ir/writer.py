@@ -60,7 +60,7 @@ class GraphWriter:
         """Names a new node, which the next one follows.
 
         Args:
-            val: Its fake value, None where nobody asks for it.
+            val: Its fake value, None where it is not needed.
         """
         node._rename(name)
         if val is not None:
@@ -121,7 +121,7 @@ class GraphWriter:
             return v.new_empty(tuple(sizes), dtype=dtype or v.dtype)
 
     def add_modules(self, container: str, modules: Mapping[str, nn.Module]) -> None:
-        """Puts modules into a submodule, beside those that are in it already."""
+        """Adds modules to those of a submodule."""
         add_modules(self.gm, container, modules)
 
     # ------------------------------------------------------------------ what they replace
@@ -166,7 +166,7 @@ class GraphWriter:
 
 
 def add_modules(graph_module: fx.GraphModule, container: str, modules: Mapping[str, nn.Module]) -> None:
-    """Puts modules into a submodule of a graph module, beside those that are in it already."""
+    """Adds modules to those of a graph module's submodule, which is made where there is none."""
     found, new = getattr(graph_module, container, nn.Module()), nn.Module()
     for name, module in {**dict(found.named_children()), **modules}.items():
         new.add_module(name, module)

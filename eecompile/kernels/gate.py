@@ -2,7 +2,7 @@
 
     open_i = (not (score_i < thresholds[index]) or opened_i < least) and thresholds[index] <= 1
 
-so a threshold of 0 keeps the gate open, one above 1 keeps it shut, and a NaN opens it, because nothing is skipped on
+so a threshold of 0 keeps the gate open, one above 1 keeps it closed, and a NaN opens it, because nothing is skipped on
 a guess. `opened` counts the gates that let the row in before; fewer than `least` force this one open.
 
 Gradient: straight through, that of the score (Bengio et al. 2013).
@@ -31,7 +31,7 @@ def gate(score: Tensor, thresholds: Tensor, index: int, opened: Tensor | None = 
         least: How many must have, this one included.
 
     Returns:
-        `[n]` float32, 1 for open and 0 for shut.
+        `[n]` float32, 1 for open and 0 for closed.
 
     Raises:
         StrategyError: Shapes that do not fit.

@@ -1,4 +1,4 @@
-"""What a compiled model brings along when it becomes one of a cascade's models: its exits, beside its gates and halting."""
+"""What a compiled model brings along when it becomes one of a cascade's models: its exits."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""The training graph that tells what the model would say had every row stopped at each step (PonderNet, Banino et al. 2021).
+"""The training graph with a prediction for each step, as if every row stopped there (PonderNet, Banino et al. 2021).
 
-No row halts in it. What the model does behind the chain is written out once more for every step but the last, on the state
+No row halts in it. What the model does after the chain is written out once more for every step but the last, on the state
 there; modules and parameters are shared. The new outputs are the prediction at each of those steps and, last, the
 probabilities of stopping `[B, K]`.
 """

@@ -44,7 +44,7 @@ class Extractor:
         return self.env[node]
 
     def copy_unless_outer(self, node: fx.Node) -> None:
-        """Copies a computation; a size of something outside is read again by whoever needs it."""
+        """Copies a computation; a size of something outside is read again where it is needed."""
         if node.op in ("placeholder", "output", "get_attr") or node in self.env:
             return
         if facts.is_symbolic_number(node) and any(a not in self.env and a.op != "get_attr" for a in node.all_input_nodes):
@@ -75,7 +75,7 @@ class Extractor:
             self.env[node] = read
             return read
         raise PassError(
-            "a value is needed behind a cut that does not carry it",
+            "a value is needed after a cut that does not carry it",
             where=node.name,
             got=", ".join(n.name for n in self.inputs),
             hint="this is a bug in find_cuts: the live set of the cut is incomplete",

@@ -168,7 +168,7 @@ def writers(node: fx.Node) -> list[fx.Node]:
 
 
 def own_leaves(graph_module: fx.GraphModule, signature: Signature) -> list[fx.Node]:
-    """The model's own output leaves, without what a captured or marked graph gives behind them."""
+    """The model's own output leaves, without what a captured or marked graph gives after them."""
     return output_leaves(graph_module)[: len(signature.outputs)]
 
 

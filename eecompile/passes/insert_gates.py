@@ -43,7 +43,7 @@ class InsertGates(Pass):
 
     Args:
         recipe: What the strategy asked for.
-        units: Modules to use instead of new ones, by the name behind `eecompile_gates.`: for the training capture, or
+        units: Modules to use instead of new ones, by the name after `eecompile_gates.`: for the training capture, or
             a loaded program.
         seed: Seed of the new units' weights; the global generator is left as it was.
     """

@@ -1,9 +1,9 @@
-"""Writes adaptive computation time into the graph (Graves 2016): a score, a `halt` and a choice behind each step.
+"""Writes adaptive computation time into the graph (Graves 2016): a score, a `halt` and a choice after each step.
 
     score_k                       = unit_k(y_k) * scale                  [B] or [B, S]
     weighted, ledger, running     = halt(score_k, y_k, weighted, ledger)
     y_k, weighted, ledger, running = choose(running before, [old, new])      each, but for the first step
-    output                        = weighted                             what the model reads behind the chain
+    output                        = weighted                             what the model reads after the chain
 
 Where scores are probabilities of stopping (rule "stop", PonderNet), what is added up is the probability of having stopped,
 and the output is the state that the row stopped at:
@@ -41,7 +41,7 @@ from eecompile.program import Carry, Halt, HaltStep, Program, Region, Report
 from eecompile.strategies.base import HaltRecipe
 from eecompile.untrained import seeded, untrained
 
-ROLE = "eecompile_halting"  # key in a node's meta: "score", "state" (behind a step) or "output", and the step
+ROLE = "eecompile_halting"  # key in a node's meta: "score", "state" (after a step) or "output", and the step
 AT_ONCE = 2.0**100  # a scale with which any score halts
 aten = torch.ops.aten
 assert eecompile.ops is not None
@@ -53,7 +53,7 @@ class InsertHalting(Pass):
 
     Args:
         recipe: What the strategy asked for.
-        units: Modules to use instead of new ones, by the name behind `eecompile_gates.`.
+        units: Modules to use instead of new ones, by the name after `eecompile_gates.`.
         seed: Seed of the new units' weights; the global generator is left as it was.
     """
 
@@ -80,8 +80,8 @@ class InsertHalting(Pass):
         writer.finish()
         cuts, refusals = writer.moved_cuts(program.cuts, self.name)
         reports = tuple(Report(h.name, h.ledger, h.output) for h in halts)
-        told = {s.name: writer.shares.get(s.name, s.decision) for h in halts for s in h.steps}
-        reports += tuple(Report(s.name, told[s.name], s.carries[0].node) for h in halts for s in h.steps if s.carries)
+        shares = {s.name: writer.shares.get(s.name, s.decision) for h in halts for s in h.steps}
+        reports += tuple(Report(s.name, shares[s.name], s.carries[0].node) for h in halts for s in h.steps if s.carries)
         done = program.replace(
             graph_module=gm,
             halts=(*there, *halts),
@@ -146,7 +146,7 @@ class _Writer(GraphWriter):
         return replace(halt, steps=tuple(chain.steps), ys=tuple(chain.ys), output=output.name, ledger=chain.ledger.name)
 
     def step(self, chain: _Chain, k: int, y: fx.Node) -> None:
-        """Score, `halt` and, behind the first step, the choices of step k."""
+        """Score, `halt` and, after the first step, the choices of step k."""
         step, before = chain.halt.steps[k], (chain.value, chain.weighted, chain.ledger, chain.running)
         decision, live = chain.decision, ""
         unit = self.unit(step, y)
@@ -156,7 +156,7 @@ class _Writer(GraphWriter):
             live = chain.running.name
             wide = self.call(f"{step.name}_tokens", aten.unsqueeze.default, chain.running, -1)
             y = self.call(f"{step.name}_kept", aten.where.self, wide, y, chain.value)
-        # Where nobody reads a mean of the states there is none: the scores stand in, and their mean goes nowhere.
+        # Rule "stop" has no mean of the states: the scores stand in for them, and their mean is not read.
         state = score if self.stops else y
         args = (score, state, chain.weighted, chain.ledger, self.recipe.epsilon, chain.done(k))
         halted = self.call(f"{step.name}_halt", torch.ops.eecompile.halt.default, *args)
@@ -218,7 +218,7 @@ PARTS = ("value", "weighted", "ledger", "running")
 
 
 class _Chain:
-    """What the rows have behind the last step that was written."""
+    """What the rows have after the last step that was written."""
 
     def __init__(self, halt: Halt) -> None:
         self.halt = halt

@@ -51,7 +51,7 @@ class InsertRoutes(Pass):
 
     Args:
         recipe: What the strategy asked for.
-        modules: The unit and the branches to use instead of new ones, by the name behind `eecompile_routes.`: for the
+        modules: The unit and the branches to use instead of new ones, by the name after `eecompile_routes.`: for the
             training capture, or a loaded program.
         seed: Seed of the new unit's weights; the global generator is left as it was.
     """

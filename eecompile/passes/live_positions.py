@@ -1,7 +1,7 @@
 """Runs position-wise parts of a halting step at the positions of a sequence that have not halted.
 
 The live positions of all rows are one list: what a part reads is gathered from `[n, S, ...]` to `[1, N, ...]`, the part
-runs, and its value is written over what the halted positions keep. With nobody halted nothing is gathered.
+runs, and its value is written over what the halted positions keep. While no position has halted nothing is gathered.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def extract_at_live(
 
 
 def _body(source: fx.GraphModule, p: TokenPart) -> fx.GraphModule:
-    """A part on a list of positions; views keep what lies behind the positions."""
+    """A part on a list of positions; views keep the axes after the positions."""
     names = facts.by_name(source)
     positions = Positions(source, names[p.node])
     part = Extractor(source)

@@ -1,7 +1,7 @@
 """Turns the staged program into a schedule: stages, decisions, and what survives between them, as data.
 
 A `Schedule` depends on which exits are open. A closed exit is not in it: its head does not run, nothing is decided there,
-and the stages before and behind it are one. Inserted operators are lowered to their definitions, which copy nothing.
+and the stages before and after it are one. Inserted operators are lowered to their definitions, which copy nothing.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ class Segment:
         outputs: Live values that it hands on, in order.
         leaves: Indices of the output leaves that it computes, in order.
         reports: Indices of `program.reports` that it gives, in order.
-        takes_states: How many states come in behind the live values: the first so many of those handed on.
+        takes_states: How many states come in after the live values: the first so many of those handed on.
         gives_states: How many states the decision hands on: `(logits, confidence, *states)`. That of the criterion
             comes first, then that of the combination of exits.
         head: Where a router sends rows to the exit at its end, so that only their head runs: `head(*values)` gives
-            `(logits,)`. The decision is then the confidence alone, and the head's inputs come behind the live values.
+            `(logits,)`. The decision is then the confidence alone, and the head's inputs come after the live values.
         head_axes: Batch axis of each of the head's inputs.
     """
 
@@ -136,8 +136,8 @@ def _segment(
     decides = not at_end or decide_at_end
     needed = layout.needed(later if at_end else (stop, *later), arms)
     if decide_at_end:
-        told = [r for r in program.reports if not r.training_only and r.name not in fixed(program, arms)]
-        needed = needed | facts.needed_for(layout.names[r.node] for r in told if layout.names[r.beside] in needed)
+        asked = [r for r in program.reports if not r.training_only and r.name not in fixed(program, arms)]
+        needed = needed | facts.needed_for(layout.names[r.node] for r in asked if layout.names[r.beside] in needed)
     carried = states_of(program)
     taken = [r for r in carried if after_open and decides and not (at_end and r == "memory")]
     states: dict[str, fx.Node | None] = {r: part.graph.placeholder(r) for r in taken}
@@ -200,7 +200,7 @@ def _output_of(gm: fx.GraphModule, head: Extractor, mark: int) -> list[fx.Node]:
 def _reported(
     program: Program, layout: Layout, start: int, stop: int, arms: Possible, needed: set[fx.Node]
 ) -> tuple[int, ...]:
-    """The reports between two exits; what is the same whatever the input has nothing to tell."""
+    """The reports between two exits; what is the same whatever the input is not reported."""
     inside = needed.intersection(layout.interval(start, stop))
     known = fixed(program, arms)
     return tuple(

@@ -113,7 +113,7 @@ class Regions:
         if len(possible) == 1:
             self._in_line(part, i, choice.arms[min(possible)], read, needed)
             return
-        kept = read or list(range(len(choice.merges)))  # what a chain reports at its end is carried where somebody asks
+        kept = read or list(range(len(choice.merges)))  # what a chain reports at its end is carried where it is read
         index, first = self._index(part, choice, possible)
         bodies: dict[int, fx.GraphModule] = {}
         taken: dict[int, list[fx.Node]] = {}
@@ -136,7 +136,7 @@ class Regions:
             part.env[self.names[m.node]] = part.item(call, k, self.names[m.node])
 
     def _in_line(self, part: Extractor, i: int, arm: Arm, read: Sequence[int], needed: set[fx.Node] | None) -> None:
-        """Every row takes this arm; `read` are the merges that somebody reads."""
+        """Every row takes this arm; `read` are the merges that are read."""
         values = [self.names[v] for v in arm.values]
         mine = set() if arm.skips else facts.needed_for(values)
         for n in self.nodes[i]:

@@ -36,7 +36,7 @@ class StagePass(Pass):
 
     def run(self, program: Program) -> PassResult:
         layout = Layout(program)
-        by_exit = layout.beside()
+        by_exit = layout.only_for()
         program = program.replace(
             gates=tuple(_staged_gate(g, layout, by_exit) for g in program.gates),
             halts=tuple(_staged(h, layout, by_exit) for h in program.halts),
@@ -118,7 +118,7 @@ class Layout:
         return sum(b < position for b in self.bounds)
 
     def interval(self, start: int, stop: int) -> list[fx.Node]:
-        """Trunk nodes behind exit `start` (-1: from the input) up to exit `stop` (len(exits): to the end)."""
+        """Trunk nodes after exit `start` (-1: from the input) up to exit `stop` (len(exits): to the end)."""
         low = 0 if start < 0 else self.bounds[start] + 1
         high = len(self.trunk) if stop >= len(self.bounds) else self.bounds[stop] + 1
         return self.trunk[low:high]
@@ -132,8 +132,8 @@ class Layout:
         plain = {} if arms is None else self.regions.plain(arms)
         own = self.own if not plain else facts.needed_for([*self.leaves, self.prediction(), *self.choices], plain)
         heads = [self.names[n] for k in exits for n in self.program.exits[k].reads]
-        beside = [n for n in heads if n not in own]  # none, but in a cascade of models
-        return self._whole(own | facts.needed_for(beside, plain), arms) if beside or plain else own
+        further = [n for n in heads if n not in own]  # none, but in a cascade of models
+        return self._whole(own | facts.needed_for(further, plain), arms) if further or plain else own
 
     def _whole(self, needed: set[fx.Node], arms: Possible | None) -> set[fx.Node]:
         """With all that a halting step carries on where it runs on some rows, if only a report reads it."""
@@ -180,7 +180,7 @@ class Layout:
         return self.position.get(node, -1) if i is None else self.position[self.regions.end(i)]
 
     def live(self, exit_index: int, later: tuple[int, ...] | None = None, arms: Possible | None = None) -> list[fx.Node]:
-        """Tensors that cross the boundary at an exit; `later` are the exits that are open behind it (None: all)."""
+        """Tensors that cross the boundary at an exit; `later` are the open exits after it (None: all)."""
         p = self.bounds[exit_index]
         wanted = range(exit_index + 1, len(self.bounds)) if later is None else later
         exits = self.program.exits
@@ -225,7 +225,7 @@ class Layout:
         count = len(self.bounds)
         found = []
         incoming = self.as_live(self.inputs())
-        by_exit = self.beside()
+        by_exit = self.only_for()
         for k in range(count + 1):
             nodes = [n for n in self.interval(k - 1, k) if n.op not in ("placeholder", "get_attr")]
             outgoing = self.as_live(self.live(k)) if k < count else self.as_live(_tensors(self.leaves))
@@ -241,7 +241,7 @@ class Layout:
             incoming = outgoing
         return tuple(found)
 
-    def beside(self) -> dict[fx.Node, tuple[int, ...]]:
+    def only_for(self) -> dict[fx.Node, tuple[int, ...]]:
         """The exits for which each node is needed that the model's own output does not need."""
         found: dict[fx.Node, tuple[int, ...]] = {}
         for k in range(len(self.program.exits)):
@@ -276,7 +276,7 @@ def _staged_graph(program: Program, layout: Layout, stages: tuple[Stage, ...]) -
         if k == len(stages) - 1:
             leaves.append(layout.prediction())
         handed = [layout.names[v.node] for v in stage.outputs] if stage.exit is not None else []
-        if stage.exit is not None:  # a head may read what nobody needs afterwards
+        if stage.exit is not None:  # a head may read what is not needed afterwards
             handed += [layout.names[n] for n in program.exits[stage.exit].reads]
         given = list(dict.fromkeys([*handed, *leaves, *layout.reported(k - 1, k)]))
         passed = [n for n in given if n in taken]
@@ -313,7 +313,7 @@ def _value(node: fx.Node, env: dict[fx.Node, fx.Node], gm: fx.GraphModule, graph
 
 
 def _inserted_by_boundary(gm: fx.GraphModule, layout: Layout) -> list[list[fx.Node]]:
-    """Inserted nodes behind each boundary, the selection behind the last."""
+    """Inserted nodes after each boundary, the selection after the last."""
     groups: list[list[fx.Node]] = [[] for _ in range(len(layout.bounds) + 1)]
     for n in gm.graph.nodes:
         if not inserted(n) or n.op == "get_attr":

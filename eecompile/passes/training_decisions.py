@@ -2,17 +2,17 @@
 
 | mode | decision | gradient of the score |
 |---|---|---|
-| hard | open or shut by the threshold | straight through (Bengio et al. 2013) |
+| hard | open or closed by the threshold | straight through (Bengio et al. 2013) |
 | soft | none: `score * y + (1 - score) * x` | that of the blend; the first phase of SkipNet (Wang et al. 2018) |
 | sample | Bernoulli(score) | none: REINFORCE uses the log probability of `Result.gates` under `Result.gate_scores` |
 | gumbel | hard, with logistic noise on the score's logit | straight through the noisy score (Jang et al. 2017) |
 | uniform | each way equally likely | none: so that every branch is trained on all kinds of rows |
 | every | gates as hard, ways as uniform | none: the objective reads the loss of every way (`Result.way_outputs`) |
-| open | open, whatever score and threshold | none: for objectives that read the scores beside every depth's prediction |
+| open | open, whatever score and threshold | none: for objectives that read the scores with every depth's prediction |
 
 A router's scores are the probabilities of its K ways, and "open" is the model's own; closed ways are never taken.
 
-A gate whose threshold is 0 or above 1 stays open or shut in every mode but "open", and `min_open` forces it open as in
+A gate whose threshold is 0 or above 1 stays open or closed in every mode but "open", and `min_open` forces it open as in
 `gate`. A curriculum keeps the first gates open and lets ever more of the last ones decide (BlockDrop, Wu et al. 2018).
 The first rows of every batch may run the full model, which else forgets what it could: blocks that are skipped for nearly
 every row are trained for no other (the sandwich rule of slimmable networks, Yu and Huang 2019).
@@ -130,7 +130,7 @@ MODES = tuple(DECISIONS)
 
 
 def _bounded(decision: Tensor, threshold: Tensor, opened: Tensor | None, least: int) -> Tensor:
-    """Always open at threshold 0, always shut above 1, forced open where too few gates were."""
+    """Always open at threshold 0, always closed above 1, forced open where too few gates were."""
     forced = (threshold <= 0).expand(decision.shape)
     if least > 0:
         few = torch.ones_like(forced) if opened is None else opened < least

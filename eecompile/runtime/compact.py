@@ -1,7 +1,7 @@
 """The compact executor: segment by segment on the survivors.
 
 After each decision the rows that are sure enough are written out, the live tensors of the others are gathered along
-their batch axes, and the run stops when nobody is left. When nobody leaves nothing is copied. A closed exit is not in the
+their batch axes, and the run stops when no row is left. When none leaves nothing is copied. A closed exit is not in the
 schedule at all.
 """
 
@@ -131,7 +131,7 @@ class CompactExecutor:
 
     def measure(self, flat: Sequence[Tensor], settings: Settings) -> Outcome:
         call = self._begin(flat, settings, True)
-        call.thresholds = (math.inf,) * len(call.thresholds)  # nobody leaves: every piece runs on all rows
+        call.thresholds = (math.inf,) * len(call.thresholds)  # no row leaves: every piece runs on all rows
         return run_within(call, Allowance(), self.times)
 
     def interrupt(self) -> int:
@@ -181,7 +181,7 @@ class _Run:
         return [end if step.segment.exit is None else step.segment.exit for step in self.plan]
 
     def walk(self) -> Iterator[tuple[int, int]]:
-        """Segment by segment. Pauses behind each decision that leaves rows in; whoever walks may stop there.
+        """Segment by segment. Pauses after each decision that leaves rows in; the caller may stop there.
 
         Yields:
             The index of the segment that comes next, and the rows that it would run on.

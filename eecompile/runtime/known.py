@@ -38,22 +38,22 @@ class PerSettings(Generic[T]):
 
 
 def with_known(program: Program, arms: Possible, reports: Mapping[str, Tensor], exit_index: Tensor) -> dict[str, Tensor]:
-    """What a call told, and what needed no telling.
+    """What a call reported, and what is known without a report.
 
     Args:
         arms: What was possible in the call.
-        reports: What the call told.
+        reports: What the call reported.
         exit_index: [B] int64.
     """
     found = {**reports, **_known(program, arms, reports, exit_index)}
     begins = {s.name: s.stage for h in program.halts for s in h.steps if s.stage}
-    for name in begins.keys() & reports.keys():  # told before an exit where rows left
+    for name in begins.keys() & reports.keys():  # reported before an exit where rows left
         found[name] = reached(found[name], exit_index, begins[name])
     return found
 
 
 def _known(program: Program, arms: Possible, reports: Mapping[str, Tensor], exit_index: Tensor) -> dict[str, Tensor]:
-    """Decisions of gates that are open or shut whatever the input, and zeros for what nobody reached."""
+    """Decisions of gates that are open or closed whatever the input, and zeros for what no row reached."""
     taken = decisions(program, arms)
     stages = {g.name: g.stage for g in program.gates}
     stages |= {s.name: s.stage for h in program.halts for s in h.steps if s.carries}
@@ -65,7 +65,7 @@ def _known(program: Program, arms: Possible, reports: Mapping[str, Tensor], exit
     for h in program.halts:
         if h.name not in reports:
             known[h.name] = closed_ledger(h, exit_index)
-    for r in program.routes:  # one way is open, or nobody got to the branches; or no exit is open
+    for r in program.routes:  # one way is open, or no row got to the branches; or no exit is open
         if r.name not in reports:
             way = next(iter(arms[-1])) if r.ways and len(arms[-1]) == 1 else 0
             shape = (len(exit_index), len(program.exits)) if r.to_exits else (len(exit_index),)

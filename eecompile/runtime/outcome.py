@@ -1,4 +1,4 @@
-"""What an executor hands back, and the values of output leaves that nobody's row reached."""
+"""What an executor hands back, and the values of output leaves that no row reached."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Outcome:
         exit_index: [B] int64.
         confidence: [B] float32; None where it was not asked for.
         outputs: Prediction of every exit and of the model itself, batch first; None unless everything was computed.
-        confidences: [B] each, NaN where an exit cannot tell.
+        confidences: [B] each, NaN where an exit has none.
         scores: Exit scores, `[B, 1]` each.
         separate: Where exits are combined: what each head says by itself and, last, the model.
         final: [B] bool: rows that left by themselves; None for all of them.

@@ -56,12 +56,12 @@ class ReferenceExecutor:
         results, step_outputs, step_scores = split_off(self.marked, self._results(flat, settings))
         count, exits = len(self.program.signature.outputs), len(self.program.exits)
         leaves, (index, confidence), rest = results[:count], results[count : count + 2], results[count + 2 :]
-        told = self.program.reports
-        rest, values = (rest[: -len(told)], rest[-len(told) :]) if told else (rest, [])
+        asked = self.program.reports
+        rest, values = (rest[: -len(asked)], rest[-len(asked) :]) if asked else (rest, [])
         rest, last = rest[: 2 * exits + 2], rest[2 * exits + 2 :]
         learned = exits if exits and self.program.exits[0].criterion.learned else 0
         reports = {
-            r.name: v if self.marked.training else reached(v, index, r.stage) for r, v in zip(told, values, strict=True)
+            r.name: v if self.marked.training else reached(v, index, r.stage) for r, v in zip(asked, values, strict=True)
         }
         outcome = Outcome(
             leaves=leaves,

@@ -1,11 +1,11 @@
-"""Which operators and gated regions of a segment may write over a value that nobody needs again.
+"""Which operators and gated regions of a segment may write over a value that is not needed again.
 
 A captured graph is functional where the model's source was: `relu(norm(x))` allocates twice. Writing the result over the
 dying operand moves less memory, and on the CPU it spares the pages that the allocator gives back and takes again, which
 on a ResNet-20 at batch 64 are a third of the time. Numbers do not change: the same kernels run, with another target.
 
 A gated region writes what it gives over what goes past it. The open rows alone are written where that value dies there;
-else all of it is copied first, which is more than half of what a gate of a ResNet-20 costs beside its score.
+else all of it is copied first, which is more than half of what a gate of a ResNet-20 costs besides its score.
 
 An operand dies where it was freshly allocated by the operator that made it, has no other user and is no output of the
 segment. Inputs, parameters and views of anything are never written to. Only right without gradients: autograd may have
@@ -109,7 +109,7 @@ def _of(n: fx.Node, calls: set[fx.Node]) -> bool:
 
 
 def _last_read(x: fx.Node, n: fx.Node, position: dict[fx.Node, int]) -> bool:
-    """Whether nothing behind `n` reads `x`; what is not known to be memory of its own may be a view of what it reads."""
+    """Whether nothing after `n` reads `x`; what is not known to be memory of its own may be a view of what it reads."""
     may_be, seen = [x], {x}
     for value in may_be:  # grows
         for user in value.users:

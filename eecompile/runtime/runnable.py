@@ -77,13 +77,13 @@ def lifted(module: fx.GraphModule, reuse: bool = False) -> tuple[fx.GraphModule,
     """The module with its attributes as leading inputs, and where these stand.
 
     Args:
-        reuse: Whether operators and gated regions may write over values that nobody needs again; only right without
+        reuse: Whether operators and gated regions may write over values that are not needed again; only right without
             gradients, and outside of autocast.
     """
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     values: dict[str, tuple[fx.Node, Entry]] = {}
-    for n in module.graph.nodes:  # inputs keep their order behind the attributes
+    for n in module.graph.nodes:  # inputs keep their order after the attributes
         if n.op == "get_attr" and str(n.target) not in values:
             value = facts.attribute(module, str(n.target))
             if isinstance(value, Tensor):

@@ -28,7 +28,7 @@ class Survivors:
 
     Attributes:
         rows: [n] int64, the batch's rows that are still in; None means all of them, in order.
-        prediction: [B, ..., C]; rows that left are filled in. None until somebody leaves or the end is reached.
+        prediction: [B, ..., C]; rows that left are filled in. None until a row leaves or the end is reached.
     """
 
     def __init__(self, size: int, device: torch.device, end: int, dtype: torch.dtype) -> None:
@@ -47,7 +47,7 @@ class Survivors:
             confidence: [n]; NaN is never sure.
 
         Returns:
-            None if nobody leaves, else the positions `[m]` among the n rows of those that stay.
+            None if no row leaves, else the positions `[m]` among the n rows of those that stay.
         """
         sure = confidence >= threshold
         stay = torch.nonzero(~sure).view(-1)
@@ -59,7 +59,7 @@ class Survivors:
         return stay
 
     def _write(self, exit_index: int, logits: Logits, confidence: Tensor, sure: Tensor | None) -> None:
-        if sure is None and self.rows is None:  # everybody at the first decision: nothing to gather
+        if sure is None and self.rows is None:  # every row at the first decision: nothing to gather
             self.prediction, self.confidence = taken(logits, None).to(self.dtype), confidence
             self.exit_index = torch.full((self.size,), exit_index, dtype=torch.int64, device=self.device)
             return

@@ -28,7 +28,7 @@ FORGET_AFTER = 100  # refusals in a row
 STEPS_PER_OCTAVE = 4  # numbers of rows within 19% of one another share their measurements
 
 Piece = tuple[int, int]
-"""Work from behind one exit (-1: the input) up to another (the number of exits: the model's own end)."""
+"""Work from one exit (-1: the input) up to another (the number of exits: the model's own end)."""
 END: Piece = (-2, -2)
 """What comes after the last piece: putting the output together, until the caller has it."""
 

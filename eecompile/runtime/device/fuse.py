@@ -30,8 +30,8 @@ class Decision:
     Attributes:
         module: `module(*live, *states)` gives `(result, logits, *states, *leaves, *reports, *live)`.
         criterion: One that `kernels/decide.py` knows; "given" where `logits` is the confidence.
-        takes_states: How many states come in behind the live values.
-        gives_states: How many go out behind `logits`.
+        takes_states: How many states come in after the live values.
+        gives_states: How many go out after `logits`.
     """
 
     module: fx.GraphModule
@@ -62,7 +62,7 @@ def with_head(segment: Segment, every_row: bool) -> Segment:
     """A segment that ends where a router sends rows, with the head in it again.
 
     Args:
-        every_row: Whether all rows need what it says: where everybody leaves, or may be stopped.
+        every_row: Whether all rows need what it says: where all leave, or may be stopped.
     """
     if segment.head is None:
         return segment
@@ -101,11 +101,11 @@ def fused(segment: Segment) -> Decision:
     """The decision at the end of a segment, with its confidence in the kernel where that is possible."""
     plain = Decision(segment.module, GIVEN, 1, segment.takes_states, segment.gives_states)
     outputs = list(segment.module.graph.output_node().args[0])  # type: ignore[arg-type]
-    call = _judged(outputs[1])
+    call = _confidence(outputs[1])
     if call is None or call.args[2] not in CRITERIA:
         return plain
-    judged = call.args[0]
-    shape = facts.value(judged) if isinstance(judged, fx.Node) else None
+    scored = call.args[0]
+    shape = facts.value(scored) if isinstance(scored, fx.Node) else None
     if not isinstance(shape, Tensor) or shape.ndim != 2:
         return plain
     stateful = call.args[2] == "patience"
@@ -114,7 +114,7 @@ def fused(segment: Segment) -> Decision:
     return _without(segment, call, stateful)
 
 
-def _judged(confidence: Any) -> fx.Node | None:
+def _confidence(confidence: Any) -> fx.Node | None:
     """The call of `confidence` that a node is the first value of."""
     if not isinstance(confidence, fx.Node) or confidence.target is not operator.getitem or confidence.args[1] != 0:
         return None
@@ -147,7 +147,7 @@ def _without(segment: Segment, call: fx.Node, stateful: bool) -> Decision:
 
 
 def ended(segment: Segment, axis: int) -> Decision:
-    """The last segment of a program: everybody leaves, with the confidence that the segment computes.
+    """The last segment of a program: every row leaves, with the confidence that the segment computes.
 
     Args:
         axis: Batch axis of the model's own prediction; that of an exit comes batch first.

@@ -54,7 +54,7 @@ class Conditional:
 
 @dataclass(frozen=True)
 class Parts:
-    """A module in pieces; names are those of its graph's nodes behind `prefix`."""
+    """A module in pieces; names are those of its graph's nodes after `prefix`."""
 
     inputs: tuple[str, ...]
     pieces: tuple[Straight | Conditional, ...]
@@ -173,7 +173,7 @@ def _choice(
     prefix: str,
     besides: tuple[str, ...] = (),
 ) -> Straight:
-    """Who is open in each of `run`; `besides` are names that `decided` is called with behind what it is asked of."""
+    """Which rows take each of `run`; `besides` are names that `decided` is called with after what it reads."""
     graph = fx.Graph()
     read = list(dict.fromkeys(asked))
     env = {n: graph.placeholder(n.name) for n in read}
