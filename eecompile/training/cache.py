@@ -18,16 +18,18 @@ from torch import Tensor
 
 from eecompile.errors import EecompileError
 
+DISK = 2**34
+
 
 class Cache:
     """Append-only storage of tensors.
 
     Args:
         limit: Bytes kept in memory.
-        disk_limit: Bytes kept in files; None for what is free there but a tenth.
+        disk_limit: Bytes kept in files; less where the disk has less, of which a tenth stays free.
     """
 
-    def __init__(self, limit: int, disk_limit: int | None = None) -> None:
+    def __init__(self, limit: int, disk_limit: int = DISK) -> None:
         self.limit, self.disk_limit = limit, disk_limit
         self.in_memory = self.on_disk = 0
         self.directory: Path | None = None
@@ -47,16 +49,14 @@ class Cache:
         """Whether so many more bytes fit, in memory or on the disk."""
         if self.in_memory + size <= self.limit:
             return True
-        if self.disk_limit is not None:
-            return self.on_disk + size <= self.disk_limit
-        place = self.directory or tempfile.gettempdir()
-        return size <= 0.9 * shutil.disk_usage(place).free
+        free = 0.9 * shutil.disk_usage(self.directory or tempfile.gettempdir()).free
+        return size <= min(self.disk_limit - self.on_disk, free)
 
     def add(self, name: str, value: Tensor) -> None:
         """Keeps a block of `name`, detached and on the CPU.
 
         Raises:
-            EecompileError: The file cannot be written, as on a full disk.
+            EecompileError: There is no more room, or the file cannot be written.
         """
         value = value.detach().to("cpu").contiguous()
         size = value.numel() * value.element_size()
@@ -66,6 +66,13 @@ class Cache:
             self._bytes[name] = self._bytes.get(name, 0) + size
             blocks.append(value.clone())
             return
+        if not self.room_for(size):
+            raise EecompileError(
+                "features fit neither in memory nor on the disk",
+                where=str(self.directory or tempfile.gettempdir()),
+                got=f"{(self.in_memory + self.on_disk + size) / 2**20:.0f} MiB so far",
+                hint="pass cached=False to train batch by batch",
+            )
         self.on_disk += size
         blocks.append(self._written(name, len(blocks), value))
 

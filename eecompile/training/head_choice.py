@@ -14,6 +14,7 @@ from eecompile.heads import HEADS, Head, LinearHead, build_head
 from eecompile.passes.place_exits import DECISION_FLOPS_PER_CLASS, LEAST_STEP, WORTH, Candidates, head_flops
 from eecompile.passes.sites import site_at
 from eecompile.program import Result
+from eecompile.training.batches import device_of, move
 from eecompile.training.features import Block, Features, Slot, labels_at
 from eecompile.training.head_fit import Fitted, HeadFit, Standardised, minimise
 from eecompile.training.head_report import HeadRow
@@ -97,6 +98,7 @@ class Choice:
 
     def __init__(self, fast: Any, plan: Plan, objective: Objective) -> None:
         self.fast, self.plan, self.objective = fast, plan, objective
+        self.device = device_of(fast)
         self.convex = not any(isinstance(part, PerExitLoss) for part in parts_of(objective))
         recipe = fast.strategy.recipe().exits
         self.free = recipe is not None and recipe.head == "auto"
@@ -205,8 +207,9 @@ class Choice:
         total, count = 0.0, 0
         for block in features.blocks:
             if len(block.held):
-                own = features.teacher(block, block.held)
-                total += float(self.objective.of_one(own, own, labels_at(block.labels, block.held))) * len(block.held)
+                own = features.teacher(block, block.held).to(self.device)
+                labels = move(labels_at(block.labels, block.held), self.device)
+                total += float(self.objective.of_one(own, own, labels)) * len(block.held)
                 count += len(block.held)
         return total / max(count, 1)
 
@@ -284,7 +287,7 @@ class Choice:
                     continue
                 for rows in torch.split(torch.arange(len(block.row)), 1024):
                     result = self._result(features, block, rows)
-                    labels = labels_at(block.labels, rows)
+                    labels = move(labels_at(block.labels, rows), self.device)
                     total += float(self.objective(result, labels, where=where)) * len(rows)
                     count += len(rows)
                     found, real = scored(result, labels, self.plan.metric, self.objective, where)
@@ -297,13 +300,13 @@ class Choice:
         outputs, scores = [], []
         for slot in self.slots:
             fitting = HeadFit(features, slot, self.objective, self.convex, None, self.plan.lr)
-            outputs.append(fitting.logits(slot.branch.head, block, rows).cpu())
+            outputs.append(fitting.logits(slot.branch.head, block, rows).to(self.device))
             score = slot.branch.score
             if isinstance(score, LinearHead):
-                x = features.feature(slot, "mean", block, rows).to(next(score.parameters()).device)
-                scores.append(score.layers(x).flatten().cpu())
-        outputs.append(features.teacher(block, rows))
-        nothing = torch.zeros(len(rows))
+                x = features.feature(slot, "mean", block, rows).to(self.device)
+                scores.append(score.layers(x).flatten())
+        outputs.append(features.teacher(block, rows).to(self.device))
+        nothing = torch.zeros(len(rows), device=self.device)
         return Result(
             output=outputs[-1],
             exit_index=nothing.long(),

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 from eecompile import eecompile, load, strategies
 from eecompile.errors import EecompileError
+from eecompile.training.cache import Cache
 from tests.support import equal_bits
 
 ROWS, LENGTH, CLASSES = 240, 8, 3
@@ -311,6 +312,25 @@ def test_whole_values_are_left_out_where_there_is_no_room(monkeypatch: pytest.Mo
         compiled(strategies.MeBert(exits=2, head="attention")).fit(data, cached=True, progress=False)
     report = compiled(strategies.MeBert(exits=2, head="attention")).fit(data, progress=False)
     assert "fit neither in memory nor on the disk" in report.batch_by_batch
+
+
+def test_a_cache_keeps_to_its_limits(place: Path) -> None:
+    with Cache(limit=100, disk_limit=200) as cache:
+        cache.add("a", torch.arange(20.0))
+        cache.add("a", torch.arange(30, dtype=torch.bfloat16))
+        assert (cache.in_memory, cache.on_disk) == (80, 60)
+        written = cache.block("a", 1)
+        assert torch.equal(written, torch.arange(30, dtype=torch.bfloat16))
+        written.zero_()  # what is read is a copy
+        assert torch.equal(cache.block("a", 1), torch.arange(30, dtype=torch.bfloat16))
+        cache.add("empty", torch.empty(0, 3))
+        assert cache.room_for(140)
+        assert not cache.room_for(141)
+        with pytest.raises(EecompileError, match="neither in memory nor on the disk"):
+            cache.add("b", torch.zeros(40))
+        cache.drop("a")
+        assert (cache.in_memory, cache.on_disk) == (0, 0)
+    assert not list(place.iterdir())
 
 
 # ------------------------------------------------------------------------------------------------ data that change
