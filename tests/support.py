@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -22,6 +23,11 @@ from eecompile.strategies import Strategy
 
 CLOSED = 2.0
 GAP = 2e-5  # a hundred times what rounding moves a confidence when a smaller batch is summed in another order
+
+
+def nightly(*values: Any, **options: Any) -> Any:
+    """Parameters that `make test` leaves to `make test-all`: slow, or close to others."""
+    return pytest.param(*values, marks=pytest.mark.nightly, **options)
 
 
 # ------------------------------------------------------------------------------------------------ outputs

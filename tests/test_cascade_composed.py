@@ -10,7 +10,7 @@ from torch import nn
 
 from eecompile import StrategyError, strategies
 from tests import cascades, zoo_plain
-from tests.support import CLOSED, agree, both, close, equal_bits, neutral, random_settings, shares_parameters, watch
+from tests.support import CLOSED, agree, both, close, equal_bits, neutral, nightly, random_settings, shares_parameters, watch
 from tests.support import compiled as eecompile
 
 
@@ -51,9 +51,9 @@ PAIRS = [
     ("recurrent gates", "recurrent gates"),
     ("gates", "halting"),
     ("exits", "policy and exits"),
-    pytest.param(("gates", "gates"), marks=pytest.mark.nightly),
-    pytest.param(("policy and exits", "depth up front"), marks=pytest.mark.nightly),
-    pytest.param(("halting", "halting and exits"), marks=pytest.mark.nightly),
+    nightly(("gates", "gates")),
+    nightly(("policy and exits", "depth up front")),
+    nightly(("halting", "halting and exits")),
 ]
 
 
@@ -97,10 +97,10 @@ def test_compiled_models_bring_gates_and_halting_along(pair):
 @pytest.mark.parametrize(
     ("added", "exits"),
     [
-        pytest.param(strategies.Anytime(), 2, id="anytime", marks=pytest.mark.nightly),
-        pytest.param(strategies.SkipNet(open_bias=0.0), 1, id="skipnet", marks=pytest.mark.nightly),
+        nightly(strategies.Anytime(), 2, id="anytime"),
+        nightly(strategies.SkipNet(open_bias=0.0), 1, id="skipnet"),
         pytest.param(strategies.Branchy(exits=1) + strategies.SkipNet(open_bias=0.0), 3, id="branchy+skipnet"),
-        pytest.param(strategies.Branchy(exits=1) + strategies.Act(halting_bias=0.0), 3, id="branchy+act"),
+        nightly(strategies.Branchy(exits=1) + strategies.Act(halting_bias=0.0), 3, id="branchy+act"),
     ],
 )
 def test_a_sum_with_a_cascade_goes_into_its_models(added, exits):
@@ -133,6 +133,7 @@ def test_a_sum_with_a_cascade_goes_into_its_models(added, exits):
     agree(fast, (images(5, 6),), {})
 
 
+@pytest.mark.nightly
 def test_a_text_cascade_with_heads_inside():
     """Masks go to the heads and gates of the models that have one; a bag of words has no place inside and stays as it is."""
     herd = cascades.reviews()

@@ -81,7 +81,7 @@ def test_executors_agree_at_random_settings(program):
             random_settings(fast, args, kwargs, rng)
             reference = run_by("reference", fast, *args, **kwargs)
             split(program, reference, seen)
-            for name in program.kind.executors:
+            for name in program.kind.executors if draw < 2 else ("compact",):
                 if name == "simulate":
                     fast.device_options = Options(structure=("nested", "machine")[draw % 2])
                 same_result(run_by(name, fast, *args, **kwargs), reference)
@@ -90,6 +90,7 @@ def test_executors_agree_at_random_settings(program):
     fast.device_options = Options()
     assert seen.keys() == set(program.kind.splits), "in no batch rows differed in the others"
     if "simulate" in program.kind.executors:
+        args, kwargs = program.kind.call(3, 2)  # few rows have few buckets: each of them is gone through
         report = fast.check_no_sync(*args, **kwargs)
         assert report.ok, str(report)
 

@@ -11,7 +11,7 @@ import torch
 from eecompile import CompiledModule, strategies
 from eecompile.strategies import Strategy
 from tests.gates.adaptive import rows, tower
-from tests.support import agree, both, equal_bits, neutral, random_settings, same_result
+from tests.support import agree, both, equal_bits, neutral, nightly, random_settings, same_result
 from tests.support import compiled as eecompile
 
 BATCHES = (1, 6)
@@ -62,7 +62,7 @@ def composed(rng: random.Random) -> tuple[CompiledModule, str]:
     return fast, str(strategy)
 
 
-@pytest.mark.parametrize("seed", [0, 1, *(pytest.param(s, marks=pytest.mark.nightly) for s in range(2, 8))])
+@pytest.mark.parametrize("seed", [0, 1, *(nightly(s) for s in range(2, 8))])
 def test_random_compositions_keep_the_invariants(seed):
     rng = random.Random(seed)
     fast, said = composed(rng)

@@ -121,7 +121,7 @@ def test_the_device_program_agrees_with_the_reference(zoo, name):
     """Simulated: bucket by bucket, with rows that only fill up. And nothing in it needs the host."""
     fast = zoo(name).fast
     rng = random.Random(MODELS.index(name))
-    sizes = (1, 2 + MODELS.index(name) % 32)
+    sizes = (1, 2 + MODELS.index(name) % 14)
     for batch in sizes:
         args, kwargs = zoo(name).entry.inputs(batch, seed=4)
         confidences = fast.observe(*args, **kwargs).confidences[:-1]
@@ -132,6 +132,7 @@ def test_the_device_program_agrees_with_the_reference(zoo, name):
                 want = fast.run(*args, **kwargs)
             with torch.no_grad(), executor(fast, "simulate"):
                 same_result(fast.run(*args, **kwargs), want)
+    args, kwargs = zoo(name).entry.inputs(3)  # few rows have few buckets: each of them is gone through
     report = fast.check_no_sync(*args, **kwargs)
     assert report.ok, str(report)
     assert report.bodies > len(fast.exits)

@@ -9,6 +9,7 @@ import torch
 
 from eecompile.criteria import Patience
 from tests.calibration.synthetic import Drawn, calibrated, draw, loader
+from tests.support import nightly
 
 TRIALS, ROWS = 80, 900
 POPULATION = draw(40_000, exits=2, seed=99)
@@ -48,8 +49,8 @@ def violations(delta, max_drop, target="accuracy", criterion=None, trials=TRIALS
     ("max_drop", "delta", "options"),
     [
         (0.05, 0.1, {}),
-        pytest.param(0.03, 0.2, {"temperature": False}, marks=pytest.mark.nightly),
-        pytest.param(0.08, 0.1, {"target": "agreement", "temperature": False}, marks=pytest.mark.nightly),
+        nightly(0.03, 0.2, {"temperature": False}),
+        nightly(0.08, 0.1, {"target": "agreement", "temperature": False}),
         (0.08, 0.2, {"criterion": Patience(exits_in_agreement=2), "temperature": False}),
     ],
 )

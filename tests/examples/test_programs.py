@@ -180,6 +180,7 @@ def test_errors_are_one_line(environment: dict[str, str], tmp_path: Path) -> Non
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.nightly
 def test_help_has_examples(environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "examples.mebert_imdb", "--help"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)

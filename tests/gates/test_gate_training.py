@@ -126,6 +126,7 @@ def test_the_first_rows_of_a_batch_run_the_full_model(trained, mode):
     before.backward()
 
 
+@pytest.mark.nightly
 def test_full_rows_keep_the_full_model_good(trained):
     accuracy = {}
     for share in (0.0, 0.5):

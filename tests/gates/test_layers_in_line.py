@@ -20,7 +20,7 @@ from eecompile.passes import Normalize, run_passes
 from eecompile.passes.recurrent import OPERATORS
 from eecompile.program import Program
 from tests.kinds import spread
-from tests.support import CLOSED, again, agree, both, equal_bits, neutral, separating, spreading_thresholds, watch
+from tests.support import CLOSED, again, agree, both, equal_bits, neutral, nightly, separating, spreading_thresholds, watch
 from tests.support import compiled as eecompile
 
 WIDTH, CLASSES, STEPS = 8, 3, 5
@@ -145,7 +145,7 @@ class Layers:
 
 
 RARE = ("RNN, both directions", "a list of LSTMs", "a ResNet with Hardswish", "a ResNet with ReLU6")
-NAMES = [pytest.param(n, marks=pytest.mark.nightly) if n in RARE else n for n in (*RECURRENT, *RESIDUAL)]
+NAMES = [nightly(n) if n in RARE else n for n in (*RECURRENT, *RESIDUAL)]
 
 
 @pytest.fixture(scope="module", params=NAMES)

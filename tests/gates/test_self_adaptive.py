@@ -8,7 +8,7 @@ import torch
 from eecompile import StrategyError
 from eecompile.strategies import SelfAdaptive
 from tests.gates.adaptive import Loader, rows, tower
-from tests.support import CLOSED, watch
+from tests.support import CLOSED, nightly, watch
 from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
@@ -68,7 +68,7 @@ def test_stages_come_down_to_the_target():
     assert [s.objective["name"] for s in SelfAdaptive(estimator="reinforce", curriculum=1).stages] == ["reinforce"]
 
 
-@pytest.mark.parametrize("estimator", ["gumbel", "reinforce"])
+@pytest.mark.parametrize("estimator", ["gumbel", nightly("reinforce")])
 def test_the_policy_meets_its_target_and_keeps_the_task(estimator):
     x, y, _ = rows(512, seed=1)
     recipe = SelfAdaptive(exits=None, curriculum=2, target_cost=0.6, estimator=estimator)

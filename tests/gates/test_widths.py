@@ -14,7 +14,7 @@ from eecompile.gates import norms_at
 from eecompile.inspect.why import where
 from eecompile.strategies import SelfAdaptive
 from tests.gates.adaptive import Loader, Residual, rows, tower
-from tests.support import again, both, close, equal_bits, gelu_of, separating, watch
+from tests.support import again, both, close, equal_bits, gelu_of, nightly, separating, watch
 from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
@@ -164,7 +164,7 @@ def test_gradients_reach_the_channels_that_ran(mode):
         assert not bool(result.gates_free[shut, 1].any())
 
 
-@pytest.mark.parametrize("estimator", ["gumbel", "reinforce"])
+@pytest.mark.parametrize("estimator", ["gumbel", nightly("reinforce")])
 def test_the_policy_meets_its_target_by_width(estimator):
     x, y, _ = rows(512, seed=1)
     recipe = adaptive(parts=(), curriculum=1, target_cost=0.6, estimator=estimator, open_bias=2.0)

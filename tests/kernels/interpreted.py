@@ -11,13 +11,13 @@ import torch
 
 from eecompile.kernels import choose, confidence, gather, halt, head_confidence, open_rows
 from eecompile.kernels._lists import COUNTER, control_size
-from tests.kernels.interpreting import BUCKETS, DTYPES, INF, NAN, close, launched, logits, seeded
+from tests.kernels.interpreting import BUCKETS, DTYPES, INF, NAN, NIGHTLY, close, launched, logits, seeded
 
 # --- confidence -----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "C"), [(1, 1), (1, 63), (63, 5), (6, 1023), (5, 2100)])
+@pytest.mark.parametrize(("n", "C"), [(1, 1), (1, 63), (63, 5), (6, 1023), pytest.param(5, 2100, marks=NIGHTLY)])
 def test_confidence(n: int, C: int, dtype: torch.dtype) -> None:
     x = logits(n, C, dtype, strided=True)
     for criterion in ("max_probability", "entropy", "margin", "energy"):
@@ -121,7 +121,9 @@ def test_scatter(n: int, b: int, live: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool])
-@pytest.mark.parametrize(("shape", "axis"), [((1, 1), 0), ((63,), 0), ((2, 7, 1023), 1), ((3, 4100), 0)])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((1, 1), 0), ((63,), 0), ((2, 7, 1023), 1), pytest.param((3, 4100), 0, marks=NIGHTLY)]
+)
 def test_choose(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
     values = [torch.randn(*shape[:-1], shape[-1] * 2).mul(9).to(dtype)[..., ::2] for _ in range(3)]
     n = shape[axis]
@@ -138,7 +140,9 @@ def test_choose(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("kind", ["bool", "float32", "bfloat16"])
-@pytest.mark.parametrize(("n", "capacity"), [(0, 1), (1, 1), (1, 63), (63, 63), (1000, 1023), (1400, 1500)])
+@pytest.mark.parametrize(
+    ("n", "capacity"), [(0, 1), (1, 1), (1, 63), (63, 63), (1000, 1023), pytest.param(1400, 1500, marks=NIGHTLY)]
+)
 def test_open_rows(n: int, capacity: int, kind: str) -> None:
     g = seeded(n)
     decision = torch.rand(2 * capacity, generator=g)[::2].round()
@@ -190,7 +194,10 @@ def eighths(*shape: int, generator: torch.Generator) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("n", "D", "V", "splits"), [(1, 7, 1, None), (5, 33, 63, 2), (1, 16, 1023, 3), (20, 65, 300, None)])
+@pytest.mark.parametrize(
+    ("n", "D", "V", "splits"),
+    [(1, 7, 1, None), (5, 33, 63, 2), pytest.param(1, 16, 1023, 3, marks=NIGHTLY), (20, 65, 300, None)],
+)
 def test_head_confidence(n: int, D: int, V: int, splits: int | None, dtype: torch.dtype) -> None:
     g = seeded(V)
     # Eighths: every sum is exact in float32, in whatever order it is added, so that a tie is a tie on every processor.

@@ -10,7 +10,7 @@ import torch
 
 from eecompile.kernels import clock, confidence, decide
 from eecompile.kernels._lists import COUNTER, control_size
-from tests.kernels.interpreting import BUCKETS, DTYPES, NAN, close, launched, logits, seeded
+from tests.kernels.interpreting import BUCKETS, DTYPES, NAN, NIGHTLY, close, launched, logits, seeded
 
 # --- decide ---------------------------------------------------------------------------------------
 
@@ -48,7 +48,9 @@ def decided(run: Any, criterion: str, n: int, capacity: int, C: int, kind: torch
 
 
 @pytest.mark.parametrize("criterion", [*confidence.CRITERIA, "given"])
-@pytest.mark.parametrize(("n", "capacity", "C"), [(1, 1, 3), (0, 3, 3), (37, 63, 5), (3, 4, 1023), (6, 6, 2100)])
+@pytest.mark.parametrize(
+    ("n", "capacity", "C"), [(1, 1, 3), (0, 3, 3), (37, 63, 5), (3, 4, 1023), pytest.param(6, 6, 2100, marks=NIGHTLY)]
+)
 def test_decide(criterion: str, n: int, capacity: int, C: int) -> None:
     kind = DTYPES[(n + C) % 3]
     for final in (False, True):

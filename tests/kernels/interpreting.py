@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from eecompile.kernels._triton import INTERPRETED, LAUNCHES
@@ -16,6 +17,7 @@ DTYPES = [torch.float32, torch.float16, torch.bfloat16]
 NAN, INF = math.nan, math.inf
 DEVICE = "cpu" if INTERPRETED else "cuda"
 torch.set_default_device(DEVICE)
+NIGHTLY = pytest.mark.nightly  # past one block of columns: slow in the interpreter
 BUCKETS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 2048], dtype=torch.int32)
 
 torch.set_num_threads(1)

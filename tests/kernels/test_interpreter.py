@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from eecompile.kernels._triton import HAVE_TRITON
+from tests.support import nightly
 
 ROOT = Path(__file__).parents[2]
 ON_GPU = ["tests/kernels/interpreted.py", "tests/kernels/interpreted_decisions.py"]
@@ -32,10 +33,10 @@ KERNELS = [
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="no Triton on this platform")
 
 
-@pytest.fixture(scope="module")
-def report() -> str:
-    """What pytest says of `FILES`, run in a process of their own."""
-    command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=short", "-p", "no:cacheprovider"]
+@pytest.fixture(scope="module", params=["not nightly", nightly("nightly")])
+def report(request: pytest.FixtureRequest) -> str:
+    """What pytest says of `FILES`, run in a process of their own; sizes past one block of columns by themselves."""
+    command = [sys.executable, "-m", "pytest", "-q", "-rA", "--tb=short", "-p", "no:cacheprovider", "-m", request.param]
     command += ["-o", "python_files=interpreted*.py", *FILES]
     environment = {**os.environ, "PYTEST_ADDOPTS": "", "TRITON_INTERPRET": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
@@ -43,11 +44,12 @@ def report() -> str:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_kernel_against_its_float64_definition(kernel: str, report: str) -> None:
+def test_kernel_against_its_float64_definition(kernel: str, report: str, request: pytest.FixtureRequest) -> None:
     of_kernel = rf"(PASSED|FAILED|ERROR) \S+::test_{kernel}(?:_\w+)?(?:\[|\s|$)"
     outcomes = re.findall(of_kernel, report)
-    assert outcomes, report[-4000:]
-    assert set(outcomes) == {"PASSED"}, report[-8000:]
+    if request.node.get_closest_marker("nightly") is None:
+        assert outcomes, report[-4000:]
+    assert set(outcomes) <= {"PASSED"}, report[-8000:]
 
 
 def test_nothing_else_failed(report: str) -> None:

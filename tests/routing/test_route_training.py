@@ -15,6 +15,7 @@ from eecompile.training.route_report import RouteRow
 from tests.calibration.synthetic import calibrated
 from tests.gates.adaptive import Loader, Tower, rows, tower
 from tests.support import compiled as eecompile
+from tests.support import nightly
 
 OVER = ("blocks.0", "blocks.2")
 
@@ -86,7 +87,10 @@ def test_calibration_of_exits_that_rows_are_sent_to(model):
     assert fast.temperatures.tolist()[0] == 1.0
 
 
-@pytest.mark.parametrize("estimator", ["regret", "straight_through", "gumbel", "soft", "reinforce"])
+@pytest.mark.parametrize(
+    "estimator",
+    ["regret", "straight_through", *(nightly(e) for e in ("gumbel", "soft", "reinforce"))],
+)
 def test_hard_rows_take_the_models_own_way(model, estimator):
     router = Router(at="input", to={"light": 0.01}, over=("input", "blocks.2"), price=0.3, estimator=estimator, warm_up=0.4)
     fast = compiled(model, router)

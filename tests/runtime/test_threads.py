@@ -13,7 +13,7 @@ from torch import Tensor
 
 from eecompile import CompiledModule, strategies
 from tests.runtime.test_deadlines import Layers
-from tests.support import CLOSED, again, executor
+from tests.support import CLOSED, again, executor, nightly
 from tests.support import compiled as eecompile
 
 THREADS = 4
@@ -56,7 +56,7 @@ def small() -> tuple[CompiledModule, Tensor]:
     return eecompile(model, strategy, example_inputs=(x,)), x
 
 
-@pytest.mark.parametrize("calls", [40, pytest.param(500, marks=pytest.mark.nightly)], ids=["160 calls", "2,000 calls"])
+@pytest.mark.parametrize("calls", [40, nightly(500)], ids=["160 calls", "2,000 calls"])
 def test_calls_under_any_deadline_with_interrupts(small, calls):
     """Runs, streams and interrupts: each gives a whole output, none hangs, nothing is left over."""
     fast, x = small
