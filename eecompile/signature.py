@@ -134,6 +134,7 @@ class Signature:
         out_constants: The same for the outputs; a `Number` where it is computed from sizes of the inputs.
         dynamic: Name and range of every dynamic size, the batch included.
         guards: Further conditions on these sizes, under which the graph is the model.
+        fixed: Lengths that the model keeps to: input, axis, and the line that does, where it is known.
     """
 
     parameters: tuple[Parameter, ...]
@@ -145,6 +146,7 @@ class Signature:
     out_constants: tuple[tuple[Any] | None, ...]
     dynamic: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
+    fixed: tuple[tuple[str, int, str], ...] = ()
     training: bool = False
 
     def __post_init__(self) -> None:
@@ -155,6 +157,8 @@ class Signature:
         object.__setattr__(self, "_positional", len(names) if simple and order == list(names) else -1)
         object.__setattr__(self, "_names", names if simple else None)
         object.__setattr__(self, "_seen", set())
+        gives = any(c is not None and isinstance(c[0], Number) for c in self.out_constants)
+        object.__setattr__(self, "_gives_sizes", gives)
         single = len(self.outputs) == 1 and isinstance(self.out_spec, pytree.TreeSpec) and self.out_spec.is_leaf()
         object.__setattr__(self, "_single", single)
 
@@ -257,6 +261,7 @@ class Signature:
                     same = sizes.setdefault(want, size) == size
                     ok = ok and same and size >= low and (high is None or size <= high)
             if not ok:
+                self._fixed_length(t, leaf)
                 ranges = ", ".join(
                     f"{n} {before[n]}, as in the inputs before it"
                     if n in before
@@ -284,6 +289,18 @@ class Signature:
                     hint="call with such sizes, or compile again with an example of these",
                 )
 
+    def _fixed_length(self, t: torch.Tensor, leaf: Leaf) -> None:
+        for path, axis, line in self.fixed:
+            if path == leaf.path and t.dim() == len(leaf.shape) and t.shape[axis] != leaf.shape[axis]:
+                raise CaptureError(
+                    "the model's own code keeps to the length of the example: it loops over it, or cuts it into chunks",
+                    where=line or path,
+                    got=f"{path}: {list(t.shape)}",
+                    wanted=f"{leaf.describe()}",
+                    hint="pad to that length, compile again with an example of this one, or compile with "
+                    'capture="blocks", which runs the Python code of the model at any length',
+                )
+
     def admits(self, flat: Sequence[torch.Tensor]) -> bool:
         """Whether tensors in the graph's order have sizes and dtypes that were captured."""
         try:
@@ -307,10 +324,16 @@ class Signature:
             return flat[0]
         it = iter(flat)
         leaves = [next(it) if c is None else c[0] for c in self.out_constants]
-        if any(isinstance(leaf, Number) for leaf in leaves):
+        if self.gives_sizes:
             sizes = self.sizes(inputs)
             leaves = [leaf.value(sizes) if isinstance(leaf, Number) else leaf for leaf in leaves]
         return pytree.tree_unflatten(leaves, self.out_spec)
+
+    @property
+    def gives_sizes(self) -> bool:
+        """Whether an output is a number that is computed from sizes of the inputs."""
+        found: bool = self._gives_sizes  # type: ignore[attr-defined]
+        return found
 
     def sizes(self, flat: Sequence[torch.Tensor]) -> dict[str, int]:
         """The dynamic sizes of a call by their names."""
@@ -371,6 +394,7 @@ class Signature:
             ],
             "dynamic": {k: list(v) for k, v in self.dynamic.items()},
             "guards": [g.to_json() for g in self.guards],
+            "fixed": [list(f) for f in self.fixed],
             "training": self.training,
         }
 
@@ -393,5 +417,6 @@ class Signature:
             ),
             dynamic={k: (v[0], v[1]) for k, v in data["dynamic"].items()},
             guards=tuple(load_guard(g) for g in data["guards"]),
+            fixed=tuple((path, axis, line) for path, axis, line in data.get("fixed", ())),
             training=data["training"],
         )

@@ -36,7 +36,7 @@ from eecompile.capture.causes import raise_cause
 from eecompile.capture.grad_regions import inline_grad_regions
 from eecompile.capture.quiet import quiet
 from eecompile.capture.sizes import MAX_BATCH, MAX_LENGTH, batch_fixed, conditions, either, equal_sizes, ranges
-from eecompile.capture.source import capture_failed, model_failed, stack_of, strip
+from eecompile.capture.source import capture_failed, line_of, model_failed, size_line, stack_of, strip
 from eecompile.capture.tensors import name_in_graph, share_tensors
 from eecompile.capture.train_mode import check_training
 from eecompile.capture.untouched import untouched
@@ -115,7 +115,7 @@ def capture_export(
             check_training(model, captured.graph_module, captured.flat_example, tries.run)
         if tries.compares and captured.flat_example is not None:
             check.fused_attention(captured.signature, captured.flat_example, captured.graph_module, tries.run, model, fused)
-    return replace(captured, notes=tries.notes())
+    return replace(captured, signature=tries.with_fixed(captured.signature, lengths), notes=tries.notes())
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,7 @@ class _Tries:
         self.best: _Try | None = None
         self.hopeless = False
         self.attempts: list[str] = []
+        self.lines: dict[str, str] = {}  # of the model, that fix a size
         self.failures: list[BaseException] = []
         self.problems: list[str] = []
 
@@ -199,6 +200,9 @@ class _Tries:
         wanted = {n for spec in further.values() for n in spec.values()}
         free = {n for n, (low, high) in captured.signature.dynamic.items() if low != high}
         found = _Try(name, captured, further, frozenset(wanted - free), oblivious, unknown)
+        for n in found.fixed & captured.signature.dynamic.keys():
+            line = size_line(captured.exported, captured.signature.dynamic[n][0]) if captured.exported is not None else None
+            self.lines[n] = self.lines.get(n) or line or ""
         if self.best is None or found.lost < self.best.lost:
             self.best = found
 
@@ -235,6 +239,17 @@ class _Tries:
             return _export(self.adapter, tensors, self.call, self.axes, further, oblivious)
         finally:
             caches.put_back()
+
+    def with_fixed(self, signature: Signature, lengths: Mapping[str, Mapping[int, str]]) -> Signature:
+        """Says of which lengths the model admits one only."""
+        failed = next((line for e in self.failures if (line := line_of(self.model, e))), "")
+        fixed = tuple(
+            (leaf.path, axis, self.lines.get(name, "") or failed)
+            for leaf in signature.inputs
+            for axis, name in lengths.get(leaf.path, {}).items()
+            if isinstance(leaf.shape[axis], int)
+        )
+        return replace(signature, fixed=fixed)
 
     def _at_size_one(self, captured: Captured) -> Captured:
         """Without conditions `size != 1` that operators make of themselves (broadcasting), where the graph is right at 1.

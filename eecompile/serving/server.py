@@ -266,13 +266,13 @@ class RowServer:
                     why = None if final[i] else self._why_now(request, following, at, len(batch), now)
                     if final[i] or why is not None:
                         del left[i]
-                        request.future.set_result(self._answer(result, i, names, final[i], why))
+                        request.future.set_result(self._answer(request, result, i, names, final[i], why))
                         if self.metrics is not None:
                             self.metrics.answered(names[int(result.exit_index[i])], now - request.arrived)
                 if not left:
                     return
         for i, request in left.items():  # the stream ended with rows that are not final: interrupted
-            request.future.set_result(self._answer(result, i, names, False, "interrupt"))
+            request.future.set_result(self._answer(request, result, i, names, False, "interrupt"))
 
     def _learn(self, key: tuple[int, int], seconds: float) -> None:
         before = self._stage_s.get(key)
@@ -287,9 +287,11 @@ class RowServer:
             return "budget"
         return None
 
-    def _answer(self, result: Result, row: int, names: Sequence[str], final: bool, stopped: str | None) -> Answer:
+    def _answer(
+        self, request: _Request, result: Result, row: int, names: Sequence[str], final: bool, stopped: str | None
+    ) -> Answer:
         index = int(result.exit_index[row])
-        output = _row(self.fast, result.output, row)
+        output = _row(self.fast, result.output, row, request)
         return Answer(output, names[index], index, float(result.confidence[row]), float(result.cost[row]), final, stopped)
 
     def _fail(self, error: BaseException) -> None:
@@ -316,11 +318,12 @@ def _merged(batch: Sequence[_Request]) -> tuple[tuple[Any, ...], Mapping[str, An
     return args, kwargs
 
 
-def _row(fast: CompiledModule, output: Any, row: int) -> Any:
+def _row(fast: CompiledModule, output: Any, row: int, request: _Request) -> Any:
     """One row of the model's output, a batch of 1 in the same type."""
     signature = fast.program.signature
     leaves = [
         value if leaf.batch_axis is None else value.narrow(leaf.batch_axis, row, 1).clone()
         for value, leaf in zip(signature.flatten_output(output), signature.outputs, strict=True)
     ]
-    return signature.restore(leaves)
+    args, kwargs = pytree.tree_unflatten(request.leaves, request.spec) if signature.gives_sizes else ((), {})
+    return signature.restore(leaves, signature.flatten(args, kwargs) if signature.gives_sizes else ())
