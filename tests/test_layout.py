@@ -158,6 +158,24 @@ def test_every_file_says_which_question_it_answers() -> None:
     assert silent == []
 
 
+# The records of one kind of choice, and who may know them: what places, writes, saves and prices them. All others, lowering
+# and executors first of all, read `program.choices`.
+KINDS = {"Carry", "Gate", "Halt", "HaltStep", "Route", "Way", "Width"}
+KNOW_KINDS = {"artifact.read_gates", "artifact.read_routes", "artifact.write", "costs", "ir.choices", "passes.carried_gates"}
+KNOW_KINDS |= {"passes.find_token_parts", "passes.stage", "program", "runtime.known"}
+
+
+def test_few_files_know_kinds_of_choices() -> None:
+    found = set()
+    for path in FILES:
+        name = module_of(path).removeprefix("eecompile.")
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.ImportFrom) and KINDS & {a.name for a in node.names}:
+                found.add(name)
+    placed = {n for n in found if n.startswith(("passes.place_", "passes.insert_"))}
+    assert found - placed == KNOW_KINDS
+
+
 def test_triton_is_imported_by_the_kernels_alone() -> None:
     users = set()
     for path in FILES:
