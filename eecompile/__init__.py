@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from eecompile import criteria, errors, heads, strategies
     from eecompile.api import eecompile, load
     from eecompile.module import CompiledModule
-    from eecompile.program import Result
-    from eecompile.thresholds import ExitRecord
+    from eecompile.public_records import ExitRecord
+    from eecompile.result import Result
 
 __version__ = "0.1.0"
 
@@ -49,8 +49,8 @@ __all__ = [
 # Names that need torch, and where they live: `eecompile --help` and the shell's completion do without it.
 _LAZY = {
     "CompiledModule": "eecompile.module",
-    "ExitRecord": "eecompile.thresholds",
-    "Result": "eecompile.program",
+    "ExitRecord": "eecompile.public_records",
+    "Result": "eecompile.result",
     "criteria": "",
     "eecompile": "eecompile.api",
     "heads": "",

@@ -15,7 +15,8 @@ from torch.export import ExportedProgram
 
 from eecompile.artifact import pickled
 from eecompile.artifact.read import read
-from eecompile.capture import Captured, capture
+from eecompile.capture import Captured
+from eecompile.capture import capture as capture_model
 from eecompile.capture.adapter import no_autocast
 from eecompile.capture.axes import BatchAxis
 from eecompile.capture.cascade import capture_cascade, ready
@@ -24,11 +25,12 @@ from eecompile.capture.export import capture_export
 from eecompile.errors import CaptureError, EecompileError, MissingDependencyError, PassError, StrategyError
 from eecompile.members import compiled_members
 from eecompile.module import CompiledModule
-from eecompile.passes import analysis, insertion, prepare_training_graph, run_passes
+from eecompile.options import CompileOptions
+from eecompile.passes import analysis, insertion, run_passes
 from eecompile.passes.carried import Brought, unwrapped
-from eecompile.plain import plain
 from eecompile.prediction import find_prediction
 from eecompile.program import Program
+from eecompile.runtime.origin import Origin
 from eecompile.signature import Signature
 from eecompile.strategies import SelfSpeculative, Strategy
 from eecompile.strategies import strategy as resolve_strategy
@@ -82,16 +84,13 @@ def eecompile(
         UnsupportedModelError: Samples influence one another.
         StrategyError: Unknown strategy or place, an ambiguous prediction, or no place for an exit.
     """
-    chosen = resolve_strategy(strategy)
+    chosen, args, kwargs = resolve_strategy(strategy), _positional(example_inputs), dict(example_kwargs or {})
     if isinstance(chosen, SelfSpeculative):
-        return cast(CompiledModule, _decoder(model, chosen, _positional(example_inputs), dict(example_kwargs or {}), blocks))
-    prediction, batch_axis, seed = plain(prediction), plain(batch_axis), plain(seed)
+        return cast(CompiledModule, _decoder(model, chosen, args, kwargs, blocks))
+    options = CompileOptions(prediction, executor, backend, batch_axis, capture, dynamic, blocks, measure, seed)
     # Tracing and new heads draw numbers; the caller's generator stays put.
     with torch.random.fork_rng(devices=[]), no_autocast():
-        return _compile(
-            model, chosen, _positional(example_inputs), example_kwargs, prediction, executor,
-            backend, batch_axis, capture, dynamic, blocks, measure, seed, progress or (lambda _: None)
-        )  # fmt: skip
+        return _compile(model, chosen, args, kwargs, options, progress or (lambda _: None))
 
 
 def _decoder(
@@ -108,50 +107,34 @@ def _compile(
     model: Any,
     chosen: Strategy,
     args: tuple[Any, ...],
-    example_kwargs: Mapping[str, Any] | None,
-    prediction: str | int | Sequence[str | int | None] | None,
-    executor: str,
-    backend: str,
-    batch_axis: BatchAxis,
-    front_end: str,
-    dynamic: Mapping[str, Mapping[int, str]] | None,
-    blocks: str | None,
-    measure: bool,
-    seed: int,
+    kwargs: dict[str, Any],
+    options: CompileOptions,
     tell: Callable[[str], None],
 ) -> CompiledModule:
     tell("capture")
-    taken = _taken(
-        model, chosen, args, dict(example_kwargs or {}), prediction, batch_axis, front_end, dynamic, blocks, measure, seed
-    )
-    captured, chosen, again = taken.captured, taken.strategy, taken.again
+    subject = _captured(model, chosen, args, kwargs, options)
+    captured, chosen, again = subject.captured, subject.strategy, subject.again
     program = Program(
         captured.graph_module,
         captured.graph_module,
         captured.signature,
-        prediction=find_prediction(captured.signature.outputs, taken.prediction),
+        prediction=find_prediction(captured.signature.outputs, subject.prediction),
         models=captured.models,
-        places=taken.brought.places,
+        places=subject.brought.places,
         front_end=captured.front_end,
     )
-    example = captured.flat_example
-    program = run_passes(program, analysis(captured, measure, blocks), tell)
-    recipe = chosen.recipe()
-    program = run_passes(program, insertion(recipe, captured, seed, taken.brought), tell)
-
-    fast = CompiledModule(
-        program,
-        chosen,
-        executor=executor,
-        backend=backend,
-        original=taken.original,
-        captured_from=taken.captured_from,
-        example=example,
-        training_program=None if again is None else partial(_training_program, again, recipe.equilibrium),
-        artifact={"eval": captured.exported},
+    program = run_passes(program, analysis(captured, options.measure, options.blocks), tell)
+    program = run_passes(program, insertion(chosen.recipe(), captured, options.seed, subject.brought), tell)
+    origin = Origin(
+        model=subject.original,
+        captured=subject.captured_from,
+        example=captured.flat_example,
+        exported=captured.exported,
+        capture_training=None if again is None else partial(_train_capture, again),
         notes=captured.notes,
     )
-    fast.waiting.begin()
+    fast = CompiledModule(program, chosen, executor=options.executor, backend=options.backend, origin=origin)
+    fast.live.hold_back()
     return fast
 
 
@@ -171,18 +154,22 @@ def same_outputs(evaluated: Signature, trained: Signature, model: nn.Module | No
         )
 
 
-def _training_program(again: Callable[[nn.Module], Captured], equilibrium: Any, fast: CompiledModule) -> Program:
-    assert fast.captured_from is not None
+def _train_capture(again: Callable[[nn.Module], Captured], program: Program, model: nn.Module | None) -> Captured:
+    """The model of a program, captured in train mode.
+
+    Raises:
+        CaptureError: It gives other outputs there.
+    """
+    assert model is not None
     with no_autocast():
-        train = again(fast.captured_from)
-    same_outputs(fast.program.signature, train.signature, fast.original)
-    fast.artifact["train"] = train.exported
-    return prepare_training_graph(fast.program, train.graph_module, train.signature, equilibrium)
+        train = again(model)
+    same_outputs(program.signature, train.signature, model)
+    return train
 
 
 @dataclass(frozen=True)
-class _Taken:
-    """What the caller gave, captured.
+class _Subject:
+    """What is compiled, captured.
 
     Attributes:
         original: The full model, called as the compiled module is; None for an exported program.
@@ -201,52 +188,68 @@ class _Taken:
     brought: Brought = field(default_factory=Brought)
 
 
-def _taken(
-    model: Any,
+def _captured(
+    model: Any, chosen: Strategy, args: tuple[Any, ...], kwargs: dict[str, Any], options: CompileOptions
+) -> _Subject:
+    models = several(model)
+    chosen = chosen.over(1 if models is None else len(models))
+    if models is None:
+        return _one_model(model, chosen, args, kwargs, options)
+    return _cascade(models, chosen, args, kwargs, options)
+
+
+def _one_model(
+    model: Any, chosen: Strategy, args: tuple[Any, ...], kwargs: dict[str, Any], options: CompileOptions
+) -> _Subject:
+    if not (options.prediction is None or isinstance(options.prediction, str | int)):
+        raise StrategyError("a list of predictions is for a cascade", got=options.prediction, wanted="a name or an index")
+    _check_model(model, bool(args or kwargs))
+    axes: dict[str, Any] = {"batch_axis": options.batch_axis, "dynamic": options.dynamic}
+    captured = capture_model(model, args, kwargs, front_end=options.capture, blocks=options.blocks, **axes)
+    if not isinstance(model, nn.Module):
+        return _Subject(captured, chosen, None, None, None, options.prediction)
+    again = partial(capture_export, args=args, kwargs=kwargs, **axes, training=True)
+    return _Subject(captured, chosen, model, model, again, options.prediction)
+
+
+def _cascade(
+    models: Mapping[str, nn.Module],
     chosen: Strategy,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
-    prediction: str | int | Sequence[str | int | None] | None,
-    batch_axis: BatchAxis,
-    front_end: str,
-    dynamic: Mapping[str, Mapping[int, str]] | None,
-    blocks: str | None,
-    measure: bool,
-    seed: int,
-) -> _Taken:
-    models = several(model)
-    chosen = chosen.over(1 if models is None else len(models))
-    axes: dict[str, Any] = {"batch_axis": batch_axis, "dynamic": dynamic}
-    if models is None:
-        if not (prediction is None or isinstance(prediction, str | int)):
-            raise StrategyError("a list of predictions is for a cascade", got=prediction, wanted="a name or an index")
-        captured = _captured(model, args, kwargs, front_end, batch_axis, dynamic, blocks)
-        if not isinstance(model, nn.Module):
-            return _Taken(captured, chosen, None, None, None, prediction)
-        again = partial(capture_export, args=args, kwargs=kwargs, **axes, training=True)
-        return _Taken(captured, chosen, model, model, again, prediction)
-    _one_graph(models, args, kwargs, front_end, blocks)
+    options: CompileOptions,
+) -> _Subject:
+    _one_graph(models, args, kwargs, options)
     ways = [chosen.together.get(key) or (None,) * len(models) for key in ("prepare", "inputs")]
     notes: tuple[str, ...] = ()
     if chosen.within is not None:
-        compile_one = partial(eecompile, strategy=chosen.within, batch_axis=batch_axis, seed=seed)
+        compile_one = partial(eecompile, strategy=chosen.within, batch_axis=options.batch_axis, seed=options.seed)
         models, notes = compiled_members(models, ways, args, kwargs, compile_one)
     models, brought = unwrapped(models, [p is None and i is None for p, i in zip(*ways, strict=True)])
-    together = ready(models, args, kwargs, batch_axis=batch_axis, prediction=prediction, measure=measure, **chosen.together)
+    together = ready(
+        models,
+        args,
+        kwargs,
+        batch_axis=options.batch_axis,
+        prediction=options.prediction,
+        measure=options.measure,
+        **chosen.together,
+    )
+    axes: dict[str, Any] = {"batch_axis": options.batch_axis, "dynamic": options.dynamic}
     captured = capture_cascade(together, args, kwargs, **axes)
     captured = replace(captured, notes=(*captured.notes, *notes))
     again = partial(capture_cascade, args=args, kwargs=kwargs, **axes, training=True)
-    return _Taken(captured, chosen, together.last.alone, together, again, together.leaf[together.order[-1]], brought)
+    return _Subject(captured, chosen, together.last.alone, together, again, together.leaf[together.order[-1]], brought)
 
 
 def _one_graph(
-    models: Mapping[str, nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any], front_end: str, blocks: str | None
+    models: Mapping[str, nn.Module], args: Sequence[Any], kwargs: Mapping[str, Any], options: CompileOptions
 ) -> None:
     """What a cascade of several models needs, and cannot take."""
-    if front_end != "export" or blocks is not None:
+    if options.capture != "export" or options.blocks is not None:
         raise CaptureError(
             "several models are captured into one graph",
-            got=f"capture={front_end!r}, blocks={blocks!r}",
+            got=f"capture={options.capture!r}, blocks={options.blocks!r}",
             wanted='capture="export", without blocks=',
         )
     if not args and not kwargs:
@@ -268,15 +271,15 @@ def _positional(example_inputs: Sequence[Any] | Tensor | None) -> tuple[Any, ...
     return tuple(example_inputs)
 
 
-def _captured(
-    model: Any,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any] | None,
-    front_end: str,
-    batch_axis: BatchAxis,
-    dynamic: Mapping[str, Mapping[int, str]] | None,
-    blocks: str | None,
-) -> Captured:
+def _check_model(model: Any, example: bool) -> None:
+    """Refuses what cannot be captured.
+
+    Args:
+        example: Whether there is an example input.
+
+    Raises:
+        CaptureError: With what to pass instead.
+    """
     if isinstance(model, CompiledModule):
         raise CaptureError("this model is compiled already", hint="compile the original model")
     if not isinstance(model, nn.Module | ExportedProgram | str | Path):
@@ -286,16 +289,13 @@ def _captured(
             wanted="torch.nn.Module, torch.export.ExportedProgram, or the path of a .pt2 file",
             hint="wrap a function in an nn.Module" if callable(model) else None,
         )
-    if isinstance(model, nn.Module) and not args and not kwargs:
+    if isinstance(model, nn.Module) and not example:
         raise CaptureError(
             "no example input",
             where=type(model).__name__,
             wanted="at least 2 rows",
             hint="pass example_inputs=(x,) or example_kwargs={...}",
         )
-    return capture(
-        model, args, dict(kwargs or {}), front_end=front_end, batch_axis=batch_axis, dynamic=dynamic, blocks=blocks
-    )
 
 
 def load(path: str | Path, *, executor: str | None = None, device: str | torch.device | None = None) -> CompiledModule:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from rich.console import RenderableType
@@ -14,6 +14,9 @@ from eecompile.capture.adapter import mode
 from eecompile.errors import EecompileError
 from eecompile.measuring import interleaved, rounds_of, summary
 from eecompile.training.report import Report, json_safe, table
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 
 @dataclass
@@ -79,7 +82,7 @@ def as_call(example: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def benchmark(
-    fast: Any,
+    fast: CompiledModule,
     example: Any,
     *,
     rounds: int = 9,
@@ -108,10 +111,10 @@ def benchmark(
         calls["original"] = lambda: model(*args, **kwargs)
         if compile_original:
             optimised = torch.compile(model)
-            calls["original, torch.compile"] = lambda: optimised(*args, **kwargs)  # type: ignore[no-untyped-call]
+            calls["original, torch.compile"] = lambda: optimised(*args, **kwargs)
     else:  # a loaded program has no Python model: its captured graph is the nearest thing
         flat = fast.program.signature.flatten(args, kwargs)
-        calls["original"] = lambda: fast.full_graph(*flat)
+        calls["original"] = lambda: fast.engine.full_graph()(*flat)
     calls[f"eecompile, {fast.executor}"] = lambda: fast(*args, **kwargs)
     calls.update(against or {})
     with torch.no_grad(), mode(fast, False), mode(model if model is not None else fast, False):

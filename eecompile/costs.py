@@ -205,7 +205,7 @@ class CostModel:
         return torch.stack(found, 1)
 
     def gates_free(self, settings: Settings, gates: Tensor, kept_open: int = 0, full_share: float = 0.0) -> Tensor:
-        """[B, G] bool: where the gate's own score decided; see `Result.gates_free`.
+        """[B, G] bool: where the gate's own score decided; see `Trace.gates_free`.
 
         Args:
             gates: [B, G], 1 for open.

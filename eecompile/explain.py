@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from rich.console import RenderableType
@@ -12,7 +12,11 @@ from rich.pretty import Pretty
 
 from eecompile.passes import facts
 from eecompile.program import Program
+from eecompile.public_records import router_of
 from eecompile.training.report import Report, json_safe
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 
 @dataclass
@@ -23,7 +27,7 @@ class Explanation(Report):
     renderer: ClassVar[Callable[[Explanation], RenderableType] | None] = None  # set by eecompile.inspect
 
     data: dict[str, Any]
-    fast: Any = field(repr=False, default=None)
+    fast: CompiledModule = field(repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         safe: dict[str, Any] = json_safe(self.data)
@@ -34,7 +38,7 @@ class Explanation(Report):
         return Pretty(self.data) if render is None else render(self)
 
 
-def _routes(fast: Any) -> dict[str, Any] | None:
+def _routes(fast: CompiledModule) -> dict[str, Any] | None:
     """The router, its routes, and what `evaluate` saw of them last; None without one."""
     if not fast.program.routes:
         return None
@@ -42,15 +46,15 @@ def _routes(fast: Any) -> dict[str, Any] | None:
     return {
         "at": route.at,
         "over": None if route.to_exits else list(route.over),
-        "unit": fast.route_units.unit.kind,
+        "unit": router_of(fast.program).kind,
         "unit_cost": route.unit_flops / (fast.program.total_flops or 1.0),
         "depth": route.depth,
         "routes": [vars(r) for r in fast.routes],
-        "last_evaluated": fast.route_load,
+        "last_evaluated": fast.seen.routes or None,
     }
 
 
-def _guarantee(fast: Any) -> dict[str, Any] | None:
+def _guarantee(fast: CompiledModule) -> dict[str, Any] | None:
     """The promise of the last calibration, and why it is void; None without one."""
     if fast.guarantee is None:
         return None
@@ -66,7 +70,7 @@ def unknown_early(program: Program) -> list[tuple[int, str]]:
     return [(i, names[int(known)]) for i, known in blanked]  # type: ignore[arg-type]
 
 
-def explain(fast: Any) -> Explanation:
+def explain(fast: CompiledModule) -> Explanation:
     """Collects what is known about a compiled module."""
     program = fast.program
     total = program.total_flops or 1.0
@@ -86,7 +90,7 @@ def explain(fast: Any) -> Explanation:
             "unknown_early": [
                 {"output": program.signature.outputs[i].path, "known_from": known} for i, known in unknown_early(program)
             ],
-            "prediction": program.signature.outputs[program.prediction].path,
+            "prediction": program.signature.outputs[program.prediction or 0].path,
             "blocks": [
                 {"name": b.name, "kind": b.kind, "share": b.flops / total, "output": b.output} for b in program.blocks
             ],
@@ -126,7 +130,7 @@ def explain(fast: Any) -> Explanation:
             "halts": [asdict(h) for h in fast.halts],
             "untrained": list(fast.untrained),
             "guarantee": _guarantee(fast),
-            "mean_steps": fast.steps_measured,
+            "mean_steps": fast.seen.steps,
             "routes": _routes(fast),
             "cuts": [
                 {

@@ -2,69 +2,93 @@
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import replace
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from eecompile import anytime, wrapping
+from eecompile import benchmark as benchmarks
 from eecompile import explain as explaining
-from eecompile import wrapping
-from eecompile.anytime import Anytime
+from eecompile import own_trunk as trunks
+from eecompile import public_records as records
+from eecompile import result as results
 from eecompile.artifact.write import write
+from eecompile.calibration.budget import budget_curve, calibrate_budget
+from eecompile.calibration.calibrate import calibrate
+from eecompile.calibration.guarantee import Guarantee, guarantee_of, said
 from eecompile.costs import CostModel
-from eecompile.device_programs import DevicePrograms
-from eecompile.errors import EecompileError, StrategyError, near
+from eecompile.criteria import MaxProbability
+from eecompile.errors import CaptureError, EecompileError, StrategyError
 from eecompile.export import ExportReport, export, verify_export
-from eecompile.heads import Head
+from eecompile.heads import Branch, Head
+from eecompile.ir import settings as families
 from eecompile.ir.settings import Settings
-from eecompile.passes import facts
-from eecompile.program import History, Program, Result
-from eecompile.runtime.blocks import BlocksExecutor
-from eecompile.runtime.changed import ModelWatch
-from eecompile.runtime.compact import CompactExecutor
-from eecompile.runtime.device.cuda import CudaExecutor
-from eecompile.runtime.device.executor import Options, SimulateExecutor
-from eecompile.runtime.devices import move_constants, other_device
-from eecompile.runtime.dtypes import DtypeCheck
-from eecompile.runtime.limits import Allowance
-from eecompile.runtime.outcome import Executor, Outcome
-from eecompile.runtime.precision import AutocastCheck, any_autocast
-from eecompile.runtime.reference import ReferenceExecutor
-from eecompile.signature import OtherDtypes
+from eecompile.passes.insert_exits import COMBINATION, HEADS
+from eecompile.passes.place_gates import GATES
+from eecompile.passes.place_routes import ROUTES
+from eecompile.passes.training_decisions import TrainMode
+from eecompile.plain import plain
+from eecompile.program import History, Program
+from eecompile.result import Result
+from eecompile.runtime.confidences import confidences_of
+from eecompile.runtime.device.check import NoSync
+from eecompile.runtime.device.executor import Options
+from eecompile.runtime.device.nodes import DeviceProgram
+from eecompile.runtime.devices import other_device
+from eecompile.runtime.engine import Engine
+from eecompile.runtime.entry import Entry
+from eecompile.runtime.limits import Allowance, Limits
+from eecompile.runtime.live_settings import LiveSettings
+from eecompile.runtime.origin import Origin
+from eecompile.runtime.outcome import Outcome
+from eecompile.runtime.timing import StageTimes
 from eecompile.strategies.base import Strategy
-from eecompile.waiting import Waiting
+from eecompile.training.evaluate import evaluate
+from eecompile.training.fit import fit, loss_of
+from eecompile.training.graphs import TrainingGraphs
+from eecompile.training.objectives import Objective
 
-EXECUTORS = ("auto", "reference", "compact", "simulate", "device")
-BACKENDS = ("eager", "inductor")
+
+@dataclass
+class Seen:
+    """What `evaluate` saw last, for `explain`.
+
+    Attributes:
+        steps: Mean steps of a row, where rows halt.
+        routes: Where rows went, where there is a router.
+    """
+
+    steps: float | None = None
+    routes: list[dict[str, Any]] = field(default_factory=list)
 
 
-class CompiledModule(DevicePrograms, Anytime):
+class CompiledModule(nn.Module):
     """A model with early exits. `fast(x)` returns what `model(x)` returns; `fast.run(x)` says how.
 
     Args:
         program: A program at level "schedule".
         strategy: What inserted the exits.
-        original: The user's model, None for a loaded program.
-        captured_from: Where that is another module: all models of a cascade.
-        example: Flat example inputs.
-        training_program: Makes the train-mode program on demand, None where there is no way to it.
-        artifact: The exported programs, by mode, for `save`.
-        notes: What capture has to say.
-        autocast: Names of dtypes under whose autocast the graph was found to be the model, as a saved program says.
+        executor: "auto" or the name of an executor.
+        backend: "eager" or "inductor".
+        origin: What the program was made from.
+
+    Attributes:
+        graph_module: The rewritten graph; it owns the parameters.
+        live: Settings under eval and train mode.
+        cost_model: Costs of rows.
+        engine: Executors.
+        training_graphs: Graphs for train mode.
+        train_mode: What train mode trains, and how gates decide in it.
+        guarantee: Of the last `calibrate`; `explain` says whether it still holds.
+        trained_by_loss: Whether `fit` was last given loss=: the largest score may be no answer then.
     """
 
-    original: nn.Module | None
-    captured_from: nn.Module | None  # what the graphs were captured from: `original`, or all models of a cascade
-    running: nn.Module | None  # whose weights run: `original`, or its copy once the trunk has been trained
-    given: fx.GraphModule | None  # the model as given, once the trunk has been trained
-    example: tuple[Tensor, ...] | None
-    artifact: dict[str, Any]
-    _chosen: Executor
+    graph_module: fx.GraphModule
 
     def __init__(
         self,
@@ -73,13 +97,7 @@ class CompiledModule(DevicePrograms, Anytime):
         *,
         executor: str = "auto",
         backend: str = "eager",
-        original: nn.Module | None = None,
-        captured_from: nn.Module | None = None,
-        example: tuple[Tensor, ...] | None = None,
-        training_program: Callable[[CompiledModule], Program] | None = None,
-        artifact: Mapping[str, Any] | None = None,
-        notes: Sequence[str] = (),
-        autocast: Sequence[str] = (),
+        origin: Origin | None = None,
     ) -> None:
         super().__init__()
         if program.marked is None:
@@ -87,42 +105,466 @@ class CompiledModule(DevicePrograms, Anytime):
         self.graph_module = program.marked
         self.program = program
         self.strategy = strategy
-        self.notes = tuple(notes)
-        # Kept out of nn.Module's registry: they share the parameters that graph_module registers.
-        self.__dict__["original"] = self.__dict__["running"] = original
-        self.__dict__["captured_from"] = original if captured_from is None else captured_from
-        self.__dict__["given"] = None
-        self.__dict__["example"] = example
-        self.__dict__["_training_program"] = training_program
-        self.__dict__["train_signature"] = None
-        self.__dict__["artifact"] = dict(artifact or {})
-        self.__dict__["_training_graphs"] = {}
-        self.__dict__["_executors"] = {}
-        self.__dict__["_lock"] = threading.RLock()
-        self.__dict__["_device_options"] = Options()
-        self._check_against(original, autocast)
-        self.__dict__["cost_model"] = CostModel(program)
-        self.__dict__["_references"] = weakref.WeakKeyDictionary()
-        self.settings = program.settings
-        self.__dict__["_full"] = []
-        self.__dict__["waiting"] = Waiting(self)
-        self.train_trunk = strategy.joint
-        self._backend = self._valid("backend", backend, BACKENDS)
-        self.executor = executor
+        self.origin = origin or Origin()
+        self.entry = Entry(program, self.origin.running, self.origin.autocast)
+        self.live = LiveSettings(program)
+        self.cost_model = CostModel(program)
+        self.engine = Engine(program, executor, backend)
+        self.train_mode = TrainMode(trunk=strategy.joint)
+        self.training_graphs = TrainingGraphs(program, self.origin, strategy.recipe().equilibrium)
+        self.objectives: dict[str, Objective] = {}
+        self.trained_by_loss = False
+        self.guarantee: Guarantee | None = None
+        self.seen = Seen()
         self.eval()
 
-    def _check_against(self, model: nn.Module | None, autocast: Sequence[str] = ()) -> None:
-        """Sets up what compares the graph with the Python model that it was captured from, during calls."""
-        self.__dict__["autocast"] = AutocastCheck(self.program, model, autocast)
-        self.__dict__["dtypes"] = DtypeCheck(self.program, model)
-        self.__dict__["watch"] = ModelWatch(self.program, model)
+    # ------------------------------------------------------------------ running
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the model would return, each row from the first exit that is sure enough.
+
+        With `deadline_ms=` (milliseconds from now) or `budget=` (fraction of the full model's cost that no row may
+        exceed) the best output until then; see `eecompile.anytime`.
+        """
+        if torch.compiler.is_compiling():
+            return wrapping.untraced(self, args, kwargs)
+        allowance = anytime.taken(self, kwargs) if kwargs else None
+        return self.answer(self.entry(args, kwargs), allowance)
+
+    def answer(self, flat: Sequence[Tensor], allowance: Allowance | None = None) -> Any:
+        """The output for flat inputs, in the model's own type."""
+        outcome = self._execute(flat, self.live.current, False, allowance)
+        output = self.program.restore(outcome.leaves, flat)
+        anytime.close(self, outcome, allowance)
+        return output
+
+    def run(self, *args: Any, **kwargs: Any) -> Result:
+        """The output with exit index, confidence and cost of every row.
+
+        In train mode everything is computed, and `outputs`, `confidences` and `scores` of every exit are there too,
+        differentiable. `deadline_ms=` and `budget=` as in a plain call.
+
+        Raises:
+            CaptureError: Other arguments than the model was captured with.
+            StrategyError: A limit that is no number or cannot be kept.
+        """
+        allowance = anytime.taken(self, kwargs) if kwargs else None
+        return self.measured(self.entry(args, kwargs), allowance)
+
+    def measured(self, flat: Sequence[Tensor], allowance: Allowance | None = None) -> Result:
+        """The result for flat inputs."""
+        settings = self.live.current
+        outcome = self._execute(flat, settings, True, allowance)
+        result = self.result_of(outcome, settings, flat)
+        if self.training and self.train_mode.gates == "every" and result.trace.route_weights is not None:
+            result.trace.branch_outputs = self._way_outputs(flat, settings)
+        anytime.close(self, outcome, allowance, result)
+        return result
+
+    def observe(self, *args: Any, **kwargs: Any) -> Result:
+        """Like `run`, but with every exit computed, in eval mode and without gradients.
+
+        `gates` and `steps` are still those of `run`: a row that exited passes no later gate. `gate_scores` are there
+        for every row; with exits closed first (`set_thresholds(2.0)`) every gate decides about every row.
+        """
+        with self._mode(False):
+            return self.observe_at(self.settings, args, kwargs)
+
+    def observe_at(self, settings: Settings, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result:
+        """`observe` under other settings than those of the module, which stay."""
+        flat = self.entry(args, kwargs)
+        with torch.no_grad(), self._mode(False):
+            return self.result_of(self.engine.executor("reference").run(flat, settings, True), settings, flat)
+
+    def full(self, *args: Any, **kwargs: Any) -> Any:
+        """The output of the model as it was given, without any exit."""
+        flat = self.entry(args, kwargs)
+        graph = self.engine.full_graph() if self.origin.given is None else self.origin.given
+        with torch.no_grad():
+            return self.program.signature.restore(list(graph(*flat)), flat)
+
+    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors of a call in graph order; `CaptureError` where the graph does not take it, or is not the model."""
+        return self.entry(args, kwargs)
+
+    def _execute(
+        self, flat: Sequence[Tensor], settings: Settings, want_confidence: bool, allowance: Allowance | None = None
+    ) -> Outcome:
+        try:
+            if not self.training:
+                return self.engine.chosen.run(flat, settings, want_confidence, allowance)
+            executor = self.training_graphs.executor(self.train_mode, True)
+            if self.train_mode.trunk and self.training_graphs.signature is not None:
+                self.training_graphs.signature.check(flat)
+            return executor.run(flat, settings)
+        except RuntimeError as error:
+            elsewhere = other_device(self.program.signature, flat, self.thresholds.device)
+            if elsewhere is None:
+                raise
+            raise elsewhere from error
+
+    def _way_outputs(self, flat: Sequence[Tensor], settings: Settings) -> tuple[Tensor, ...]:
+        ways = range(len(self.program.routes[0].ways))
+        with torch.no_grad():
+            outcomes = [self.training_graphs.executor(self.train_mode, True, way).run(flat, settings) for way in ways]
+        return tuple(o.outputs[-1] for o in outcomes if o.outputs is not None)
+
+    def result_of(self, outcome: Outcome, settings: Settings, flat: Sequence[Tensor]) -> Result:
+        """The result for what an executor handed back."""
+        mode = self.train_mode if self.training else None
+        return results.result_of(self.cost_model, outcome, settings, flat, mode)
+
+    def prediction_of(self, output: Any) -> Tensor:
+        """The class scores within an output of the model's type."""
+        assert self.program.prediction is not None
+        return self.program.signature.flatten_output(output)[self.program.prediction]
+
+    # ------------------------------------------------------------------ running under limits
+
+    def stream(self, *args: Any, **kwargs: Any) -> Iterator[Result]:
+        """Yields a `Result` after each open exit, each at least as far along as the one before.
+
+        Every row has an output at once: `final` says which rows have exited, the others have that of the exit just
+        passed. The last result is that of `fast.run(x)`. Nothing is computed before it is asked for, and nothing more
+        once the loop is left. `deadline_ms=` counts from this call and includes the time that the consumer takes.
+
+        Raises:
+            StrategyError: In train mode; a limit that is no number or cannot be kept; or an executor that runs from input
+                to output without the host ("device", "simulate"): `executor="compact"` streams.
+            UnsupportedModelError: The model was captured as blocks.
+        """
+        anytime.needs_eval(self, "a stream")
+        allowance = anytime.taken(self, kwargs) or Allowance()
+        return anytime.stream(self, self.entry(args, kwargs), allowance)
+
+    def interrupt(self) -> int:
+        """Stops every call of this module that is running now, in whatever thread, after its next exit.
+
+        Each returns the best output so far (`stopped="interrupt"`), at least the first exit's; a stream ends. Calls that
+        start later are not touched. The reference executor computes everything, and what runs on a device by itself is out
+        of the host's reach: neither can be stopped.
+
+        Returns:
+            How many calls are being stopped; 0 where none is running, which is no error.
+        """
+        return self.engine.interrupt()
+
+    def within(self, *, deadline_ms: float | None = None, budget: float | None = None) -> anytime.Within:
+        """This module under limits, for models that have an argument `deadline_ms` or `budget` of their own."""
+        return anytime.Within(self, Limits(deadline_ms, budget))
+
+    @property
+    def stage_times(self) -> StageTimes:
+        """What the present executor has measured of this machine; deadlines are kept by it."""
+        return self.engine.chosen.times
+
+    def measure_stages(self, *args: Any, rounds: int = 20, **kwargs: Any) -> StageTimes:
+        """Times every stage on an example now, so that the first deadlines are kept as well as later ones.
+
+        Executors of device programs ("device", "simulate") time stages only here, in every bucket, and before the first
+        deadline of a program: calls leave no measurements there.
+
+        Args:
+            rounds: Passes over the example. No row exits early in them.
+        """
+        anytime.needs_eval(self, "a measurement")
+        return anytime.measure_stages(self, self.entry(args, kwargs), rounds)
+
+    # ------------------------------------------------------------------ settings
+
+    @property
+    def settings(self) -> Settings:
+        """Thresholds, temperatures and all else that may be set, as one value."""
+        return self.live.current
+
+    @settings.setter
+    def settings(self, new: Settings) -> None:
+        self.live.replace(new)
+
+    @property
+    def thresholds(self) -> Tensor:
+        """[E] float32; what is written to it counts from the next call on."""
+        return self.graph_module.get_buffer(families.THRESHOLDS_BUFFER)
+
+    @property
+    def temperatures(self) -> Tensor:
+        """[E + 1] float32, the model's own end last; as `thresholds`."""
+        return self.graph_module.get_buffer(families.TEMPERATURES_BUFFER)
+
+    @property
+    def gate_thresholds(self) -> Tensor:
+        """[G] float32; as `thresholds`."""
+        found: Tensor = getattr(self.graph_module, families.GATES_BUFFER, self.thresholds.new_empty(0))
+        return found
+
+    @property
+    def route_margins(self) -> Tensor:
+        """[K] float32 of a router to branches; as `thresholds`. Empty without one."""
+        found: Tensor = getattr(self.graph_module, families.BRANCHES_BUFFER, torch.empty(0))
+        return found
+
+    @property
+    def halting_threshold(self) -> float:
+        """What the halting scores of a row must add up to: 1 as trained, less stops sooner, above 1 never stops, as where
+        nothing halts."""
+        return records.halting_threshold(self.program, self.settings)
+
+    def set_thresholds(self, thresholds: Any) -> None:
+        """Sets when samples leave: one number for all exits, one for each in order, or by exit or gate name.
+
+        No recompilation: only the set of open exits picks another plan. Calls that run meanwhile keep theirs.
+
+        Raises:
+            StrategyError: A wrong count, an unknown name, a negative number or NaN.
+        """
+        gates = {g.name for g in self.program.gates}
+        if isinstance(thresholds, Mapping) and gates & set(thresholds):
+            of_gates = {k: v for k, v in thresholds.items() if k in gates}
+            of_exits = {k: v for k, v in thresholds.items() if k not in gates}
+            self.live.set({families.EXITS: of_exits, families.GATES: of_gates})
+        else:
+            self.live.set({families.EXITS: thresholds})
+
+    def set_temperatures(self, temperatures: Any) -> None:
+        """Sets the softmax temperature of every exit and, last, of the model's own output.
+
+        Raises:
+            StrategyError: A wrong count, or a temperature that is not a positive number.
+        """
+        self.live.set({families.TEMPERATURES: temperatures})
+
+    def set_gate_thresholds(self, thresholds: Any) -> None:
+        """Sets from which score gates open: one number, one for each in order, or by gate name.
+
+        0 keeps a gate open whatever its score, above 1 keeps it closed; both cost no score. No recompilation.
+
+        Raises:
+            StrategyError: A wrong count, an unknown name, a negative number or NaN.
+        """
+        self.live.set({families.GATES: thresholds})
+
+    def set_halting_threshold(self, threshold: float) -> None:
+        """Sets what scores must add up to: above 0; above 1 the model runs as it was.
+
+        Raises:
+            StrategyError: Not a positive number, or the program does not halt.
+        """
+        if not self.program.halts:
+            raise StrategyError("this program does not halt", hint="compile with a strategy that halts, such as act")
+        self.live.set({families.HALTING: threshold})
+
+    def set_route_margins(self, margins: Any) -> None:
+        """Sets what each branch's probability is lowered by before the largest is taken: by name, or one for each.
+
+        A number alone is for every route but the model's own. 0 compares them as they are, above 1 closes a route: then
+        no row takes it, and where one alone is open the router itself is not run. No recompilation.
+
+        Raises:
+            StrategyError: No router to branches, a wrong count, an unknown name, a negative number, or all closed.
+        """
+        count = len(self.settings[families.BRANCHES])
+        if not count:
+            raise StrategyError(
+                "this program has no router between branches",
+                got="a router to exits" if self.program.routes else "no router",
+                wanted='Branchy(router=Router(to={"light": 0.5}))',
+                hint="exits that rows are sent to have thresholds: set_thresholds" if self.program.routes else None,
+            )
+        margins = plain(margins)
+        if isinstance(margins, int | float) and not isinstance(margins, bool):
+            margins = [float(margins)] * (count - 1) + [0.0]
+        self.live.set({families.BRANCHES: margins})
+
+    # ------------------------------------------------------------------ what was inserted
+
+    @property
+    def exits(self) -> tuple[records.ExitRecord, ...]:
+        """The exits in order."""
+        return records.exit_records(self.program, self.settings)
+
+    @property
+    def gates(self) -> tuple[records.GateRecord, ...]:
+        """The gates in order."""
+        return records.gate_records(self.program, self.settings)
+
+    @property
+    def widths(self) -> tuple[records.WidthRecord, ...]:
+        """The parts that run at one of several widths."""
+        return records.width_records(self.program)
+
+    @property
+    def halts(self) -> tuple[records.HaltRecord, ...]:
+        """The chains of steps that rows halt in."""
+        return records.halt_records(self.program, self.settings)
+
+    @property
+    def routes(self) -> tuple[records.RouteRecord, ...]:
+        """The router's routes in order."""
+        return records.route_records(self.program, self.settings, self.cost_model)
+
+    @property
+    def route_names(self) -> list[str]:
+        """Names of the routes, the model's own last; none without a router."""
+        return records.route_names(self.program)
+
+    @property
+    def untrained(self) -> tuple[str, ...]:
+        """Names of exits, gates and routes, and "halting", that are not trained yet."""
+        return self.live.untrained_names()
+
+    @property
+    def heads(self) -> nn.Module:
+        """The inserted heads, by exit name."""
+        found: nn.Module = getattr(self.graph_module, HEADS, nn.Module())
+        return found
+
+    def branch(self, exit_name: str) -> Branch:
+        """The head of one exit, with its score where that is learned."""
+        return records.branch_of(self.program, f"{HEADS}.{exit_name}")
+
+    @property
+    def combination(self) -> nn.Module:
+        """The trained weights of the exits' ensemble: `weights` [E, E] and `bias` [E, C]; empty without."""
+        found: nn.Module = getattr(self.graph_module, COMBINATION, nn.Module())
+        return found
+
+    @property
+    def gate_units(self) -> nn.Module:
+        """The inserted gate units, by name; one for all gates is called `policy`."""
+        units = self.program.gates or self.program.halts
+        return self.graph_module.get_submodule(GATES) if units else nn.Module()
+
+    @property
+    def route_units(self) -> nn.Module:
+        """The router's unit, called `unit`, and the branches: `branch_light` is the one called light."""
+        return self.graph_module.get_submodule(ROUTES) if self.program.routes else nn.Module()
+
+    def head_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the inserted heads, gates, routers and branches that the model does not have itself."""
+        own = {id(p) for p in self.trunk_parameters()}
+        parts = (self.heads, self.combination, self.gate_units, self.route_units)
+        found = {id(p): p for part in parts for p in part.parameters()}
+        return (p for i, p in found.items() if i not in own)
+
+    def trunk_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the user's model, or of the copy of it that is trained."""
+        return self.program.source.parameters()
+
+    # ------------------------------------------------------------------ costs
+
+    def costs(self, open_exits: Sequence[bool], settings: Settings | None = None) -> Tensor:
+        """[E + 1] float32: fraction of the full model's FLOPs of a row that leaves at each exit, open heads and the scores
+        of gates included; every gate counts as open. Under the present settings, or those given."""
+        found = self.cost_model.at_exits(self.settings if settings is None else settings, open_exits)
+        return torch.tensor(found, dtype=torch.float32)
+
+    def route_costs(self) -> Tensor:
+        """[K] float32: fraction of the full model's FLOPs of a row on each route, with the exits that are open now."""
+        return self.cost_model.at_routes(self.settings)
+
+    def confidences_of(
+        self, outputs: Sequence[Tensor], temperatures: Tensor, scores: Sequence[Tensor] | None = None
+    ) -> tuple[Tensor, ...]:
+        """Confidences `[n]` of stored predictions with other temperatures, all exits open; NaN where none is known.
+
+        Where the surest exit answers, `outputs` are those of the heads by themselves.
+        """
+        first = self.program.exits[0] if self.program.exits else None
+        criterion = MaxProbability() if first is None else first.criterion
+        surest = first is not None and first.combine == "confident"
+        return confidences_of(criterion, surest, outputs, temperatures, scores)
+
+    # ------------------------------------------------------------------ training and measuring
+
+    def fit(self, loader: Iterable[Any], **options: Any) -> Any:
+        """Trains what was inserted; see `eecompile.training.fit.fit`. The trunk stays frozen unless asked."""
+        return fit(self, loader, **_plain(options))
+
+    def calibrate(self, loader: Iterable[Any], *, budget: float | None = None, **options: Any) -> Any:
+        """Sets temperatures and thresholds with a guarantee; see `eecompile.calibration.calibrate.calibrate`.
+
+        With `budget=`, a mean fraction of the full model's cost, the most accurate thresholds that keep it instead; see
+        `eecompile.calibration.budget.calibrate_budget`.
+        """
+        if budget is not None:
+            _no_drop(options)
+        with self._mode(False):
+            if budget is None:
+                report: Any = calibrate(self, loader, **_plain(options))
+            else:
+                report = calibrate_budget(self, loader, plain(budget), **_plain(options))
+            self.live.calibrated(report.settings)
+            self.guarantee = guarantee_of(self, report)
+        return report
+
+    def budget_curve(self, loader: Iterable[Any], test_loader: Iterable[Any] | None = None, **options: Any) -> Any:
+        """Budget against accuracy; see `eecompile.calibration.budget.budget_curve`."""
+        with self._mode(False):
+            return budget_curve(self, loader, test_loader, **_plain(options))
+
+    def evaluate(self, loader: Iterable[Any], **options: Any) -> Any:
+        """Accuracy against compute; see `eecompile.training.evaluate.evaluate`."""
+        with self.live.measuring():
+            report = evaluate(self, loader, **_plain(options))
+        report.guarantee = said(self)
+        return report
+
+    def benchmark(self, example: Any, **options: Any) -> Any:
+        """Measured time against the original; see `eecompile.benchmark.benchmark`."""
+        return benchmarks.benchmark(self, example, **_plain(options))
+
+    def loss(self, result: Result, labels: Any) -> Tensor:
+        """The strategy's objective on a result of `run` in train mode; with gates their price for `gate_mode` included.
+
+        One objective for all calls: some keep means, and the price of a FLOP moves on.
+        """
+        return loss_of(self, result, labels)
+
+    @property
+    def train_trunk(self) -> bool:
+        """Whether gradients reach the user's model in train mode."""
+        return self.train_mode.trunk
+
+    @train_trunk.setter
+    def train_trunk(self, trunk: bool) -> None:
+        self.train_mode = replace(self.train_mode, trunk=trunk)
+
+    @property
+    def gate_mode(self) -> str:
+        """How gates and routers decide in train mode; see `eecompile.passes.training_decisions`."""
+        return self.train_mode.gates
+
+    @gate_mode.setter
+    def gate_mode(self, mode: str) -> None:
+        self.train_mode = replace(self.train_mode, gates=mode)
+
+    def train(self, mode: bool = True) -> CompiledModule:
+        """Train or eval mode. Untrained exits and gates are open in train mode; see `eecompile.runtime.live_settings`."""
+        super().train(mode)
+        self.live.follow(mode)
+        return self
+
+    def own_trunk(self, in_place: bool = False) -> None:
+        """Training the trunk changes copies of the model's weights from now on, and the user's model stays as it is.
+
+        `fit` calls it before it trains the trunk; call it before your own training loop does, before you make the
+        optimizer. With `in_place` the user's model is trained itself.
+
+        Raises:
+            EecompileError: The model cannot be copied.
+        """
+        trunks.own_trunk(self, in_place)
+
+    def capture_training(self) -> None:
+        """Captures the model in train mode now, so that its trunk can be trained, after `load` too."""
+        with self._mode(True):
+            self.training_graphs.capture()
 
     def follow_graphs(self) -> None:
-        """Makes anew what was built from the program's graphs: they read other weights now."""
-        for name in ("_references", "_full", "_executors"):
-            self.__dict__[name].clear()
-        self._check_against(self.running)
-        self.executor = self.__dict__["_asked"]
+        """Makes anew what was built from the program's graphs, which read other weights now."""
+        self.entry = Entry(self.program, self.origin.running)
+        self.training_graphs.reset()
+        self.engine.rebuild()
 
     def replace_heads(self, heads: Mapping[str, tuple[nn.Module, float]]) -> None:
         """Other heads at exits: `{exit: (head, FLOPs of head and decision for one row)}`.
@@ -138,293 +580,123 @@ class CompiledModule(DevicePrograms, Anytime):
                 e = replace(e, head_kind=str(getattr(head, "kind", type(head).__name__)), head_flops=flops)
             exits.append(e)
         self.program = self.program.replace(exits=tuple(exits))
-        self.__dict__["cost_model"] = CostModel(self.program)
-        self.__dict__["_training_graphs"].clear()
+        for holder in (self.live, self.engine, self.training_graphs):
+            holder.program = self.program
+        self.cost_model = CostModel(self.program)
+        self.training_graphs.clear()
         self.follow_graphs()
 
-    def train(self, mode: bool = True) -> CompiledModule:
-        """Train or eval mode. Exits and gates that wait to be trained are open in train mode; see `eecompile.waiting`."""
-        super().train(mode)
-        self.waiting.follow(mode)
-        return self
-
-    # ------------------------------------------------------------------ settings
-
-    @property
-    def settings(self) -> Settings:
-        """Thresholds, temperatures and all else that may be set, as one value."""
-        if not self._written():
-            found: Settings = self.__dict__["_settings"]
-            return found
-        with self.__dict__["_lock"]:  # a state dict was loaded, somebody wrote to a buffer, or settings are being set now
-            before: Settings = self.__dict__["_settings"]
-            if self._written():
-                written = dict(self.graph_module._buffers)
-                self.settings = before  # stays, where what is written there is out of range
-                self.settings = before.read_from(written)
-            current: Settings = self.__dict__["_settings"]
-            return current
-
-    @settings.setter
-    def settings(self, new: Settings) -> None:
-        if new.families != self.program.settings.families:
-            raise StrategyError(
-                "these settings belong to another program", got=new.to_dict(), wanted=self.program.settings.to_dict()
-            )
-        device = facts.device_of(self.graph_module)
-        with self.__dict__["_lock"]:
-            for graph in (self.graph_module, self.program.graph_module):
-                new.put_into(graph, device)
-            buffers = self.graph_module._buffers
-            attached = {f.buffer: t for f in new.families if (t := buffers[f.buffer]) is not None}
-            self.__dict__["_settings"] = new
-            self.__dict__["_attached"] = {name: (t, t._version) for name, t in attached.items()}
-
-    def _written(self) -> bool:
-        """Whether the buffers hold something else than the settings were put there as."""
-        buffers = self.graph_module._buffers
-        for name, (tensor, version) in self.__dict__["_attached"].items():
-            now = buffers[name]
-            if now is not tensor or now._version != version:
-                return True
-        return False
-
-    # ------------------------------------------------------------------ running
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """What the model would return, each row from the first exit that is sure enough.
-
-        With `deadline_ms=` (milliseconds from now) or `budget=` (fraction of the full model's cost that no row may
-        exceed) the best output until then; see `eecompile.anytime`.
-        """
-        if torch.compiler.is_compiling():
-            return wrapping.untraced(self, args, kwargs)
-        allowance = self._allowance(kwargs) if kwargs else None
-        flat = self.flatten(args, kwargs)
-        outcome = self._execute(flat, self.settings, False, allowance)
-        output = self.program.restore(outcome.leaves, flat)
-        self._close(outcome, allowance)
-        return output
-
-    def run(self, *args: Any, **kwargs: Any) -> Result:
-        """The output with exit index, confidence and cost of every row.
-
-        In train mode everything is computed, and `outputs`, `confidences` and `scores` of every exit are there too,
-        differentiable. `deadline_ms=` and `budget=` as in a plain call.
-
-        Raises:
-            CaptureError: Other arguments than the model was captured with.
-            StrategyError: A limit that is no number or cannot be kept.
-        """
-        allowance = self._allowance(kwargs) if kwargs else None
-        flat = self.flatten(args, kwargs)
-        settings = self.settings
-        outcome = self._execute(flat, settings, True, allowance)
-        result = self._result(outcome, settings, flat)
-        if self.training and self.gate_mode == "every" and result.route_weights is not None:
-            result.way_outputs = self._way_outputs(flat, settings)
-        self._close(outcome, allowance, result)
-        return result
-
-    def observe(self, *args: Any, **kwargs: Any) -> Result:
-        """Like `run`, but with every exit computed, in eval mode and without gradients.
-
-        `gates` and `steps` are still what `run` would tell: a row that left passes no later gate. `gate_scores` are there
-        for every row; with exits closed first (`set_thresholds(2.0)`) every gate decides about every row.
-        """
-        with self._mode(False):
-            return self.observe_at(self.settings, args, kwargs)
-
-    def observe_at(self, settings: Settings, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result:
-        """`observe` under other settings than those of the module, which stay."""
-        flat = self.flatten(args, kwargs)
-        with torch.no_grad(), self._mode(False):
-            return self._result(self._reference().run(flat, settings), settings, flat)
-
-    def full(self, *args: Any, **kwargs: Any) -> Any:
-        """The output of the model as it was given, without any exit."""
-        flat = self.flatten(args, kwargs)
-        with torch.no_grad():
-            return self.program.signature.restore(list((self.given or self.full_graph)(*flat)), flat)
-
-    def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
-        """The tensors of a call in graph order; `CaptureError` where the graph does not take it, or is not the model."""
+    @contextlib.contextmanager
+    def prepare_training(self, trunk: bool) -> Iterator[None]:
+        """Train mode with the trunk trainable or frozen; mode and flag are as before afterwards."""
+        before, training = self.train_mode, self.training
+        self.train_mode = replace(before, trunk=trunk)
         try:
-            flat = self.program.signature.flatten(args, kwargs)
-        except OtherDtypes as error:
-            flat = self.__dict__["dtypes"](error)
-        self.__dict__["watch"](flat)
-        if any_autocast():
-            self.__dict__["autocast"](flat)
-        return flat
+            self.train()
+            self.training_graphs.executor(self.train_mode, True)
+            yield
+        finally:
+            self.train_mode = replace(self.train_mode, trunk=before.trunk)
+            self.train(training)
 
-    def _execute(
-        self, flat: Sequence[Tensor], settings: Settings, want_confidence: bool, allowance: Allowance | None = None
-    ) -> Outcome:
+    @contextlib.contextmanager
+    def _mode(self, training: bool) -> Iterator[None]:
+        flags = {m: m.training for m in self.modules()}
         try:
-            if self.training:
-                graph = self._training_graph()
-                if self.train_trunk and self.train_signature is not None:
-                    self.train_signature.check(flat)
-                return self._reference(graph).run(flat, settings)
-            return self._chosen.run(flat, settings, want_confidence, allowance)
-        except RuntimeError as error:
-            elsewhere = other_device(self.program.signature, flat, self.thresholds.device)
-            if elsewhere is None:
-                raise
-            raise elsewhere from error
-
-    def _way_outputs(self, flat: Sequence[Tensor], settings: Settings) -> tuple[Tensor, ...]:
-        graphs = [self._training_graph(way) for way in range(len(self.program.routes[0].ways))]
-        with torch.no_grad():
-            outcomes = [self._reference(graph).run(flat, settings) for graph in graphs]
-        return tuple(o.outputs[-1] for o in outcomes if o.outputs is not None)
-
-    def _result(self, outcome: Outcome, settings: Settings, flat: Sequence[Tensor]) -> Result:
-        costs = self.cost_model
-        training = outcome.outputs is not None and self.training
-        gates = self._told(outcome, "") if self.program.gates else None
-        if gates is not None and not training:  # nothing runs of a cascade's model while its exits are closed
-            gates = gates * costs.gates_run(costs.is_open(settings), gates.device)
-        steps = costs.steps_ran(settings, outcome.reports, outcome.exit_index, self.training)
-        route = self.taken(outcome.reports, outcome.exit_index, settings)
-        mixed = training and self.gate_mode == "soft"
-        ways = None if route is None else self.ways_of(outcome.reports, route, mixed)
-        result = Result(
-            output=self.program.restore(outcome.leaves, flat),
-            exit_index=outcome.exit_index,
-            confidence=outcome.confidence if outcome.confidence is not None else torch.zeros(()),
-            cost=costs.spent(settings, outcome.exit_index, gates, steps, ways),
-            gates=gates if gates is None or training else gates >= 0.5,
-            gate_scores=self._told(outcome, ".score") if self.program.gates and outcome.outputs is not None else None,
-            route=route,
-            steps=self._steps(gates),
-            final=torch.ones_like(outcome.exit_index, dtype=torch.bool) if outcome.final is None else outcome.final,
-            stopped=outcome.stopped,
-            late=outcome.late,
-        )
-        if gates is not None and self.program.widths:
-            result.widths = costs.widths_ran(gates, outcome.exit_index)
-        if steps:
-            self._tell_halting(result, [outcome.reports[h.name] for h in self.program.halts], steps)
-        if gates is not None and outcome.outputs is not None:
-            result.gates_free = self.gates_free(gates)
-        if (gates is not None or ways is not None) and outcome.outputs is not None:
-            result.end_cost = costs.at_end(settings, outcome.exit_index, gates, steps, ways)
-        if route is not None and outcome.outputs is not None:
-            result.route_weights = outcome.reports[f"{self.program.routes[0].name}.weights"]
-            result.route_costs = costs.at_routes(settings)
-        if outcome.step_scores is not None and outcome.outputs is not None:
-            result.step_outputs = (*outcome.step_outputs, outcome.outputs[-1])
-            result.step_scores = outcome.step_scores.float()
-        if outcome.outputs is not None and outcome.confidences is not None:
-            result.outputs = outcome.outputs
-            result.confidences = tuple(torch.nan_to_num(c, nan=0.0) for c in outcome.confidences)
-            result.separate = outcome.separate
-            result.scores = None if outcome.scores is None else tuple(s.flatten() for s in outcome.scores)
-            if self.program.exits and self.program.exits[0].routed:  # not a function of the outputs: kept as they are
-                result.scores = result.confidences[:-1]
-        return result
-
-    def _tell_halting(self, result: Result, ledgers: Sequence[Tensor], steps: Sequence[Tensor]) -> None:
-        """Steps and ponder cost; a row that left inside a chain has the steps that it ran, and no ponder cost of it."""
-        counts = []
-        for h, ledger, ran in zip(self.program.halts, ledgers, steps, strict=True):
-            count, taken = ledger.detach()[..., 1], (ran > 0).sum(1).to(ledger.dtype)
-            left = torch.zeros_like(taken, dtype=torch.bool)
-            if not self.training:
-                left = (result.exit_index < h.stage) | (ran[:, 0] == 0)
-            rows = (-1, *(1,) * (count.ndim - 1))
-            counts.append(torch.where(left.view(rows), taken.view(rows), count))
-        result.steps = torch.stack(counts).sum(0).long()
-        ran_at_all = [r[:, 0].view(-1, *(1,) * (ledger.ndim - 2)) for r, ledger in zip(steps, ledgers, strict=True)]
-        result.ponder = torch.stack([ledger[..., 2] * r for r, ledger in zip(ran_at_all, ledgers, strict=True)]).sum(0)
-
-    def _told(self, outcome: Outcome, suffix: str) -> Tensor:
-        """[B, G] of what every gate reports."""
-        return torch.stack([outcome.reports[g.name + suffix] for g in self.program.gates], 1)
-
-    def _steps(self, gates: Tensor | None) -> Tensor | None:
-        """[B] int64: gated blocks that ran for each row; None where gates are on parts of blocks."""
-        kinds = [g.kind for g in self.program.gates]
-        blocks = [i for i, kind in enumerate(kinds) if kind in ("block", "branch")]
-        if gates is None or not blocks or any(kind not in ("block", "branch", "width") for kind in kinds):
-            return None
-        return (gates[:, self.cost_model.constant(blocks, gates.device, torch.int64)] >= 0.5).sum(1)
-
-    def gates_free(self, gates: Tensor) -> Tensor:
-        """[B, G] bool: where the gate's own score decided; see `Result.gates_free`. `gates` [B, G], 1 for open."""
-        curriculum = (self.gates_kept_open, self.gates_full_share) if self.training else (0, 0.0)
-        return self.cost_model.gates_free(self.settings, gates, *curriculum)
-
-    def prediction_of(self, output: Any) -> Tensor:
-        """The class scores within an output of the model's type."""
-        assert self.program.prediction is not None
-        return self.program.signature.flatten_output(output)[self.program.prediction]
+            self.train(training)
+            yield
+        finally:
+            for m, flag in flags.items():
+                m.training = flag
+            self.live.follow(self.training)
 
     # ------------------------------------------------------------------ executors
 
     @property
     def executor(self) -> str:
         """Name of the executor that runs in eval mode."""
-        return self._chosen.name
+        return self.engine.chosen.name
 
     @executor.setter
     def executor(self, name: str) -> None:
-        self._valid("executor", name, EXECUTORS)
-        found = self._executor(self._automatic()[0] if name == "auto" else name)
-        self.__dict__["_asked"], self.__dict__["_chosen"] = name, found
+        self.engine.choose(name)
 
     @property
     def executor_reason(self) -> str:
-        asked = self.__dict__["_asked"]
-        why = self._automatic()[1] if asked == "auto" else f"asked for {asked!r}"
-        return f"{why}; {self._chosen.support.reason}" if isinstance(self._chosen, CudaExecutor) else why
+        """Why that executor runs."""
+        return self.engine.reason
 
     @property
     def backend(self) -> str:
         """ "eager" or "inductor": how the compact executor's segments run."""
-        return self._backend
+        return self.engine.backend
 
     @backend.setter
     def backend(self, name: str) -> None:
-        self._backend = self._valid("backend", name, BACKENDS)
-        self.executor = self.__dict__["_asked"]
+        self.engine.set_backend(name)
 
-    def _executor(self, name: str) -> Executor:
-        executors = self.__dict__["_executors"]
-        key = (name, self._backend)
-        with self.__dict__["_lock"]:
-            if key not in executors:
-                if name == "reference":
-                    executors[key] = self._reference()
-                elif name == "simulate":
-                    executors[key] = SimulateExecutor(self.program, self.device_options)
-                elif name == "device":
-                    executors[key] = CudaExecutor(self.program, self.device_options)
-                elif self.program.front_end == "blocks":
-                    executors[key] = BlocksExecutor(self.program)
-                else:
-                    executors[key] = CompactExecutor(self.program, self._backend)
-        found: Executor = executors[key]
-        return found
+    @property
+    def device_options(self) -> Options:
+        """How device programs are built: buckets, structure, how many are kept. Setting it drops those that are there."""
+        return self.engine.options
 
-    def _reference(self, marked: fx.GraphModule | None = None) -> ReferenceExecutor:
-        """The reference executor of a marked graph, the program's own or one for training."""
-        marked = marked or self.graph_module
-        references = self.__dict__["_references"]
-        if marked not in references:
-            references[marked] = ReferenceExecutor(self.program, marked)
-        found: ReferenceExecutor = references[marked]
-        return found
+    @device_options.setter
+    def device_options(self, options: Options) -> None:
+        self.engine.options = options
 
-    @staticmethod
-    def _valid(what: str, name: str, valid: Sequence[str]) -> str:
-        if name not in valid:
-            raise StrategyError(f"unknown {what}", got=repr(name), wanted=near(str(name), valid))
-        return name
+    def device_program(self, *args: Any, **kwargs: Any) -> DeviceProgram:
+        """What a call with these inputs is on a device that takes all decisions itself, as data: `print(it.describe())`."""
+        return self.engine.device_program(self._call_or_example(args, kwargs), self.settings)
+
+    def check_no_sync(self, *args: Any, **kwargs: Any) -> NoSync:
+        """Looks for anything in the device program that would need the host between input and output. Needs no GPU.
+
+        Args:
+            args: A call, for its shapes; without one, the example that the model was compiled with.
+
+        Returns:
+            A report with `.ok` and `.problems`: node, reason and line of the model's code of each.
+
+        Raises:
+            UnsupportedModelError: The model was captured as blocks.
+            CaptureError: A loaded program, which has no example, and no call was given.
+        """
+        return self.engine.check_no_sync(self._call_or_example(args, kwargs))
+
+    def _call_or_example(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Tensor]:
+        """A call's flat inputs; those of the example for none."""
+        if args or kwargs:
+            return self.program.signature.flatten(args, kwargs)
+        if self.example is None:
+            raise CaptureError("a loaded program has no example inputs", hint="pass a call's arguments")
+        return [t.to(self.thresholds.device) for t in self.example]
 
     # ------------------------------------------------------------------ graphs and reports
+
+    @property
+    def original(self) -> nn.Module | None:
+        """The user's model, None for a loaded program."""
+        return self.origin.model
+
+    @property
+    def running(self) -> nn.Module | None:
+        """The model whose weights run: the user's, or its copy once the trunk has been trained."""
+        return self.origin.running
+
+    @property
+    def given(self) -> fx.GraphModule | None:
+        """Graph of the model as it was given, once the trunk has been trained."""
+        return self.origin.given
+
+    @property
+    def example(self) -> tuple[Tensor, ...] | None:
+        """Flat example inputs, None for a loaded program."""
+        return self.origin.example
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What is to be said about capture and training."""
+        return tuple(self.origin.notes)
 
     @property
     def source_graph(self) -> fx.GraphModule:
@@ -454,33 +726,14 @@ class CompiledModule(DevicePrograms, Anytime):
         count = len(self.program.exits)
         return f"CompiledModule({self.title}, {self.strategy.name}, {count} exits, executor={self.executor!r})"
 
-    # ------------------------------------------------------------------ moving and saving
+    # ------------------------------------------------------------------ moving, saving and copying
 
     def _apply(self, fn: Any, recurse: bool = True) -> CompiledModule:
-        for dtype in {t.dtype for t in (*self.parameters(), *self.buffers()) if t.is_floating_point()}:
-            probe = fn(torch.zeros(1, dtype=dtype, device=self.thresholds.device))
-            if probe.dtype != dtype:
-                raise EecompileError(
-                    "a compiled module keeps the dtype that it was captured in",
-                    got=str(probe.dtype),
-                    wanted=f"{dtype}: a move to another device only",
-                    hint=f"convert the model first, then compile it: eecompile(model.to({probe.dtype}), ...)",
-                )
-        settings = self.settings
+        wrapping.keeps_dtypes(self, fn)
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        if self.given is not None:
-            self.given._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        device = facts.device_of(self.graph_module)
-        for gm in (self.program.source, self.program.graph_module, *self.__dict__["_training_graphs"].values()):
-            _rebind(gm, self.graph_module)
-        for gm in (self.graph_module, self.program.source, self.program.graph_module):
-            move_constants(gm, device)
-        self.__dict__["_training_graphs"].clear()
-        self.__dict__["_references"].clear()
-        self.__dict__["_full"].clear()
-        self.settings = settings
-        for executor in self.__dict__["_executors"].values():
-            executor.reset()
+        if self.origin.given is not None:
+            self.origin.given._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        wrapping.moved(self)
         return self
 
     def save(self, path: Any) -> None:
@@ -495,10 +748,10 @@ class CompiledModule(DevicePrograms, Anytime):
         """Runs what `export` wrote in its runtime and compares it with the reference; see `eecompile.export.verify`."""
         return verify_export(self.program, self.settings, path, loader, **options)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
         return wrapping.deep_copy(self, memo)
 
-    def __copy__(self) -> Any:
+    def __copy__(self) -> CompiledModule:
         return wrapping.shallow_copy(self)
 
     def _slow_forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -508,13 +761,21 @@ class CompiledModule(DevicePrograms, Anytime):
         raise wrapping.no_replicas()
 
 
-def _rebind(gm: fx.GraphModule, source: fx.GraphModule) -> None:
-    """Buffers of `gm` are those of `source` again, by name: moving a module replaces buffers."""
-    for name, tensor in source.named_buffers():
-        parent, _, leaf = name.rpartition(".")
-        try:
-            owner = gm.get_submodule(parent)
-        except AttributeError:
-            continue
-        if leaf in owner._buffers:
-            owner._buffers[leaf] = tensor
+def _plain(options: dict[str, Any]) -> dict[str, Any]:
+    return {name: plain(value) for name, value in options.items()}
+
+
+def _no_drop(options: Mapping[str, Any]) -> None:
+    """Refuses a budget together with a drop.
+
+    Raises:
+        EecompileError: Both are asked for.
+    """
+    for name in ("max_drop", "delta"):
+        if name in options:
+            raise EecompileError(
+                f"{name}= and budget= are two ways to calibrate",
+                got="both",
+                wanted="one of them",
+                hint="a budget fixes the cost and gives the best accuracy; max_drop fixes the accuracy",
+            )

@@ -8,7 +8,7 @@ first time, the model is copied and all graphs read the entries of the copy. One
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -17,26 +17,30 @@ from eecompile.capture.tensors import ENTRIES
 from eecompile.errors import EecompileError
 from eecompile.passes import facts
 
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
+
 COPIED = "the trunk is trained in a copy: the model as given is unchanged, and comparisons are with it"
 IN_PLACE = "the trunk is trained in place: the model as given changes, and comparisons are with what it becomes"
 NOT_SAVED = "the trunk has been trained: comparisons are with what it became, since the model as given is not saved"
 
 
-def copy_trunk(fast: Any) -> None:
+def copy_trunk(fast: CompiledModule) -> None:
     """From now on the compiled module has weights of its own; done once, however often it is called.
 
     Raises:
         EecompileError: The model cannot be trained in a graph, or not be copied.
     """
-    if fast.given is not None:
+    origin, graphs = fast.origin, fast.training_graphs
+    if origin.given is not None:
         return
-    fast.train_mode_capture()  # before anything changes: not every model can be trained
-    given = facts.copy(fast.full_graph)
+    fast.capture_training()  # before anything changes: not every model can be trained
+    given = facts.copy(fast.engine.full_graph())
     memo: dict[int, Any] = {}
     for p in fast.head_parameters():  # what was inserted is trained as it is, also where a part of the model reads it
         memo[id(p)] = p
     try:
-        found = copy.deepcopy((fast.captured_from, fast.running, _containers(fast.program.source)), memo)
+        found = copy.deepcopy((origin.captured, origin.running, _containers(fast.program.source)), memo)
     except Exception as error:  # the model's own code may raise anything
         raise EecompileError(
             "the model cannot be copied, and training the trunk would change it",
@@ -44,13 +48,20 @@ def copy_trunk(fast: Any) -> None:
             got=f"{type(error).__name__}: {error}",
             hint="fit(..., train_in_place=True) trains the model itself; trunk=False trains the heads alone",
         ) from error
-    fast.__dict__["captured_from"], fast.__dict__["running"], _ = found
+    origin.captured, origin.running, _ = found
     seen: set[int] = set()
-    trained = fast.__dict__["_training_graphs"].values()
-    for graph in (fast.program.source, fast.program.graph_module, fast.graph_module, *trained):
+    for graph in (fast.program.source, fast.program.graph_module, fast.graph_module, *graphs.graphs()):
         _reads_copies(graph, memo, seen)
-    fast.__dict__["given"] = given
+    origin.given = given
     fast.follow_graphs()
+
+
+def own_trunk(fast: CompiledModule, in_place: bool) -> None:
+    """Says whether the trunk is trained in a copy or in place, and makes the copy."""
+    if not in_place:
+        copy_trunk(fast)
+    note = IN_PLACE if fast.given is None else COPIED
+    fast.origin.notes = (*(n for n in fast.origin.notes if n not in (IN_PLACE, COPIED)), note)
 
 
 def _containers(module: nn.Module) -> list[Any]:

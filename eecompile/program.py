@@ -17,6 +17,7 @@ from torch import fx
 
 from eecompile.errors import PassError, near
 from eecompile.ir.choices import choices_of
+from eecompile.ir.recipes import GateRecipe, HaltRecipe, RouteRecipe
 from eecompile.ir.records import (
     Anchor,
     Block,
@@ -39,9 +40,7 @@ from eecompile.ir.records import (
     Width,
 )
 from eecompile.ir.settings import Settings
-from eecompile.reasons import Reason
 from eecompile.signature import Signature
-from eecompile.strategies.base import GateRecipe, HaltRecipe, RouteRecipe
 
 __all__ = [
     "Anchor",
@@ -61,7 +60,6 @@ __all__ = [
     "Refusal",
     "Region",
     "Report",
-    "Result",
     "Route",
     "Snapshot",
     "Stage",
@@ -224,70 +222,3 @@ class Program:
     def total_flops(self) -> float:
         """Cost of the unmodified model for one row; of a cascade's last model alone."""
         return float(sum(self.flops.values())) if self.full_flops is None else self.full_flops
-
-
-@dataclass
-class Result:
-    """What `fast.run(x)` gives.
-
-    Attributes:
-        output: The same type as `model(x)`.
-        exit_index: [B] int64; counts exits from 0, the model's own end is `len(fast.exits)`.
-        confidence: [B] float32 in [0, 1]; of the exit that was taken, or of the model's own output.
-        cost: [B] float32; fraction of the full model's FLOPs spent on each row.
-        outputs: In train mode: the prediction of every exit and, last, of the model itself; each `[B, ..., C]`.
-        confidences: In train mode: [B] float32 of every exit and, last, of the model itself.
-        separate: In train mode, where exits are combined: what each head says by itself and, last, the model.
-        scores: In train mode, for learned criteria: the exit score's logit `[B]` of every exit.
-        gates: [B, G], where there are gates: bool, whether the gate let the row in (False too where the row had left
-            before); in train mode 1 and 0, differentiable by the straight-through estimate.
-        gate_scores: [B, G] in [0, 1], in train mode and of `fast.observe`.
-        gates_free: [B, G] bool, with `gate_scores`: whether the gate's own score decided. Not where a threshold keeps it
-            open or shut, `min_open` forces it open, or an earlier shut gate shuts it.
-        widths: [B, W] float32, where widths are chosen: the share of the channels that each part in `fast.widths` ran with
-            for the row; 0 where it was skipped or the row had left before.
-        end_cost: [B] float32, in train mode and of `fast.observe`, where there are gates or branches: the cost of each row
-            with its gates and its route as they were decided and all exits closed, differentiable in train mode.
-        route: [B] int64, where there is a router: the exit that the row was sent to, or the branch that it took, -1 where
-            it had left before. In train mode as decisions were taken meanwhile.
-        route_weights: [B, K] float32, in train mode and of `fast.observe`: the probability of every route, differentiable.
-        route_costs: [K] float32, with `route_weights`: cost of a row on each route.
-        way_outputs: In train mode with `gate_mode = "every"`: what the model says where every row takes way k, for each
-            of K; without gradients.
-        steps: [B] or [B, S] int64 ([B, 1] where no row reached the end of the chain): steps taken, where the strategy halts,
-            summed over several chains; where gates are on whole blocks [B], how many of those ran.
-        ponder: [B] or [B, S] float32: ponder cost N + R, differentiable in train mode.
-        step_outputs: In train mode, where scores are probabilities of stopping (PonderNet): the prediction `[B, ..., C]` had
-            every row stopped at each of the N steps. No row stops earlier then, so `steps` is N and `ponder` tells nothing.
-        step_scores: [B, N] float32, with `step_outputs`: probability of stopping at a step, of a row that got there.
-        final: [B] bool; rows that left by themselves. The others were stopped at `exit_index` by a deadline, a budget or
-            an interrupt, or are still on their way in a stream.
-        stopped: Why the call was stopped before every row was final: "deadline", "budget" or "interrupt"; else None.
-            After a budget on a device that decides by itself, reading it waits for the device.
-        late: Whether the output came after its deadline, or costs more than its budget: even the first exit was too far.
-    """
-
-    output: Any
-    exit_index: torch.Tensor
-    confidence: torch.Tensor
-    cost: torch.Tensor
-    outputs: tuple[torch.Tensor, ...] | None = None
-    confidences: tuple[torch.Tensor, ...] | None = None
-    scores: tuple[torch.Tensor, ...] | None = None
-    separate: tuple[torch.Tensor, ...] | None = None
-    gates: torch.Tensor | None = None
-    gate_scores: torch.Tensor | None = None
-    gates_free: torch.Tensor | None = None
-    widths: torch.Tensor | None = None
-    end_cost: torch.Tensor | None = None
-    route: torch.Tensor | None = None
-    route_weights: torch.Tensor | None = None
-    route_costs: torch.Tensor | None = None
-    way_outputs: tuple[torch.Tensor, ...] | None = None
-    steps: torch.Tensor | None = None
-    ponder: torch.Tensor | None = None
-    step_outputs: tuple[torch.Tensor, ...] | None = None
-    step_scores: torch.Tensor | None = None
-    final: torch.Tensor | None = None
-    stopped: Reason = Reason()  # noqa: RUF009 (a descriptor, not a default)
-    late: bool = False

@@ -1,43 +1,89 @@
-"""What torch does to a compiled module as a whole: copies, traces, replicas."""
+"""Copies, moves, traces and replicas of a compiled module: what torch does to it as a whole."""
 
 from __future__ import annotations
 
 import copy
-import threading
-import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from eecompile.capture.tensors import share_tensors
 from eecompile.errors import EecompileError
+from eecompile.passes import facts
 from eecompile.program import Program
+from eecompile.runtime.devices import move_constants
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 
-def shallow_copy(fast: Any) -> Any:
+def shallow_copy(fast: CompiledModule) -> CompiledModule:
     """Another module object over everything that this one holds, as of any `nn.Module`."""
     new = object.__new__(type(fast))
     new.__dict__.update(fast.__dict__)
     return new
 
 
-def deep_copy(fast: Any, memo: dict[int, Any]) -> Any:
+def deep_copy(fast: CompiledModule, memo: dict[int, Any]) -> CompiledModule:
     """A compiled module of its own, over a copy of the user's model where there is one."""
     new = memo[id(fast)] = object.__new__(type(fast))
-    constant = (fast.program.signature, fast.train_signature, fast.program.history, fast.example, *fast.artifact.values())
-    for shared in constant:
+    origin = fast.origin
+    graphs = fast.training_graphs
+    constant = (fast.program.signature, graphs.signature, fast.program.history, origin.example, origin.exported)
+    for shared in (*constant, graphs.exported):
         memo[id(shared)] = shared  # never changed
-    derived: dict[str, Any] = {"_training_graphs": {}, "_executors": {}, "_full": []}
-    fresh = {**derived, "_lock": threading.RLock(), "_references": weakref.WeakKeyDictionary()}
-    state = {name: value for name, value in fast.__dict__.items() if name not in (*fresh, "_chosen")}
-    new.__dict__.update(copy.deepcopy(state, memo) | fresh)
+    new.__dict__.update(copy.deepcopy(fast.__dict__, memo))
     _share_again(new.program, None if new.program.models else new.running)
     if new.given is not None and new.original is not None and not new.program.models:
         share_tensors(new.given, new.original)
-    new.settings = fast.settings
-    new.executor = fast.__dict__["_asked"]
+    new.live.publish()
     return new
+
+
+def keeps_dtypes(fast: CompiledModule, fn: Callable[[Tensor], Tensor]) -> None:
+    """Refuses a conversion of parameters to another dtype.
+
+    Args:
+        fn: What `nn.Module._apply` does to each tensor.
+
+    Raises:
+        EecompileError: It changes a dtype.
+    """
+    for dtype in {t.dtype for t in (*fast.parameters(), *fast.buffers()) if t.is_floating_point()}:
+        probe = fn(torch.zeros(1, dtype=dtype, device=fast.thresholds.device))
+        if probe.dtype != dtype:
+            raise EecompileError(
+                "a compiled module keeps the dtype that it was captured in",
+                got=str(probe.dtype),
+                wanted=f"{dtype}: a move to another device only",
+                hint=f"convert the model first, then compile it: eecompile(model.to({probe.dtype}), ...)",
+            )
+
+
+def moved(fast: CompiledModule) -> None:
+    """Follows a move of the module's tensors: other graphs read the same ones, constants go along, plans are dropped."""
+    graph, program = fast.graph_module, fast.program
+    for other in (program.source, program.graph_module, *fast.training_graphs.graphs()):
+        _rebind(other, graph)
+    for part in (graph, program.source, program.graph_module):
+        move_constants(part, facts.device_of(graph))
+    fast.training_graphs.clear()
+    fast.live.publish()
+    fast.engine.reset()
+
+
+def _rebind(gm: fx.GraphModule, source: fx.GraphModule) -> None:
+    """Buffers of `gm` are those of `source` again, by name: moving a module replaces buffers."""
+    for name, tensor in source.named_buffers():
+        parent, _, leaf = name.rpartition(".")
+        try:
+            owner = gm.get_submodule(parent)
+        except AttributeError:
+            continue
+        if leaf in owner._buffers:
+            owner._buffers[leaf] = tensor
 
 
 def _share_again(program: Program, model: nn.Module | None) -> None:
@@ -63,7 +109,7 @@ def traced(by: str) -> EecompileError:
     )
 
 
-def _untraced(fast: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def _untraced(fast: CompiledModule, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if torch.compiler.is_exporting():
         raise traced("torch.export")
     return fast.forward(*args, **kwargs)

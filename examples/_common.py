@@ -90,7 +90,7 @@ def fitted(
     settings["data"] = [rows_in(loader), loader.batch_size, loader.collate_fn.__qualname__]
     settings["exits"] = [[record.cut, record.head_kind] for record in fast.exits]
     path = runs_root() / f"{name}-{digest(settings)}.safetensors"
-    fast.__dict__["kept_as"] = path  # observations are kept beside it
+    fast.kept_as = path  # observations are kept beside it
     fixed = {id(fast.thresholds), id(fast.temperatures)}
     state: dict[str, Tensor] = {
         key: value for key, value in fast.state_dict(keep_vars=True).items() if id(value) not in fixed
@@ -126,7 +126,7 @@ def fitted(
 def as_trained(fast: Any, name: str, *trunks: Trunk) -> None:
     """For a program that needs no `fitted`: what `observed` keeps is found by the strategy and the trunks."""
     settings = {"strategy": fast.strategy.to_dict(), "trunks": [asdict(trunk.recipe) for trunk in trunks]}
-    fast.__dict__["kept_as"] = runs_root() / f"{name}-{digest(settings)}.safetensors"
+    fast.kept_as = runs_root() / f"{name}-{digest(settings)}.safetensors"
 
 
 def _kept(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
@@ -150,7 +150,7 @@ def observed(fast: Any, loaders: Mapping[str, DataLoader[Any]]) -> dict[str, Obs
     """
     found = {}
     for part, loader in loaders.items():
-        path = fast.__dict__["kept_as"].with_suffix(f".{part}-{rows_in(loader)}.safetensors")
+        path = fast.kept_as.with_suffix(f".{part}-{rows_in(loader)}.safetensors")
         found[part] = observe(fast, loader, path)
     return found
 

@@ -81,7 +81,7 @@ def depths(fast: Any, loader: Iterable[Any], path: Path) -> Depths:
             batch = split(item, number)
             result = fast.observe(*batch.args, **batch.kwargs)
             parts["outputs"].append(torch.stack([o.float() for o in result.outputs], 1))
-            parts["scores"].append(result.gate_scores.float())
+            parts["scores"].append(result.trace.gate_scores.float())
             parts["labels"].append(batch.labels)
         fast.set_gate_thresholds(before)
         path.parent.mkdir(parents=True, exist_ok=True)

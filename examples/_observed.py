@@ -18,7 +18,7 @@ from eecompile.criteria import MaxProbability
 from eecompile.ir.settings import EXITS, TEMPERATURES, Settings
 from eecompile.kernels.confidence import confidence
 from eecompile.kernels.select import select
-from eecompile.program import Result
+from eecompile.result import Result, Trace
 from eecompile.training.batches import split
 from eecompile.training.evaluate import evaluate
 from examples._registry import DatasetError, atomic
@@ -96,7 +96,7 @@ class Replay:
         output, index, sure = select(outputs, confidences, thresholds)
         cost = self.fast.costs(tuple(t <= 1.0 for t in thresholds.tolist()), settings)[index]
         every = tuple(torch.nan_to_num(value, nan=0.0) for value in confidences)
-        return Result(output, index, sure, cost, outputs, every, scores)
+        return Result(output, index, sure, cost, trace=Trace(outputs, every, scores=scores))
 
 
 def observe(fast: Any, loader: Iterable[Any], path: Path) -> Observed:
@@ -115,8 +115,8 @@ def observe(fast: Any, loader: Iterable[Any], path: Path) -> Observed:
                 raise DatasetError(f"{path.stem}: outputs are {list(result.outputs[-1].shape)}, wanted [B, C]")
             parts["outputs"].append(torch.stack([o.float() for o in result.outputs], 1))
             parts["labels"].append(batch.labels)
-            if result.scores is not None:
-                parts["scores"].append(torch.stack([s.float() for s in result.scores], 1))
+            if result.trace.scores is not None:
+                parts["scores"].append(torch.stack([s.float() for s in result.trace.scores], 1))
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic(path) as written:
             save_file({key: torch.cat(part) for key, part in parts.items() if part}, written)

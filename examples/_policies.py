@@ -48,7 +48,7 @@ def told(fast: Any, parts: Mapping[str, Any], record: Record, label: str, origin
     Thresholds are chosen on ``parts["val"]``, so that at most `ALLOWED` is lost there; ``parts["test"]`` is run once
     for each line. All figures are kept beside the weights of `fitted`, so that a second run only measures.
     """
-    path = fast.__dict__["kept_as"].with_suffix(".judged.json")
+    path = fast.kept_as.with_suffix(".judged.json")
     if not path.exists():
         with atomic(path) as written:
             written.write_text(json.dumps(_judge(fast, parts)))

@@ -68,7 +68,7 @@ def cheapest(curve: Sequence[dict[str, Any]]) -> float:
 
 def judged(fast: Any, parts: dict[str, Any]) -> dict[str, Any]:
     """The curve on the validation part, and what the test part gives as trained, as chosen and without halting: kept."""
-    path = fast.__dict__["kept_as"].with_suffix(".judged.json")
+    path = fast.kept_as.with_suffix(".judged.json")
     if not path.exists():
         curve = [judge(fast, parts["val"], t) for t in THRESHOLDS]
         asked = {"as trained": 1.0, f"at most {ALLOWED:.0%} lost on val": cheapest(curve)}

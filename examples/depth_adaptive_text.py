@@ -101,7 +101,7 @@ def example(options: Options, record: Record) -> None:
     record.done("train")
     variants = []
     for fast in programs.values():
-        kept = fast.__dict__["kept_as"]
+        kept = fast.kept_as
         seen = {part: depths(fast, parts[part], kept.with_suffix(f".{part}.safetensors")) for part in ("val", "test")}
         rules = {
             "as trained": 0.5,

@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_leaves
 
 from eecompile import CompiledModule, eecompile
 from eecompile.capture.export import Captured
+from eecompile.module import Origin
 from eecompile.passes import analysis, insertion, run_passes
-from eecompile.program import Program, Result
+from eecompile.program import Program
+from eecompile.result import Result
 from eecompile.strategies import Strategy
 
 CLOSED = 2.0
@@ -86,9 +88,9 @@ def same_choices(got: Result, want: Result) -> None:
             # steps and ponder are [B, 1] where no row reached the end of a chain in which every position halts by itself
             assert a.dtype == b.dtype, name
             assert torch.equal(a.expand_as(b), b), name
-    if want.ponder is not None:
-        assert got.ponder is not None
-        torch.testing.assert_close(got.ponder.expand_as(want.ponder), want.ponder)
+    if want.trace.ponder is not None:
+        assert got.trace.ponder is not None
+        torch.testing.assert_close(got.trace.ponder.expand_as(want.trace.ponder), want.trace.ponder)
 
 
 # ------------------------------------------------------------------------------------------------ settings
@@ -111,11 +113,11 @@ def random_settings(fast: CompiledModule, args: Any, kwargs: Any, rng: random.Ra
     if fast.program.halts:
         fast.set_halting_threshold(rng.choice([1.0, 0.7, 0.4, CLOSED]))
     if fast.gates:
-        scores = fast.observe(*args, **kwargs).gate_scores
+        scores = fast.observe(*args, **kwargs).trace.gate_scores
         assert scores is not None
         fast.set_gate_thresholds([rng.choice([0.0, CLOSED, *[separating(s, rng)] * 4]) for s in scores.T])
     if len(fast.route_margins):
-        fast.set_route_margins(random_margins(fast.observe(*args, **kwargs).route_weights, rng))
+        fast.set_route_margins(random_margins(fast.observe(*args, **kwargs).trace.route_weights, rng))
     if fast.exits and fast.exits[0].criterion.stateful:
         fast.set_thresholds(patience_thresholds(len(fast.exits), fast.exits[0].criterion.patience, rng))
     elif fast.exits:  # which exits are open moves the confidences of an ensemble
@@ -249,11 +251,11 @@ def shares_parameters(fast: CompiledModule, model: nn.Module) -> None:
 def again(fast: CompiledModule, strategy: Strategy, prediction: int | None = None) -> CompiledModule:
     """Another strategy on what was captured before: capture is what takes the time."""
     source = fast.source_graph
-    captured = Captured(source, fast.program.signature, fast.artifact.get("eval"), fast.example)
+    captured = Captured(source, fast.program.signature, fast.origin.exported, fast.example)
     at = fast.program.prediction if prediction is None else prediction
     program = Program(source, source, captured.signature, prediction=at)
     program = run_passes(program, [*analysis(captured), *insertion(strategy.recipe(), captured, seed=0)])
-    return CompiledModule(program, strategy, original=fast.original, example=fast.example)
+    return CompiledModule(program, strategy, origin=Origin(fast.original, fast.example))
 
 
 @contextmanager
@@ -321,8 +323,7 @@ def gelu_of(seen: Watch) -> list[tuple[int, ...]]:
 
 def opened(fast: CompiledModule) -> CompiledModule:
     """Sets what waits for training, as if all that was inserted were trained: exits open at the strategy's thresholds."""
-    fast.settings = fast.waiting.wanted()
-    fast.waiting.values = {}
+    fast.live.open_all()
     return fast
 
 

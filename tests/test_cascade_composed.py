@@ -128,7 +128,7 @@ def test_a_sum_with_a_cascade_goes_into_its_models(added, exits):
     assert all(torch.equal(a, b) for a, b in zip(before, (p for m in models.values() for p in m.parameters()), strict=True))
     fast.fit(rows, epochs=1, trunk=True, progress=False)
     assert all(torch.equal(a, b) for a, b in zip(before, (p for m in models.values() for p in m.parameters()), strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(before, fast.captured_from.parameters(), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(before, fast.origin.captured.parameters(), strict=True))
     fast.calibrate(rows, max_drop=0.5, delta=None)
     agree(fast, (images(5, 6),), {})
 

@@ -194,7 +194,7 @@ def test_fit_has_nothing_to_train_but_the_models_themselves():
     report = fast.fit(batches(), epochs=4, trunk=True, lr=1e-2, trunk_lr=1e-2, progress=False)
     assert report.rows[-1].loss < report.rows[0].loss
     assert all(torch.equal(v, before[k]) for k, v in nn.ModuleList(models).state_dict().items())
-    trained = [fast.captured_from.member(name).model for name in fast.captured_from.order]
+    trained = [fast.origin.captured.member(name).model for name in fast.origin.captured.order]
     for k, model in enumerate(trained):  # every model learns, through its own prediction
         assert any(not torch.equal(v, before[f"{k}.{n}"]) for n, v in model.state_dict().items())
     fast.set_thresholds(CLOSED)

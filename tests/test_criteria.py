@@ -195,9 +195,9 @@ def test_a_learned_score_is_the_sigmoid_of_its_logit(net: CompiledModule) -> Non
     fast.set_temperatures([0.5, 2.0, 1.0, 3.0, 1.0][: len(fast.exits) + 1])
     x = rows(32)
     seen = fast.observe(x)
-    assert seen.scores is not None and seen.confidences is not None and seen.outputs is not None
+    assert seen.trace.scores is not None and seen.confidences is not None and seen.outputs is not None
     temperatures = fast.temperatures.tolist()
-    for score, got, t in zip(seen.scores, seen.confidences, temperatures, strict=False):
+    for score, got, t in zip(seen.trace.scores, seen.confidences, temperatures, strict=False):
         torch.testing.assert_close(got.double(), 1 / (1 + (-score.double() / t).exp()), rtol=0, atol=1e-6)
     # the model's own end has no score: its largest probability
     want = defined("max_probability", seen.outputs[-1], temperatures[-1])

@@ -22,28 +22,15 @@ LAYERS = [
     {"ir", "criteria"},
     {"kernels", "ops"},
     {"untrained"},
-    {"signature", "heads", "gates", "routers", "strategies"} | {"reasons", "program", "prediction", "thresholds"},
+    {"signature", "heads", "gates", "routers", "reasons", "program", "prediction"},
     {"capture"},
     {"passes"},
     {"runtime", "costs"},
+    {"result", "public_records"},
     {"training", "calibration", "export"},
+    {"strategies"},
     {"language"},
-    {
-        "module",
-        "device_programs",
-        "decisions",
-        "waiting",
-        "routing",
-        "trainable",
-        "api",
-        "members",
-        "artifact",
-        "anytime",
-        "benchmark",
-        "explain",
-        "wrapping",
-        "own_trunk",
-    },
+    {"module", "api", "options", "members", "artifact", "anytime", "benchmark", "explain", "wrapping", "own_trunk"},
     {"inspect"},
     {"__init__"},  # the package's front: names of every layer, each imported when it is first asked for
     {"serving"},
@@ -51,13 +38,6 @@ LAYERS = [
 ]
 RANK = {unit: i for i, layer in enumerate(LAYERS) for unit in layer}
 FRONT = "__init__"
-# Files that need one another if imports within functions count; one that is mended must go from here.
-CIRCLES = [
-    ["eecompile.strategies.base", "eecompile.strategies.cascade", "eecompile.strategies.combined"]
-    + ["eecompile.strategies.conflicts"],
-    ["eecompile.training.objectives.base", "eecompile.training.objectives.general"]
-    + ["eecompile.training.objectives.registry"],
-]
 
 FILES = sorted(PACKAGE.rglob("*.py"))
 
@@ -80,21 +60,33 @@ def tree_of(path: Path) -> ast.Module:
     return ast.parse(path.read_text(encoding="utf-8"))
 
 
+# A function that takes the compiled module says so by a type that is imported for the type checker alone.
+TYPE = "eecompile.module"
+
+
+def for_types(node: ast.AST) -> bool:
+    """Whether a node is `if TYPE_CHECKING:` with the import of the compiled module's type and nothing else."""
+    if not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+        return False
+    return [ast.unparse(n) for n in node.body] == [f"from {TYPE} import CompiledModule"]
+
+
 @functools.cache
-def imports(path: Path) -> list[tuple[str, int, bool]]:
-    """Modules of this package that a file imports: name, line, and whether it happens when the file is imported."""
+def imports(path: Path) -> list[tuple[str, int]]:
+    """Modules of this package that a file imports, within functions too: name and line."""
     seen = []
-    todo: list[tuple[ast.AST, bool]] = [(tree_of(path), True)]
+    todo: list[ast.AST] = [tree_of(path)]
     while todo:
-        node, at_once = todo.pop()
-        at_once = at_once and not isinstance(node, ast.FunctionDef | ast.Lambda)
-        todo += [(child, at_once) for child in ast.iter_child_nodes(node)]
+        node = todo.pop()
+        if for_types(node):
+            continue
+        todo += ast.iter_child_nodes(node)
         found: list[str] = []
         if isinstance(node, ast.Import):
             found = [a.name for a in node.names]
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
             found = [f"{node.module}.{a.name}" if f"{node.module}.{a.name}" in KNOWN else node.module for a in node.names]
-        seen += [(name, node.lineno, at_once) for name in found if name.partition(".")[0] == "eecompile"]
+        seen += [(name, node.lineno) for name in found if name.partition(".")[0] == "eecompile"]
     return seen
 
 
@@ -107,32 +99,31 @@ def test_imports_run_one_way() -> None:
     wrong = [
         f"{path.relative_to(ROOT)}:{at} imports {name}"
         for path in FILES
-        for name, at, _ in imports(path)
+        for name, at in imports(path)
         if RANK[unit_of(name)] > RANK[unit_of(module_of(path))] and unit_of(module_of(path)) != FRONT
     ]
     assert wrong == []
 
 
-def circles(of: Callable[[str], str], deferred: bool) -> list[list[str]]:
-    """Groups of files, or of parts, that import one another; `deferred`: also within functions."""
+def circles(of: Callable[[str], str]) -> list[list[str]]:
+    """Groups of files, or of parts, that import one another, within functions too."""
     graph = nx.DiGraph()
     for path in FILES:
         if module_of(path) == "eecompile":
             continue
-        for name, _, at_once in imports(path):
-            if name in KNOWN and name != "eecompile" and (at_once or deferred) and of(name) != of(module_of(path)):
+        for name, _ in imports(path):
+            if name in KNOWN and name != "eecompile" and of(name) != of(module_of(path)):
                 graph.add_edge(of(module_of(path)), of(name))
     return sorted(sorted(c) for c in nx.strongly_connected_components(graph) if len(c) > 1)
 
 
 def test_no_two_files_need_each_other() -> None:
-    assert circles(str, deferred=False) == []
-    assert circles(str, deferred=True) == sorted(CIRCLES)
+    assert circles(str) == []
 
 
 def test_no_two_parts_need_each_other() -> None:
     """Among the parts of one layer too: those of the compiled module are the exception."""
-    assert [c for c in circles(unit_of, deferred=True) if not set(c) <= LAYERS[RANK["module"]]] == []
+    assert [c for c in circles(unit_of) if not set(c) <= LAYERS[RANK["module"]]] == []
 
 
 def test_ruffs_exceptions_are_needed() -> None:

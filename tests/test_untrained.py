@@ -76,12 +76,12 @@ def test_untrained_is_the_model_until_it_is_trained(name: str) -> None:
     text = str(fast)
     assert text.count("not trained yet") >= len(fast.untrained)
     assert fast.explain().to_dict()["untrained"] == list(fast.untrained)
-    asked = fast.waiting.wanted()
+    asked = fast.live.wanted
     fast.fit([(x / 255, y)] * 3, epochs=len(fast.strategy.stages) or 1, progress=False)
     left = set(fast.untrained)
     assert not left, left
     assert fast.settings == asked
-    assert not any(fast.waiting.values.values())
+    assert fast.live.evaluated == fast.live.wanted
     assert "not trained yet" not in str(fast)
 
 
@@ -178,12 +178,12 @@ def test_calibration_settles_and_measuring_does_not() -> None:
     assert not any(e.is_open for e in fast.exits)
     with pytest.raises(Exception, match="labels"):
         fast.calibrate([(x, y + 100)])
-    assert list(fast.waiting.wanted()["exits"]) == pytest.approx([0.9, 0.9])
+    assert list(fast.live.wanted["exits"]) == pytest.approx([0.9, 0.9])
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         report = fast.calibrate([(x, y)], max_drop=0.5)
     chosen = [e.threshold for e in fast.exits]
-    assert list(fast.waiting.wanted()["exits"]) == chosen, report
+    assert list(fast.live.wanted["exits"]) == chosen, report
     fast.fit([(x / 255, y)], epochs=1, progress=False)
     assert [e.threshold for e in fast.exits] == chosen
 

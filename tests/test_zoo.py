@@ -7,7 +7,7 @@ import random
 import pytest
 import torch
 
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.runtime.device.executor import Options
 from tests.support import (
     CLOSED,

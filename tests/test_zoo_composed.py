@@ -98,9 +98,7 @@ def test_saved_and_loaded(zoo, kind, tmp_path):
     fast = compiled(zoo, "hf_resnet", kind)
     args, kwargs = entry.inputs(5, seed=6)
     random_settings(fast, args, kwargs, random.Random(2))
-    fast.train_trunk = False
-    fast.artifact["eval"] = zoo("hf_resnet").fast.artifact["eval"]  # what `again` leaves out
-    fast.artifact["train"] = None
+    fast.origin.exported = zoo("hf_resnet").fast.origin.exported  # what `again` leaves out
     fast.save(tmp_path / "program")
     same = load(tmp_path / "program")
     assert same.strategy == fast.strategy

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,7 @@ from eecompile.artifact.read_gates import insert_saved_gates
 from eecompile.artifact.read_routes import insert_saved_routes
 from eecompile.artifact.records import record, records
 from eecompile.calibration.guarantee import Guarantee
-from eecompile.capture.export import flat_graph
+from eecompile.capture.export import Captured, flat_graph
 from eecompile.capture.exported import program_graph
 from eecompile.capture.quiet import quiet
 from eecompile.capture.tensors import share_tensors
@@ -32,7 +34,6 @@ from eecompile.passes import (
     FindCuts,
     Lower,
     StagePass,
-    prepare_training_graph,
     prepared,
     run_passes,
     sites,
@@ -45,8 +46,10 @@ from eecompile.passes.insert_exits import (
     relocate,
 )
 from eecompile.program import Exit, Place, Program
+from eecompile.runtime.origin import Origin
 from eecompile.signature import Signature
-from eecompile.strategies import STRATEGIES, Strategy, strategy
+from eecompile.strategies import STRATEGIES, Strategy
+from eecompile.strategies import strategy as strategy_of
 
 LOADED = "loaded from "
 assert eecompile.ops is not None  # registers the operators that graphs may hold
@@ -101,38 +104,37 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     heads = _heads(program, data["heads"], paths, tensors)
     insert = InsertExits(heads=heads, combination=combination)
     program = run_passes(program, [insert, StagePass(), Lower()], facts=frozenset({"exits placed"}))
+    origin = Origin(
+        exported=exported,
+        autocast=data.get("autocast", ()),
+        notes=[*_notes(data["notes"]), f"{LOADED}{directory.name}"],
+    )
+    trained: tuple[Signature, ExportedProgram] | None = None
+    if "train" in paths:
+        trained = Signature.from_dict(data["train_signature"]), _exported(paths["train"])
+        origin.capture_training = partial(_train_capture, *trained, names)
+    strategy = _strategy(data["strategy"])
+    fast = CompiledModule(program, strategy, executor=data["executor"], backend=data["backend"], origin=origin)
+    if trained is not None:
+        fast.training_graphs.signature, fast.training_graphs.exported = trained
+    fast.trained_by_loss = data["trained_by_loss"]
+    fast.guarantee = None if data["guarantee"] is None else Guarantee.from_dict(data["guarantee"])
     try:
-        program = program.replace(settings=program.settings.from_dict(data["settings"]))
+        fast.live.restore(data["settings"])
     except StrategyError as error:
         raise ArtifactError(
             "the saved settings do not fit the program", where=str(directory / files.MANIFEST), got=str(error)
         ) from error
-    artifact: dict[str, Any] = {"eval": exported}
-    training = train_signature = None
-    if "train" in paths:
-        artifact["train"] = train = _exported(paths["train"])
-        train_signature = Signature.from_dict(data["train_signature"])
-
-        def training(fast: CompiledModule) -> Program:
-            train_graph = flat_graph(train, "m", names, training=True)
-            share_tensors(train_graph, fast.program.source)
-            return prepare_training_graph(fast.program, train_graph, train_signature, fast.strategy.recipe().equilibrium)
-
-    fast = CompiledModule(
-        program,
-        _strategy(data["strategy"]),
-        executor=data["executor"],
-        backend=data["backend"],
-        training_program=training,
-        artifact=artifact,
-        autocast=data.get("autocast", ()),
-        notes=[*_notes(data["notes"]), f"{LOADED}{directory.name}"],
-    )
-    fast.__dict__["train_signature"] = train_signature
-    fast.trained_by_loss = data["trained_by_loss"]
-    fast.guarantee = None if data["guarantee"] is None else Guarantee.from_dict(data["guarantee"])
-    fast.waiting.restore(data["waiting"])
     return fast
+
+
+def _train_capture(
+    signature: Signature, exported: ExportedProgram, names: Sequence[str], program: Program, model: nn.Module | None
+) -> Captured:
+    """The saved capture in train mode, over the parameters of the loaded program."""
+    graph = flat_graph(exported, "m", names, training=True)
+    share_tensors(graph, program.source)
+    return Captured(graph, signature, exported, None)
 
 
 def _notes(saved: list[str]) -> list[str]:
@@ -152,7 +154,7 @@ def _exported(path: Path) -> ExportedProgram:
 
 
 def _adapted(exported: ExportedProgram) -> bool:
-    """Whether the program was exported through the flat adapter, whose one attribute is `m`."""
+    """Whether the program was exported behind the flat adapter, whose one attribute is `m`."""
     names = list(exported.state_dict) + [str(k) for k in exported.constants]
     return all(n.startswith("m.") for n in exported.state_dict) and bool(names)
 
@@ -167,7 +169,7 @@ def _tensors(path: Path) -> dict[str, Tensor]:
 def _strategy(data: dict[str, Any]) -> Strategy:
     """The saved strategy; heads that were modules of the user's are named only."""
     try:
-        return strategy(_known(data))
+        return strategy_of(_known(data))
     except EecompileError as error:
         raise ArtifactError(
             "the saved strategy is not known here", got=data.get("name"), wanted=", ".join(STRATEGIES)

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from eecompile.artifact.records import records
 from eecompile.errors import ArtifactError
 from eecompile.gates import RecurrentCore, rebuild
+from eecompile.ir.recipes import GateRecipe, HaltRecipe
 from eecompile.passes import inserted_again
 from eecompile.program import Gate, Halt, Program, Width
-from eecompile.strategies.base import GateRecipe, HaltRecipe
 
 
 def insert_saved_gates(program: Program, data: dict[str, Any], tensors: dict[str, Tensor]) -> Program:

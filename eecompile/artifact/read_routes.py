@@ -9,11 +9,11 @@ from torch import Tensor, fx, nn
 
 from eecompile.artifact.records import record, records
 from eecompile.errors import ArtifactError
+from eecompile.ir.recipes import RouteRecipe
 from eecompile.passes import FindRegions, InsertRoutes, run_passes
 from eecompile.passes.insert_routes import light_of, relocate_routes
 from eecompile.program import Program, Route
 from eecompile.routers import rebuild
-from eecompile.strategies.router import RouteRecipe
 
 
 def insert_saved_routes(
@@ -36,9 +36,10 @@ def insert_saved_routes(
     for way in (w for w in route.ways if w.module):
         if way.custom and way.name not in customs:
             raise ArtifactError("a branch is missing", where=way.name, got=", ".join(customs) or "none")
-        modules[way.name] = _single(customs[way.name]) if way.custom else light_of(program, route, way)
+        attribute = way.module.rpartition(".")[2]
+        modules[attribute] = _single(customs[way.name]) if way.custom else light_of(program, route, way)
     for name, module in modules.items():
-        if name not in customs:
+        if name.removeprefix("branch_") not in customs:
             _fill(module, name, tensors)
     return run_passes(program, [InsertRoutes(recipe, modules=modules)])
 

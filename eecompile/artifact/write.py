@@ -6,7 +6,7 @@ import copy
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors.torch import save_file
@@ -20,10 +20,14 @@ from eecompile.gates import describe as describe_unit
 from eecompile.heads import Branch, describe
 from eecompile.passes import facts
 from eecompile.program import Exit, Way
+from eecompile.public_records import router_of
 from eecompile.routers import describe as describe_router
 
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
-def write(fast: Any, path: str | Path) -> None:
+
+def write(fast: CompiledModule, path: str | Path) -> None:
     """Saves a compiled module as a directory; an older program there stays whole until the new one is complete.
 
     Raises:
@@ -35,40 +39,40 @@ def write(fast: Any, path: str | Path) -> None:
             'a program of capture="blocks" cannot be saved: it runs the Python model itself',
             hint="save the model's weights and compile again, or make the model exportable",
         )
-    if fast.artifact.get("eval") is None:
+    if fast.origin.exported is None:
         raise ArtifactError(
             "this program cannot be saved: the export that it was made from is not there",
             got="a compiled module that was put together from a graph",
             hint="compile the model with eecompile(...), which keeps it",
         )
     directory = files.free_place(Path(path))
-    if fast.strategy.joint and "train" not in fast.artifact:
-        fast.train_mode_capture()
+    graphs = fast.training_graphs
+    if fast.strategy.joint and fast.origin.capture_training is not None and graphs.exported is None:
+        fast.capture_training()
     heads = {e.name: _head(fast.branch(e.name), e) for e in program.exits}
     manifest: dict[str, Any] = {
         "format": files.FORMAT,
         "version": files.VERSION,
         "torch": torch.__version__,
         "strategy": fast.strategy.to_dict(),
-        "executor": fast.__dict__["_asked"],  # "auto" may mean another one where it is loaded
+        "executor": fast.engine.asked,  # "auto" may mean another one where it is loaded
         "backend": fast.backend,
         "signature": program.signature.to_dict(),
-        "train_signature": None if fast.train_signature is None else fast.train_signature.to_dict(),
+        "train_signature": None if graphs.signature is None else graphs.signature.to_dict(),
         "prediction": program.prediction,
         "models": list(program.models),
         "blocks": program.block_pattern,
         "places": [asdict(p) for p in program.places],
         "exits": [_exit(e) for e in program.exits],
         "heads": heads,
-        "settings": fast.settings.to_dict(),
+        "settings": fast.live.to_dict(),
         "gates": _gates(fast),
         "routes": _routes(fast),
         "stages": [s.flops for s in program.stages],
         "trained_by_loss": fast.trained_by_loss,
         "guarantee": None if fast.guarantee is None else fast.guarantee.to_dict(),
-        "waiting": fast.waiting.to_dict(),
         "notes": list(fast.notes),
-        "autocast": sorted(str(d).removeprefix("torch.") for d in fast.autocast.verified),
+        "autocast": sorted(str(d).removeprefix("torch.") for d in fast.entry.autocast.verified),
     }
     try:
         directory.mkdir(parents=True, exist_ok=True)
@@ -83,7 +87,7 @@ def write(fast: Any, path: str | Path) -> None:
         raise
 
 
-def _put_all(fast: Any, directory: Path, heads: dict[str, Any], entries: dict[str, Any]) -> None:
+def _put_all(fast: CompiledModule, directory: Path, heads: dict[str, Any], entries: dict[str, Any]) -> None:
     """Writes every file but the manifest; `entries` grows by one with each."""
     program = fast.program
     tensors = {
@@ -98,7 +102,7 @@ def _put_all(fast: Any, directory: Path, heads: dict[str, Any], entries: dict[st
             tensors[f"routes.{name}"] = t.detach().cpu().contiguous()
     weights = {name: t.clone() for name, t in tensors.items()}  # shared storage has no place in a safetensors file
     entries["heads"] = files.put(directory, "heads", ".safetensors", lambda p: save_file(weights, p))
-    for mode, exported in fast.artifact.items():
+    for mode, exported in (("eval", fast.origin.exported), ("train", fast.training_graphs.exported)):
         if exported is not None:
             entries[mode] = files.put(directory, mode, ".pt2", partial(_export, exported, program.source))
     for e in program.exits:
@@ -112,18 +116,19 @@ def _put_all(fast: Any, directory: Path, heads: dict[str, Any], entries: dict[st
         )
 
 
-def _routes(fast: Any) -> dict[str, Any] | None:
+def _routes(fast: CompiledModule) -> dict[str, Any] | None:
     """The router, its unit and what it was inserted by, as JSON data; None without one."""
     program = fast.program
     if program.route_recipe is None:
         return None
     records = [asdict(r) for r in program.routes]
-    return {"recipe": program.route_recipe.to_dict(), "records": records, "unit": describe_router(fast.route_units.unit)}
+    return {"recipe": program.route_recipe.to_dict(), "records": records, "unit": describe_router(router_of(program))}
 
 
 def _way(program: Any, name: str) -> Way:
-    """The branch with this name; the router's unit counts as one that is no module of the user's."""
-    found: Way = next((w for r in program.routes for w in r.ways if w.name == name), Way(name, "", "", (), (), 0.0))
+    """The branch with this attribute of the module; the router's unit counts as one that is no module of the user's."""
+    ways = (w for r in program.routes for w in r.ways if w.module.rpartition(".")[2] == name)
+    found: Way = next(ways, Way(name, "", "", (), (), 0.0))
     return found
 
 
@@ -131,7 +136,7 @@ def _exit(e: Exit) -> dict[str, Any]:
     return {**asdict(e), "criterion": e.criterion.to_dict()}
 
 
-def _gates(fast: Any) -> dict[str, Any] | None:
+def _gates(fast: CompiledModule) -> dict[str, Any] | None:
     """The gates or halting steps, their units and what they were inserted by, as JSON data; None without gates."""
     program = fast.program
     if not program.gates and not program.halts:
@@ -175,7 +180,7 @@ def _on_cpu(t: Any) -> Any:
     return t.cpu() if isinstance(t, Tensor) and t.device.type != "cpu" else t
 
 
-def _custom(branch: Branch, fast: Any, path: Path) -> None:
+def _custom(branch: Branch, fast: CompiledModule, path: Path) -> None:
     """A user's head: exported, since its class may not be there when the program is loaded."""
     e = next(e for e in fast.program.exits if fast.branch(e.name) is branch)
     node = next(n for n in fast.program.source.graph.nodes if n.name == e.node)
@@ -183,13 +188,13 @@ def _custom(branch: Branch, fast: Any, path: Path) -> None:
     _exported(branch.head, live.shape, live.batch_axis, node.meta["val"].dtype, "head", e.name, path)
 
 
-def _custom_branch(fast: Any, way: Way, path: Path) -> None:
+def _custom_branch(fast: CompiledModule, way: Way, path: Path) -> None:
     """A user's branch: exported as a user's head is."""
     (route,) = fast.program.routes
     node = next(n for n in fast.program.source.graph.nodes if n.name == route.x)
     batch = facts.Batch(fast.program.source, fast.program.signature)
     axis = batch.axis(node)
-    module = getattr(fast.route_units, way.name)
+    module = fast.graph_module.get_submodule(way.module)
     _exported(module, batch.sizes(node), axis, node.meta["val"].dtype, "branch", way.name, path)
 
 

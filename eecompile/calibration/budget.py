@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
@@ -18,11 +18,13 @@ from eecompile.calibration.report import CalibrationReport
 from eecompile.calibration.solver import METHODS, Solver
 from eecompile.errors import CalibrationError, near
 from eecompile.ir.settings import EXITS
-from eecompile.training.protocol import Compiled
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 
 def calibrate_budget(
-    fast: Compiled, loader: Iterable[Any], budget: float, *, method: str = "search", boxes: int = 1000, **options: Any
+    fast: CompiledModule, loader: Iterable[Any], budget: float, *, method: str = "search", boxes: int = 1000, **options: Any
 ) -> BudgetReport | CalibrationReport:
     """The thresholds that are most accurate on `loader` at a mean cost of at most `budget`.
 
@@ -100,7 +102,7 @@ def check_budget(budget: Any) -> None:
 
 
 def budget_curve(
-    fast: Compiled,
+    fast: CompiledModule,
     loader: Iterable[Any],
     test_loader: Iterable[Any] | None = None,
     *,

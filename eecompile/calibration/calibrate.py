@@ -32,7 +32,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -51,12 +51,14 @@ from eecompile.calibration.temperature import fit_temperature, negative_log_like
 from eecompile.errors import CalibrationError
 from eecompile.ir.settings import EXITS, TEMPERATURES, Settings
 from eecompile.training.batches import device_of, require_repeatable
-from eecompile.training.protocol import Compiled
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 RAMP = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 
 
-def calibrate(fast: Compiled, loader: Iterable[Any], **options: Any) -> CalibrationReport:
+def calibrate(fast: CompiledModule, loader: Iterable[Any], **options: Any) -> CalibrationReport:
     """Chooses what makes rows leave or skip: of gates, of routers to branches, of halting, then of exits.
 
     The module stays as it is; `fast.calibrate` sets what the report holds as `settings`.
@@ -101,7 +103,7 @@ def calibrate(fast: Compiled, loader: Iterable[Any], **options: Any) -> Calibrat
     return report
 
 
-def source_of(fast: Compiled, loader: Iterable[Any], options: Options) -> Source:
+def source_of(fast: CompiledModule, loader: Iterable[Any], options: Options) -> Source:
     return Source(fast, loader, options, device_of(fast))
 
 
@@ -112,7 +114,7 @@ class Exits:
         settings: Of the program; thresholds and temperatures are chosen anew.
     """
 
-    def __init__(self, fast: Compiled, loader: Iterable[Any], settings: Settings, options: Options) -> None:
+    def __init__(self, fast: CompiledModule, loader: Iterable[Any], settings: Settings, options: Options) -> None:
         self.fast, self.loader, self.options = fast, loader, options
         self.source = source_of(fast, loader, options)
         self.settings = settings

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,11 +18,13 @@ from torch import Tensor
 from eecompile.calibration.options import Options, combination_of
 from eecompile.errors import CalibrationError
 from eecompile.ir.settings import Settings
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.batches import Batch, batches
-from eecompile.training.protocol import Compiled
 from eecompile.training.scores import IGNORE, agreement, check_labels, measure, right
 from eecompile.training.subgroups import groups_of, indexed
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 LIMIT = 2**29
 Parts: TypeAlias = tuple[list[str], Tensor]
@@ -102,7 +104,7 @@ class Source:
         device: Where the compiled module is.
     """
 
-    fast: Compiled
+    fast: CompiledModule
     loader: Iterable[Any]
     options: Options
     device: torch.device
@@ -245,7 +247,7 @@ def collect(source: Source, settings: Settings, *, temperatures: bool, seed: int
         score, valid, labels = source.scores(outputs, outputs[-1], batch)
         members.add(batch, labels, valid)
         if kept is not None and labels is not None:
-            scored = result.separate if surest and result.separate else outputs
+            scored = result.trace.separate if surest and result.trace.separate else outputs
             kept.add(keys[valid], tuple(o.cpu()[valid] for o in scored), labels.cpu()[valid])
         if source.options.metric is None and outputs[-1].ndim == 2:
             parts["predictions"].append(torch.stack([o.argmax(1) for o in outputs], 1).cpu()[valid])
@@ -255,8 +257,8 @@ def collect(source: Source, settings: Settings, *, temperatures: bool, seed: int
         if source.options.static is not None:
             static = source.scores([source.static(batch)], outputs[-1], batch)[0][:, 0]
             parts["static"].append((score[:, -1] - static)[valid])
-        if result.scores is not None:
-            parts["scores"].append(torch.stack([s.float().cpu() for s in result.scores], 1)[valid])
+        if result.trace.scores is not None:
+            parts["scores"].append(torch.stack([s.float().cpu() for s in result.trace.scores], 1)[valid])
         skipped += int((~valid).sum())
     joined = {name: torch.cat(found) for name, found in parts.items() if found}
     return Collected(

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
 from eecompile.errors import CalibrationError
 
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
-def check_models(fast: Any, score: Tensor, what: str) -> None:
+
+def check_models(fast: CompiledModule, score: Tensor, what: str) -> None:
     """Refuses a model that is dearer than the one before it and worse on the calibration rows.
 
     Args:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 Values = dict[str, dict[str, float]]
 
@@ -40,7 +43,7 @@ class Guarantee:
     safer: tuple[Values, ...] = ()
     shares: tuple[float, ...] = ()
 
-    def void(self, fast: Any) -> str:
+    def void(self, fast: CompiledModule) -> str:
         """Why it does not hold for the module as it is now; empty where it does."""
         now = fingerprint(fast)
         changed = [f"{what}: {now[what]} now, {was} then" for what, was in self.made_for.items() if now[what] != was]
@@ -57,7 +60,7 @@ class Guarantee:
         return cls(**{**data, "safer": tuple(data["safer"]), "shares": tuple(data["shares"])})
 
 
-def guarantee_of(fast: Any, report: Any) -> Guarantee | None:
+def guarantee_of(fast: CompiledModule, report: Any) -> Guarantee | None:
     """The promise of a calibration report whose settings are set; None where it makes none."""
     parts = [report, *getattr(report, "before", ())]
     if getattr(report, "delta", None) is None or not any(part.qualified for part in parts):
@@ -74,7 +77,7 @@ def guarantee_of(fast: Any, report: Any) -> Guarantee | None:
     )
 
 
-def fingerprint(fast: Any) -> dict[str, str]:
+def fingerprint(fast: CompiledModule) -> dict[str, str]:
     """What answers depend on: weights, dtype, backend and the kind of executor (those of the host agree)."""
     parameters = list(fast.graph_module.parameters())
     return {
@@ -85,7 +88,7 @@ def fingerprint(fast: Any) -> dict[str, str]:
     }
 
 
-def _digest(fast: Any, parameters: list[nn.Parameter]) -> str:
+def _digest(fast: CompiledModule, parameters: list[nn.Parameter]) -> str:
     """Of the bytes of all parameters, whatever their order; computed again only where one was written to."""
     state = [(p.data_ptr(), p._version, p.dtype) for p in parameters]
     known = fast.__dict__.get("_digest")
@@ -104,7 +107,7 @@ def _digest_of(parameters: list[nn.Parameter]) -> str:
     return hashlib.blake2b(b"".join(each), digest_size=16).hexdigest()
 
 
-def said(fast: Any) -> str | None:
+def said(fast: CompiledModule) -> str | None:
     """The guarantee of a module in words, or that it is void and why; None where there is none."""
     found: Guarantee | None = fast.guarantee
     if found is None:

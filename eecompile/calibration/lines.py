@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -34,9 +34,12 @@ from eecompile.calibration.report import (
 )
 from eecompile.errors import CalibrationError
 from eecompile.ir.settings import BRANCHES, EXITS, GATES, HALTING, Settings
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.batches import Batch
 from eecompile.training.full import branches, gate_names, halts
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 FIRST_ROWS = 256  # whose scores settings are proposed from
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
@@ -49,7 +52,7 @@ class Line(ABC):
     family: ClassVar[str]
     words: Words
 
-    def __init__(self, fast: Any) -> None:
+    def __init__(self, fast: CompiledModule) -> None:
         self.fast = fast
 
     def neutral(self, settings: Settings) -> Settings:
@@ -80,8 +83,8 @@ class Gates(Line):
     words = Words("Calibration of gates", "thresholds of the gates", "all gates open", "all gates are open")
 
     def scores(self, result: Result) -> Tensor:
-        assert result.gate_scores is not None
-        return result.gate_scores.float()
+        assert result.trace.gate_scores is not None
+        return result.trace.gate_scores.float()
 
     def propose(self, scores: Tensor) -> list[Any]:
         values = scores.flatten().nan_to_num(nan=1.0).sort().values
@@ -106,8 +109,8 @@ class Routes(Line):
     )
 
     def scores(self, result: Result) -> Tensor:
-        assert result.route_weights is not None
-        weights = result.route_weights.float()
+        assert result.trace.route_weights is not None
+        weights = result.trace.route_weights.float()
         return weights[:, :-1].max(1, keepdim=True).values - weights[:, -1:]
 
     def propose(self, scores: Tensor) -> list[Any]:
@@ -137,7 +140,7 @@ class Halting(Line):
     family = HALTING
     words = Words("Calibration of halting", "halting thresholds", "no row halted", "no row halts")
 
-    def __init__(self, fast: Any) -> None:
+    def __init__(self, fast: CompiledModule) -> None:
         super().__init__(fast)
         self.repeated = any(h.repeated for h in fast.program.halts)
         if self.repeated:
@@ -299,12 +302,12 @@ def _report(
     )
 
 
-def exits_are_set(fast: Any) -> bool:
+def exits_are_set(fast: CompiledModule) -> bool:
     """Whether calibration sets exits: not those that only train what else is decided."""
     return bool(fast.exits) and not (lines_of(fast) and getattr(getattr(fast, "strategy", None), "training_exits", False))
 
 
-def lines_of(fast: Any) -> list[Line]:
+def lines_of(fast: CompiledModule) -> list[Line]:
     """What the module has to set before its exits."""
     there = ((Gates, bool(gate_names(fast))), (Routes, branches(fast)), (Halting, halts(fast)))
     return [line(fast) for line, has in there if has]

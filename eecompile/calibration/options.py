@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eecompile.calibration.risk import rows_needed
 from eecompile.errors import CalibrationError, near
 from eecompile.training.full import skips
-from eecompile.training.protocol import Compiled
 from eecompile.training.scores import Metric
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 TARGETS = ("accuracy", "agreement")
 CLASSES = "classes"
@@ -54,7 +56,7 @@ class Options:
     static: tuple[Callable[..., Any], float] | None = None
 
     @classmethod
-    def of(cls, fast: Compiled, given: Mapping[str, Any]) -> Options:
+    def of(cls, fast: CompiledModule, given: Mapping[str, Any]) -> Options:
         """Keyword arguments for this module, checked.
 
         Raises:
@@ -79,7 +81,7 @@ class Options:
         least = None if self.delta is None else rows_needed(self.max_drop, FIRST_START * self.delta)
         return None if least is None else least + LEAST_SEARCH_ROWS
 
-    def check(self, fast: Compiled) -> None:
+    def check(self, fast: CompiledModule) -> None:
         """Raises `CalibrationError` where a value is out of range or the target does not fit the task."""
         if not fast.exits and not skips(fast):
             raise CalibrationError(
@@ -115,7 +117,7 @@ class Options:
                 "compares them, for several labels ((z > 0) == (y > 0)).all(-1).double()",
             )
 
-    def stays_open(self, fast: Compiled) -> bool:
+    def stays_open(self, fast: CompiledModule) -> bool:
         """Whether calibration leaves every exit open.
 
         Raises:
@@ -133,12 +135,12 @@ class Options:
         return self.keep_open
 
 
-def combination_of(fast: Compiled) -> str:
+def combination_of(fast: CompiledModule) -> str:
     """How the exits answer: "last", "ensemble", "confident" or "weighted"."""
     return str(getattr(fast.exits[0], "combine", "last")) if fast.exits else "last"
 
 
-def _no_classes(fast: Compiled) -> str:
+def _no_classes(fast: CompiledModule) -> str:
     """Why the largest score is no answer; empty where it is."""
     if getattr(fast, "trained_by_loss", False):
         return "a program that was trained with loss="

@@ -42,13 +42,14 @@ def rewrite(
     with reporting(as_json) as out:
         from eecompile.artifact.files import free_place
         from eecompile.cli import inputs, models
+        from eecompile.options import CompileOptions
 
         free_place(output)
-        request = models.Request(
-            strategy, exits or [], head, criterion, option or [], prediction, executor, backend, "export", blocks,
-            batch_axis, measure, seed, inputs.example(example, input, data, seed=seed), prepare or [],
-        )  # fmt: skip
-        fast = models.compiled(model, request, out.say)
+        wanted = models.StrategyRequest(strategy, exits, head, criterion, option, prepare)
+        options = CompileOptions(
+            o.output(prediction), executor, backend, batch_axis, blocks=blocks, measure=measure, seed=seed
+        )
+        fast = models.compiled(model, wanted, options, inputs.example(example, input, data, seed=seed), out.say)
         out.say("save")
         fast.save(output)
         out.show(_places(fast))
@@ -113,14 +114,15 @@ def inspect(
         from eecompile import inspect as show
         from eecompile.cli import inputs, models
         from eecompile.errors import EecompileError, near
+        from eecompile.options import CompileOptions
 
         if format not in show.FORMATS:
             raise EecompileError("unknown format", got=repr(format), wanted=near(format, show.FORMATS))
-        request = models.Request(
-            strategy, exits or [], head, criterion, option or [], prediction, "auto", "eager", capture, blocks,
-            batch_axis, measure, seed, inputs.example(example, input, data, seed=seed), prepare or [],
-        )  # fmt: skip
-        fast = models.compiled(model, request, out.say)
+        wanted = models.StrategyRequest(strategy, exits, head, criterion, option, prepare)
+        options = CompileOptions(
+            o.output(prediction), batch_axis=batch_axis, capture=capture, blocks=blocks, measure=measure, seed=seed
+        )
+        fast = models.compiled(model, wanted, options, inputs.example(example, input, data, seed=seed), out.say)
         if as_json:
             out.result(show.to_dict(fast, after))
         else:

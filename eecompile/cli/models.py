@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from eecompile import CompiledModule, EecompileError, MissingDependencyError
 from eecompile.artifact.files import MANIFEST
 from eecompile.cli import inputs, sources
 from eecompile.errors import StrategyError
+from eecompile.options import CompileOptions
 from eecompile.strategies import SelfSpeculative
 
 FORMS = "package.module:attr, file.py:attr, a Hugging Face directory, a .pt2 file, or a saved directory"
@@ -38,24 +39,15 @@ class Found:
 
 
 @dataclass
-class Request:
-    """How a model is to be rewritten: the options of `rewrite` and `inspect`."""
+class StrategyRequest:
+    """The strategy that `rewrite` and `inspect` are asked for, as text."""
 
     strategy: str = "branchy"
-    exits: list[str] = field(default_factory=list)
+    exits: list[str] | None = None
     head: str | None = None
     criterion: str | None = None
-    options: list[str] = field(default_factory=list)
-    prediction: str | None = None
-    executor: str = "auto"
-    backend: str = "eager"
-    capture: str = "export"
-    blocks: str | None = None
-    batch_axis: int = 0
-    measure: bool = False
-    seed: int = 0
-    call: inputs.Call | None = None
-    prepare: list[str] = field(default_factory=list)
+    options: list[str] | None = None
+    prepare: list[str] | None = None
 
 
 def find(spec: str) -> Found:
@@ -91,7 +83,13 @@ def find(spec: str) -> Found:
     return Found(found)
 
 
-def compiled(specs: list[str], request: Request, progress: Callable[[str], None] | None = None) -> CompiledModule:
+def compiled(
+    specs: list[str],
+    wanted: StrategyRequest,
+    options: CompileOptions,
+    call: inputs.Call | None = None,
+    progress: Callable[[str], None] | None = None,
+) -> CompiledModule:
     """The model that the text names, rewritten; a saved program as it is; several models as a cascade.
 
     Raises:
@@ -101,7 +99,7 @@ def compiled(specs: list[str], request: Request, progress: Callable[[str], None]
     last = each[-1]
     if len(each) == 1 and isinstance(last.model, CompiledModule):
         return last.model
-    args, kwargs = request.call or last.call or ((), {})
+    args, kwargs = call or last.call or ((), {})
     if isinstance(last.model, nn.Module) and not args and not kwargs:
         raise EecompileError(
             "an example input is needed to capture this model",
@@ -109,29 +107,21 @@ def compiled(specs: list[str], request: Request, progress: Callable[[str], None]
             wanted=f"arguments {', '.join(parameters(last.model))}",
             hint="pass --input name=float32[4,3,32,32], --example file.py:attr, or --data",
         )
-    chosen = strategy(request)
+    chosen = strategy(wanted)
     if isinstance(chosen, SelfSpeculative):
         raise StrategyError(
             "the command line does not run language models yet",
             got=chosen.name,
             hint="in Python: eecompile(llm, strategies.SelfSpeculative(), example_kwargs=...).generate(...)",
         )
-    prediction = request.prediction
     model: Any = last.model if len(each) == 1 else [e.model for e in each]
     return eecompile.eecompile(
         model,
         chosen,
         example_inputs=args or None,
         example_kwargs=kwargs or None,
-        prediction=int(prediction) if prediction is not None and prediction.isdigit() else prediction,
-        executor=request.executor,
-        backend=request.backend,
-        batch_axis=request.batch_axis,
-        capture=request.capture,
-        blocks=request.blocks,
-        measure=request.measure,
-        seed=request.seed,
         progress=progress,
+        **vars(options),
     )
 
 
@@ -140,28 +130,28 @@ def parameters(model: nn.Module) -> list[str]:
     return list(inspect.signature(model.forward).parameters)
 
 
-def strategy(request: Request) -> Any:
+def strategy(wanted: StrategyRequest) -> Any:
     """The strategy that the options describe.
 
     Raises:
         StrategyError: Unknown name or option.
         EecompileError: An option that is not key=value.
     """
-    described: dict[str, Any] = {"name": request.strategy}
-    for option in request.options:
+    described: dict[str, Any] = {"name": wanted.strategy}
+    for option in wanted.options or []:
         key, equals, value = option.partition("=")
         if not equals or not key:
             raise EecompileError("a strategy's option is key=value", got=repr(option))
         described[key.strip().replace("-", "_")] = parsed(value)
-    if request.exits:
-        described["exits"] = places(request.exits)
-    if request.head is not None:
-        named = sources.is_attribute(request.head)
-        described["head"] = sources.attribute(request.head, "a head") if named else request.head
-    if request.prepare:
-        described["prepare"] = [None if p == "-" else sources.attribute(p, "a preparation") for p in request.prepare]
-    if request.criterion is not None:
-        described["criterion"] = request.criterion
+    if wanted.exits:
+        described["exits"] = places(wanted.exits)
+    if wanted.head is not None:
+        named = sources.is_attribute(wanted.head)
+        described["head"] = sources.attribute(wanted.head, "a head") if named else wanted.head
+    if wanted.prepare:
+        described["prepare"] = [None if p == "-" else sources.attribute(p, "a preparation") for p in wanted.prepare]
+    if wanted.criterion is not None:
+        described["criterion"] = wanted.criterion
     return eecompile.strategies.strategy(described)
 
 

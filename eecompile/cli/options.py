@@ -158,3 +158,8 @@ Output = Annotated[
 Seed = Annotated[int, typer.Option(help="Of everything random.", rich_help_panel=COMMON)]
 Json = Annotated[bool, typer.Option("--json", help="The report as JSON on standard output.", rich_help_panel=COMMON)]
 Debug = Annotated[bool, typer.Option("--debug", help="Tracebacks of errors.", rich_help_panel=COMMON)]
+
+
+def output(text: str | None) -> str | int | None:
+    """An output by its name or its index."""
+    return int(text) if text is not None and text.isdigit() else text

@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 from rich.console import RenderableType
 
 from eecompile.module import CompiledModule
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 
 

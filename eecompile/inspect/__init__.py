@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
@@ -23,10 +23,13 @@ from eecompile.passes import facts
 from eecompile.passes.stage import inserted
 from eecompile.training.report import json_safe
 
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
+
 FORMATS = ("tree", "table", "code", "diff", "dot", "mermaid", "json")
 
 
-def render(fast: Any, format: str = "tree", after: str | None = None) -> RenderableType:
+def render(fast: CompiledModule, format: str = "tree", after: str | None = None) -> RenderableType:
     """A compiled module for a rich console.
 
     Args:
@@ -54,12 +57,14 @@ def render(fast: Any, format: str = "tree", after: str | None = None) -> Rendera
     return dot(fast, found) if format == "dot" else mermaid(fast, found)
 
 
-def to_text(fast: Any, format: str = "tree", after: str | None = None, *, width: int = 110, ascii_only: bool = False) -> str:
+def to_text(
+    fast: CompiledModule, format: str = "tree", after: str | None = None, *, width: int = 110, ascii_only: bool = False
+) -> str:
     """`render` as plain text without colour, `ascii_only` for outputs that take no Unicode."""
     return written(render(fast, format, after), width, ascii_only)
 
 
-def to_dict(fast: Any, after: str | None = None) -> dict[str, Any]:
+def to_dict(fast: CompiledModule, after: str | None = None) -> dict[str, Any]:
     """`format="json"` as a dict: the explanation of the program, or the nodes and blocks of one level."""
     found = outline(fast, after, collapse=False)
     data: dict[str, Any] = {} if after is not None else explain(fast).to_dict()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import operator
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import fx
 
@@ -14,11 +14,14 @@ from eecompile.inspect.text import Raw
 from eecompile.passes import facts
 from eecompile.passes.stage import inserted
 
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
+
 DIFF_STYLES = (("+++", "bold"), ("---", "bold"), ("@@", "cyan"), ("+", "green"), ("-", "red"))
 CODE_STYLES = (("        #", "dim"), ("class", "bold"), ("    def", "bold"))
 
 
-def code(fast: Any, after: str | None = None) -> Raw:
+def code(fast: CompiledModule, after: str | None = None) -> Raw:
     """`format="code"`: what the graph at a level runs, line for line; submodules are called, not listed."""
     shown = level(fast, after)
     title = f"# {shown.name}: {shown.about}"
@@ -26,7 +29,7 @@ def code(fast: Any, after: str | None = None) -> Raw:
     return Raw("\n".join([title, head, *body(shown.graph_module)]), CODE_STYLES)
 
 
-def diff(fast: Any, after: str | None = None, context: int = 2) -> Raw:
+def diff(fast: CompiledModule, after: str | None = None, context: int = 2) -> Raw:
     """`format="diff"`: the captured graph against a later level, the marked graph unless said otherwise.
 
     Lines differ where code differs, renumbered values included; statistics that nothing reads are left out.

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from eecompile.inspect import text as write
 from eecompile.inspect.outline import Outline, Part
 from eecompile.inspect.text import Raw
-from eecompile.waiting import NOT_TRAINED
+from eecompile.runtime.live_settings import NOT_TRAINED
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 
 @dataclass(frozen=True)
@@ -40,7 +43,7 @@ class Drawing:
     arrows: tuple[Arrow, ...]
 
 
-def drawing(fast: Any, outline: Outline) -> Drawing:
+def drawing(fast: CompiledModule, outline: Outline) -> Drawing:
     """Boxes and arrows of a level: data between blocks, what exits read, and who leaves where."""
     clusters: dict[str, list[Box]] = defaultdict(list)
     where: dict[str, int] = {}
@@ -69,7 +72,7 @@ def drawing(fast: Any, outline: Outline) -> Drawing:
     return Drawing(f"{model}, {outline.level.name}", titled, tuple(loose), tuple(arrows))
 
 
-def _exit(fast: Any, part: Part) -> Box:
+def _exit(fast: CompiledModule, part: Part) -> Box:
     assert part.exit is not None
     e = fast.exits[part.exit]
     state = f"{e.criterion.name} at {e.threshold:.4g}" if e.is_open else "closed"
@@ -89,7 +92,7 @@ def _data(outline: Outline) -> list[Arrow]:
     return found
 
 
-def dot(fast: Any, outline: Outline) -> Raw:
+def dot(fast: CompiledModule, outline: Outline) -> Raw:
     """`format="dot"`: for Graphviz."""
     made = drawing(fast, outline)
     shapes = {
@@ -120,7 +123,7 @@ def _quoted(*lines: str) -> str:
     return '"' + "\\n".join(escaped) + '"'
 
 
-def mermaid(fast: Any, outline: Outline) -> Raw:
+def mermaid(fast: CompiledModule, outline: Outline) -> Raw:
     """`format="mermaid"`: for Markdown pages."""
     made = drawing(fast, outline)
     lines = ["flowchart TD"]

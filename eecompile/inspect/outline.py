@@ -7,7 +7,7 @@ import operator
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import fx
 
@@ -17,6 +17,9 @@ from eecompile.passes.place_gates import GATES
 from eecompile.passes.place_routes import ROUTES
 from eecompile.passes.stage import inserted
 from eecompile.program import Block, Live, Program
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 FEWEST_COLLAPSED = 4
 NO_WORK = ("placeholder", "get_attr", "output")
@@ -104,12 +107,12 @@ class Outline:
                 number += 1
 
 
-def levels(fast: Any) -> list[str]:
+def levels(fast: CompiledModule) -> list[str]:
     """Names that `after=` takes, in order."""
     return ["source", *dict.fromkeys(s.name for s in fast.history), "marked", "staged"]
 
 
-def level(fast: Any, after: str | None) -> Level:
+def level(fast: CompiledModule, after: str | None) -> Level:
     """The graph after a pass, or "source", "marked", "staged"; None is the last.
 
     Raises:
@@ -131,7 +134,7 @@ def level(fast: Any, after: str | None) -> Level:
     return Level(after, snapshot.summary or f"level {snapshot.level}", snapshot.graph_module)
 
 
-def outline(fast: Any, after: str | None = None, collapse: bool = True) -> Outline:
+def outline(fast: CompiledModule, after: str | None = None, collapse: bool = True) -> Outline:
     """The regions of a level.
 
     Args:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -11,10 +11,13 @@ from rich.text import Text
 from eecompile.inspect import text as write
 from eecompile.inspect.outline import Outline
 from eecompile.ir.settings import HALTING
-from eecompile.waiting import NOT_TRAINED
+from eecompile.runtime.live_settings import NOT_TRAINED
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 
-def tables(fast: Any, outline: Outline, whole: bool) -> RenderableType:
+def tables(fast: CompiledModule, outline: Outline, whole: bool) -> RenderableType:
     """`format="table"`: the level's blocks and, for the whole program, everything else that is known."""
     parts: list[RenderableType] = [blocks(outline)]
     if whole:
@@ -31,7 +34,7 @@ def blocks(outline: Outline) -> Table:
     return made
 
 
-def exits(fast: Any) -> Table:
+def exits(fast: CompiledModule) -> Table:
     made = _table("exits", "exit", "after", "head", "criterion", "threshold", "head cost", "cost of leaving")
     made.columns[1].no_wrap = True
     costs = fast.costs([e.is_open for e in fast.exits]).tolist()
@@ -51,7 +54,7 @@ def exits(fast: Any) -> Table:
     return made
 
 
-def gates(fast: Any) -> list[Table]:
+def gates(fast: CompiledModule) -> list[Table]:
     """One table, none without gates."""
     if not fast.gates:
         return []
@@ -64,7 +67,7 @@ def gates(fast: Any) -> list[Table]:
     return [made, *widths(fast)]
 
 
-def widths(fast: Any) -> list[Table]:
+def widths(fast: CompiledModule) -> list[Table]:
     """One table, none without widths."""
     if not fast.widths:
         return []
@@ -76,11 +79,11 @@ def widths(fast: Any) -> list[Table]:
     return [made]
 
 
-def halts(fast: Any) -> list[Table]:
+def halts(fast: CompiledModule) -> list[Table]:
     """One table, none where nothing halts; with the mean steps that `evaluate` saw last, if it has been called."""
     if not fast.halts:
         return []
-    seen = "" if fast.steps_measured is None else f", {fast.steps_measured:.3g} steps in the mean of the rows evaluated"
+    seen = "" if fast.seen.steps is None else f", {fast.seen.steps:.3g} steps in the mean of the rows evaluated"
     untrained = fast.untrained
     made = _table(f"halting{seen}", "step", "block", "unit", "threshold", "cost", "unit cost")
     for h in fast.halts:
@@ -91,7 +94,7 @@ def halts(fast: Any) -> list[Table]:
     return [made]
 
 
-def routes(fast: Any) -> list[Table]:
+def routes(fast: CompiledModule) -> list[Table]:
     """One table, none without a router; with the load that `evaluate` saw last, if it has been called."""
     if not fast.routes:
         return []
@@ -99,7 +102,7 @@ def routes(fast: Any) -> list[Table]:
     untrained = fast.untrained
     where = "" if route.to_exits else f", branches over {route.region}"
     made = _table(f"routes: a router at {route.at}{where}", "route", "to", "margin", "cost", "leaves out", "rows", "right")
-    seen = {share["name"]: share for share in fast.route_load or ()}
+    seen = {share["name"]: share for share in fast.seen.routes}
     for r in fast.routes:
         margin = "closed" if not r.is_open else "-" if r.margin is None else f"{r.margin:.4g}"
         margin += f", {NOT_TRAINED}" if r.name in untrained and not route.to_exits else ""
@@ -111,7 +114,7 @@ def routes(fast: Any) -> list[Table]:
     return [made]
 
 
-def cuts(fast: Any) -> Table:
+def cuts(fast: CompiledModule) -> Table:
     taken = {e.after: e.name for e in fast.program.exits}
     made = _table("cuts: where the work can stop", "cut", "before it", "exit", "survives")
     for c in fast.program.cuts:
@@ -123,7 +126,7 @@ def cuts(fast: Any) -> Table:
     return made
 
 
-def refusals(fast: Any) -> list[Table]:
+def refusals(fast: CompiledModule) -> list[Table]:
     if not fast.program.refusals:
         return []
     made = _table("refused", "places", "rule", "reason")
@@ -138,7 +141,7 @@ def refusals(fast: Any) -> list[Table]:
     return [made]
 
 
-def passes(fast: Any) -> Table:
+def passes(fast: CompiledModule) -> Table:
     made = _table("passes", "pass", "level", "time", "nodes", "what")
     for s in fast.history:
         nodes = f"{s.nodes_before} to {s.nodes_after}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.text import Text
@@ -17,7 +17,11 @@ from eecompile.inspect import text as write
 from eecompile.inspect.outline import Outline, Part
 from eecompile.ir.settings import HALTING
 from eecompile.program import Refusal
-from eecompile.waiting import NOT_TRAINED
+from eecompile.public_records import router_of
+from eecompile.runtime.live_settings import NOT_TRAINED
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 MOST_REFUSALS = 6
 
@@ -30,7 +34,7 @@ class ProgramTree:
         whole: Also input, output, refusals, executor and passes, which belong to the program, not to a level.
     """
 
-    fast: Any
+    fast: CompiledModule
     outline: Outline
     whole: bool
 
@@ -113,7 +117,7 @@ class _Grown:
         e = self.fast.exits[part.exit]
         if e.is_open:
             program = self.fast.program
-            classes = program.signature.outputs[program.prediction].shape[-1]
+            classes = program.signature.outputs[program.prediction or 0].shape[-1]
             state = Text(f"open, leaves at {write.condition(e.criterion, e.threshold, classes)}", "green")
         else:
             state = Text("closed: neither head nor decision runs", "yellow")
@@ -159,7 +163,7 @@ class _Grown:
         halts = self.fast.halts
         if not halts:
             return
-        measured = self.fast.steps_measured
+        measured = self.fast.seen.steps
         most = sum(len(h.steps) for h in halts)
         seen = "" if measured is None else f"; {measured:.3g} of {most} steps in the mean of the rows that were evaluated"
         branch = tree.add(Text.assemble(("halting ", "dim"), f"up to {most} steps{seen}"))
@@ -178,10 +182,12 @@ class _Grown:
         if not fast.routes:
             return
         (route,) = fast.program.routes
-        unit = f"{fast.route_units.unit.kind} unit of {write.percent(route.unit_flops / (fast.program.total_flops or 1.0))}"
+        unit = (
+            f"{router_of(fast.program).kind} unit of {write.percent(route.unit_flops / (fast.program.total_flops or 1.0))}"
+        )
         where = "to exits" if route.to_exits else f"to branches over {route.region}"
         branch = tree.add(Text.assemble(("router ", "dim"), f"at {route.at}, {unit}, {where}"))
-        seen = {share["name"]: share for share in fast.route_load or ()}
+        seen = {share["name"]: share for share in fast.seen.routes}
         for r in fast.routes:
             state = Text("open", "green") if r.is_open else Text("closed", "yellow")
             if not route.to_exits:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -14,7 +14,11 @@ from torch import Tensor
 from eecompile.inspect.text import percent
 from eecompile.training.batches import Batch
 from eecompile.training.full import full_prediction
+from eecompile.training.objectives import outputs_of
 from eecompile.training.report import Report, json_safe
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 MOST_ROWS = 20
 
@@ -144,7 +148,7 @@ def _cell(at: At, row: Departure) -> Text:
     return Text(text, "dim" if later or not at.open else "")
 
 
-def where(fast: Any, *args: Any, **kwargs: Any) -> Departures:
+def where(fast: CompiledModule, *args: Any, **kwargs: Any) -> Departures:
     """Runs every exit on the given input and says why each row leaves where it does.
 
     Args:
@@ -158,8 +162,10 @@ def where(fast: Any, *args: Any, **kwargs: Any) -> Departures:
         CaptureError: Other arguments than the model was captured with.
     """
     result = fast.observe(*args, **kwargs)
-    predictions = [_classes(o) for o in result.outputs]
+    assert result.confidences is not None
+    predictions = [_classes(o) for o in outputs_of(result)]
     confidences = [c.float().cpu().tolist() for c in result.confidences]
+    steps = [float(s.double().mean()) for s in result.steps] if result.steps is not None and fast.program.halts else []
     whole = _classes(full_prediction(fast, Batch(args, kwargs, None, 0), result))
     opened = [] if result.gates is None else result.gates.tolist()
     wide = [] if result.widths is None else result.widths.tolist()
@@ -193,7 +199,7 @@ def where(fast: Any, *args: Any, **kwargs: Any) -> Departures:
                 found,
                 dict(zip((g.name for g in fast.gates), opened[i], strict=True)) if opened else {},
                 dict(zip((w.region for w in fast.widths), wide[i], strict=True)) if wide else {},
-                float(result.steps[i].double().mean()) if fast.program.halts else None,
+                steps[i] if steps else None,
                 routes[i],
             )
         )

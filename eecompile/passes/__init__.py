@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from eecompile.capture.export import Captured
 from eecompile.errors import StrategyError
+from eecompile.ir.recipes import Recipe
 from eecompile.passes import facts
 from eecompile.passes.adopt_blocks import AdoptBlocks, StageBlocks
 from eecompile.passes.annotate import Annotate
@@ -36,7 +37,6 @@ from eecompile.passes.training_graph import read_copies
 from eecompile.passes.verify import Verify
 from eecompile.program import Program
 from eecompile.signature import Signature
-from eecompile.strategies.base import Recipe
 
 
 def analysis(captured: Captured, measure: bool = False, blocks: str | None = None) -> list[Pass]:

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from torch import fx
 
 from eecompile.errors import PassError, StrategyError
+from eecompile.ir.recipes import ExitRecipe
 from eecompile.passes import facts, sites
 from eecompile.passes.carried import Carried, brought_exit
 from eecompile.program import Cut, Exit, Program
-from eecompile.strategies.base import ExitRecipe
 
 
 def at_predictions(

@@ -5,17 +5,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, cast
 
 from torch import fx, nn
 
 from eecompile.errors import PassError, StrategyError
 from eecompile.heads import Branch
+from eecompile.ir.recipes import ExitRecipe
 from eecompile.ir.settings import EXITS, TEMPERATURES, Settings
 from eecompile.passes import facts
 from eecompile.passes.carried_gates import CarriedGates, CarriedHalts, carried_gates, carried_halts, originals
 from eecompile.program import Anchor, Cut, Exit, Place, Program
-from eecompile.strategies.base import ExitRecipe
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,9 @@ def unwrapped(models: Mapping[str, nn.Module], plain: Sequence[bool]) -> tuple[d
         if not isinstance(program, Program):
             found[name] = model
             continue
-        fast: Any = model
-        _able(name, fast, program)
-        found[name] = fast.running
-        settings: Settings = fast.waiting.wanted()
+        fast = cast("CompiledModule", model)
+        found[name] = _able(name, fast, program)
+        settings: Settings = fast.live.wanted
         ends[name] = settings[TEMPERATURES][-1]
 
         def moved(a: Anchor | None, name: str = name) -> Anchor | None:
@@ -121,7 +123,9 @@ def _one_halting(halts: Sequence[CarriedHalts]) -> None:
             )
 
 
-def _able(name: str, fast: Any, program: Program) -> None:
+def _able(name: str, fast: CompiledModule, program: Program) -> nn.Module:
+    """The model of a compiled one that can be one of a cascade's."""
+
     def refuse(got: str, wanted: str) -> StrategyError:
         return StrategyError(
             "this compiled model cannot be one of a cascade's models",
@@ -133,7 +137,7 @@ def _able(name: str, fast: Any, program: Program) -> None:
 
     if program.models:
         raise refuse("a cascade", "its models, in one list with the others")
-    if fast.original is None:
+    if fast.running is None:
         raise refuse("a loaded program, without the Python model", "one that was compiled in this process")
     if program.front_end != "export":
         raise refuse('capture="blocks"', 'capture="export"')
@@ -144,6 +148,7 @@ def _able(name: str, fast: Any, program: Program) -> None:
         raise refuse("trained weights of an ensemble of its exits", 'combine="ensemble", or weights trained in the cascade')
     if any(e.head_kind == "shared" for e in program.exits):
         raise refuse('head="shared"', "heads of their own")
+    return fast.running
 
 
 def _carried(name: str, program: Program, e: Exit, plain: bool) -> Carried:

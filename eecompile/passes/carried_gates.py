@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 from torch import nn
 
 from eecompile.errors import PassError, StrategyError
+from eecompile.ir.recipes import GateRecipe, HaltRecipe
 from eecompile.ir.settings import GATES as GATE_THRESHOLDS
 from eecompile.ir.settings import HALTING
 from eecompile.passes import facts
@@ -18,7 +19,9 @@ from eecompile.passes.insert_gates import relocate_gates
 from eecompile.passes.insert_halting import relocate_halting
 from eecompile.passes.place_gates import GATES, site_of
 from eecompile.program import Anchor, Gate, Halt, Program
-from eecompile.strategies.base import GateRecipe, HaltRecipe
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 NO_MASK = ""  # as a recipe's mask: no input marks padding, whatever names there are
 
@@ -57,7 +60,9 @@ def originals(program: Program) -> dict[str, str]:
     return found
 
 
-def carried_gates(name: str, fast: Any, moved: Callable[[Anchor | None], Anchor | None], plain: bool) -> CarriedGates | None:
+def carried_gates(
+    name: str, fast: CompiledModule, moved: Callable[[Anchor | None], Anchor | None], plain: bool
+) -> CarriedGates | None:
     """What a model's gates are in the cascade; None without gates.
 
     Raises:
@@ -68,7 +73,7 @@ def carried_gates(name: str, fast: Any, moved: Callable[[Anchor | None], Anchor 
     if recipe is None:
         return None
     mask = _mask(name, program, [g.region for g in program.gates], recipe, plain)
-    recipe = replace(recipe, threshold=fast.waiting.wanted()[GATE_THRESHOLDS], mask=mask)
+    recipe = replace(recipe, threshold=fast.live.wanted[GATE_THRESHOLDS], mask=mask)
     gates = tuple(
         replace(
             g,
@@ -84,14 +89,16 @@ def carried_gates(name: str, fast: Any, moved: Callable[[Anchor | None], Anchor 
     return CarriedGates(name, recipe, gates, _units(name, fast))
 
 
-def carried_halts(name: str, fast: Any, moved: Callable[[Anchor | None], Anchor | None], plain: bool) -> CarriedHalts | None:
+def carried_halts(
+    name: str, fast: CompiledModule, moved: Callable[[Anchor | None], Anchor | None], plain: bool
+) -> CarriedHalts | None:
     """What a model's halting chains are in the cascade; None without any."""
     program: Program = fast.program
     recipe = program.halt_recipe
     if recipe is None:
         return None
     regions = [s.region for h in program.halts for s in h.steps]
-    (threshold,) = fast.waiting.wanted()[HALTING]
+    (threshold,) = fast.live.wanted[HALTING]
     recipe = replace(recipe, threshold=threshold, mask=_mask(name, program, regions, recipe, plain))
     halts = []
     for h in program.halts:
@@ -112,7 +119,7 @@ def _unit(model: str, unit: str) -> str:
     return f"{GATES}.{model}_{unit.rsplit('.', 1)[1]}"
 
 
-def _units(model: str, fast: Any) -> dict[str, nn.Module]:
+def _units(model: str, fast: CompiledModule) -> dict[str, nn.Module]:
     return {f"{model}_{name}": unit for name, unit in fast.gate_units.named_children()}
 
 

@@ -22,6 +22,7 @@ from eecompile.errors import PassError, StrategyError
 from eecompile.gates import RecurrentCore, RecurrentGate, unit_class
 from eecompile.ir import settings
 from eecompile.ir.graph import Counterparts
+from eecompile.ir.recipes import GateRecipe
 from eecompile.ir.settings import Settings
 from eecompile.ir.writer import GraphWriter, Span, add_modules
 from eecompile.passes import facts
@@ -31,7 +32,6 @@ from eecompile.passes.narrow import Narrower, Part, new_norms
 from eecompile.passes.place_gates import GATES, make_unit, site_of
 from eecompile.passes.place_widths import part_of
 from eecompile.program import Carry, Gate, Program, Region, Report, Width
-from eecompile.strategies.base import GateRecipe
 from eecompile.untrained import seeded, untrained
 
 assert eecompile.ops is not None

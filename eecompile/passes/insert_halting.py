@@ -30,6 +30,7 @@ from eecompile.errors import PassError
 from eecompile.gates import unit_class
 from eecompile.ir import settings
 from eecompile.ir.graph import Counterparts
+from eecompile.ir.recipes import HaltRecipe
 from eecompile.ir.writer import GraphWriter, Span, add_modules
 from eecompile.kernels.halt import ACCUMULATED
 from eecompile.passes import facts
@@ -38,7 +39,6 @@ from eecompile.passes.find_regions import exclusive
 from eecompile.passes.place_gates import GATES, make_unit, site_of
 from eecompile.passes.place_halting import starting_bias
 from eecompile.program import Carry, Halt, HaltStep, Program, Region, Report
-from eecompile.strategies.base import HaltRecipe
 from eecompile.untrained import seeded, untrained
 
 ROLE = "eecompile_halting"  # key in a node's meta: "score", "state" (after a step) or "output", and the step

@@ -30,6 +30,7 @@ import eecompile.ops  # registers torch.ops.eecompile.*
 from eecompile.errors import PassError
 from eecompile.ir import settings
 from eecompile.ir.graph import Counterparts
+from eecompile.ir.recipes import RouteRecipe
 from eecompile.ir.writer import GraphWriter, Span, add_modules
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
@@ -37,7 +38,6 @@ from eecompile.passes.branches import Part
 from eecompile.passes.place_routes import ROUTE, ROUTES, Places
 from eecompile.program import Program, Refusal, Report, Route, Way
 from eecompile.routers import unit_class
-from eecompile.strategies.router import RouteRecipe
 from eecompile.untrained import seeded, untrained
 
 STACK = ((ROUTES, 0, "Router"),)  # a module of their own, so that the model's own calls are counted as before
@@ -74,8 +74,11 @@ class InsertRoutes(Pass):
         refusals: tuple[Refusal, ...] = ()
         if route.to_exits:
             route = writer.confidence(route, len(program.exits))
-            exits = tuple(replace(e, routed=route.choice) for e in program.exits)
-            program = program.replace(exits=exits)
+            # an exit at the value that the router reads comes after the router
+            after = {route.reads: route.choice}
+            exits = tuple(replace(e, routed=route.choice, after=after.get(e.after, e.after)) for e in program.exits)
+            cuts = tuple(replace(c, after=after.get(c.after, c.after)) for c in program.cuts)
+            program = program.replace(exits=exits, cuts=cuts)
         else:
             names = [w.name for w in route.ways]
             program = program.replace(settings=program.settings.add(settings.branches(names), [0.0] * len(names)))
@@ -106,8 +109,9 @@ class InsertRoutes(Pass):
             count = len(route.ways) or len(program.exits) + 1
             unit = unit_class(self.recipe.unit, site, route.at)(site, count, self.recipe.bias)
         found: dict[str, nn.Module] = {"unit": untrained(unit, device, site.dtype)}
-        for way, (name, what) in zip(route.ways, self.recipe.branches, strict=False):
-            found[name] = copy.deepcopy(what).to(device) if isinstance(what, nn.Module) else light_of(program, route, way)
+        for way, (_, what) in zip(route.ways, self.recipe.branches, strict=False):
+            made = copy.deepcopy(what).to(device) if isinstance(what, nn.Module) else light_of(program, route, way)
+            found[way.module.rpartition(".")[2]] = made
         return found
 
 

@@ -12,6 +12,7 @@ from torch import nn
 
 from eecompile.errors import EecompileError, NoPlaceError, StrategyError, near
 from eecompile.heads import Branch, HeadSpec, Site, build_head, score_head
+from eecompile.ir.recipes import ExitRecipe
 from eecompile.passes import facts, sites
 from eecompile.passes.annotate import ROWS, flops_of
 from eecompile.passes.at_predictions import at_predictions
@@ -19,7 +20,6 @@ from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.carried import Brought
 from eecompile.passes.find_cuts import cuts_before
 from eecompile.program import Cut, Exit, Program, Refusal
-from eecompile.strategies.base import ExitRecipe
 
 DECISION_FLOPS_PER_CLASS = 8  # exp, sums, a maximum and a comparison
 LEAST_STEP = 0.03  # of the model's cost between two exits that are placed "everywhere"

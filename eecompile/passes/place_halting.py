@@ -10,10 +10,10 @@ import torch
 
 from eecompile.errors import NoPlaceError, StrategyError, near
 from eecompile.gates import unit_class
+from eecompile.ir.recipes import HaltRecipe
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.place_gates import GATES, KEYWORDS, make_unit, named, site_of, sizes_of, unit_flops
 from eecompile.program import Halt, HaltStep, Program, Refusal, Region
-from eecompile.strategies.base import HaltRecipe
 
 UNITS = ("linear", "token")
 RULES_OF_HALTING = ("mean", "stop")

@@ -12,13 +12,13 @@ from torch import fx, nn
 
 from eecompile.errors import StrategyError, near
 from eecompile.heads import Site
+from eecompile.ir.recipes import FULL, RouteRecipe
 from eecompile.passes import facts, sites
 from eecompile.passes.annotate import ROWS, flops_of
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.branches import Part
 from eecompile.program import Program, Route, Way
 from eecompile.routers import unit_class
-from eecompile.strategies.router import FULL, RouteRecipe
 
 ROUTES = "eecompile_routes"
 ROUTE = "route"
@@ -112,7 +112,7 @@ class PlaceRoutes(Pass):
         return Route(**{**vars(route), "anchors": (*route.anchors, anchors.get(x), anchors.get(y))})
 
     def _way(self, places: Places, part: Part, name: str, what: Any, y: fx.Node) -> Way:
-        module = f"{ROUTES}.{name}"
+        module = f"{ROUTES}.branch_{name}"  # "half" and "train" are names that a module has itself
         if not isinstance(what, nn.Module):
             light = part.light(part.chosen(what))
             anchors = tuple(places.anchors.get(places.names[s]) for s in light.sides)

@@ -4,10 +4,10 @@
 |---|---|---|
 | hard | open or closed by the threshold | straight through (Bengio et al. 2013) |
 | soft | none: `score * y + (1 - score) * x` | that of the blend; the first phase of SkipNet (Wang et al. 2018) |
-| sample | Bernoulli(score) | none: REINFORCE uses the log probability of `Result.gates` under `Result.gate_scores` |
+| sample | Bernoulli(score) | none: REINFORCE uses the log probability of `Result.gates` under `Trace.gate_scores` |
 | gumbel | hard, with logistic noise on the score's logit | straight through the noisy score (Jang et al. 2017) |
 | uniform | each way equally likely | none: so that every branch is trained on all kinds of rows |
-| every | gates as hard, ways as uniform | none: the objective reads the loss of every way (`Result.way_outputs`) |
+| every | gates as hard, ways as uniform | none: the objective reads the loss of every way (`Trace.branch_outputs`) |
 | open | open, whatever score and threshold | none: for objectives that read the scores with every depth's prediction |
 
 A router's scores are the probabilities of its K ways, and "open" is the model's own; closed ways are never taken.
@@ -21,6 +21,7 @@ every row are trained for no other (the sandwich rule of slimmable networks, Yu 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -32,6 +33,23 @@ from eecompile.passes import facts
 
 EPSILON = 1e-6
 assert eecompile.ops is not None
+
+
+@dataclass(frozen=True)
+class TrainMode:
+    """What a run in train mode trains, and how gates and routers decide in it.
+
+    Attributes:
+        trunk: Whether gradients reach the user's model.
+        gates: How gates and routers decide: a mode of the table above.
+        kept_open: So many gates, the first ones, do not decide.
+        full_share: Share of a batch's rows, the first ones, that every gate lets in.
+    """
+
+    trunk: bool = False
+    gates: str = "hard"
+    kept_open: int = 0
+    full_share: float = 0.0
 
 
 def with_decisions(

@@ -19,7 +19,7 @@ from eecompile.serving.metrics import Metrics
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
-    from eecompile.program import Result
+    from eecompile.result import Result
 
 
 class ServerBusy(EecompileError):

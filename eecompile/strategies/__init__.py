@@ -8,16 +8,17 @@ from typing import Any
 
 from eecompile.criteria import criterion
 from eecompile.errors import StrategyError, near
+from eecompile.ir.recipes import ExitRecipe, GateRecipe, HaltRecipe, Recipe, RouteRecipe, TrainingStage
 from eecompile.strategies.act import Act
 from eecompile.strategies.ann import Ann
 from eecompile.strategies.anytime import Anytime
-from eecompile.strategies.base import ExitRecipe, ExitStrategy, GateRecipe, HaltRecipe, Recipe, Strategy, TrainingStage
+from eecompile.strategies.base import ExitStrategy, Strategy
 from eecompile.strategies.branchy import Branchy
 from eecompile.strategies.cascade import Cascade
 from eecompile.strategies.combined import Combined
 from eecompile.strategies.depth_adaptive import DepthAdaptive
 from eecompile.strategies.mebert import MeBert
-from eecompile.strategies.router import Router, RouteRecipe
+from eecompile.strategies.router import Router
 from eecompile.strategies.self_adaptive import SelfAdaptive
 from eecompile.strategies.self_speculative import SelfSpeculative
 from eecompile.strategies.skipnet import SkipNet

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from eecompile.errors import StrategyError, near
-from eecompile.strategies.base import PLAIN, HaltRecipe, Recipe, Strategy
+from eecompile.ir.recipes import HaltRecipe, Recipe
+from eecompile.strategies.base import PLAIN, Strategy
 
 HALTING = ("act", "pondernet")
 

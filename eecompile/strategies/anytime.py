@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from eecompile.criteria import Criterion
-from eecompile.strategies.base import ExitStrategy, Where
+from eecompile.ir.recipes import Where
+from eecompile.strategies.base import ExitStrategy
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from eecompile.criteria import Criterion
 from eecompile.errors import StrategyError, near
-from eecompile.strategies.base import ExitStrategy, Recipe, Strategy, Where
+from eecompile.ir.recipes import Recipe, Where
+from eecompile.strategies.base import ExitStrategy, Strategy
 
 ORDERS = ("check", "cost", "given")
 PREDICTIONS = "predictions"

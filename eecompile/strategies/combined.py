@@ -6,8 +6,9 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from eecompile.errors import StrategyError
+from eecompile.ir.recipes import Recipe, TrainingStage
 from eecompile.strategies import conflicts
-from eecompile.strategies.base import PLAIN, Recipe, Strategy, TrainingStage
+from eecompile.strategies.base import PLAIN, Strategy
 from eecompile.strategies.conflicts import PRIMITIVES, TASKS, over_models, terms
 
 

@@ -8,7 +8,8 @@ from typing import Any, ClassVar
 
 from eecompile.criteria import criterion
 from eecompile.errors import StrategyError, near
-from eecompile.strategies.base import PLAIN, ExitRecipe, GateRecipe, Recipe, Strategy, TrainingStage
+from eecompile.ir.recipes import ExitRecipe, GateRecipe, Recipe, TrainingStage
+from eecompile.strategies.base import PLAIN, Strategy
 from eecompile.strategies.skipnet import SkipNet
 
 MODES = ("up_front", "halting", "gates")

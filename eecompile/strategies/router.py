@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 
 from eecompile.errors import StrategyError, near
+from eecompile.ir.recipes import CUSTOM, FULL, RouteRecipe
 from eecompile.plain import plain
 
-EXITS, FULL, CUSTOM = "exits", "full", "custom"
+EXITS = "exits"
 # How decisions get a gradient, and the way that they are taken meanwhile (`passes/training_decisions.py`).
 ESTIMATORS = {
     "regret": "every",
@@ -22,34 +23,6 @@ ESTIMATORS = {
     "reinforce": "sample",
 }
 OBJECTIVES = {"regret": "route_regret", "reinforce": "route_reinforce"}  # the others: route_cost
-
-
-@dataclass(frozen=True)
-class RouteRecipe:
-    """A router to insert.
-
-    Attributes:
-        at: What the router reads: "input", the name of an input, or of a cut.
-        branches: Where rows may go besides the model's own way, by name: the share of the blocks that a light version
-            keeps, or a module. None of them: rows go straight to exits.
-        over: Names of the cuts where branches begin and end, "input" and "output" among them; None for from `at` to the
-            end of the last block.
-        unit: What scores a row: "auto", "conv", "linear" or "mlp" (`eecompile.routers`).
-        bias: Logit of the model's own way that an untrained router starts near, the others at 0.
-        mask: Name of the input that marks padding, None to find it.
-    """
-
-    at: str = "input"
-    branches: tuple[tuple[str, Any], ...] = ()
-    over: tuple[str, str] | None = None
-    unit: str = "auto"
-    bias: float = 0.0
-    mask: str | None = None
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON data; modules are named, not kept."""
-        named = [[name, CUSTOM if isinstance(what, nn.Module) else what] for name, what in self.branches]
-        return {**vars(self), "branches": named, "over": None if self.over is None else list(self.over)}
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 
 from eecompile.criteria import Criterion
 from eecompile.errors import StrategyError, near
-from eecompile.strategies.base import PLAIN, ExitStrategy, GateRecipe, Recipe, TrainingStage, Where
+from eecompile.ir.recipes import GateRecipe, Recipe, TrainingStage, Where
+from eecompile.strategies.base import PLAIN, ExitStrategy
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 ESTIMATORS = {"gumbel": "gumbel", "straight_through": "hard", "reinforce": "sample"}

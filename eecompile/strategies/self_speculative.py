@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from eecompile.errors import StrategyError, near
-from eecompile.strategies.base import Recipe, Strategy
+from eecompile.ir.recipes import Recipe
+from eecompile.strategies.base import Strategy
 
 KV = ("verify", "deferred")
 

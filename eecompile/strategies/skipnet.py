@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from eecompile.errors import StrategyError, near
-from eecompile.strategies.base import PLAIN, GateRecipe, Recipe, Strategy, TrainingStage
+from eecompile.ir.recipes import GateRecipe, Recipe, TrainingStage
+from eecompile.strategies.base import PLAIN, Strategy
 
 ESTIMATORS = {"straight_through": "hard", "gumbel": "gumbel"}
 REWARDS = ("log_likelihood", "correctness")

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from eecompile.errors import EecompileError
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 WANTED = "(inputs, labels) with inputs a tensor, a tuple or a dict of keyword arguments; or a dict with 'labels'"
 
@@ -118,10 +121,9 @@ def length_of(loader: Iterable[Any]) -> int | None:
         return None
 
 
-def device_of(fast: Any) -> torch.device:
+def device_of(fast: CompiledModule) -> torch.device:
     """Where the compiled module lives: the device of its thresholds."""
-    device = fast.thresholds.device
-    return device if isinstance(device, torch.device) else torch.device(device)
+    return fast.thresholds.device
 
 
 def empty_loader(name: str = "the loader") -> EecompileError:

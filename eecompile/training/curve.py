@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from eecompile.errors import EecompileError
 from eecompile.runtime.limits import deepest
-from eecompile.training.protocol import Compiled
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 
 def first_exit(confidences: Tensor, thresholds: Tensor) -> Tensor:
@@ -42,7 +44,7 @@ def thresholds_of(points: bool | int | Sequence[float]) -> list[float]:
 
 
 def sweep(
-    fast: Compiled,
+    fast: CompiledModule,
     confidences: Tensor,
     scores: Tensor | None,
     valid: Tensor,
@@ -76,7 +78,7 @@ def sweep(
 
 
 def degradation(
-    fast: Compiled, index: Tensor, scores: Tensor | None, valid: Tensor, budgets: bool | Sequence[float]
+    fast: CompiledModule, index: Tensor, scores: Tensor | None, valid: Tensor, budgets: bool | Sequence[float]
 ) -> list[dict[str, Any]]:
     """One dict per budget: budget, accuracy (None without labels), mean cost, share of the rows that it stopped.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -13,14 +13,16 @@ from eecompile.training.batches import Batch, batches, device_of, empty_loader, 
 from eecompile.training.curve import degradation, first_exit, sweep, thresholds_of
 from eecompile.training.evaluation_report import EvaluationReport, ExitRow, GateShare
 from eecompile.training.full import branches, full_prediction, gate_names, halts
-from eecompile.training.protocol import Compiled
 from eecompile.training.route_report import RouteShare, route_shares
 from eecompile.training.scores import Metric, agreement, check_labels, measure, right
 from eecompile.training.subgroups import GroupRow, group_rows, groups_of, indexed
 
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
+
 
 def evaluate(
-    fast: Compiled,
+    fast: CompiledModule,
     loader: Iterable[Any],
     *,
     metric: Metric | None = None,
@@ -73,7 +75,7 @@ def evaluate(
 
 
 def halting_curve(
-    fast: Any, loader: Iterable[Any], metric: Metric | None, points: bool | int | Sequence[float]
+    fast: CompiledModule, loader: Iterable[Any], metric: Metric | None, points: bool | int | Sequence[float]
 ) -> list[dict[str, Any]]:
     """One dict per halting threshold above 0: threshold, accuracy (None without labels), cost, mean steps of a row."""
     require_repeatable(loader, "every halting threshold runs the model", "the loader")
@@ -154,7 +156,7 @@ class Seen:
         self.confidences.append(torch.stack([c.float() for c in result.confidences], 1).cpu())
 
     def report(
-        self, fast: Compiled, curve: bool | int | Sequence[float], budgets: bool | Sequence[float] = False
+        self, fast: CompiledModule, curve: bool | int | Sequence[float], budgets: bool | Sequence[float] = False
     ) -> EvaluationReport:
         index, cost, valid = torch.cat(self.index), torch.cat(self.cost), torch.cat(self.valid)
         confidences = torch.cat(self.confidences)
@@ -227,23 +229,25 @@ class Seen:
         by_class, by_group = (group_rows(*indexed(of), early, full) if of else [] for of in (classes, group))
         return by_class, by_group
 
-    def _steps(self, fast: Any) -> float | None:
+    def _steps(self, fast: CompiledModule) -> float | None:
         if not self.steps or not halts(fast):
             return None
         found = float(torch.cat(self.steps).mean())
-        fast.steps_measured = found  # for `explain`
+        fast.seen.steps = found  # for `explain`
         return found
 
-    def _routes(self, fast: Any, index: Tensor, cost: Tensor, scores: Tensor | None, valid: Tensor) -> list[RouteShare]:
+    def _routes(
+        self, fast: CompiledModule, index: Tensor, cost: Tensor, scores: Tensor | None, valid: Tensor
+    ) -> list[RouteShare]:
         if not self.route:
             return []
         given = None if scores is None else scores.gather(1, index[:, None])[:, 0]
         full = torch.cat(self.full) if self.full else None
         found = route_shares(fast, torch.cat(self.route), cost, given, full, valid)
-        fast.route_load = [vars(share) for share in found]  # for `explain`
+        fast.seen.routes = [vars(share) for share in found]  # for `explain`
         return found
 
-    def _gates(self, fast: Any) -> list[GateShare]:
+    def _gates(self, fast: CompiledModule) -> list[GateShare]:
         if not self.gates:
             return []
         shares = torch.cat(self.gates).mean(0).tolist()

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
@@ -27,6 +27,9 @@ from eecompile.training.objectives import Objective, PerExitLoss
 from eecompile.training.scores import IGNORE
 from eecompile.training.stages import parts_of
 from eecompile.training.state import reseed
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 MODEL = "model"  # the name that the model's own output is kept under
 BLOCK, BLOCK_BYTES = 1024, 2**26  # rows of a block, or bytes: what is computed on at once
@@ -119,7 +122,14 @@ class Collector:
     """
 
     def __init__(
-        self, fast: Any, slots: Sequence[Slot], objective: Objective, cache: Cache, draws: int | None, epochs: int, seed: int
+        self,
+        fast: CompiledModule,
+        slots: Sequence[Slot],
+        objective: Objective,
+        cache: Cache,
+        draws: int | None,
+        epochs: int,
+        seed: int,
     ) -> None:
         self.fast, self.objective, self.seed = fast, objective, seed
         self.classes = not any(isinstance(part, PerExitLoss) for part in parts_of(objective))
@@ -328,7 +338,7 @@ class Collector:
         return digests
 
 
-def trunk_graph(fast: Any, slots: Sequence[Slot]) -> tuple[fx.GraphModule, tuple[str, ...]]:
+def trunk_graph(fast: CompiledModule, slots: Sequence[Slot]) -> tuple[fx.GraphModule, tuple[str, ...]]:
     """The graph up to what the heads read and the model's own output, and the names of what it gives."""
     marked, program = fast.graph_module, fast.program
     leaves, names = facts.output_leaves(marked), facts.by_name(marked)

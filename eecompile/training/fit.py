@@ -9,25 +9,29 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from eecompile.errors import EecompileError, near
+from eecompile.result import Result
 from eecompile.training.batches import length_of, require_repeatable
 from eecompile.training.checkpoint import Checkpoints
 from eecompile.training.loop import Loop
-from eecompile.training.objectives import Exits, Loss, Objective, PerExitLoss
+from eecompile.training.objectives import Exits, Loss, Objective, PerExitLoss, Sum
 from eecompile.training.objectives import objective as resolve
 from eecompile.training.plan import Event, Plan
-from eecompile.training.protocol import Compiled
 from eecompile.training.report import FitReport
 from eecompile.training.scores import Metric
 from eecompile.training.stages import stages_of
 
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
+
 
 def fit(
-    fast: Compiled,
+    fast: CompiledModule,
     loader: Iterable[Any],
     *,
     epochs: int = 1,
@@ -190,13 +194,28 @@ def fit(
     return Loop(fast, loader, val_loader, plan, checkpoints, accelerator).run(resume)
 
 
-def objective_of(fast: Any, spec: str | Mapping[str, Any] | Objective | None = None) -> Objective:
+def objective_of(fast: CompiledModule, spec: str | Mapping[str, Any] | Objective | None = None) -> Objective:
     """The objective asked for, else the one of the strategy, else cross entropy (plus exit scores where
     learned)."""
     spec = spec if spec is not None else getattr(getattr(fast, "strategy", None), "objective", None)
     if spec is None:
         return Exits(learned=any(record.criterion.learned for record in fast.exits))
     return resolve(spec)
+
+
+def loss_of(fast: CompiledModule, result: Result, labels: Any) -> Tensor:
+    """The strategy's objective for the present gate mode, kept from call to call; a new one takes over the others' state."""
+    kept, mode = fast.objectives, fast.train_mode.gates
+    if mode not in kept:
+        stages = (stage.objective for stage in fast.strategy.stages if stage.gate_mode == mode)
+        price = next((spec for spec in stages if spec is not None), None)
+        task = objective_of(fast)
+        chosen = task if price is None else Sum((task, resolve(price)))
+        for other in kept.values():
+            chosen.take(other.passed_on())
+        kept[mode] = chosen
+    loss: Tensor = kept[mode](result, labels)
+    return loss
 
 
 def whole(name: str, value: Any, least: int) -> None:

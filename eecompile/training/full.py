@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.batches import Batch
 
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
-def gate_names(fast: Any) -> list[str]:
+
+def gate_names(fast: CompiledModule) -> list[str]:
     """Names of the gates; none where the module has none."""
     return [record.name for record in getattr(fast, "gates", ())]
 
 
-def branches(fast: Any) -> bool:
+def branches(fast: CompiledModule) -> bool:
     """Whether a router sends rows into branches."""
     return any(r.ways for r in getattr(getattr(fast, "program", None), "routes", ()))
 
 
-def halts(fast: Any) -> bool:
+def halts(fast: CompiledModule) -> bool:
     """Whether there are chains that rows halt in."""
     return bool(getattr(getattr(fast, "program", None), "halts", ()))
 
 
-def skips(fast: Any) -> bool:
+def skips(fast: CompiledModule) -> bool:
     """Whether rows may leave something out on the way to the model's own end: gates, chains that halt, or branches."""
     return bool(gate_names(fast)) or halts(fast) or branches(fast)
 
 
-def full_prediction(fast: Any, batch: Batch, result: Result) -> Tensor:
+def full_prediction(fast: CompiledModule, batch: Batch, result: Result) -> Tensor:
     """The full model's prediction for a batch that `fast.observe` gave `result` for, the model being as it was given.
 
     Without gates, halting and branches, and with a trunk that was not trained, that is the last of its outputs; else the

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.objectives import Objective, PonderNet, Sum
 from eecompile.training.objectives.pondernet import stopping
 
@@ -38,10 +38,10 @@ def halted(result: Result, objective: Objective, halts: bool) -> Tensor:
     trained, of their distribution's divergence from the prior."""
     if not halts or result.steps is None:
         return torch.empty(0, dtype=torch.float64)
-    if result.step_scores is None:
+    if result.trace.step_scores is None:
         steps = result.steps.double()
         return _sum(steps if steps.ndim == 1 else steps.mean(1))
-    log_p = stopping(result.step_scores.detach())
+    log_p = stopping(result.trace.step_scores.detach())
     told = [(log_p.exp() * torch.arange(1, log_p.shape[1] + 1, device=log_p.device)).sum(1)]
     parts = objective.parts if isinstance(objective, Sum) else (objective,)
     told += [part.divergence(log_p) for part in parts if isinstance(part, PonderNet)][:1]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from eecompile.heads import HEADS, Head, LinearHead, build_head
 from eecompile.passes.place_exits import DECISION_FLOPS_PER_CLASS, LEAST_STEP, WORTH, Candidates, head_flops
 from eecompile.passes.sites import site_at
-from eecompile.program import Result
+from eecompile.result import Result, Trace
 from eecompile.training.batches import device_of, move
 from eecompile.training.features import Block, Features, Slot, labels_at
 from eecompile.training.head_fit import Fitted, HeadFit, Standardised, minimise
@@ -25,6 +25,9 @@ from eecompile.training.scores import right
 from eecompile.training.stages import parts_of
 from eecompile.training.step import classifies, scored
 
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
+
 KINDS = {"map": ("linear", "mlp", "conv"), "sequence": ("linear", "first", "mlp", "attention"), "vector": ("linear", "mlp")}
 ONE_LAYER = ("linear", "first")
 PER_POSITION = ("linear", "mlp")
@@ -34,7 +37,7 @@ SCORE_DECAY = 0.1
 LEAST_TO_SCORE = 25
 
 
-def why_not(fast: Any, plan: Plan, stage: StagePlan, processes: int) -> str:
+def why_not(fast: CompiledModule, plan: Plan, stage: StagePlan, processes: int) -> str:
     """Why the heads of this stage are not fitted on kept features but batch by batch; empty where they are."""
     program = getattr(fast, "program", None)
     if plan.cached is False:
@@ -74,12 +77,13 @@ def require_own(slots: Sequence[Slot]) -> None:
         raise nothing_to_train("heads")
 
 
-def with_kinds(fast: Any, rows: Sequence[HeadRow]) -> None:
+def with_kinds(fast: CompiledModule, rows: Sequence[HeadRow]) -> None:
     """Gives exits the kinds of head that a run had chosen, without trained weights."""
     now = {e.name: e.head_kind for e in fast.program.exits}
     for row in rows:
         if row.kind != now[row.exit]:
             present = fast.branch(row.exit).head
+            assert isinstance(present, Head)
             like = next(present.parameters())
             head = build_head(row.kind, present.site, row.exit).to(like.device, like.dtype)
             fast.replace_heads({row.exit: (head, row.flops)})
@@ -96,7 +100,7 @@ class Choice:
         fast: The compiled module.
     """
 
-    def __init__(self, fast: Any, plan: Plan, objective: Objective) -> None:
+    def __init__(self, fast: CompiledModule, plan: Plan, objective: Objective) -> None:
         self.fast, self.plan, self.objective = fast, plan, objective
         self.device = device_of(fast)
         self.convex = not any(isinstance(part, PerExitLoss) for part in parts_of(objective))
@@ -128,13 +132,12 @@ class Choice:
 
     def _costs(self, k: int, head: Head) -> dict[str, float]:
         """FLOPs of head and decision for each kind that may be taken at exit k, the cheapest first."""
-        program, site = self.fast.program, head.site
+        program, site, recipe = self.fast.program, head.site, self.recipe
+        assert recipe is not None  # there are exits
         e, total = program.exits[k], program.total_flops or 1.0
-        sizes = Candidates(program, self.recipe, self.fast.example).sizes(
-            next(c for c in program.cuts if c.after == e.after)
-        )
+        sizes = Candidates(program, recipe, self.fast.example).sizes(next(c for c in program.cuts if c.after == e.after))
         since = e.depth - (program.exits[k - 1].depth if k else 0.0)
-        room = min(since, 1.0 - e.depth) if self.recipe.where == "everywhere" else 1.0 - e.depth
+        room = min(since, 1.0 - e.depth) if recipe.where == "everywhere" else 1.0 - e.depth
         found = {head.kind: e.head_flops}
         for kind in PER_POSITION if site.positions else KINDS.get(site.kind, ()):
             if kind == head.kind:
@@ -144,9 +147,7 @@ class Choice:
             cost = head_flops(other, site, sizes) + (head_flops(score, site, sizes) if score is not None else 0.0)
             cost += DECISION_FLOPS_PER_CLASS * site.classes
             share = cost / total
-            wanted = (
-                max(LEAST_STEP, WORTH * share) if self.recipe.where == "everywhere" else share / self.recipe.max_head_share
-            )
+            wanted = max(LEAST_STEP, WORTH * share) if recipe.where == "everywhere" else share / recipe.max_head_share
             if cost <= e.head_flops or wanted < room:
                 found[kind] = cost
         return dict(sorted(found.items(), key=lambda item: item[1]))
@@ -312,8 +313,7 @@ class Choice:
             exit_index=nothing.long(),
             confidence=nothing,
             cost=nothing,
-            outputs=tuple(o.float() for o in outputs),
-            scores=tuple(scores) or None,
+            trace=Trace(tuple(o.float() for o in outputs), scores=tuple(scores) or None),
         )
 
 

@@ -11,9 +11,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterable
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,6 @@ from eecompile.training.interrupt import Interrupt, say
 from eecompile.training.optim import freeze, make_optimizer, make_scheduler, parameter_groups
 from eecompile.training.plan import Event, Plan, Position, StagePlan
 from eecompile.training.progress import Bar
-from eecompile.training.protocol import Compiled
 from eecompile.training.report import EpochRow, FitReport, GateRow
 from eecompile.training.route_report import RouteRow
 from eecompile.training.settings import settings, trained_tensors
@@ -39,6 +38,9 @@ from eecompile.training.stages import gates_deciding
 from eecompile.training.state import decode, encode, random_state, reseed, restore_random_state
 from eecompile.training.step import Step, gated, routed, scored
 from eecompile.training.workers import make_accelerator, shard
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 _END = object()
 
@@ -48,7 +50,7 @@ class Loop:
 
     def __init__(
         self,
-        fast: Compiled,
+        fast: CompiledModule,
         loader: Iterable[Any],
         val_loader: Iterable[Any] | None,
         plan: Plan,
@@ -141,7 +143,7 @@ class Loop:
         started = time.perf_counter()
         self.objective = self.plan.objective_in(stage)
         with ExitStack() as stack:
-            stack.enter_context(self.fast.prepare_training(False) or nullcontext())
+            stack.enter_context(self.fast.prepare_training(False))
             cache = stack.enter_context(Cache(self.plan.cache_mb * 2**20))
             choice = Choice(self.fast, self.plan, self.objective)
             require_own(choice.slots)
@@ -207,7 +209,7 @@ class Loop:
             self.objective = self.plan.objective_in(stage)
             if stage.gate_mode is not None:
                 stack.enter_context(gates_deciding(self.fast, stage.gate_mode, stage.kept_open, stage.full_share))
-            stack.enter_context(self.fast.prepare_training(stage.trunk) or nullcontext())
+            stack.enter_context(self.fast.prepare_training(stage.trunk))
             self.fast.train()
             heads = list(self.fast.head_parameters())
             if not stage.heads:

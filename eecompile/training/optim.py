@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,10 +14,12 @@ from torch.optim.lr_scheduler import LambdaLR
 from eecompile.errors import EecompileError
 from eecompile.training.batches import length_of
 from eecompile.training.plan import Plan, StagePlan
-from eecompile.training.protocol import Compiled
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 
-def parameter_groups(fast: Compiled, plan: Plan, stage: StagePlan) -> list[dict[str, Any]]:
+def parameter_groups(fast: CompiledModule, plan: Plan, stage: StagePlan) -> list[dict[str, Any]]:
     """Heads, then trunk, each parameter once, those that require a gradient only."""
     seen: set[int] = set()
     groups = []

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 STUCK = 0.01
 SAME = 0.005  # standard deviation over the rows of a probability that no longer depends on the input
@@ -92,7 +95,7 @@ class RouteShare:
 
 
 def route_shares(
-    fast: Any, route: Tensor, cost: Tensor, score: Tensor | None, full: Tensor | None, valid: Tensor
+    fast: CompiledModule, route: Tensor, cost: Tensor, score: Tensor | None, full: Tensor | None, valid: Tensor
 ) -> list[RouteShare]:
     """One entry per route, and "left before" for rows that an exit took before the branches, where there are such.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor
 
@@ -11,10 +11,12 @@ from eecompile.ir.settings import BUFFERS
 from eecompile.passes.insert_exits import HEADS
 from eecompile.training.batches import length_of
 from eecompile.training.plan import Plan, StagePlan
-from eecompile.training.protocol import Compiled
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 
-def trained_tensors(fast: Compiled, plan: Plan) -> dict[str, Tensor]:
+def trained_tensors(fast: CompiledModule, plan: Plan) -> dict[str, Tensor]:
     """By name: the parameters of all stages, and the buffers (batch norm's and such) without those of the
     settings."""
     wanted: set[int] = set()
@@ -27,7 +29,7 @@ def trained_tensors(fast: Compiled, plan: Plan) -> dict[str, Tensor]:
 
 
 def settings(
-    fast: Compiled, plan: Plan, loader: Any, accelerator: Any, trained: dict[str, Tensor], heads_free: bool
+    fast: CompiledModule, plan: Plan, loader: Any, accelerator: Any, trained: dict[str, Tensor], heads_free: bool
 ) -> dict[str, Any]:
     """Everything that must be equal, as JSON reads it back. The number of epochs only where it matters.
 

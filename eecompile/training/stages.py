@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from eecompile.errors import EecompileError
-from eecompile.strategies.base import TrainingStage
+from eecompile.ir.recipes import TrainingStage
 from eecompile.training.objectives import Objective, PerExitLoss, Priced, Reinforce, Sum
 from eecompile.training.objectives import objective as resolve
 from eecompile.training.plan import StagePlan
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 
 def stages_of(
@@ -93,12 +97,12 @@ def shared(epochs: int, shares: Sequence[float]) -> list[int]:
 
 
 @contextlib.contextmanager
-def gates_deciding(fast: Any, mode: str, kept_open: float = 0.0, full_share: float = 0.0) -> Iterator[None]:
+def gates_deciding(fast: CompiledModule, mode: str, kept_open: float = 0.0, full_share: float = 0.0) -> Iterator[None]:
     """`fast.gate_mode` is `mode` inside, the first `kept_open` of the gates are open, and all of them for the first
     `full_share` of a batch's rows; as before afterwards."""
-    before = fast.gate_mode, fast.gates_kept_open, fast.gates_full_share
-    fast.gate_mode, fast.gates_kept_open, fast.gates_full_share = mode, round(kept_open * len(fast.gates)), full_share
+    before, first = fast.train_mode, round(kept_open * len(fast.gates))
+    fast.train_mode = replace(before, gates=mode, kept_open=first, full_share=full_share)
     try:
         yield
     finally:
-        fast.gate_mode, fast.gates_kept_open, fast.gates_full_share = before
+        fast.train_mode = replace(before, trunk=fast.train_mode.trunk)

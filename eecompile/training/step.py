@@ -3,18 +3,20 @@ processes)."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.batches import Batch
 from eecompile.training.full import halts
 from eecompile.training.halt_report import halted
 from eecompile.training.objectives import AdaLoss, Distillation, Exits, Objective, PerExitLoss, Sum, outputs_of
-from eecompile.training.protocol import Compiled
 from eecompile.training.scores import Metric, check_labels, measure, right
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
 
 
 class Step(nn.Module):
@@ -24,7 +26,7 @@ class Step(nn.Module):
         final_only: Only the model's own output counts: the first of two stages.
     """
 
-    def __init__(self, fast: Compiled, objective: Objective, metric: Metric | None, *, final_only: bool) -> None:
+    def __init__(self, fast: CompiledModule, objective: Objective, metric: Metric | None, *, final_only: bool) -> None:
         super().__init__()
         self.fast = cast(Any, fast)
         self.objective, self.metric, self.final_only = objective, metric, final_only
@@ -45,27 +47,29 @@ class Step(nn.Module):
         return loss, scores, counts, gated(self.fast, result), sent, steps
 
 
-def gated(fast: Any, result: Result) -> Tensor:
+def gated(fast: CompiledModule, result: Result) -> Tensor:
     """`[1 + 2 G]` float64, empty without gates: sums over the rows of the cost with all exits closed, of every gate's
     decision in this run, and of its score against its threshold."""
-    if result.gates is None or result.gate_scores is None or result.end_cost is None:
+    if result.gates is None or result.trace.gate_scores is None or result.trace.end_cost is None:
         return torch.empty(0, dtype=torch.float64)
-    told = result.end_cost.detach().double().sum().reshape(1)
+    told = result.trace.end_cost.detach().double().sum().reshape(1)
     ran = result.gates.detach().double().sum(0)
     threshold = fast.gate_thresholds
-    decided = (~(result.gate_scores.detach().float() < threshold) & (threshold <= 1)).double().sum(0)
+    decided = (~(result.trace.gate_scores.detach().float() < threshold) & (threshold <= 1)).double().sum(0)
     return torch.cat((told, ran, decided)).cpu()
 
 
-def routed(fast: Any, result: Result, labels: Any, metric: Metric | None, objective: Objective, where: str) -> Tensor:
+def routed(
+    fast: CompiledModule, result: Result, labels: Any, metric: Metric | None, objective: Objective, where: str
+) -> Tensor:
     """`[1 + 6 K]` float64, empty without a router: sums over the rows of the cost, and for each of K routes of the rows that
     took it in this run, those among them with a label, their score, the rows that it would have been decided for, its
     probability, and that squared."""
-    if result.route is None or result.route_weights is None:
+    if result.route is None or result.trace.route_weights is None:
         return torch.empty(0, dtype=torch.float64)
     outputs = [output.detach() for output in outputs_of(result)]
     to_exits = fast.program.routes[0].to_exits
-    rows, count = len(result.route), result.route_weights.shape[1]
+    rows, count = len(result.route), result.trace.route_weights.shape[1]
     score, valid = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.bool)
     if metric is not None or (labels is not None and classifies(objective)):
         every = []
@@ -82,17 +86,19 @@ def routed(fast: Any, result: Result, labels: Any, metric: Metric | None, object
     took = torch.nn.functional.one_hot(result.route.cpu().clamp_min(0), count) * (result.route.cpu() >= 0).unsqueeze(1)
     took = took.double()
     ready = valid.double().unsqueeze(1)
-    cost = (result.end_cost if result.end_cost is not None else fast.route_costs()[result.route]).detach().double()
+    cost = (
+        (result.trace.end_cost if result.trace.end_cost is not None else fast.route_costs()[result.route]).detach().double()
+    )
     told = [cost.cpu().sum().reshape(1), took.sum(0), (took * ready).sum(0), (took * ready * score.unsqueeze(1)).sum(0)]
     told.append(decided(fast, result).double().cpu())
-    p = result.route_weights.detach().double().cpu()
+    p = result.trace.route_weights.detach().double().cpu()
     told += [p.sum(0), p.square().sum(0)]
     return torch.cat(told)
 
 
-def decided(fast: Any, result: Result) -> Tensor:
+def decided(fast: CompiledModule, result: Result) -> Tensor:
     """[K] rows that each route is decided for by the router's probabilities as they are, whatever training does."""
-    weights = result.route_weights
+    weights = result.trace.route_weights
     assert weights is not None and result.route is not None
     if fast.program.routes[0].to_exits:
         return torch.nn.functional.one_hot(result.route, weights.shape[1]).sum(0)

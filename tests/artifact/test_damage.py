@@ -89,7 +89,7 @@ def test_a_damaged_file_is_named(place, pattern, how):
         (lambda d: d.pop("files"), ["does not describe a program"]),
         (lambda d: d.update(strategy={"name": "nobody"}), ["strategy is not known here", "nobody", "branchy"]),
         (lambda d: d["exits"].pop(), ["do not fit one another", "1 exits, 2 heads"]),
-        (lambda d: d["settings"]["exits"].popitem(), ["settings do not fit the program", "another program"]),
+        (lambda d: d["settings"]["evaluated"]["exits"].popitem(), ["settings do not fit the program", "another program"]),
         (lambda d: d["files"]["heads"].update(file="../program/eval.pt2"), ["outside its directory"]),
         (lambda d: d["files"]["heads"].update(file="/etc/passwd"), ["outside its directory"]),
         (lambda d: d.update(signature="text"), ["does not describe a program"]),

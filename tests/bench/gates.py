@@ -109,7 +109,7 @@ def shut(subject: Subject, share: float) -> list[float]:
     fast, k = subject.fast, count(subject, share)
     fast.set_gate_thresholds(OPEN)
     for i, gate in enumerate(fast.gates):  # in turn, since a call keeps the settings that it began with
-        scores = fast.observe(**subject.inputs).gate_scores
+        scores = fast.observe(**subject.inputs).trace.gate_scores
         assert scores is not None
         ranked = scores[:, i].sort().values
         fast.set_thresholds({gate.name: float(ranked[k - 1] + ranked[k]) / 2})

@@ -95,7 +95,7 @@ def reached(subject: Subject) -> Iterator[Tensor]:
     fast = subject.fast
     for module in (fast, fast.program.source, fast.program.graph_module, *(s.graph_module for s in fast.history)):
         yield from _tensors(module)
-    for step in fast._chosen.plan(tuple(range(len(fast.exits))), False):  # type: ignore[attr-defined]
+    for step in fast.engine.chosen.plan(tuple(range(len(fast.exits))), False):  # type: ignore[attr-defined]
         if isinstance(step.call, EagerSegment):
             yield from (entries[name] for entries, name in step.call.entries)
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eecompile.calibration.calibrate import calibrate
 from eecompile.criteria import Criterion
-from eecompile.program import Result
+from eecompile.result import Result
 from tests.training.fake import Fake
 
 

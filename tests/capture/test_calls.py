@@ -100,7 +100,7 @@ def test_an_error_within_the_program_stays_what_it_is(options, monkeypatch):
     def broken(*_: Any) -> None:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(options[1]._chosen, "run", broken)
+    monkeypatch.setattr(options[1].engine.chosen, "run", broken)
     with pytest.raises(RuntimeError, match="out of memory"):
         options[1](rows(3), scale=rows(3, 1))
 

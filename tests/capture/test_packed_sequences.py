@@ -97,7 +97,7 @@ def test_exits_and_gates_fit_between_the_layers(tmp_path):
     assert fast.exits[0].depth == pytest.approx(0.25, abs=0.02)
     fast.set_thresholds(CLOSED)
     given = batch(8)
-    scores = fast.observe(*given).gate_scores.sort(0).values
+    scores = fast.observe(*given).trace.gate_scores.sort(0).values
     fast.set_gate_thresholds(((scores[3] + scores[4]) / 2).tolist())
     compact, reference = both(fast, *given)
     same_result(compact, reference)

@@ -71,7 +71,7 @@ def test_gates_read_the_length_from_the_input():
     ids = tokens(8, 13)
     fast.set_gate_thresholds(0.0)
     close(fast(ids), model(ids))
-    scores = fast.observe(ids).gate_scores.sort(0).values
+    scores = fast.observe(ids).trace.gate_scores.sort(0).values
     fast.set_gate_thresholds(((scores[3] + scores[4]) / 2).tolist())
     compact, reference = both(fast, ids)
     assert torch.equal(compact.gates, reference.gates)

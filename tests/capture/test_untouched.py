@@ -201,7 +201,7 @@ def test_two_captures_of_one_model_share_parameters_and_block_names():
 def test_the_exported_program_keeps_its_own_graph_and_metadata():
     fast = compiled(made(Net), rows(4))
     again = capture_export(made(Net), (rows(4),), {})
-    ours, fresh = fast.artifact["eval"], again.exported
+    ours, fresh = fast.origin.exported, again.exported
     assert str(ours.graph) == str(fresh.graph)
     metas = [[sorted(n.meta) for n in e.graph.nodes] for e in (ours, fresh)]
     assert metas[0] == metas[1]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from eecompile import StrategyError, load
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.strategies import DepthAdaptive
 from tests.gates.adaptive import Loader, rows, tower
 from tests.support import CLOSED, again, both, close, equal_bits, run_by, watch
@@ -26,7 +26,7 @@ def scores(fast, args, kwargs) -> Tensor:
     """[B, G], every gate open."""
     before = fast.gate_thresholds.tolist()
     fast.set_gate_thresholds(0.0)
-    found = fast.observe(*args, **kwargs).gate_scores
+    found = fast.observe(*args, **kwargs).trace.gate_scores
     fast.set_gate_thresholds(before)
     return found
 
@@ -65,7 +65,8 @@ def test_the_prediction_at_a_depth_is_what_a_row_of_that_depth_gets(zoo, recipe)
     assert [e.threshold for e in fast.exits] == [CLOSED] * count
     every = at_every_depth(fast, args, kwargs)
     assert every.steps.tolist() == [count] * 3
-    assert sorted(every.gate_scores[0].tolist(), reverse=True) == every.gate_scores[0].tolist() or recipe == "halting"
+    scores = every.trace.gate_scores[0].tolist()
+    assert sorted(scores, reverse=True) == scores or recipe == "halting"
 
 
 def test_each_row_runs_its_first_blocks_only(zoo):

@@ -15,7 +15,7 @@ from eecompile.cli.digits_net import DigitsNet
 from eecompile.errors import CalibrationError, EecompileError
 from eecompile.ir import settings
 from eecompile.ir.settings import Settings
-from eecompile.program import Result
+from eecompile.result import Choices, Result, Trace
 from eecompile.training.evaluate import evaluate
 from tests.calibration.synthetic import calibrated
 from tests.support import compiled as eecompile
@@ -70,10 +70,8 @@ class OneGate(nn.Module):
         logits = nn.functional.one_hot((~wrong).long(), 2).float()
         cost = 1 - 0.5 * (~opened).float()
         ends, sure = torch.zeros(len(x), dtype=torch.long), torch.ones(len(x))
-        told = opened.unsqueeze(1)
-        return Result(
-            logits, ends, sure, cost, outputs=(logits,), confidences=(sure,), gates=told, gate_scores=x[:, :1], end_cost=cost
-        )
+        trace = Trace((logits,), (sure,), gate_scores=x[:, :1], end_cost=cost)
+        return Result(logits, ends, sure, cost, Choices(opened.unsqueeze(1)), trace=trace)
 
 
 def rows(n, seed):

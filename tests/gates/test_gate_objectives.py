@@ -8,15 +8,14 @@ import pytest
 import torch
 
 from eecompile.errors import EecompileError
-from eecompile.program import Result
+from eecompile.result import Choices, Result, Trace
 from eecompile.training.objectives import GateCost, Price, Reinforce, Steering, Sum, WeightedCrossEntropy, objective
 
 
 def result(logits, gates, scores, cost, free=None) -> Result:
     empty = torch.empty(0)
-    return Result(
-        empty, empty, empty, cost, outputs=(logits,), gates=gates, gate_scores=scores, gates_free=free, end_cost=cost
-    )
+    trace = Trace(outputs=(logits,), gate_scores=scores, gates_free=free, end_cost=cost)
+    return Result(empty, empty, empty, cost, Choices(gates), trace=trace)
 
 
 def test_the_price_follows_the_cost_as_written():

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from eecompile import EecompileError, StrategyError, strategies
 from eecompile.cli.digits_net import DigitsNet, train
+from eecompile.passes.training_decisions import TrainMode
 from eecompile.strategies import TrainingStage, strategy
 from eecompile.training.report import GateRow
 from eecompile.training.stages import shared
@@ -79,23 +80,23 @@ def test_a_loop_of_ones_own_pays_for_open_gates(trained):
         result = fast.run(X[:8])
         loss = fast.loss(result, Y[:8])
     plain = torch.nn.functional.cross_entropy(result.outputs[-1], Y[:8])
-    assert float(loss - plain) == pytest.approx(float(price_of(fast) * result.end_cost.mean()), rel=1e-4)
-    held = fast._objectives["soft"].passed_on()
+    assert float(loss - plain) == pytest.approx(float(price_of(fast) * result.trace.end_cost.mean()), rel=1e-4)
+    held = fast.objectives["soft"].passed_on()
     fast.gate_mode = "sample"
     fast.loss(fast.run(X[:8]), Y[:8]).backward()
-    assert fast._objectives["sample"].parts[1].controller.cost != held["price"]["cost"]  # went on from there
+    assert fast.objectives["sample"].parts[1].controller.cost != held["price"]["cost"]  # went on from there
     assert all(p.grad is not None for p in fast.gate_units.parameters())
 
 
 def price_of(fast):
     """The price that the second call paid: that of the first batch."""
-    controller = type(fast._objectives["soft"].parts[1].controller)(fast._objectives["soft"].parts[1].controller.steering)
+    controller = type(fast.objectives["soft"].parts[1].controller)(fast.objectives["soft"].parts[1].controller.steering)
     controller.follow(first_cost(fast))
     return controller.now
 
 
 def first_cost(fast):
-    return float(fast.run(X[:8]).end_cost.mean().detach())
+    return float(fast.run(X[:8]).trace.end_cost.mean().detach())
 
 
 def test_free_decisions(trained):
@@ -105,24 +106,24 @@ def test_free_decisions(trained):
     shut = torch.zeros(1, count)
     shut[0, 0] = 1  # always open; with that and one more of the last two, min_open is kept
     shut[0, count - 1] = 1
-    free = fast.gates_free(shut)[0].tolist()
+    free = fast.cost_model.gates_free(fast.settings, shut)[0].tolist()
     assert free == [False, False, *[True] * (count - 3), False]
 
 
 @pytest.mark.parametrize("mode", ["soft", "hard", "gumbel", "sample"])
 def test_the_first_rows_of_a_batch_run_the_full_model(trained, mode):
     fast = compiled(trained, open_bias=-2.0, estimator="gumbel" if mode == "gumbel" else "straight_through")
-    fast.train_trunk, fast.gate_mode, fast.gates_full_share = False, mode, 0.25  # frozen: norms do not mix the rows
+    fast.train_mode = TrainMode(gates=mode, full_share=0.25)  # frozen: norms do not mix the rows
     fast.train()
     torch.manual_seed(0)
     result = fast.run(X[:8])
     assert bool((result.gates[:2] == 1).all())
     assert bool((result.gates[2:] < 0.9).any(1).all())
-    assert result.gates_free.tolist() == [[False] * len(fast.gates)] * 2 + [[True] * len(fast.gates)] * 6
+    assert result.trace.gates_free.tolist() == [[False] * len(fast.gates)] * 2 + [[True] * len(fast.gates)] * 6
     torch.testing.assert_close(result.outputs[-1][:2], fast.full(X[:2]), atol=1e-5, rtol=1e-5)
     before = fast.loss(result, Y[:8])
-    kept = fast._objectives[mode].parts[1].controller.cost
-    assert kept == pytest.approx(float(result.end_cost[2:].mean().detach()))  # rows that decide nothing set no price
+    kept = fast.objectives[mode].parts[1].controller.cost
+    assert kept == pytest.approx(float(result.trace.end_cost[2:].mean().detach()))  # rows that decide nothing set no price
     before.backward()
 
 
@@ -132,7 +133,7 @@ def test_full_rows_keep_the_full_model_good(trained):
     for share in (0.0, 0.5):
         fast = compiled(trained, target_cost=0.4, shares=(0, 1, 0), full_share=share)
         fast.fit(loader(600, 15), epochs=6, lr=1e-2, progress=False)
-        assert fast.gates_full_share == 0
+        assert fast.train_mode.full_share == 0
         found = fast.evaluate(DataLoader(TensorDataset(X[900:], Y[900:]), batch_size=300))
         accuracy[share] = found.full_accuracy
         assert found.mean_cost < 0.75

@@ -18,7 +18,7 @@ def scores(fast, args, kwargs) -> Tensor:
     """[B, G] scores with every gate open, so that thresholds between them split the batch."""
     before = fast.gate_thresholds.tolist()
     fast.set_gate_thresholds(0.0)
-    found = fast.observe(*args, **kwargs).gate_scores
+    found = fast.observe(*args, **kwargs).trace.gate_scores
     fast.set_gate_thresholds(before)
     return found
 
@@ -73,12 +73,12 @@ def test_gates_are_trained_in_every_mode(resnet, trunk, mode):
     fast.train()
     torch.manual_seed(0)
     result = fast.run(*args, **kwargs)
-    assert result.gates.shape == result.gate_scores.shape == (4, len(fast.gates))
-    (result.outputs[-1].square().mean() + result.cost.mean() + result.gate_scores.log().mean()).backward()
+    assert result.gates.shape == result.trace.gate_scores.shape == (4, len(fast.gates))
+    (result.outputs[-1].square().mean() + result.cost.mean() + result.trace.gate_scores.log().mean()).backward()
     assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in fast.gate_units.parameters())
     assert all((p.grad is not None) == trunk for p in fast.trunk_parameters() if p.ndim > 1)
     if mode == "soft":
-        torch.testing.assert_close(result.gates, result.gate_scores.float())
+        torch.testing.assert_close(result.gates, result.trace.gate_scores.float())
     else:
         assert set(result.gates.detach().unique().tolist()) <= {0.0, 1.0}
 

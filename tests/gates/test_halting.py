@@ -72,10 +72,10 @@ def test_rows_that_halted_are_not_computed(zoo):
 def test_a_price_on_steps_makes_them_fewer(trunk):
     x, y, _ = rows(8, seed=4)
     fast = eecompile(tower(4), strategies.Act(halting_bias=-0.5, ponder_price=1.0), example_inputs=(x,))
-    before = float(fast.run(x).ponder.mean())
+    before = float(fast.run(x).trace.ponder.mean())
     loader = [(x, y)] * 20
     fast.fit(loader, epochs=1, trunk=trunk, lr=0.02, progress=False)
-    assert float(fast.run(x).ponder.mean()) < before - 0.5
+    assert float(fast.run(x).trace.ponder.mean()) < before - 0.5
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from eecompile import strategies
 from eecompile.errors import CalibrationError, EecompileError
 from eecompile.ir import settings
 from eecompile.ir.settings import Settings
-from eecompile.program import Result
+from eecompile.result import Choices, Result, Trace
 from tests.calibration.synthetic import calibrated
 from tests.gates.adaptive import rows as tasks
 from tests.gates.adaptive import tower
@@ -56,9 +56,8 @@ class OneChain(nn.Module):
         wrong = halted & (x[:, 1] < 0.3)
         logits = nn.functional.one_hot((~wrong).long(), 2).float()
         ends, sure = torch.zeros(len(x), dtype=torch.long), torch.ones(len(x))
-        result = Result(logits, ends, sure, 1 - 0.5 * halted.float(), outputs=(logits,), confidences=(sure,))
-        result.steps = 2 - halted.long()
-        return result
+        choices, trace = Choices(steps=2 - halted.long()), Trace((logits,), (sure,))
+        return Result(logits, ends, sure, 1 - 0.5 * halted.float(), choices, trace=trace)
 
 
 def loader(n, seed, size=150, labels=True):

@@ -209,7 +209,7 @@ def test_rows_skip_layers(layers):
     if layers.name in RESIDUAL:
         assert [g.region for g in fast.program.gates] == [RESIDUAL[layers.name][1].format(i) for i in range(4)]
     full, rng = full_rows(layers, fast, x), random.Random(1)
-    scores = fast.observe(x).gate_scores
+    scores = fast.observe(x).trace.gate_scores
     for _ in range(3):
         fast.set_gate_thresholds([separating(s, rng) for s in scores.T])
         result = agree(fast, (x,), {})
@@ -270,7 +270,7 @@ def test_a_layer_whose_own_state_is_read_always_runs(kind):
     assert [g.region for g in fast.gates] == [f"rnn.{k}" for k in range(1, 3 if kind is nn.LSTM else 4)]
     rng = random.Random(0)
     x = inputs(9)
-    scores = fast.observe(x).gate_scores
+    scores = fast.observe(x).trace.gate_scores
     fast.set_gate_thresholds([separating(s, rng) for s in scores.T])
     result = agree(fast, (x,), {})
     assert len(set(result.gates.sum(1).tolist())) > 1

@@ -69,7 +69,7 @@ def test_loss_and_gradient_are_those_of_the_enumerated_expectation(kind, trunk):
     x, labels, _ = rows(6, seed=2)
     with fast.prepare_training(trunk):
         result = fast.run(x)
-        assert len(result.step_outputs) == STEPS and result.step_scores.shape == (6, STEPS)
+        assert len(result.trace.step_outputs) == STEPS and result.trace.step_scores.shape == (6, STEPS)
         parameters = [*fast.head_parameters(), *(fast.trunk_parameters() if trunk else ())]
         loss = fast.loss(result, labels)
         got = torch.autograd.grad(loss, parameters, allow_unused=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from eecompile import StrategyError
+from eecompile.passes.training_decisions import TrainMode
 from eecompile.strategies import SelfAdaptive
 from tests.gates.adaptive import Loader, rows, tower
 from tests.support import CLOSED, nightly, watch
@@ -25,7 +26,7 @@ def model(request):
 
 def scores(fast, args, kwargs):
     fast.set_gate_thresholds(0.0)
-    return fast.observe(*args, **kwargs).gate_scores
+    return fast.observe(*args, **kwargs).trace.gate_scores
 
 
 def test_one_policy_scores_every_part(model):
@@ -48,16 +49,16 @@ def test_a_curriculum_frees_the_last_parts_first(model):
     _, entry, fast = model
     args, kwargs = entry.inputs(4)
     fast.set_gate_thresholds(0.5)
-    fast.train_trunk, fast.gate_mode, fast.gates_kept_open = False, "sample", len(fast.gates) - 2
+    fast.train_mode = TrainMode(gates="sample", kept_open=len(fast.gates) - 2)
     fast.train()
     torch.manual_seed(0)
     drawn = torch.cat([fast.run(*args, **kwargs).gates for _ in range(6)])
     result = fast.run(*args, **kwargs)
     fast.eval()
-    fast.gates_kept_open, fast.gate_mode = 0, "hard"
+    fast.train_mode = TrainMode()
     assert bool((drawn[:, :-2] == 1).all())
     assert 0 < float(drawn[:, -2:].mean()) < 1
-    assert result.gates_free.tolist() == [[False] * (len(fast.gates) - 2) + [True] * 2] * 4
+    assert result.trace.gates_free.tolist() == [[False] * (len(fast.gates) - 2) + [True] * 2] * 4
 
 
 def test_stages_come_down_to_the_target():
@@ -78,7 +79,7 @@ def test_the_policy_meets_its_target_and_keeps_the_task(estimator):
     result = fast.run(x)
     assert float((result.output.argmax(1) == y).float().mean()) > 0.93
     assert abs(float(result.cost.mean()) - 0.6) < 0.15
-    assert fast.gates_kept_open == 0
+    assert fast.train_mode.kept_open == 0
 
 
 @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ def adaptive(**options) -> SelfAdaptive:
 def scores(fast, args, kwargs):
     before = fast.gate_thresholds.tolist()
     fast.set_gate_thresholds(0.0)
-    found = fast.observe(*args, **kwargs).gate_scores
+    found = fast.observe(*args, **kwargs).trace.gate_scores
     fast.set_gate_thresholds(before)
     return found
 
@@ -127,7 +127,7 @@ def test_layers_that_always_run_have_widths_too(tmp_path):
     assert torch.equal(again_.widths, compact.widths)
     assert back.widths == fast.widths
     back.train()
-    back.run(x).gate_scores.sum().backward()
+    back.run(x).trace.gate_scores.sum().backward()
 
 
 def test_the_models_own_norms_move_as_without_widths():
@@ -158,10 +158,10 @@ def test_gradients_reach_the_channels_that_ran(mode):
     assert bool((up[:16].abs().sum(1) > 0).any())
     assert float(up[32:].abs().sum()) == 0
     assert float(fast.gate_units.policy.score.weight.grad[:2].abs().sum()) > 0
-    assert not bool(result.gates_free[:, [2, 5]].any())
+    assert not bool(result.trace.gates_free[:, [2, 5]].any())
     if mode == "hard":
         shut = result.gates[:, 0] == 0
-        assert not bool(result.gates_free[shut, 1].any())
+        assert not bool(result.trace.gates_free[shut, 1].any())
 
 
 @pytest.mark.parametrize("estimator", ["gumbel", nightly("reinforce")])
@@ -184,7 +184,7 @@ def test_at_least_so_many_parts_run_at_some_width():
     compact, reference = both(fast, x)
     assert torch.equal(compact.gates, reference.gates)
     assert compact.widths.tolist() == [[0.0, 0.25, 0.25]] * 8
-    free = fast.observe(x).gates_free
+    free = fast.observe(x).trace.gates_free
     assert free[0].tolist() == [True, False, False, False, False, True, False, False, False, True, False, False]
 
 

@@ -72,7 +72,7 @@ def bert():
 
 def test_stages_are_timed_in_every_bucket(bert):
     fast, kwargs = bert
-    found = fast._chosen
+    found = fast.engine.chosen
     program, _ = found._program_for(found._current, fast.program.signature.flatten((), kwargs), None, True)
     table = predictions(program, fast.stage_times)
     assert table.shape == (3, 4)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from eecompile import CompiledModule, eecompile, strategies
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.runtime.device.executor import Options
 from tests.support import executor
 from tests.zoo import ZOO

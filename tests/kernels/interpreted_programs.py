@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eecompile import CompiledModule, strategies
 from eecompile.kernels import _triton
-from eecompile.program import Result
+from eecompile.result import Result
 from tests.gates.adaptive import rows, tower
 from tests.support import compiled as eecompile
 from tests.support import executor, same_result
@@ -60,7 +60,7 @@ def program(kind: str) -> tuple[CompiledModule, Tensor, set[str], set[str]]:
         return exits(Tags(), x), x, lists | {"confidence"}, {"confidence"}
     if kind == "gates":
         fast = eecompile(tower(2), strategies.SkipNet(), example_inputs=(x,))
-        fast.set_gate_thresholds([float(fast.observe(x).gate_scores.median())] * len(fast.gates))
+        fast.set_gate_thresholds([float(fast.observe(x).trace.gate_scores.median())] * len(fast.gates))
         return fast, x, {"confidence", "open_rows", "gather", "scatter"}, {"choose", "confidence"}
     fast = eecompile(tower(3), strategies.Act(), example_inputs=(x,))
     fast.set_halting_threshold(0.5)

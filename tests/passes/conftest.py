@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from eecompile.capture import Captured, capture
 from eecompile.criteria import Criterion, Entropy
+from eecompile.ir.recipes import ExitRecipe
 from eecompile.passes import (
     Annotate,
     FindBlocks,
@@ -26,7 +27,6 @@ from eecompile.passes import (
     run_passes,
 )
 from eecompile.program import Program
-from eecompile.strategies.base import ExitRecipe
 from tests import zoo_plain as plain
 
 ORDER = ["normalize", "annotate", "find_blocks", "find_cuts", "place_exits", "insert_exits", "stage", "lower", "verify"]

@@ -100,7 +100,7 @@ def test_hard_rows_take_the_models_own_way(model, estimator):
     assert report.rows[3].loss < report.rows[0].loss
     x, y, hard = rows(512, seed=1)
     result = fast.run(x)
-    p = fast.observe(x).route_weights[:, 0]
+    p = fast.observe(x).trace.route_weights[:, 0]
     assert float(p[~hard].mean()) > float(p[hard].mean()), str(report)
     if estimator in (
         "regret",
@@ -158,10 +158,10 @@ def test_the_regret_is_that_of_ways_run_by_themselves(model):
     for k, costs in enumerate(fast.route_costs().tolist()):
         fast.set_route_margins([0.0 if k == j else 2.0 for j in range(2)])
         out = fast.observe(x).output
-        torch.testing.assert_close(result.way_outputs[k], out)
+        torch.testing.assert_close(result.trace.branch_outputs[k], out)
         spent.append(nn.functional.cross_entropy(out, y, reduction="none") + 0.5 * costs)
     light, full = spent
-    better = torch.where(light < full, result.route_weights[:, 0], result.route_weights[:, 1])
+    better = torch.where(light < full, result.trace.route_weights[:, 0], result.trace.route_weights[:, 1])
     torch.testing.assert_close(found, ((light - full).abs() * -better.log()).mean())
     fast.gate_mode = "hard"
     with pytest.raises(EecompileError, match="needs the loss of every branch"):
@@ -197,10 +197,10 @@ def test_a_loop_of_ones_own(model):
     fast.train()
     result = fast.run(x)
     assert result.route.shape == (16,)
-    assert result.route_weights.shape == (16, 2)
+    assert result.trace.route_weights.shape == (16, 2)
     loss = fast.loss(result, y)
     plain = nn.functional.cross_entropy(result.outputs[-1], y)
-    assert float(loss - plain) == pytest.approx(0.5 * float(result.end_cost.mean()), rel=1e-4)
+    assert float(loss - plain) == pytest.approx(0.5 * float(result.trace.end_cost.mean()), rel=1e-4)
     loss.backward()
     assert all(p.grad is not None for p in fast.route_units.parameters())
     assert all(p.grad is None for p in model.parameters())

@@ -25,7 +25,7 @@ def test_branches_are_saved_again_with_other_weights(zoo, tmp_path):
     branches = sorted(place.glob("branch_*"))
     assert branches
     with torch.no_grad():
-        fast.route_units.squash.scale.mul_(2)
+        fast.route_units.branch_squash.scale.mul_(2)
     fast.save(place)
     again = sorted(place.glob("branch_*"))
     assert len(again) == len(branches)
@@ -37,7 +37,7 @@ def test_branches_are_saved_again_with_other_weights(zoo, tmp_path):
 def bert(zoo, router: Router, **options):
     base = zoo("bert").fast
     fast = again(base, Branchy(router=router, **options))
-    fast.artifact["eval"] = base.artifact["eval"]  # what `again` leaves out
+    fast.origin.exported = base.origin.exported  # what `again` leaves out
     return fast, *ZOO["bert"].inputs(6, seed=3)
 
 
@@ -49,7 +49,7 @@ def test_only_the_head_of_its_own_exit_runs_for_a_row(zoo):
     cumulative = fast.observe(*args, **kwargs).confidences[0].sort().values
     fast.set_thresholds([float(cumulative[3] + cumulative[2]) / 2, CLOSED])  # half of the rows go to the first exit
     rows = {name: [] for name in ("exit_0", "exit_1")}
-    for segment in (step.segment for plan in [fast._chosen.plan((0,), False)] for step in plan):
+    for segment in (step.segment for plan in [fast.engine.chosen.plan((0,), False)] for step in plan):
         assert (segment.head is not None) == (segment.exit == 0)
     for name in rows:
         fast.branch(name).head.register_forward_hook(lambda m, i, o, name=name: rows[name].append(len(o)))
@@ -67,7 +67,7 @@ def test_a_branch_computes_its_own_rows_and_a_closed_one_nothing(zoo):
         torch.manual_seed(1)
         fast.route_units.unit.score.weight.normal_()
     assert fast.routes[0].left_out == ("bert.encoder.layer.2", "bert.encoder.layer.3")
-    weights = fast.observe(*args, **kwargs).route_weights
+    weights = fast.observe(*args, **kwargs).trace.route_weights
     lead = (weights[:, 0] - weights[:, 1]).sort().values
     between = float(lead[3] + lead[2]) / 2
     fast.set_route_margins({"light": max(between, 0.0), "full": max(-between, 0.0)})
@@ -135,7 +135,7 @@ def test_routes_beside_gates(zoo):
     with torch.no_grad():
         fast.route_units.unit.score.weight.normal_()
     found = fast.observe(*args, **kwargs)
-    fast.set_gate_thresholds([separating(s, random.Random(0)) for s in found.gate_scores.T])
+    fast.set_gate_thresholds([separating(s, random.Random(0)) for s in found.trace.gate_scores.T])
     agree(fast, args, kwargs)
 
 

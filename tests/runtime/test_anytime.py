@@ -42,7 +42,7 @@ def test_a_stream_computes_only_what_is_asked_for(zoo):
     steps = [b - a for a, b in zip(products, products[1:], strict=False)]
     assert all(s > 0 for s in steps)
     assert products[-1] == watch(lambda: fast.run(*args, **kwargs)).ops["addmm"]
-    assert not fast._chosen._running, "a closed stream is still taken for a running call"
+    assert not fast.engine.chosen._running, "a closed stream is still taken for a running call"
 
 
 def test_earlier_results_of_a_stream_stay_as_they_were(zoo):
@@ -66,7 +66,7 @@ def test_an_exception_of_the_consumer_ends_the_stream(zoo):
 
     with pytest.raises(LookupError):
         consume()
-    assert not animal.fast._chosen._running
+    assert not animal.fast.engine.chosen._running
     with torch.no_grad():
         assert bool(animal.fast.run(*args, **kwargs).final.all())
 

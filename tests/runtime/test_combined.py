@@ -50,10 +50,10 @@ def test_the_answer_is_that_of_the_open_exits(combined):
     with torch.no_grad():
         r = fast.run(*args, **kwargs, budget=float(fast.costs([True, False, True])[2]))
     assert r.exit_index.tolist() == [2] * 6
-    _, state = ensemble(seen.separate[0], None)
-    want, _ = ensemble(seen.separate[2], state)
+    _, state = ensemble(seen.trace.separate[0], None)
+    want, _ = ensemble(seen.trace.separate[2], state)
     close(fast.prediction_of(r.output), want)
-    assert len(seen.separate) == 4
+    assert len(seen.trace.separate) == 4
 
 
 def test_the_surest_exits_confidence_never_falls(combined):

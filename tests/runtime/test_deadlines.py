@@ -28,7 +28,7 @@ def call(animal, batch=5, seed=2):
 @contextmanager
 def fake_clock(fast, seconds):
     """The compact executor on a clock that moves by `seconds(piece)` with every piece, and at no other time."""
-    old = fast.__dict__["_executors"]
+    old = fast.engine.executors
     found = CompactExecutor(fast.program)
     now = [0.0]
     found.times.clock = lambda: now[0]
@@ -44,12 +44,12 @@ def fake_clock(fast, seconds):
         return replace(made, call=timed)
 
     found._step = step
-    fast.__dict__["_executors"] = {("compact", "eager"): found}
+    fast.engine.executors = {("compact", "eager"): found}
     fast.executor = "compact"
     try:
         yield now
     finally:
-        fast.__dict__["_executors"] = old
+        fast.engine.executors = old
         fast.executor = "auto"
 
 
@@ -70,7 +70,7 @@ def test_a_deadline_is_kept_by_what_was_measured(zoo, name):
         want = fast.run(*args, **kwargs, budget=float(fast.costs([True] * 3)[1]))
         got = fast.run(*args, **kwargs, deadline_ms=20.1)
         assert (got.stopped, want.stopped) == ("deadline", "budget")
-        got.stopped = "budget"
+        got.stop.reason = "budget"
         same_result(got, want)
 
 
@@ -229,9 +229,9 @@ def held(fast):
 
 def test_an_interrupt_from_another_thread_gives_the_best_so_far(small):
     fast, x = small
-    old = fast.__dict__["_executors"]
+    old = fast.engine.executors
     found, reached, go = held(fast)
-    fast.__dict__["_executors"] = {("compact", "eager"): found}
+    fast.engine.executors = {("compact", "eager"): found}
     fast.executor = "compact"
     results = {}
     try:
@@ -258,7 +258,7 @@ def test_an_interrupt_from_another_thread_gives_the_best_so_far(small):
         close(results["run"].output.detach(), want.output)
         close(results["plain"].detach(), want.output)
     finally:
-        fast.__dict__["_executors"] = old
+        fast.engine.executors = old
         fast.executor = "auto"
 
 

@@ -36,7 +36,7 @@ def test_a_router_to_exits_agrees_with_the_reference(bert):
         fast.set_thresholds(random_thresholds(confidences, random.Random(batch), closed=0.0))
         same_result(simulated(fast, **kwargs), reference(fast, **kwargs))
     flat = fast.program.signature.flatten((), kwargs)
-    runs = fast._executor("simulate")
+    runs = fast.engine.executor("simulate")
     heads = [runs.device_program(flat, fast.settings, last)[0].count(OpenRows) for last in (None, 1, 0)]
     assert heads == [1 + 4 + 4, 1, 0]  # in each bucket; an exit that all rows leave at has its head run on all
 
@@ -66,7 +66,9 @@ def test_a_budget_ends_the_program_early(bert):
     same_result(got, want)
     assert torch.equal(got.final, want.final)
     assert (got.stopped, got.late) == (want.stopped, want.late) == ("budget", False)
-    program = bert._executor("simulate").device_program(bert.program.signature.flatten((), kwargs), bert.settings, last=0)[0]
+    program = bert.engine.executor("simulate").device_program(
+        bert.program.signature.flatten((), kwargs), bert.settings, last=0
+    )[0]
     assert program.count(Switch) == program.count(If) == 0  # nothing behind the first exit is there
 
 
@@ -103,7 +105,7 @@ def test_a_result_is_told_without_the_host(bert, kind, monkeypatch):
 
     with torch.no_grad(), executor(fast, "simulate"):
         outcome = fast._execute(flat, fast.settings, True)
-        want = fast._result(outcome, fast.settings, flat)
+        want = fast.result_of(outcome, fast.settings, flat)
         with monkeypatch.context() as patched:
             for name in ("item", "__bool__", "__float__", "__int__", "__index__"):
                 patched.setattr(torch.Tensor, name, forbidden)
@@ -112,14 +114,14 @@ def test_a_result_is_told_without_the_host(bert, kind, monkeypatch):
             patched.setattr(
                 torch.Tensor, "tolist", lambda t: forbidden() if not t.ndim or t.data_ptr() in there else told(t)
             )
-            got = fast._result(outcome, fast.settings, flat)
+            got = fast.result_of(outcome, fast.settings, flat)
         assert torch.equal(got.cost, want.cost)
         if fast.gates:
             fast.set_gate_thresholds(0.0)
         fast.set_thresholds(2.0)
         fresh = again(bert, strategies.Branchy(router=light) if kind == "router" else SUMS[kind]())
         fresh.load_state_dict(fast.state_dict())
-        got, want = (f._result(outcome, f.settings, flat).cost for f in (fast, fresh))  # by the settings as they are now
+        got, want = (f.result_of(outcome, f.settings, flat).cost for f in (fast, fresh))  # by the settings as they are now
         torch.testing.assert_close(got, want)
 
 
@@ -139,7 +141,7 @@ def test_a_call_keeps_the_thresholds_that_it_has_begun_with(bert, monkeypatch):
     before = [bert.thresholds[0].item(), 2.0, bert.thresholds[2].item()]
     bert.set_thresholds(before)
     want = reference(bert, **kwargs)
-    simulate = bert._executor("simulate")
+    simulate = bert.engine.executor("simulate")
     plain = simulate._program_for
 
     def meanwhile(*given, **named):
@@ -185,7 +187,7 @@ def test_the_kernel_computes_the_confidence(bert):
 def bounded(fast, delay: int, *args, **kwargs) -> Bound:
     """A call without conditional nodes, by numbers that come `delay` looks late."""
     flat = fast.program.signature.flatten(args, kwargs)
-    simulate = fast._executor("simulate")
+    simulate = fast.engine.executor("simulate")
     program, calls = simulate.device_program(flat, fast.settings)
     memory = fast.settings.tensors(torch.device("cpu")) | constants(program, "cpu") | allocated(program.buffers, "cpu")
     with torch.no_grad():
@@ -211,7 +213,7 @@ def test_old_numbers_give_the_same_output_of_regions(bert, delay):
     fast = again(bert, SUMS["branchy + skipnet"]())
     args, kwargs = ZOO["bert"].inputs(8, seed=3)
     random_settings(fast, args, kwargs, random.Random(0))
-    fast.set_gate_thresholds([float(s.median()) for s in fast.observe(**kwargs).gate_scores.T])
+    fast.set_gate_thresholds([float(s.median()) for s in fast.observe(**kwargs).trace.gate_scores.T])
     ranked = fast.observe(**kwargs).confidences[0].sort().values
     fast.set_thresholds([float(ranked[1] + ranked[2]) / 2, 1.0])  # two of eight rows stay
     want = reference(fast, **kwargs)
@@ -222,7 +224,7 @@ def test_old_numbers_give_the_same_output_of_regions(bert, delay):
 
 def test_a_warm_up_runs_every_body(bert):
     kwargs = spread(bert, 5)
-    simulate = bert._executor("simulate")
+    simulate = bert.engine.executor("simulate")
     flat = bert.program.signature.flatten((), kwargs)
     program, calls = simulate.device_program(flat, bert.settings)
     ran = []
@@ -238,7 +240,7 @@ def test_a_capture_sets_every_condition(bert, structure, monkeypatch):
     """The order of launches and nodes, with a graph that writes down what it is asked for."""
     kwargs = spread(bert, 3)
     bert.device_options = Options(structure=structure)
-    simulate = bert._executor("simulate")
+    simulate = bert.engine.executor("simulate")
     flat = bert.program.signature.flatten((), kwargs)
     program, calls = simulate.device_program(flat, bert.settings)
     log: list[tuple[str, int]] = []
@@ -287,7 +289,7 @@ def test_a_capture_sets_every_condition(bert, structure, monkeypatch):
 def test_a_captured_program_reads_thresholds_that_are_set_later(bert, monkeypatch):
     """With a graph that is replayed by the simulator, on the memory that was captured."""
     kwargs = spread(bert, 5)
-    simulate = bert._executor("simulate")
+    simulate = bert.engine.executor("simulate")
     flat = bert.program.signature.flatten((), kwargs)
     program, calls = simulate.device_program(flat, bert.settings)
 

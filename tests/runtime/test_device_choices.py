@@ -35,7 +35,7 @@ def test_each_branch_runs_the_bucket_of_its_rows(bert, monkeypatch):
     """Five rows one way and two the other: bodies of 8 and 2 rows, however they lie in the batch."""
     fast = routed(bert)
     _, kwargs = ZOO["bert"].inputs(8, seed=2)
-    weights = fast.observe(**kwargs).route_weights
+    weights = fast.observe(**kwargs).trace.route_weights
     lead = (weights[:, 0] - weights[:, 1]).sort().values
     at = float(lead[5] + lead[6]) / 2  # two rows take the light way
     fast.set_route_margins([max(at, 0.0), max(-at, 0.0)])

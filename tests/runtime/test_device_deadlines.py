@@ -61,17 +61,17 @@ class ScriptedCompact(CompactExecutor):
 
 @contextlib.contextmanager
 def scripted(fast, name, seconds) -> Iterator[None]:
-    kept = fast.__dict__["_executors"]
+    kept = fast.engine.executors
     found = ScriptedCompact(fast.program) if name == "compact" else ScriptedSimulator(fast.program, fast.device_options)
     found.now, found.seconds = [7.0], seconds
     found.times.clock = lambda: found.now[0]
-    fast.__dict__["_executors"] = {(name, "eager"): found}
+    fast.engine.executors = {(name, "eager"): found}
     fast.executor = name
     try:
         with torch.no_grad():
             yield
     finally:
-        fast.__dict__["_executors"] = kept
+        fast.engine.executors = kept
         fast.executor = "auto"
 
 

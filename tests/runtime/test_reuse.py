@@ -60,7 +60,7 @@ def compiled() -> tuple[nn.Module, CompiledModule, Tensor]:
 
 
 def in_place(fast: CompiledModule) -> list[str]:
-    segment = fast._chosen.plan((), False)[0].segment  # type: ignore[attr-defined]
+    segment = fast.engine.chosen.plan((), False)[0].segment  # type: ignore[attr-defined]
     return [op.overloadpacket.__name__ for op, _ in reusable(segment.module).values()]
 
 
@@ -126,7 +126,7 @@ def test_a_value_that_crosses_an_exit_is_kept():
         for thresholds in (CLOSED, 1.0):
             fast.set_thresholds(thresholds)
             equal_bits(fast(x), model(x))
-            plan = fast._chosen.plan(() if thresholds > 1 else (0, 1), False)  # type: ignore[attr-defined]
+            plan = fast.engine.chosen.plan(() if thresholds > 1 else (0, 1), False)  # type: ignore[attr-defined]
             assert all(isinstance(step.call, EagerSegment) for step in plan)
             modules = [step.segment.module for step in plan]
             found[thresholds] = [[n.name for n in reusable(m)] for m in modules]
@@ -165,12 +165,12 @@ def test_gated_regions_write_over_what_nobody_reads_later(how, over):
         with torch.no_grad():
             gate.head.score.weight.mul_(100)
     for i, gate in enumerate(fast.gates):  # in turn: the scores of a gate depend on those before it
-        fast.set_thresholds({gate.name: float(fast.observe(x).gate_scores[:, i].median())})
+        fast.set_thresholds({gate.name: float(fast.observe(x).trace.gate_scores[:, i].median())})
     compact, reference = both(fast, x)
     assert compact.gates.sum(0).tolist() == [4, 4, 4]
     equal_bits(compact.output, reference.output)
     with torch.no_grad():
         equal_bits(fast(x), reference.output)
     assert torch.equal(x, before)
-    module = fast._chosen.plan((), False, (EITHER,) * 3)[0].segment.module  # type: ignore[attr-defined]
+    module = fast.engine.chosen.plan((), False, (EITHER,) * 3)[0].segment.module  # type: ignore[attr-defined]
     assert sorted(n.name for n in overwriting(module)) == [f"gate_{i}_region" for i in over]

@@ -64,7 +64,7 @@ def made():
 def medians(fast) -> Settings:
     seen = fast.observe(X)
     exits = [float(c.median()) for c in seen.confidences[:-1]]
-    return fast.settings.with_values(EXITS, exits).with_values(GATES, [float(s.median()) for s in seen.gate_scores.T])
+    return fast.settings.with_values(EXITS, exits).with_values(GATES, [float(s.median()) for s in seen.trace.gate_scores.T])
 
 
 def agree(fast) -> None:

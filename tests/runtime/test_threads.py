@@ -88,7 +88,7 @@ def test_calls_under_any_deadline_with_interrupts(small, calls):
 
     in_threads(work)
     assert len(counted) == THREADS * calls
-    assert not fast._chosen._running
+    assert not fast.engine.chosen._running
     assert threading.active_count() == before
     gc.collect()
     held = sum(type(o) is Tensor and o.shape == x.shape for o in gc.get_objects())
@@ -192,24 +192,24 @@ def test_a_running_call_keeps_whatever_is_set(zoo, name, executor_name, monkeypa
         old, new = answers[False], answers[True]
         told = {"gates": "gates", "halting": "steps", "temperatures": "confidence"}[name]
         assert not torch.equal(getattr(old, told), getattr(new, told)), "nothing depends on what is set"
-        kept = [id(m) for m in fast._chosen._kept.values()] if executor_name == "simulate" else []
+        kept = [id(m) for m in fast.engine.chosen._kept.values()] if executor_name == "simulate" else []
         if executor_name == "compact":
             stream = fast.stream(**call)
             next(stream)
             SETTERS[name](fast, True)
             (*_, got) = stream
         else:
-            run = type(fast._chosen).execute
+            run = type(fast.engine.chosen).execute
 
             def late(self, *args, **kwargs):
                 SETTERS[name](fast, True)
                 return run(self, *args, **kwargs)
 
-            monkeypatch.setattr(type(fast._chosen), "execute", late)
+            monkeypatch.setattr(type(fast.engine.chosen), "execute", late)
             got = fast.run(**call)
             monkeypatch.undo()
         after = fast.run(**call)
-        assert executor_name == "compact" or kept == [id(m) for m in fast._chosen._kept.values()], "built again"
+        assert executor_name == "compact" or kept == [id(m) for m in fast.engine.chosen._kept.values()], "built again"
     for result, want in ((got, old), (after, new)):
         torch.testing.assert_close(getattr(result, told), getattr(want, told))
         torch.testing.assert_close(fast.prediction_of(result.output), fast.prediction_of(want.output), atol=1e-6, rtol=1e-5)

@@ -228,7 +228,7 @@ def test_the_model_keeps_what_is_its_own() -> None:
     fast = eecompile(model, strategies.Branchy(exits=2), example_inputs=(x,))
     fast(x)
     fast.to("cpu")
-    fast.train_mode_capture()
+    fast.training_graphs.train_program()
     before.check(model)
 
 

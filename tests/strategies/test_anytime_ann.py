@@ -11,7 +11,7 @@ from torch import nn
 from eecompile import load, strategies
 from eecompile.errors import EecompileError, StrategyError
 from eecompile.kernels.scale_gradient import scale_gradient
-from eecompile.program import Result
+from eecompile.result import Result, Trace
 from eecompile.strategies import strategy
 from eecompile.training.objectives import AdaLoss, cross_entropy, objective
 from tests.support import again
@@ -66,7 +66,7 @@ def test_names_and_options():
 def made(seed=0, exits=2, scale=(1.0, 1.0, 1.0)) -> Result:
     g = torch.Generator().manual_seed(seed)
     outputs = tuple((s * torch.randn(6, 4, generator=g)).requires_grad_() for s in scale[: exits + 1])
-    return Result(EMPTY, EMPTY, EMPTY, EMPTY, outputs=outputs)
+    return Result(EMPTY, EMPTY, EMPTY, EMPTY, trace=Trace(outputs=outputs))
 
 
 LABELS = torch.tensor([0, 1, 2, 3, 0, 1])
@@ -225,10 +225,10 @@ def test_combined_exits_train_each_head_for_itself():
     fast.train()
     r = fast.run(x)
     y = torch.arange(8) % 3
-    assert len(r.separate) == len(r.outputs) == 4
-    each = torch.stack([cross_entropy(o, y) for o in r.separate]).mean()
+    assert len(r.trace.separate) == len(r.outputs) == 4
+    each = torch.stack([cross_entropy(o, y) for o in r.trace.separate]).mean()
     torch.testing.assert_close(fast.loss(r, y), each)
-    assert not torch.equal(r.outputs[2], r.separate[2])
+    assert not torch.equal(r.outputs[2], r.trace.separate[2])
 
 
 def test_the_loss_of_one_module_keeps_its_means():
@@ -240,7 +240,7 @@ def test_the_loss_of_one_module_keeps_its_means():
     fast.train()
     y = torch.arange(8) % 3
     fast.loss(fast.run(x), y)
-    kept = fast.__dict__["_objectives"]["hard"]
+    kept = fast.objectives["hard"]
     first = list(kept.running)
     fast.loss(fast.run(x * 2), y)
     assert kept.running != first

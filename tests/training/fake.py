@@ -1,4 +1,4 @@
-"""A small hand-written early-exit network that follows `eecompile/training/protocol.py`."""
+"""A small hand-written early-exit network with what training and calibration read of a compiled module."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from eecompile.criteria import Criterion, MaxProbability
 from eecompile.ir import settings
 from eecompile.ir.settings import Settings
 from eecompile.kernels.confidence import confidence
-from eecompile.program import Result
+from eecompile.result import Result, Trace
 
 
 @dataclass(frozen=True)
@@ -134,9 +134,7 @@ class Fake(nn.Module):
             exit_index=index,
             confidence=torch.stack(confidences)[index, rows],
             cost=self.costs(tuple((self.thresholds <= 1).tolist()))[index],
-            outputs=tuple(outputs),
-            confidences=confidences,
-            scores=None if scores is None else tuple(scores),
+            trace=Trace(tuple(outputs), confidences, scores=None if scores is None else tuple(scores)),
         )
 
     def observe(self, x: Tensor) -> Result:

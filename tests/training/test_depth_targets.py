@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eecompile.errors import EecompileError
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.objectives import DepthTargets, objective
 from eecompile.training.objectives.depth import log_probabilities
 
@@ -35,8 +35,9 @@ SCORES = torch.tensor([[0.9, 0.6], [0.5, 0.1], [0.7, 0.7]])
 
 def result(scores: Tensor = SCORES, gates: Tensor | None = None) -> Result:
     outputs = tuple(o.requires_grad_() for o in logits_for(LOSSES))
-    made = Result(outputs[-1], torch.full((3,), 2), torch.ones(3), torch.ones(3), outputs)
-    made.gates, made.gate_scores = torch.ones(3, 2) if gates is None else gates, scores
+    made = Result(outputs[-1], torch.full((3,), 2), torch.ones(3), torch.ones(3))
+    made.choices.gates = torch.ones(3, 2) if gates is None else gates
+    made.trace.outputs, made.trace.gate_scores = outputs, scores
     return made
 
 

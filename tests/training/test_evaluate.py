@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from eecompile.criteria import Patience
 from eecompile.errors import EecompileError
-from eecompile.program import Result
+from eecompile.result import Result, Trace
 from eecompile.training.curve import first_exit
 from eecompile.training.evaluate import evaluate
 from eecompile.training.scores import agreement, right
@@ -166,7 +166,8 @@ def test_reports_what_observe_says():
     class Odd(Fake):
         def observe(self, x):
             z = torch.zeros(n, 3)
-            return Result(z, torch.ones(n).long(), torch.ones(n), torch.full((n,), 0.4), (z,) * 3, (torch.ones(n),) * 3)
+            trace = Trace((z,) * 3, (torch.ones(n),) * 3)
+            return Result(z, torch.ones(n).long(), torch.ones(n), torch.full((n,), 0.4), trace=trace)
 
     report = evaluate(Odd(), [(torch.zeros(n, 8), torch.zeros(n).long())])
     assert report.mean_cost == pytest.approx(0.4)

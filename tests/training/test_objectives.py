@@ -9,7 +9,7 @@ import torch
 from torch.nn import functional as F
 
 from eecompile.errors import EecompileError
-from eecompile.program import Result
+from eecompile.result import Result, Trace
 from eecompile.training.objectives import (
     OBJECTIVES,
     Distillation,
@@ -38,7 +38,7 @@ def made(shape=(5, 4), exits=2, scores=False) -> Result:
     outputs = tuple(torch.randn(shape, generator=G, requires_grad=True) for _ in range(exits + 1))
     score = tuple(torch.randn(shape[0], generator=G, requires_grad=True) for _ in range(exits))
     empty = torch.empty(0)
-    return Result(empty, empty, empty, empty, outputs=outputs, scores=score if scores else None)
+    return Result(empty, empty, empty, empty, trace=Trace(outputs=outputs, scores=score if scores else None))
 
 
 def labels_for(shape):
@@ -86,12 +86,12 @@ def test_exit_score_is_trained_against_being_right_and_moves_no_logits():
     loss = ExitScore()(r, y)
     wanted = [
         F.binary_cross_entropy_with_logits(s[1:], (o.argmax(-1) == y)[1:].float())
-        for s, o in zip(r.scores, r.outputs, strict=False)
+        for s, o in zip(r.trace.scores, r.outputs, strict=False)
     ]
     torch.testing.assert_close(loss, sum(wanted) / 2)
     loss.backward()
     assert r.outputs[0].grad is None
-    assert r.scores[0].grad is not None
+    assert r.trace.scores[0].grad is not None
     with pytest.raises(EecompileError, match="no exit scores"):
         ExitScore()(made(), y)
 

@@ -27,13 +27,16 @@ itself) and labels, and gives one differentiable scalar. Outputs are `[B, C]` or
 
 from eecompile.training.objectives.adaloss import AdaLoss
 from eecompile.training.objectives.base import (
+    OBJECTIVES,
     Objective,
     Weights,
     check_weights,
     cross_entropy,
     divergence,
     heads_of,
+    objective,
     outputs_of,
+    register,
     weighted,
 )
 from eecompile.training.objectives.depth import DepthTargets
@@ -43,7 +46,6 @@ from eecompile.training.objectives.general import Loss, PerExitLoss, Sum
 from eecompile.training.objectives.ponder import Ponder
 from eecompile.training.objectives.pondernet import PonderNet
 from eecompile.training.objectives.price import Price, Steering
-from eecompile.training.objectives.registry import OBJECTIVES, objective, register
 from eecompile.training.objectives.routes import RouteCost, RouteExits, RouteRegret, RouteReinforce
 
 register(

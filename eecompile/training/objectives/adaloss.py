@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import EecompileError
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.objectives.base import Objective, Weights, check_weights, relative, unweighted, weighted
 from eecompile.training.objectives.exits import check_distillation, distilled, distilled_one
 

@@ -1,11 +1,11 @@
-"""What an objective is, and the losses that all of them are made of."""
+"""Base of the objectives, their registry by name, and the losses that they are made of."""
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
 from typing import Any, ClassVar, TypeAlias
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eecompile.errors import EecompileError, near
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.scores import IGNORE, check_labels
 
 Weights: TypeAlias = str | Sequence[float]
@@ -69,9 +69,38 @@ class Objective(ABC):
         return {"name": self.name, **asdict(self)}  # type: ignore[call-overload]
 
     def __add__(self, other: Objective) -> Objective:
-        from eecompile.training.objectives.general import Sum
+        return OBJECTIVES["sum"](parts=(self, other))  # type: ignore[call-arg]
 
-        return Sum((self, other))
+
+OBJECTIVES: dict[str, type[Objective]] = {}
+
+
+def register(*kinds: type[Objective]) -> None:
+    """Makes objectives known by their names."""
+    OBJECTIVES.update({kind.name: kind for kind in kinds})
+
+
+def objective(spec: str | Mapping[str, Any] | Objective | None) -> Objective:
+    """An objective from its name, names joined by "+", its `to_dict()`, or itself. None is the default.
+
+    Raises:
+        EecompileError: The name or an option is unknown; the message lists the valid ones.
+    """
+    if isinstance(spec, Objective):
+        return spec
+    if spec is None:
+        return OBJECTIVES["weighted_cross_entropy"]()
+    if isinstance(spec, str) and "+" in spec:
+        return OBJECTIVES["sum"](parts=tuple(objective(part.strip()) for part in spec.split("+")))  # type: ignore[call-arg]
+    options: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
+    name: Any = options.pop("name", None)
+    if name not in OBJECTIVES:
+        raise EecompileError("unknown objective", got=repr(name), wanted=near(str(name), OBJECTIVES))
+    known = [f.name for f in fields(OBJECTIVES[name]) if f.init]  # type: ignore[arg-type]
+    for option in options:
+        if option not in known:
+            raise EecompileError(f"unknown option of the objective {name!r}", got=option, wanted=near(option, known))
+    return OBJECTIVES[name](**options)
 
 
 def outputs_of(result: Result) -> tuple[Tensor, ...]:
@@ -88,7 +117,7 @@ def outputs_of(result: Result) -> tuple[Tensor, ...]:
 
 def heads_of(result: Result) -> tuple[Tensor, ...]:
     """What is trained: every head's own output, also where exits answer together, and the model's."""
-    return result.separate or outputs_of(result)
+    return result.trace.separate or outputs_of(result)
 
 
 def check_weights(weights: Weights) -> Weights:

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eecompile.errors import EecompileError, near
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.objectives.base import Weights, check_weights, outputs_of, weighted
 from eecompile.training.objectives.gates import Priced
 from eecompile.training.scores import IGNORE, check_labels, right
@@ -109,7 +109,7 @@ class DepthTargets(Priced):
 def scores_of(result: Result, where: str) -> Tensor:
     """[B, G]; an error where outputs and gates do not belong together."""
     count = len(result.outputs or ())
-    scores = result.gate_scores
+    scores = result.trace.gate_scores
     if scores is None or scores.shape[1] != count - 1:
         raise EecompileError(
             "targets of depth need a prediction for every depth",

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eecompile.errors import EecompileError
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.objectives.base import (
     Objective,
     Weights,
@@ -130,17 +130,17 @@ class ExitScore(Objective):
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
         outputs = outputs_of(result)
-        if result.scores is None or len(result.scores) != len(outputs) - 1:
+        if result.trace.scores is None or len(result.trace.scores) != len(outputs) - 1:
             raise EecompileError(
                 "there are no exit scores to train",
                 where=where,
-                got="none" if result.scores is None else f"{len(result.scores)} scores",
+                got="none" if result.trace.scores is None else f"{len(result.trace.scores)} scores",
                 wanted=f"{len(outputs) - 1} scores, one per exit",
                 hint="use criterion='learned', or an objective without exit_score",
             )
         labels = check_labels(outputs[-1], labels, where)
         losses = []
-        for score, output in zip(result.scores, outputs, strict=False):
+        for score, output in zip(result.trace.scores, outputs, strict=False):
             target, valid = right(output.detach(), labels)
             each = F.binary_cross_entropy_with_logits(score.float(), target.float(), reduction="none")
             losses.append((each * valid).sum() / valid.sum().clamp_min(1))
@@ -167,7 +167,7 @@ class Ensemble(Objective):
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
         outputs = outputs_of(result)
-        if result.separate is None:
+        if result.trace.separate is None:
             raise EecompileError(
                 "there is no ensemble to train", where=where, got='combine="last"', wanted='combine="weighted"'
             )

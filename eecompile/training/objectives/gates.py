@@ -1,7 +1,7 @@
 """What gates are trained by besides the task: a price on what they compute, and REINFORCE.
 
 Costs are fractions of the full model's FLOPs, so a gate counts by what its region costs. Both objectives read
-`Result.end_cost`, the cost with every exit closed, so that exits in the same graph do not pay for the gates; they are
+`Trace.end_cost`, the cost with every exit closed, so that exits in the same graph do not pay for the gates; they are
 parts of a sum whose other parts are the task's.
 """
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import EecompileError, near
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.objectives.base import Objective, outputs_of
 from eecompile.training.objectives.price import Price, Steering
 from eecompile.training.scores import IGNORE, check_labels, right
@@ -99,7 +99,7 @@ class GateCost(Priced):
                 got="the objective gate_cost",
                 hint='the objective reinforce, or fast.gate_mode = "hard", "soft" or "gumbel"',
             )
-        return self.priced(cost, result.gates_free) * cost.mean()
+        return self.priced(cost, result.trace.gates_free) * cost.mean()
 
 
 @dataclass(frozen=True)
@@ -140,7 +140,7 @@ class Reinforce(Priced):
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
         cost = cost_of(result, where).detach()
-        price = self.priced(cost, result.gates_free)
+        price = self.priced(cost, result.trace.gates_free)
         if not torch.is_grad_enabled():
             return price * cost.mean()
         likelihood, entropy = self.likelihood(result, where)
@@ -153,15 +153,15 @@ class Reinforce(Priced):
 
     def likelihood(self, result: Result, where: str) -> tuple[Tensor, Tensor]:
         """[B] log probability of the decisions as they were drawn, and [B] their entropy."""
-        if result.gates is None or result.gate_scores is None or result.gates.requires_grad:
+        if result.gates is None or result.trace.gate_scores is None or result.gates.requires_grad:
             raise EecompileError(
                 "REINFORCE needs sampled decisions",
                 where=where,
                 got="decisions with a gradient",
                 hint='fast.gate_mode = "sample", or the objective gate_cost',
             )
-        free = torch.ones_like(result.gates) if result.gates_free is None else result.gates_free.float()
-        score = result.gate_scores.float().clamp(EPSILON, 1 - EPSILON)
+        free = torch.ones_like(result.gates) if result.trace.gates_free is None else result.trace.gates_free.float()
+        score = result.trace.gate_scores.float().clamp(EPSILON, 1 - EPSILON)
         log_p, log_q = score.log(), (1 - score).log()
         chosen = torch.where(result.gates > 0.5, log_p, log_q)
         entropy = -((score * log_p + (1 - score) * log_q) * free).sum(1)
@@ -203,7 +203,7 @@ class Reinforce(Priced):
 
 def cost_of(result: Result, where: str) -> Tensor:
     """`[B]`: cost of every row with its gates as they decided and all exits closed."""
-    if result.end_cost is None:
+    if result.trace.end_cost is None:
         raise EecompileError(
             "there are no gates whose cost could be priced",
             where=where,
@@ -211,4 +211,4 @@ def cost_of(result: Result, where: str) -> Tensor:
             wanted="a strategy with gates, and a result of train mode",
             hint='strategy="skipnet", fast.train()',
         )
-    return result.end_cost
+    return result.trace.end_cost

@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import EecompileError
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.objectives.base import (
     Objective,
     Weights,
     check_weights,
     heads_of,
+    objective,
     outputs_of,
     unweighted,
     weighted,
 )
-from eecompile.training.objectives.registry import objective
 
 Loss = Callable[[Any, Any], Tensor]
 
@@ -48,7 +48,7 @@ class PerExitLoss(Objective):
             object.__setattr__(self, "function_name", f"{getattr(self.function, '__module__', '?')}.{name}")
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
-        if result.step_outputs is not None:
+        if result.trace.step_outputs is not None:
             raise EecompileError(
                 "probabilities of stopping need the loss of each row",
                 where=where,

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from eecompile.errors import EecompileError
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.objectives.base import Objective
 
 
@@ -23,8 +23,8 @@ class Ponder(Objective):
     name: ClassVar[str] = "ponder"
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
-        if result.ponder is None:
+        if result.trace.ponder is None:
             raise EecompileError(
                 "there is no ponder cost to train", where=where, hint="compile with a strategy that halts, such as act"
             )
-        return result.ponder.float().mean()
+        return result.trace.ponder.float().mean()

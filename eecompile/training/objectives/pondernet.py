@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import EecompileError
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.objectives.base import Objective, outputs_of
 from eecompile.training.objectives.depth import log_probabilities, losses_of
 from eecompile.training.scores import check_labels
@@ -48,16 +48,16 @@ class PonderNet(Objective):
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
         outputs = outputs_of(result)
         labels = check_labels(outputs[-1], labels, where)
-        if result.step_outputs is None or result.step_scores is None:
-            if result.steps is None or result.ponder is None or result.ponder.requires_grad:
+        if result.trace.step_outputs is None or result.trace.step_scores is None:
+            if result.steps is None or result.trace.ponder is None or result.trace.ponder.requires_grad:
                 raise EecompileError(
                     "there is no prediction for every step to train",
                     where=where,
                     hint='compile with a strategy whose rows stop by chance, such as Act(halting="pondernet")',
                 )
             return losses_of(outputs[-1], labels).mean()
-        log_p = stopping(result.step_scores)
-        losses = torch.stack([losses_of(output, labels) for output in result.step_outputs], 1)
+        log_p = stopping(result.trace.step_scores)
+        losses = torch.stack([losses_of(output, labels) for output in result.trace.step_outputs], 1)
         return (log_p.exp() * losses).sum(1).mean() + self.beta * self.divergence(log_p).mean()
 
     def divergence(self, log_p: Tensor) -> Tensor:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import EecompileError
-from eecompile.program import Result
+from eecompile.result import Result
 from eecompile.training.objectives.base import outputs_of
 from eecompile.training.objectives.depth import losses_of
 from eecompile.training.objectives.gates import GateCost, Priced, Reinforce, cost_of
@@ -95,7 +95,7 @@ class RouteRegret(Balanced):
 
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:
         weights, costs = routes_of(result, where)
-        if result.way_outputs is None:
+        if result.trace.branch_outputs is None:
             if torch.is_grad_enabled():
                 raise EecompileError(
                     "a route's regret needs the loss of every branch",
@@ -105,7 +105,7 @@ class RouteRegret(Balanced):
                     hint='fast.gate_mode = "every"; for a router to exits the objective route_exits',
                 )
             return self.controller.now * cost_of(result, where).mean()
-        return self.regret(weights, costs, result.way_outputs, labels, where) + self.unevenness(result, where)
+        return self.regret(weights, costs, result.trace.branch_outputs, labels, where) + self.unevenness(result, where)
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ class RouteReinforce(Balanced, Reinforce):
 
 def routes_of(result: Result, where: str) -> tuple[Tensor, Tensor]:
     """Probabilities [B, K] and costs [K] of the routes."""
-    if result.route_weights is None or result.route_costs is None:
+    if result.trace.route_weights is None or result.trace.route_costs is None:
         raise EecompileError(
             "there is no router to train",
             where=where,
@@ -159,7 +159,7 @@ def routes_of(result: Result, where: str) -> tuple[Tensor, Tensor]:
             wanted="a strategy with a router, and a result of train mode",
             hint="Branchy(router=Router()), fast.train()",
         )
-    return result.route_weights, result.route_costs
+    return result.trace.route_weights, result.trace.route_costs
 
 
 def uneven(weights: Tensor, route: Tensor | None) -> Tensor:

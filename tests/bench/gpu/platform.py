@@ -107,7 +107,7 @@ class Cuda:
 
     def replay_of(self, fast: CompiledModule, inputs: Mapping[str, Tensor]) -> Call:
         """The device program of one call alone: no inputs copied in, no results copied out."""
-        found = fast._executor("device")
+        found = fast.engine.executor("device")
         assert isinstance(found, CudaExecutor)
         flat = fast.program.signature.flatten((), inputs)
         (program, calls), read = found.device_program(flat, fast.settings), fast.settings.tensors(flat[0].device)

@@ -1,0 +1,43 @@
+"""Options of a compilation, as one value: what `eecompile(...)` and the command line take."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+
+from eecompile.capture import BatchAxis
+from eecompile.plain import plain
+
+Prediction = str | int | Sequence[str | int | None] | None
+
+
+@dataclass(frozen=True)
+class CompileOptions:
+    """How a model is captured, rewritten and run.
+
+    Args:
+        prediction: Which output holds the class scores, by name or index; None to find it. For a cascade also a list, one
+            entry for each model.
+        executor: "auto" or the name of an executor.
+        backend: "eager" or "inductor".
+        batch_axis: Axis of the batch in every tensor input, or by input name.
+        capture: "export" or "blocks".
+        dynamic: Further free axes by input name; None to find them.
+        blocks: The repeated unit, as a module path with `*`; None to find it.
+        measure: Whether exits are placed by measured time.
+        seed: Seed of the new units' weights.
+    """
+
+    prediction: Prediction = None
+    executor: str = "auto"
+    backend: str = "eager"
+    batch_axis: BatchAxis = 0
+    capture: str = "export"
+    dynamic: Mapping[str, Mapping[int, str]] | None = None
+    blocks: str | None = None
+    measure: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            object.__setattr__(self, f.name, plain(getattr(self, f.name)))

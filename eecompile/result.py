@@ -1,0 +1,282 @@
+"""The result of a call: output, exits, choices and costs of its rows, and what training reads of it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from eecompile.costs import CostModel
+from eecompile.ir.settings import THRESHOLDS_BUFFER, Settings
+from eecompile.passes.training_decisions import TrainMode
+from eecompile.program import Program
+from eecompile.reasons import Reason
+from eecompile.runtime.outcome import Outcome
+
+
+@dataclass
+class Choices:
+    """What was chosen inside the model for each row; None where nothing is chosen.
+
+    Attributes:
+        gates: [B, G] bool, whether the gate let the row in (False too where the row had exited before); in train mode 1 and
+            0, differentiable by the straight-through estimate.
+        widths: [B, W] float32: the share of the channels that each part in `fast.widths` ran with; 0 where it was skipped or
+            the row had exited before.
+        steps: [B] or [B, S] int64 ([B, 1] where no row reached the end of the chain): steps taken, where the strategy halts,
+            summed over several chains; where gates are on whole blocks [B], how many of those ran.
+        route: [B] int64: the exit that the row was sent to, or the branch that it took, -1 where it had exited before. In
+            train mode as decisions were taken meanwhile.
+    """
+
+    gates: Tensor | None = None
+    widths: Tensor | None = None
+    steps: Tensor | None = None
+    route: Tensor | None = None
+
+
+@dataclass
+class Stop:
+    """Whether a call was stopped before its end.
+
+    Attributes:
+        final: [B] bool; rows that exited by themselves. The others were stopped at `exit_index` by a deadline, a budget or
+            an interrupt, or are still on their way in a stream.
+        reason: Why the call was stopped before every row was final: "deadline", "budget" or "interrupt"; else None.
+            After a budget on a device that decides by itself, reading it waits for the device.
+        late: Whether the output came after its deadline, or costs more than its budget: even the first exit was too far.
+    """
+
+    final: Tensor | None = None
+    reason: Reason = Reason()  # noqa: RUF009 (a descriptor, not a default)
+    late: bool = False
+
+
+@dataclass
+class Trace:
+    """What training and calibration read, in train mode and of `fast.observe`; None where there is nothing of its kind.
+
+    Attributes:
+        outputs: The prediction of every exit and, last, of the model itself; each `[B, ..., C]`.
+        confidences: [B] float32 of every exit and, last, of the model itself.
+        separate: Where exits are combined: the output of each head by itself and, last, the model's.
+        scores: For learned criteria: the exit score's logit `[B]` of every exit; for a router its probabilities.
+        gate_scores: [B, G] in [0, 1].
+        gates_free: [B, G] bool: whether the gate's own score decided. Not where a threshold keeps it open or closed,
+            `min_open` forces it open, or an earlier closed gate closes it.
+        end_cost: [B] float32, with gates or branches: the cost of each row with its gates and its route as they were decided
+            and all exits closed, differentiable in train mode.
+        route_weights: [B, K] float32: the probability of every route, differentiable.
+        route_costs: [K] float32: cost of a row on each route.
+        branch_outputs: With `gate_mode = "every"`: the model's prediction where every row takes branch k, for each of K;
+            without gradients.
+        ponder: [B] or [B, S] float32: ponder cost N + R, differentiable in train mode; of eval mode too.
+        step_outputs: In train mode, where scores are probabilities of stopping (PonderNet): the prediction `[B, ..., C]` had
+            every row stopped at each of the N steps. No row stops earlier then: `steps` is N, and `ponder` means nothing.
+        step_scores: [B, N] float32, with `step_outputs`: probability of stopping at a step, of a row that got there.
+    """
+
+    outputs: tuple[Tensor, ...] | None = None
+    confidences: tuple[Tensor, ...] | None = None
+    separate: tuple[Tensor, ...] | None = None
+    scores: tuple[Tensor, ...] | None = None
+    gate_scores: Tensor | None = None
+    gates_free: Tensor | None = None
+    end_cost: Tensor | None = None
+    route_weights: Tensor | None = None
+    route_costs: Tensor | None = None
+    branch_outputs: tuple[Tensor, ...] | None = None
+    ponder: Tensor | None = None
+    step_outputs: tuple[Tensor, ...] | None = None
+    step_scores: Tensor | None = None
+
+
+@dataclass
+class Result:
+    """What `fast.run(x)` gives.
+
+    Attributes:
+        output: The same type as `model(x)`.
+        exit_index: [B] int64; counts exits from 0, the model's own end is `len(fast.exits)`.
+        confidence: [B] float32 in [0, 1]; of the exit that was taken, or of the model's own output.
+        cost: [B] float32; fraction of the full model's FLOPs spent on each row.
+        choices: What was chosen inside the model; `gates`, `widths`, `steps` and `route` are read off it.
+        stop: Whether the call was stopped; `final`, `stopped` and `late` are read off it.
+        trace: What training reads; `outputs` and `confidences` are read off it.
+    """
+
+    output: Any
+    exit_index: Tensor
+    confidence: Tensor
+    cost: Tensor
+    choices: Choices = field(default_factory=Choices)
+    stop: Stop = field(default_factory=Stop)
+    trace: Trace = field(default_factory=Trace)
+
+    @property
+    def gates(self) -> Tensor | None:
+        """[B, G], see `Choices.gates`."""
+        return self.choices.gates
+
+    @property
+    def widths(self) -> Tensor | None:
+        """[B, W], see `Choices.widths`."""
+        return self.choices.widths
+
+    @property
+    def steps(self) -> Tensor | None:
+        """[B] or [B, S], see `Choices.steps`."""
+        return self.choices.steps
+
+    @property
+    def route(self) -> Tensor | None:
+        """[B], see `Choices.route`."""
+        return self.choices.route
+
+    @property
+    def final(self) -> Tensor | None:
+        """[B] bool, see `Stop.final`."""
+        return self.stop.final
+
+    @property
+    def stopped(self) -> str | None:
+        """Why the call was stopped, see `Stop.reason`."""
+        return self.stop.reason
+
+    @property
+    def late(self) -> bool:
+        """Whether the output came too late, see `Stop.late`."""
+        return self.stop.late
+
+    @property
+    def outputs(self) -> tuple[Tensor, ...] | None:
+        """In train mode and of `fast.observe`: predictions of every exit and of the model."""
+        return self.trace.outputs
+
+    @property
+    def confidences(self) -> tuple[Tensor, ...] | None:
+        """In train mode and of `fast.observe`: [B] of every exit and of the model."""
+        return self.trace.confidences
+
+
+def result_of(
+    costs: CostModel, outcome: Outcome, settings: Settings, flat: Sequence[Tensor], mode: TrainMode | None
+) -> Result:
+    """The result of one call.
+
+    Args:
+        settings: Those that the call ran under.
+        flat: Its inputs.
+        mode: How it was trained; None in eval mode.
+    """
+    program, index = costs.program, outcome.exit_index
+    gates = _of_gates(program, outcome, "") if program.gates else None
+    if gates is not None and mode is None:  # nothing runs of a cascade's model while its exits are closed
+        gates = gates * costs.gates_run(costs.is_open(settings), gates.device)
+    steps = costs.steps_ran(settings, outcome.reports, index, mode is not None)
+    route = _route(program, outcome, settings)
+    mixed = mode is not None and mode.gates == "soft"
+    branches = None if route is None else _branches(program, outcome.reports, route, mixed)
+    result = Result(
+        output=program.restore(outcome.leaves, flat),
+        exit_index=index,
+        confidence=outcome.confidence if outcome.confidence is not None else torch.zeros(()),
+        cost=costs.spent(settings, index, gates, steps, branches),
+        choices=Choices(
+            gates=gates if gates is None or mode is not None else gates >= 0.5,
+            widths=costs.widths_ran(gates, index) if gates is not None and program.widths else None,
+            steps=_gated_steps(costs, gates),
+            route=route,
+        ),
+        stop=Stop(
+            torch.ones_like(index, dtype=torch.bool) if outcome.final is None else outcome.final,
+            outcome.stopped,
+            outcome.late,
+        ),
+    )
+    trace = result.trace
+    if steps:
+        result.choices.steps, trace.ponder = _halting(program, outcome, steps, mode is not None)
+    if outcome.outputs is None:
+        return result
+    if gates is not None:
+        curriculum = mode or TrainMode()
+        trace.gate_scores = _of_gates(program, outcome, ".score")
+        trace.gates_free = costs.gates_free(settings, gates, curriculum.kept_open, curriculum.full_share)
+    if gates is not None or branches is not None:
+        trace.end_cost = costs.at_end(settings, index, gates, steps, branches)
+    if route is not None:
+        trace.route_weights = outcome.reports[f"{program.routes[0].name}.weights"]
+        trace.route_costs = costs.at_routes(settings)
+    if outcome.step_scores is not None:
+        trace.step_outputs = (*outcome.step_outputs, outcome.outputs[-1])
+        trace.step_scores = outcome.step_scores.float()
+    if outcome.confidences is not None:
+        trace.outputs, trace.separate = outcome.outputs, outcome.separate
+        trace.confidences = tuple(torch.nan_to_num(c, nan=0.0) for c in outcome.confidences)
+        trace.scores = None if outcome.scores is None else tuple(s.flatten() for s in outcome.scores)
+        if program.exits and program.exits[0].routed:  # no function of the outputs: kept as they are
+            trace.scores = trace.confidences[:-1]
+    return result
+
+
+def _halting(program: Program, outcome: Outcome, steps: Sequence[Tensor], training: bool) -> tuple[Tensor, Tensor]:
+    """Steps and ponder cost; a row that exited inside a chain has the steps that it ran, and no ponder cost of it."""
+    ledgers = [outcome.reports[h.name] for h in program.halts]
+    counts = []
+    for h, ledger, ran in zip(program.halts, ledgers, steps, strict=True):
+        count, taken = ledger.detach()[..., 1], (ran > 0).sum(1).to(ledger.dtype)
+        exited = torch.zeros_like(taken, dtype=torch.bool)
+        if not training:
+            exited = (outcome.exit_index < h.stage) | (ran[:, 0] == 0)
+        rows = (-1, *(1,) * (count.ndim - 1))
+        counts.append(torch.where(exited.view(rows), taken.view(rows), count))
+    ran_at_all = [r[:, 0].view(-1, *(1,) * (ledger.ndim - 2)) for r, ledger in zip(steps, ledgers, strict=True)]
+    ponder = torch.stack([ledger[..., 2] * r for r, ledger in zip(ran_at_all, ledgers, strict=True)]).sum(0)
+    return torch.stack(counts).sum(0).long(), ponder
+
+
+def _of_gates(program: Program, outcome: Outcome, suffix: str) -> Tensor:
+    """[B, G] what every gate reports."""
+    return torch.stack([outcome.reports[g.name + suffix] for g in program.gates], 1)
+
+
+def _gated_steps(costs: CostModel, gates: Tensor | None) -> Tensor | None:
+    """[B] int64: gated blocks that ran for each row; None where gates are on parts of blocks."""
+    kinds = [g.kind for g in costs.program.gates]
+    blocks = [i for i, kind in enumerate(kinds) if kind in ("block", "branch")]
+    if gates is None or not blocks or any(kind not in ("block", "branch", "width") for kind in kinds):
+        return None
+    return (gates[:, costs.constant(blocks, gates.device, torch.int64)] >= 0.5).sum(1)
+
+
+def _route(program: Program, outcome: Outcome, settings: Settings) -> Tensor | None:
+    """[B] int64, the route of each row; -1 for rows that had exited before. None without a router."""
+    if not program.routes:
+        return None
+    (route,) = program.routes
+    choice = outcome.reports[route.name].detach()
+    if route.to_exits:  # the first open exit that the router is sure enough of
+        thresholds = settings.tensors(choice.device)[THRESHOLDS_BUFFER]
+        sent = torch.cat((choice >= thresholds, torch.ones_like(choice[:, :1], dtype=torch.bool)), 1)
+        return sent.to(torch.uint8).argmax(1)
+    return choice.long().masked_fill(outcome.exit_index < route.way_stage, -1)
+
+
+def _branches(program: Program, reports: Mapping[str, Tensor], route: Tensor, mixed: bool) -> Tensor | None:
+    """[B, K] how much of each branch every row took: 0 and 1 with the gradient of the decision, or mixed weights.
+
+    None without branches.
+    """
+    (r,) = program.routes
+    if r.to_exits:
+        return None
+    admitted = reports.get(f"{r.name}.admitted")
+    if mixed and admitted is not None:
+        return admitted
+    hard = torch.nn.functional.one_hot(route.clamp_min(0), len(r.ways)).float()
+    hard = hard * (route >= 0).unsqueeze(1)
+    return hard if admitted is None else hard + admitted - admitted.detach()
