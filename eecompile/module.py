@@ -52,6 +52,7 @@ from eecompile.training.evaluate import evaluate
 from eecompile.training.fit import fit, loss_of
 from eecompile.training.graphs import TrainingGraphs
 from eecompile.training.objectives import Objective
+from eecompile.with_labels import LABELS, NamedForward, takes_labels, with_loss
 
 
 @dataclass
@@ -88,6 +89,7 @@ class CompiledModule(nn.Module):
         trained_by_loss: Whether `fit` was last given loss=: the largest score may be no answer then.
     """
 
+    accepts_loss_kwargs = False  # of transformers.Trainer: `num_items_in_batch` among the arguments
     graph_module: fx.GraphModule
 
     def __init__(
@@ -120,14 +122,20 @@ class CompiledModule(nn.Module):
 
     # ------------------------------------------------------------------ running
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    @NamedForward
+    def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         """What the model would return, each row from the first exit that is sure enough.
 
-        With `deadline_ms=` (milliseconds from now) or `budget=` (fraction of the full model's cost that no row may
-        exceed) the best output until then; see `eecompile.anytime`.
+        With `labels=`, as `fit` takes them, the loss comes first: see `eecompile.with_labels`. With `deadline_ms=`
+        (milliseconds from now) or `budget=` (fraction of the full model's cost that no row may exceed) the best output
+        until then: see `eecompile.anytime`.
         """
         if torch.compiler.is_compiling():
-            return wrapping.untraced(self, args, kwargs)
+            return wrapping.untraced(self, args, kwargs if labels is None else {**kwargs, LABELS: labels})
+        if labels is not None:
+            if not takes_labels(self.program.signature):
+                return with_loss(self, args, kwargs, labels)
+            kwargs[LABELS] = labels
         allowance = anytime.taken(self, kwargs) if kwargs else None
         return self.answer(self.entry(args, kwargs), allowance)
 
