@@ -24,7 +24,7 @@ from eecompile.calibration.guarantee import Guarantee, guarantee_of, said
 from eecompile.costs import CostModel
 from eecompile.criteria import MaxProbability
 from eecompile.errors import CaptureError, EecompileError, StrategyError
-from eecompile.export import ExportReport, export, verify_export
+from eecompile.export import ExportReport, export, stage_inputs, verify_export
 from eecompile.heads import Branch, Head
 from eecompile.ir import settings as families
 from eecompile.ir.settings import Settings
@@ -751,6 +751,10 @@ class CompiledModule(nn.Module):
     def export(self, path: Any, target: str = "pt2") -> Path:
         """Writes a file that runs without Python, with the savings of its exits; see `eecompile.export`."""
         return export(self.program, self.settings, path, target)
+
+    def stage_inputs(self, loader: Iterable[Any]) -> dict[str, list[dict[str, Any]]]:
+        """The rows that reach each stage of `export(..., target="stages")`; see `eecompile.export.stages`."""
+        return stage_inputs(self.program, self.settings, loader)
 
     def verify_export(self, path: Any, loader: Iterable[Any], **options: Any) -> ExportReport:
         """Runs what `export` wrote in its runtime and compares it with the reference; see `eecompile.export.verify`."""

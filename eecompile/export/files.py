@@ -11,6 +11,9 @@ from pathlib import Path
 
 from eecompile.errors import ExportError
 
+FOLDER = "program.json"
+"""What a folder holds that `export` wrote."""
+
 
 @contextlib.contextmanager
 def placing(path: Path) -> Iterator[Path]:
@@ -25,8 +28,10 @@ def placing(path: Path) -> Iterator[Path]:
         raise _unwritable(path, error) from error
     try:
         yield scratch / path.name
-        if path.is_dir() and not (scratch / path.name).is_dir():
-            raise IsADirectoryError(f"{path} is a directory")
+        if path.is_dir() and any(path.iterdir()) and not (path / FOLDER).is_file():
+            raise IsADirectoryError(f"{path} is a directory with something else in it")
+        if path.exists() and path.is_dir() != (scratch / path.name).is_dir():
+            raise OSError(f"{path} is {'a directory' if path.is_dir() else 'a file'}")
         written = sorted(scratch.iterdir(), key=lambda p: p.name == path.name)  # the file that names the others comes last
         for p in written:
             _replace(p, path.parent / p.name, scratch)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from eecompile.errors import EecompileError, ExportError
 from eecompile.export.description import KEY, Description
+from eecompile.export.files import FOLDER
 from eecompile.export.targets import AOTI_MARK, TARGETS, require
 
 Call = Callable[[Sequence[Tensor]], Sequence[Any]]
@@ -52,7 +53,7 @@ def opened(path: Any) -> Opened:
     place = Path(path)
     if not place.exists():
         raise ExportError("there is no exported program", where=str(place), hint="write one with fast.export(...)")
-    kinds = {".onnx": "onnx", ".xml": "openvino"}
+    kinds = {".onnx": "onnx", ".xml": "openvino", "": "stages"}
     target = kinds.get(place.suffix) or ("aoti" if _is_aoti(place) else "pt2")
     require(TARGETS[target].extra, TARGETS[target].packages)
     with _runtime_errors("the runtime could not load the program", str(place)):
@@ -128,9 +129,24 @@ def _open_openvino(path: Path) -> Opened:
     return Opened(description, call)
 
 
+def _open_stages(path: Path) -> Opened:
+    from eecompile.export.driver import Program
+
+    text = (path / FOLDER).read_text() if (path / FOLDER).is_file() else "{}"
+    description = Description.from_json(json.dumps(json.loads(text).get(KEY, {})), str(path))
+    program, names = Program(path, threads=torch.get_num_threads()), description.inputs
+
+    def call(flat: Sequence[Tensor]) -> list[Any]:
+        found = program({n: t.numpy() for n, t in zip(names, flat, strict=True)})
+        return [found[n] for n in description.outputs]
+
+    return Opened(description, call)
+
+
 OPENERS: dict[str, Callable[[Path], Opened]] = {
     "pt2": _open_pt2,
     "aoti": _open_aoti,
     "onnx": _open_onnx,
     "openvino": _open_openvino,
+    "stages": _open_stages,
 }

@@ -142,6 +142,12 @@ def _openvino(program: Program, settings: Settings, description: Description, pa
     openvino.save_model(model, str(path), compress_to_fp16=False)
 
 
+def _stages(program: Program, settings: Settings, description: Description, path: Path) -> None:
+    from eecompile.export.stages import write
+
+    write(program, settings, description, path)
+
+
 AOTI_MARK = "data/aotinductor/"
 """Part of the names in an archive that AOTInductor wrote."""
 ONNX = ("onnx", "onnxscript", "onnxruntime")
@@ -149,5 +155,6 @@ TARGETS = {
     "pt2": Target(".pt2", "", (), _pt2),
     "onnx": Target(".onnx", "onnx", ONNX, _onnx),
     "aoti": Target(".pt2", "", (), _aoti),
+    "stages": Target("", "onnx", ONNX, _stages),
     "openvino": Target(".xml", "openvino", (*ONNX, "openvino"), _openvino),
 }

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.export import ExportedProgram
 
 from eecompile.errors import ExportError
 from eecompile.export.description import KEY, Description
@@ -28,11 +30,38 @@ def write(program: Program, settings: Settings, description: Description, path: 
     Raises:
         ExportError: The exporter knows no ONNX form of an operator, or made a graph that the checker refuses.
     """
+    exported = lower_cond(program, settings, settings_are_inputs=True)
+    held = [name for name in BUFFERS if any(n.op == "placeholder" and n.name == name for n in exported.graph.nodes)]
+    values = settings.tensors(torch.device("cpu"))
+    convert(
+        exported,
+        path,
+        description,
+        shapes=[leaf.shape for leaf in program.signature.inputs],
+        defaults={name: values[name] for name in held},
+    )
+
+
+def convert(
+    exported: ExportedProgram,
+    path: Path,
+    description: Description,
+    shapes: Sequence[Sequence[int | str]],
+    defaults: Mapping[str, Tensor],
+) -> None:
+    """An exported program as an ONNX file.
+
+    Args:
+        description: Names of the inputs and outputs.
+        shapes: Of the inputs; a string names a dynamic size.
+        defaults: Of further inputs, after these.
+
+    Raises:
+        ExportError: The exporter knows no ONNX form of an operator, or made a graph that the checker refuses.
+    """
     import onnx
     import onnx_ir
 
-    exported = lower_cond(program, settings, settings_are_inputs=True)
-    held = [name for name in BUFFERS if any(n.op == "placeholder" and n.name == name for n in exported.graph.nodes)]
     try:
         with _quiet():
             made: Any = torch.onnx.export(
@@ -40,7 +69,7 @@ def write(program: Program, settings: Settings, description: Description, path: 
                 dynamo=True,
                 verbose=False,
                 opset_version=OPSET,
-                input_names=[*description.inputs, *held],
+                input_names=[*description.inputs, *defaults],
                 output_names=list(description.outputs),
             )
     except Exception as error:  # the exporter raises many unrelated types
@@ -50,11 +79,10 @@ def write(program: Program, settings: Settings, description: Description, path: 
             hint='target="pt2" needs no translation',
         ) from error
     model = made.model
-    _name_sizes(model, program)
-    values = settings.tensors(torch.device("cpu"))
+    _name_sizes(model, shapes)
     for given in model.graph.inputs:
-        if given.name in held:
-            given.const_value = onnx_ir.tensor(values[given.name].numpy(), name=given.name)
+        if given.name in defaults:
+            given.const_value = onnx_ir.tensor(defaults[given.name].numpy(), name=given.name)
             model.graph.register_initializer(given)
     model.metadata_props[KEY] = description.to_json()
     model.producer_name = "eecompile"
@@ -66,13 +94,13 @@ def write(program: Program, settings: Settings, description: Description, path: 
         raise ExportError("the ONNX checker refuses the graph that torch.onnx made", got=str(error)[:600]) from error
 
 
-def _name_sizes(model: Any, program: Program) -> None:
+def _name_sizes(model: Any, shapes: Sequence[Sequence[int | str]]) -> None:
     """Names dynamic sizes as the signature does, and drops the exporter's notes on each node: they outweigh small models."""
     import onnx_ir
 
     names: dict[str, str] = {}
-    for given, leaf in zip(model.graph.inputs, program.signature.inputs, strict=False):
-        for size, name in zip(given.shape, leaf.shape, strict=True):
+    for given, shape in zip(model.graph.inputs, shapes, strict=False):
+        for size, name in zip(given.shape, shape, strict=True):
             if isinstance(name, str) and isinstance(size, onnx_ir.SymbolicDim) and size.value is not None:
                 names[size.value] = name
     graphs = {model.graph}

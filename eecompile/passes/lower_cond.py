@@ -30,7 +30,6 @@ from eecompile.passes.lower import Schedule, Segment, schedule
 from eecompile.passes.partition import Partition
 from eecompile.passes.regions import possible
 from eecompile.program import Program
-from eecompile.signature import Leaf
 
 # Operators, and definitions that may launch a kernel, by their definitions in plain torch.
 PLAIN: dict[Any, Callable[..., Any]] = {
@@ -63,37 +62,54 @@ def lower_cond(program: Program, settings: Settings, settings_are_inputs: bool =
     Raises:
         ExportError: The program has a part without an exported form, or torch cannot export it.
     """
-    _refuse(program, settings)
+    refuse(program, settings)
     module = ConditionalProgram(program, settings)
     names = input_names(program)
-    example = dict(zip(names, _example(program), strict=True))
-    shapes = {n: _free_axes(program, leaf) for n, leaf in zip(names, program.signature.inputs, strict=True)}
+    example = dict(zip(names, example_of(program), strict=True))
+    shapes = {n: free_axes(program, leaf.shape) for n, leaf in zip(names, program.signature.inputs, strict=True)}
     if settings_are_inputs:
         held = {n: getattr(module, n) for n in module.settings}
         example |= held
         shapes |= {n: {} for n in held}
         module.take_settings()
-    args, kwargs = (tuple(example.values()), {}) if len(example) == 1 else ((), example)
+    return traced(module, example, shapes)
+
+
+def traced(module: nn.Module, example: Mapping[str, Tensor], shapes: Mapping[str, Any]) -> ExportedProgram:
+    """A module through `torch.export`; one input is a positional argument, several are given by name.
+
+    Raises:
+        ExportError: torch cannot export it, or an operator of this package is left in it.
+    """
+    args, kwargs = (tuple(example.values()), {}) if len(example) == 1 else ((), dict(example))
     try:
         with torch.no_grad():
-            exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+            exported = torch.export.export(module, args, kwargs, dynamic_shapes=dict(shapes), strict=False)
     except EecompileError:
         raise
     except Exception as error:  # torch.export raises many unrelated types
         raise ExportError(
-            "torch.export could not trace the program with its conditions",
-            got=f"{type(error).__name__}: {_first_lines(error)}",
+            "torch.export could not trace the program",
+            got=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}",
             hint="a stage depends on how many rows it has in a way that torch cannot follow; fast.save keeps the program",
         ) from error
     _check_plain(exported)
     return exported
 
 
-def _first_lines(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400]
+def signed(forward: Callable[[dict[str, Tensor]], Any], names: Sequence[str]) -> Callable[..., Any]:
+    """A `forward` whose arguments have these names, which become those of the exported program."""
+
+    def call(*args: Tensor, **kwargs: Tensor) -> Any:
+        return forward(dict(zip(names, args, strict=False)) | kwargs)
+
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    call.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in names])  # type: ignore[attr-defined]
+    return call
 
 
-def _refuse(program: Program, settings: Settings) -> None:
+def refuse(program: Program, settings: Settings) -> None:
+    """Raises `ExportError` where the program has a part without an exported form."""
     if program.front_end == "blocks":
         raise ExportError(
             "a program captured as blocks cannot be exported: its blocks are the model's own Python code, not a graph",
@@ -108,20 +124,26 @@ def _refuse(program: Program, settings: Settings) -> None:
         )
 
 
+def plan(program: Program, settings: Settings, keep_thresholds: bool = False) -> Schedule:
+    """The schedule under these settings; an exported program reports its exits alone."""
+    alone = program.replace(reports=())
+    return schedule(alone, settings.open_exits, True, possible(program, settings), keep_thresholds=keep_thresholds)
+
+
 # ------------------------------------------------------------------ names
 
 
 def input_names(program: Program) -> tuple[str, ...]:
     """The model's input tensors by the names that they have in exported programs, in order."""
-    return _distinct(leaf.path for leaf in program.signature.inputs)
+    return distinct(leaf.path for leaf in program.signature.inputs)
 
 
 def output_names(program: Program) -> tuple[str, ...]:
     """The exported program's outputs by name, in order; `exit_index` and `confidence` come last."""
-    return _distinct([*(leaf.path for leaf in program.signature.outputs), "exit_index", "confidence"])
+    return distinct([*(leaf.path for leaf in program.signature.outputs), "exit_index", "confidence"])
 
 
-def _distinct(paths: Iterable[str]) -> tuple[str, ...]:
+def distinct(paths: Iterable[str]) -> tuple[str, ...]:
     found: list[str] = []
     for path in paths:
         name = re.sub(r"\W+", "_", path).strip("_") or "tensor"
@@ -135,44 +157,24 @@ def _distinct(paths: Iterable[str]) -> tuple[str, ...]:
 # ------------------------------------------------------------------ what is traced
 
 
-class ConditionalProgram(nn.Module):
-    """The schedule as one module with conditions; holds every parameter once, under the name that it has in the model."""
+class Holder(nn.Module):
+    """Holds the tensors of graphs, every parameter once, under the name that it has in the model."""
 
-    def __init__(self, program: Program, settings: Settings) -> None:
+    def __init__(
+        self, *graphs: fx.GraphModule | None, settings: Settings, always: Sequence[str] = (), device: Any = None
+    ) -> None:
         super().__init__()
-        self.program = program
-        arms = possible(program, settings)
-        told = program.replace(reports=())  # an exported program reports its exits alone
-        self.schedule: Schedule = schedule(told, settings.open_exits, True, arms, keep_thresholds=True)
-        graphs = [g for s in self.schedule.segments for g in (s.module, s.head)]
-        graphs.append(None if program.tail is None else program.tail.module)
         self.names: dict[Any, str] = {}
-        if settings.open_exits:  # decisions read the thresholds, whatever else does
-            self._hold(THRESHOLDS_BUFFER, torch.empty(0, device=facts.device_of(program.graph_module)), settings)
+        for name in always:
+            self._hold(name, torch.empty(0, device=device), settings)
         for name, tensor in tensors_of(*graphs).values():
             self._hold(name, tensor, settings)
-        self.settings = tuple(name for name in BUFFERS if name in self.names)
-        self._sign(())
         self.eval()
 
-    def take_settings(self) -> None:
-        """Makes the settings inputs after the model's own, in the order of `settings`."""
-        for name in self.settings:
-            delattr(self, name)
-        self._sign(self.settings)
-
-    def _sign(self, settings: Sequence[str]) -> None:
-        """Gives `forward` the names of the inputs, which are those of the exported program."""
-        names = input_names(self.program)
-
-        def forward(*args: Tensor, **kwargs: Tensor) -> tuple[Tensor, ...]:
-            given = dict(zip((*names, *settings), args, strict=False)) | kwargs
-            return self._run([given[n] for n in names], {n: given[n] for n in settings})
-
-        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
-        parameters = [inspect.Parameter(n, kind) for n in (*names, *settings)]
-        forward.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        self.forward = forward
+    def tensors(self, without: Sequence[str] = ()) -> dict[Any, Tensor]:
+        """What `Traced` reads."""
+        held = {key: name for key, name in self.names.items() if name not in without}
+        return {key: facts.attribute(self, name) for key, name in held.items()}
 
     def _hold(self, name: str, tensor: Tensor, settings: Settings) -> None:
         key = _key(name, tensor)
@@ -194,9 +196,37 @@ class ConditionalProgram(nn.Module):
             holder.register_buffer(last, tensor.detach())
         self.names[key] = name
 
+
+class ConditionalProgram(Holder):
+    """The schedule as one module with conditions."""
+
+    def __init__(self, program: Program, settings: Settings) -> None:
+        planned = plan(program, settings, keep_thresholds=True)
+        graphs = [g for s in planned.segments for g in (s.module, s.head)]
+        graphs.append(None if program.tail is None else program.tail.module)
+        # decisions read the thresholds, whatever else does
+        always = (THRESHOLDS_BUFFER,) if settings.open_exits else ()
+        super().__init__(*graphs, settings=settings, always=always, device=facts.device_of(program.graph_module))
+        self.program, self.schedule = program, planned
+        self.settings = tuple(name for name in BUFFERS if name in self.names)
+        self._sign(())
+
+    def take_settings(self) -> None:
+        """Makes the settings inputs after the model's own, in the order of `settings`."""
+        for name in self.settings:
+            delattr(self, name)
+        self._sign(self.settings)
+
+    def _sign(self, settings: Sequence[str]) -> None:
+        names = input_names(self.program)
+
+        def run(given: dict[str, Tensor]) -> tuple[Tensor, ...]:
+            return self._run([given[n] for n in names], {n: given[n] for n in settings})
+
+        self.forward = signed(run, (*names, *settings))
+
     def _run(self, flat: Sequence[Tensor], settings: dict[Any, Tensor]) -> tuple[Tensor, ...]:
-        held = {key: name for key, name in self.names.items() if name not in settings}
-        tensors = {key: facts.attribute(self, name) for key, name in held.items()} | settings
+        tensors = self.tensors(without=tuple(settings)) | settings
         at = self.program.prediction or 0
         blanks = {i: self._blank(i, flat) for s in self.schedule.segments[1:] for i in s.leaves}
         prediction, index, sure, *rest = self._from(0, flat, (), blanks, tensors)
@@ -477,7 +507,7 @@ def _bodies(module: nn.Module) -> list[fx.GraphModule]:
 # ------------------------------------------------------------------ sizes
 
 
-def _example(program: Program) -> list[Tensor]:
+def example_of(program: Program) -> list[Tensor]:
     """Inputs to trace with; their values are never read."""
     chosen = {}
     for k, (name, (low, high)) in enumerate(program.signature.dynamic.items()):
@@ -491,11 +521,12 @@ def _example(program: Program) -> list[Tensor]:
     return found
 
 
-def _free_axes(program: Program, leaf: Leaf) -> dict[int, Any]:
-    found = {}
-    for axis, name in enumerate(leaf.shape):
+def free_axes(program: Program, shape: Sequence[int | str]) -> dict[int, Any]:
+    """The dynamic sizes of a shape, as `torch.export` wants them."""
+    found: dict[int, Any] = {}
+    for axis, name in enumerate(shape):
         if isinstance(name, str):
-            low, high = program.signature.dynamic[name]
+            low, high = program.signature.dynamic.get(name, (0, None))
             if low != high:
                 found[axis] = Dim.DYNAMIC(min=low, max=high)
     return found
