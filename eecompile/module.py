@@ -34,6 +34,7 @@ from eecompile.passes.place_routes import ROUTES
 from eecompile.passes.training_decisions import TrainMode
 from eecompile.plain import plain
 from eecompile.program import History, Program
+from eecompile.report import plot, report
 from eecompile.result import Result
 from eecompile.runtime.confidences import confidences_of
 from eecompile.runtime.device.check import NoSync
@@ -759,6 +760,14 @@ class CompiledModule(nn.Module):
     def verify_export(self, path: Any, loader: Iterable[Any], **options: Any) -> ExportReport:
         """Runs what `export` wrote in its runtime and compares it with the reference; see `eecompile.export.verify`."""
         return verify_export(self.program, self.settings, path, loader, **options)
+
+    def report(self, path: Any, loader: Iterable[Any]) -> Path:
+        """Writes one self-contained page about this module on labelled data; see `eecompile.report`."""
+        return report(self, path, loader)
+
+    def plot(self, kind: str, loader: Iterable[Any]) -> Any:
+        """One plot of that page as a matplotlib figure: one of `eecompile.report.KINDS`."""
+        return plot(self, kind, loader)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CompiledModule:
         return wrapping.deep_copy(self, memo)

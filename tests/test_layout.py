@@ -29,7 +29,7 @@ LAYERS = [
     {"result", "public_records"},
     {"training", "calibration", "export"},
     {"strategies"},
-    {"language"},
+    {"language", "report"},
     {
         "module",
         "api",

@@ -91,6 +91,9 @@ app.command(
     )
 )(guarded(measure.evaluate))
 app.command(
+    epilog=examples("eecompile report fast --data digits:test", "eecompile report fast --data net.py:test -o page.html")
+)(guarded(measure.report))
+app.command(
     epilog=examples(
         "eecompile run fast --data digits:test --rows 5",
         "eecompile run fast --input x=float32[2,1,8,8] --threshold 0.5",

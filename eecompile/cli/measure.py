@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -37,6 +38,30 @@ def evaluate(
         report = fast.evaluate(datas.loader(data, batch_size), curve=False if curve is None else curve, budgets=budgets)
         out.show(report)
         out.result(report.to_dict())
+
+
+def report(
+    directory: o.Saved,
+    data: o.Data,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.")] = Path("report.html"),
+    threshold: o.Threshold = None,
+    batch_size: BatchSize = None,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """One page: accuracy against cost, who leaves where, latency, reliability, the graph, examples.
+
+    Needs matplotlib and jinja2: pip install 'eecompile[report]'.
+    """
+    with reporting(as_json) as out:
+        from eecompile.cli import data as datas
+        from eecompile.cli import models
+
+        fast = models.saved(directory, threshold)
+        out.state(fast)
+        written = fast.report(output, datas.loader(data, batch_size))
+        out.after(written)
+        out.result({"report": str(written)})
 
 
 def run(

@@ -81,7 +81,7 @@ def test_help_and_completion_need_no_torch() -> None:
 @pytest.mark.parametrize(
     ("typed", "offered"),
     [
-        ("eecompile re", {"rewrite"}),
+        ("eecompile re", {"report", "rewrite"}),
         ("eecompile inspect x --format m", {"mermaid"}),
         ("eecompile rewrite x --criterion p", {"patience"}),
         ("eecompile fit x --data digits:t", {"digits:train", "digits:test"}),

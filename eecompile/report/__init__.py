@@ -1,0 +1,7 @@
+"""One page about a compiled module: accuracy against cost, who leaves where, latency, reliability, the graph, examples."""
+
+from __future__ import annotations
+
+from eecompile.report.page import KINDS, plot, report
+
+__all__ = ["KINDS", "plot", "report"]
