@@ -131,12 +131,12 @@ def router(to: Any, **options: Any) -> Kind:
 
 KINDS: dict[str, Kind] = {
     "exits by a score": exits(criterion="max_probability"),
-    "exits by entropy, mlp heads": exits(criterion="entropy", head="mlp"),
+    "exits by entropy, mlp heads": replace(exits(criterion="entropy", head="mlp"), often=False),
     "exits by energy": replace(exits(criterion="energy"), often=False),
     "exits by margin": replace(exits(criterion="margin"), often=False),
     "exits by a learned score": replace(exits(criterion="learned"), often=False),
     "patience": exits(criterion="patience", exits="every-block"),
-    "ensemble": exits(criterion="max_probability", combine="ensemble"),
+    "ensemble": replace(exits(criterion="max_probability", combine="ensemble"), often=False),
     "ensemble by patience": replace(exits(criterion="patience", combine="ensemble", exits="every-block"), often=False),
     "surest exit": exits(criterion="learned", combine="confident"),
     "weighted ensemble": exits(criterion="max_probability", combine="weighted"),
@@ -156,7 +156,7 @@ KINDS: dict[str, Kind] = {
     "halting": Kind(lambda: strategies.Act(halting_bias=-0.5), splits=("steps",)),
     "halting per position": text(lambda: strategies.Act(per_token=True, halting_bias=-0.5), splits=("steps",)),
     "a repeated block": Kind(lambda: strategies.Act("blocks.1", max_steps=3, halting_bias=-0.5), splits=("steps",)),
-    "pondernet": Kind(lambda: strategies.Act(halting="pondernet", halting_bias=-0.5), splits=("steps",)),
+    "pondernet": Kind(lambda: strategies.Act(halting="pondernet", halting_bias=-0.5), splits=("steps",), often=False),
     "router to exits": router("exits", **{**WHERE, "exits": BRANCHES[:1] + ("blocks.2",)}),
     "router to branches": router({"light": 0.5, "squash": Squash()}, exits=("blocks.0",), head="linear", max_head_share=9.0),
     "cascade": cascade(strategy=lambda: strategies.Cascade(criterion="margin", order="given"), often=False),

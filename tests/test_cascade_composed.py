@@ -49,7 +49,7 @@ KINDS = {
 }
 PAIRS = [
     ("recurrent gates", "recurrent gates"),
-    ("gates", "halting"),
+    nightly(("gates", "halting")),
     ("exits", "policy and exits"),
     nightly(("gates", "gates")),
     nightly(("policy and exits", "depth up front")),

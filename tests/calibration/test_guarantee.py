@@ -51,7 +51,7 @@ def violations(delta, max_drop, target="accuracy", criterion=None, trials=TRIALS
         (0.05, 0.1, {}),
         nightly(0.03, 0.2, {"temperature": False}),
         nightly(0.08, 0.1, {"target": "agreement", "temperature": False}),
-        (0.08, 0.2, {"criterion": Patience(exits_in_agreement=2), "temperature": False}),
+        nightly(0.08, 0.2, {"criterion": Patience(exits_in_agreement=2), "temperature": False}),
     ],
 )
 def test_the_drop_is_bounded_as_often_as_promised(max_drop, delta, options):

@@ -10,7 +10,7 @@ from eecompile import StrategyError, load
 from eecompile.result import Result
 from eecompile.strategies import DepthAdaptive
 from tests.gates.adaptive import Loader, rows, tower
-from tests.support import CLOSED, again, both, close, equal_bits, run_by, watch
+from tests.support import CLOSED, again, both, close, equal_bits, nightly, run_by, watch
 from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
@@ -142,7 +142,7 @@ def test_what_has_no_gate_runs_at_every_depth(zoo, name):
     at_every_depth(again(zoo(name).fast, DepthAdaptive(min_depth=0)), args, kwargs)
 
 
-@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("joined", [True, nightly(False)])
 def test_networks_with_stages_learn_their_depth(joined, tmp_path):
     x, y = torch.randn(64, 3, 8, 8), torch.randint(0, 2, (64,))
     fast = eecompile(Stages(joined).eval(), DepthAdaptive(min_depth=0), example_inputs=(x[:4],))

@@ -83,7 +83,7 @@ def tensors(n: int) -> tuple[list[torch.Tensor], list[int]]:
     ], [0, 1, 0, 1, 0, 0, 0, 0, 2]
 
 
-@pytest.mark.parametrize(("n", "b", "live"), [(1, 1, 1), (63, 8, 5), (20, 32, 17), (4, 4, 0)])
+@pytest.mark.parametrize(("n", "b", "live"), [(1, 1, 1), (63, 8, 5), pytest.param(20, 32, 17, marks=NIGHTLY), (4, 4, 0)])
 def test_gather(n: int, b: int, live: int) -> None:
     sources, axes = tensors(n)
     sources[0][0, 0] = -0.0
@@ -101,7 +101,7 @@ def test_gather(n: int, b: int, live: int) -> None:
         assert torch.equal(a.contiguous().view(torch.uint8), w.contiguous().view(torch.uint8))
 
 
-@pytest.mark.parametrize(("n", "b", "live"), [(1, 1, 1), (8, 63, 5), (32, 20, 17), (4, 4, 0)])
+@pytest.mark.parametrize(("n", "b", "live"), [(1, 1, 1), (8, 63, 5), pytest.param(32, 20, 17, marks=NIGHTLY), (4, 4, 0)])
 def test_scatter(n: int, b: int, live: int) -> None:
     sources, axes = tensors(n)
     rows = torch.full((n,), -1)

@@ -66,6 +66,7 @@ def test_decide(criterion: str, n: int, capacity: int, C: int) -> None:
             assert (got["exit_index"] == 1).sum() == n
 
 
+@pytest.mark.nightly
 def test_decide_past_one_block_of_rows() -> None:
     for n in (1023, 1100):
         with launched("decide"):

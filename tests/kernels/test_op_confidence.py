@@ -16,6 +16,7 @@ import eecompile.criteria as options
 from eecompile.errors import StrategyError
 from eecompile.kernels.confidence import CRITERIA, REDUCTIONS, confidence, run_confidence
 from eecompile.ops import confidence as exported
+from tests.support import nightly
 
 NAN, INF = math.nan, math.inf
 OP = torch.ops.eecompile.confidence
@@ -198,7 +199,7 @@ def test_patience_has_no_gradient_and_says_so() -> None:
 
 
 @pytest.mark.parametrize("criterion", [*STATELESS, "patience"])
-@pytest.mark.parametrize("shape", [(4, 10), (2, 3, 10)])
+@pytest.mark.parametrize("shape", [(4, 10), nightly((2, 3, 10))])
 def test_operator(criterion: str, shape: tuple[int, ...]) -> None:
     state = torch.zeros(*shape[:-1], 2, dtype=torch.int64) if criterion == "patience" else None
     keywords = {"patience": 2, "reduce": "last", "threshold": torch.tensor(2.0)}

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from eecompile.errors import StrategyError
-from tests.support import CLOSED, close, executor, random_thresholds, same_result, watch
+from tests.support import CLOSED, close, executor, nightly, random_thresholds, same_result, watch
 
-MODELS = ("hf_resnet", "lstm", "msdnet", "gpt2_lm")
+MODELS = ("hf_resnet", "gpt2_lm", nightly("lstm"), nightly("msdnet"))
 STAYS = 1.0  # an open exit that no row of an untrained model leaves at
 
 
