@@ -32,7 +32,7 @@ demo: $(DEMO)  ## train, compile, fit, calibrate and run a small model on digits
 test: lint  ## lint, type-check, test (no GPU, no network data)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m "not gpu and not data and not nightly"
 
-test-all: lint  ## make test, and what is long: every example, hypothesis at full count, stress of threads
+test-all: lint  ## make test, and what is long: the whole zoo, every kind and example, hypothesis at full count, stress of threads
 	OMP_NUM_THREADS=1 EECOMPILE_TESTS=all $(PY) -m pytest -n 2 --dist loadgroup -m "not gpu and not data"
 
 lint: $(DEV)  ## ruff and mypy only
