@@ -47,6 +47,10 @@ class UntrainedWarning(UserWarning):
     """Exits, gates, halting or a router were opened before anything was trained there."""
 
 
+class DriftWarning(UserWarning):
+    """A monitor has found that rows are other ones than those of the calibration."""
+
+
 class CaptureError(EecompileError):
     """The model could not be turned into a graph, or a call does not fit the captured graph."""
 

@@ -21,6 +21,7 @@ from eecompile.artifact.write import write
 from eecompile.calibration.budget import budget_curve, calibrate_budget
 from eecompile.calibration.calibrate import calibrate
 from eecompile.calibration.guarantee import Guarantee, guarantee_of, said
+from eecompile.calibration.monitor import Monitor, MonitorOptions
 from eecompile.costs import CostModel
 from eecompile.criteria import MaxProbability
 from eecompile.errors import CaptureError, EecompileError, StrategyError
@@ -505,6 +506,10 @@ class CompiledModule(nn.Module):
             self.live.calibrated(report.settings)
             self.guarantee = guarantee_of(self, report)
         return report
+
+    def monitor(self, *, path: Any = None, loader: Any = None, compare: Any = None, **options: Any) -> Monitor:
+        """Watches, without labels, whether the guarantee still holds; see `eecompile.calibration.monitor`."""
+        return Monitor(self, MonitorOptions(**_plain(options)), path, loader, compare)
 
     def budget_curve(self, loader: Iterable[Any], test_loader: Iterable[Any] | None = None, **options: Any) -> Any:
         """Budget against accuracy; see `eecompile.calibration.budget.budget_curve`."""

@@ -158,6 +158,9 @@ class Exits:
             notes=self.notes,
         )
         report.add_groups(groups, full - drops.losses(thresholds), full)
+        if data.predictions is not None:
+            taken = data.predictions.gather(1, index[:, None])[:, 0]
+            report.disagreement = float((taken != data.predictions[:, -1]).double().mean())
         for k, part in enumerate(report.parts):
             leaving = index <= k
             part.gap = float(drops.losses(thresholds)[leaving].mean()) if bool(leaving.any()) else None

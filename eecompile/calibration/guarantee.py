@@ -31,6 +31,8 @@ class Guarantee:
         made_for: `fingerprint` of the module.
         settings: As they were set.
         safer: Settings that satisfy the same bound and leave less early, the next one first.
+        rows: Of the calibration.
+        disagreement: Share of them whose early class is another than the full model's; None where there are no classes.
         shares: Of the calibration rows that leave at each exit and, last, at the model's own end; empty without exits.
     """
 
@@ -42,6 +44,8 @@ class Guarantee:
     settings: Values
     safer: tuple[Values, ...] = ()
     shares: tuple[float, ...] = ()
+    rows: int = 0
+    disagreement: float | None = None
 
     def void(self, fast: CompiledModule) -> str:
         """Why it does not hold for the module as it is now; empty where it does."""
@@ -74,6 +78,8 @@ def guarantee_of(fast: CompiledModule, report: Any) -> Guarantee | None:
         settings=fast.settings.to_dict(),
         safer=tuple(s.to_dict() for s in report.safer),
         shares=tuple(e.share for e in report.exits),
+        rows=report.rows,
+        disagreement=report.disagreement,
     )
 
 

@@ -211,6 +211,7 @@ class CalibrationReport(Report):
         tested: Settings in the path; `accepted` of them qualified.
         curve: Every setting of gates, routes or halting that was run: setting, mean cost, drop.
         budget: The mean cost that was asked for instead of a drop; None without.
+        disagreement: Share of the rows whose early class is another than the full model's; None where there are no classes.
         passed_over: Cheaper settings that qualified, but take more than max_drop of a class's recall, by more than chance.
         rows_for_next: Calibration rows with which the next cheaper setting is expected to qualify; None where none is.
         cost_with_more: Cost that 1,000 more calibration rows are expected to allow.
@@ -247,6 +248,7 @@ class CalibrationReport(Report):
     notes: list[str] = field(default_factory=list)
     curve: list[dict[str, Any]] = field(default_factory=list)
     budget: float | None = None
+    disagreement: float | None = None
     safer: list[Settings] = field(default_factory=list)
     passed_over: tuple[str, ...] = ()
     rows_for_next: int | None = None

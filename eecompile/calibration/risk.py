@@ -90,7 +90,8 @@ def best_bet(drops: Tensor, n: int, alpha: float, level: float, *, binary: bool,
     expected = min(0.0, -n * growth / (m + doubt) - LOOKS) if m else 0.0
     if binary:
         lost = (float((drops > 0).sum()) + doubt) * n / max(m, 1)
-        exact = float(log_binomial_tail(torch.tensor(round(lost)), n, alpha))
+        low, high = log_binomial_tail(torch.tensor([math.floor(lost), math.floor(lost) + 1]), n, alpha).tolist()
+        exact = low + (lost - math.floor(lost)) * (high - low)
         if exact <= expected:
             return Bet(None, exact)
     return Bet(size, expected)

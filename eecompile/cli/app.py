@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from eecompile.cli import build, demo, doctor, export, measure, serve, train
+from eecompile.cli import build, demo, doctor, export, measure, monitor, serve, train
 from eecompile.cli.out import guarded
 
 # Up to 0.27.0 typer joins the lines of a paragraph of an epilog; later it keeps them, and paragraphs stand apart.
@@ -117,6 +117,7 @@ app.command(
         "eecompile export fast -o net.xml --target openvino --threshold 0.9 --json",
     )
 )(guarded(export.export))
+app.command(epilog=examples("eecompile monitor watch.json", "eecompile monitor watch.json --json"))(guarded(monitor.monitor))
 app.command(epilog=examples("eecompile strategies", "eecompile strategies --json"))(guarded(build.strategies))
 app.command(epilog=examples("eecompile doctor", "eecompile doctor --json"))(guarded(doctor.doctor))
 app.command(epilog=examples("eecompile demo", "eecompile demo -o digits-fast --json"))(guarded(demo.demo))

@@ -1,0 +1,412 @@
+"""`fast.monitor(...)`: whether what calibration found still holds on the rows of today, without labels.
+
+A random share of the rows (`shadow`) also runs to the end. How often their early answer is another than the full model's is
+tested against what it was on the calibration rows plus `max_drop`; the probability that an alarm is ever false is at most
+alpha (`sequences.py`), and each alarm after the first spends half of what is left. The mix of exits, of all rows, warns
+earlier and promises nothing. Labels that come late test the drop itself.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import threading
+import warnings
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from rich.console import RenderableType
+from torch import Tensor
+
+from eecompile.calibration.sequences import LowerBound, MeanAbove, mix_evidence, sparkline
+from eecompile.errors import CalibrationError, DriftWarning, near
+from eecompile.ir.settings import EXITS
+from eecompile.training.report import Report, json_safe, number, percent, stacked, table
+
+REACTIONS = ("warn", "close", "recalibrate")
+FORMAT = "eecompile monitor"
+MOST_WAITING = 10_000
+Compare = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class MonitorOptions:
+    """Keyword arguments of `fast.monitor`.
+
+    Attributes:
+        max_drop: How much more often than on the calibration rows early and full answers may differ.
+        alpha: Largest probability of any false alarm, over all time.
+        shadow: Share of the rows that run to the end too.
+        react: "warn"; "close": the next safer settings of the calibration, in the end no early exit; "recalibrate" with
+            `loader`, each time with half of the delta before.
+        limit: Largest share of differing answers that is no cause for an alarm; None: that of the calibration and max_drop.
+        seed: Of the choice of rows.
+    """
+
+    max_drop: float = 0.01
+    alpha: float = 0.05
+    shadow: float = 0.01
+    react: str = "warn"
+    limit: float | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("max_drop", 0, 1), ("alpha", 0, 1), ("shadow", 0, 1), ("limit", 0, 1)):
+            value = getattr(self, name)
+            if value is None and name == "limit":
+                continue
+            if not isinstance(value, int | float) or not low < value <= high or (name == "alpha" and value == 1):
+                raise CalibrationError(f"{name} is out of range", got=repr(value), wanted="above 0, and below 1")
+        if self.react not in REACTIONS:
+            raise CalibrationError("unknown reaction", got=repr(self.react), wanted=near(str(self.react), REACTIONS))
+
+
+@dataclass
+class MonitorState(Report):
+    """What a monitor has seen.
+
+    Attributes:
+        program: The fingerprint and the exits that it was made for.
+        options: See `MonitorOptions`.
+        differ: The test of early answers that differ from full ones, among the shadow rows.
+        bound: Lower bound of that share, at all times at once.
+        drop: The test of the drop, from labels.
+        counts: Rows by exit, and on the calibration rows (`before`).
+        confidence: Sum of the confidences of the rows.
+        alarms: Rows, mean and reaction of every alarm.
+        spent: Of alpha.
+        mix_alarm: Row at which the mix of exits was found to be another one; None before.
+    """
+
+    title: ClassVar[str] = "Monitor"
+
+    program: dict[str, Any]
+    options: MonitorOptions
+    differ: MeanAbove
+    drop: MeanAbove
+    bound: LowerBound = field(default_factory=LowerBound)
+    before: list[float] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    confidence: float = 0.0
+    alarms: list[dict[str, Any]] = field(default_factory=list)
+    spent: float = 0.0
+    mix_alarm: int | None = None
+
+    @property
+    def rows(self) -> int:
+        return sum(self.counts)
+
+    @property
+    def level(self) -> float:
+        """Of each of the two tests: half of alpha for a warning that comes once, else half of half of what is left."""
+        left = self.options.alpha - self.spent
+        return left / 2 if self.options.react == "warn" else left / 4
+
+    @property
+    def mix(self) -> float:
+        """Logarithm of the evidence that the mix of exits is another one."""
+        return mix_evidence(self.before, self.counts) if self.before else 0.0
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"format": FORMAT, **json_safe(asdict(self))}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MonitorState:
+        """The inverse of `to_dict`.
+
+        Raises:
+            CalibrationError: No state of a monitor.
+        """
+        try:
+            if data["format"] != FORMAT:
+                raise KeyError(data["format"])
+            parts = {"options": MonitorOptions, "differ": MeanAbove, "drop": MeanAbove, "bound": LowerBound}
+            found = {k: parts[k](**v) if k in parts else v for k, v in data.items() if k != "format"}
+            return cls(**found)
+        except (KeyError, TypeError) as error:
+            raise CalibrationError("this is no state of a monitor", got=repr(error)) from error
+
+    def _threshold(self) -> str:
+        return f"alarm at e^{number(-math.log(self.level), 3)}" if self.level > 0 else "alpha is spent"
+
+    def __rich__(self) -> RenderableType:
+        names = [*self.program["exits"], "model"]
+        n, m = max(self.rows, 1), max(sum(self.before), 1)
+        before = self.before or [math.nan] * len(names)
+        cells = [[e, percent(a / n, 1), percent(b / m, 1)] for e, a, b in zip(names, self.counts, before, strict=True)]
+        d = self.differ
+        lines = [
+            f"{self.rows} rows, {d.rows} of them shadow rows: {percent(d.mean)} of their early answers differ, at most "
+            f"{percent(d.limit)} are no cause for an alarm; surely above {percent(self.bound.ruled_out)}",
+            f"wealth {sparkline(d.history)} now e^{number(d.now, 3)}, " + self._threshold(),
+        ]
+        if self.drop.rows:
+            lines.append(
+                f"{self.drop.rows} labels: drop {percent(self.drop.mean)}, wanted at most {percent(self.drop.limit)}"
+            )
+        if self.mix_alarm is not None:
+            lines.append(f"the mix of exits is another one than on the calibration rows (since row {self.mix_alarm})")
+        lines += [f"ALARM at {a['rows']} rows: {a['what']} {percent(a['mean'])}; {a['did']}" for a in self.alarms]
+        lines += [] if self.alarms else ["no alarm"]
+        return stacked(table(self.title, ["exit", "leaving", "calibration"], cells), *lines)
+
+
+class Monitor:
+    """Called like the compiled module. Several threads may call it.
+
+    Args:
+        fast: A calibrated module.
+        options: See `MonitorOptions`.
+        path: Where the state is kept after every batch with news; a state that is there already goes on.
+        loader: Rows with labels for `react="recalibrate"`.
+        compare: `(early, full) -> [B]` in [0, 1], how much predictions differ; None: whether the largest score does.
+
+    Raises:
+        CalibrationError: A program that is not calibrated; a state of another program; options out of range.
+    """
+
+    def __init__(
+        self,
+        fast: Any,
+        options: MonitorOptions,
+        path: str | Path | None = None,
+        loader: Any = None,
+        compare: Compare | None = None,
+    ) -> None:
+        self.fast, self.loader, self.compare = fast, loader, compare
+        self.path = None if path is None else Path(path)
+        guarantee = fast.guarantee
+        if guarantee is None:
+            raise CalibrationError(
+                "there is nothing to watch: this program has no guarantee",
+                hint="fast.calibrate(loader, max_drop=...) with a delta first",
+            )
+        if options.react == "recalibrate" and loader is None:
+            raise CalibrationError("recalibration needs rows with labels", wanted="loader=")
+        self.options = options
+        exits = [e.name for e in fast.exits]
+        before = [share * guarantee.rows for share in guarantee.shares]
+        program = {"exits": exits, "weights": guarantee.made_for["weights"]}
+        self.state = MonitorState(
+            program, options, MeanAbove(self._limit()), MeanAbove(guarantee.max_drop, -1.0), before=before,
+            counts=[0] * (len(exits) + 1),
+        )  # fmt: skip
+        self.lock = threading.RLock()
+        self.generator = torch.Generator().manual_seed(options.seed)
+        self.waiting: OrderedDict[Any, tuple[int, int]] = OrderedDict()
+        if self.path is not None and self.path.exists():
+            self.load(self.path)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """What the compiled module gives."""
+        return self.run(*args, **kwargs).output
+
+    def run(self, *args: Any, ids: Sequence[Any] | None = None, **kwargs: Any) -> Any:
+        """The `Result` of the compiled module; some of the rows run to the end too.
+
+        Args:
+            ids: A name for each row, by which `labels` may be given later.
+        """
+        fast = self.fast
+        result = fast.run(*args, **kwargs)
+        n = len(result.exit_index)
+        with self.lock:
+            chosen = torch.rand(n, generator=self.generator) < self.state.options.shadow
+        at, differ = chosen.nonzero()[:, 0], None
+        if len(at):
+            early = fast.prediction_of(result.output)[at.to(result.exit_index.device)].detach()
+            full = self._full(args, kwargs, at)
+            differ = self._differ(early, full)
+            if ids is not None:
+                self._remember([ids[i] for i in at.tolist()], early, full)
+        self.take(result.exit_index, result.confidence, differ)
+        return result
+
+    def take(self, exit_index: Any, confidence: Any = None, differ: Any = None) -> None:
+        """Rows that were answered elsewhere, such as by an exported program.
+
+        Args:
+            exit_index: [B] whole numbers from 0 to the number of exits.
+            confidence: [B]; None where it is not known.
+            differ: [b] in [0, 1], for rows that were chosen at random and run to the end: whether answers differ.
+
+        Raises:
+            CalibrationError: Exits that this program does not have, or numbers out of range.
+        """
+        index = torch.as_tensor(exit_index).flatten().long().cpu()
+        ends = len(self.state.counts)
+        if len(index) and not 0 <= int(index.min()) <= int(index.max()) < ends:
+            raise CalibrationError(
+                "this is a log of another program", got=f"exit {int(index.max())}", wanted=f"0 to {ends - 1}"
+            )
+        losses = [] if differ is None else [float(d) for d in torch.as_tensor(differ).flatten().tolist()]
+        if not all(0 <= d <= 1 for d in losses):
+            raise CalibrationError("differences leave [0, 1]", got=losses[:5])
+        counts = torch.bincount(index, minlength=ends).tolist()
+        with self.lock:
+            state = self.state
+            state.counts = [a + b for a, b in zip(state.counts, counts, strict=True)]
+            if confidence is not None:
+                state.confidence += float(torch.as_tensor(confidence).double().sum())
+            if state.mix_alarm is None and state.mix >= -math.log(state.options.alpha):
+                state.mix_alarm = state.rows
+                warnings.warn(
+                    f"the mix of exits has changed after {state.rows} rows; shadow rows tell whether answers have",
+                    DriftWarning,
+                    stacklevel=2,
+                )
+            if losses:
+                state.differ.add(losses)
+                state.bound.add(losses, state.options.alpha)
+                self._react(state.differ, "of the early answers differ:")
+                self._keep()
+
+    def labels(self, given: Mapping[Any, int]) -> int:
+        """Labels, by the `ids` of `run`, of rows that ran to the end; others are passed over. How many were taken."""
+        with self.lock:
+            found = [(self.waiting.pop(i), int(label)) for i, label in given.items() if i in self.waiting]
+            self.state.drop.add([float(full == label) - float(early == label) for (early, full), label in found])
+            if found:
+                self._react(self.state.drop, "drop against labels:")
+                self._keep()
+            return len(found)
+
+    def _limit(self) -> float:
+        """Largest share of differing answers that is no cause for an alarm."""
+        guarantee, options = self.fast.guarantee, self.options
+        usual = 0.0 if guarantee.target == "agreement" else guarantee.disagreement
+        if options.limit is not None:
+            return options.limit
+        if usual is None:
+            raise CalibrationError(
+                "calibration saw no classes that could differ", got=guarantee.target, wanted="limit= and compare="
+            )
+        return min(usual + options.max_drop, 0.99)
+
+    # ------------------------------------------------------------------ rows that run to the end
+
+    def _full(self, args: Any, kwargs: Any, at: Tensor) -> Tensor:
+        """The full model's prediction for some rows of a call."""
+        fast = self.fast
+        signature = fast.program.signature
+        flat = fast.flatten(args, kwargs)
+        rows = [
+            t if leaf.batch_axis is None else t.index_select(leaf.batch_axis, at.to(t.device))
+            for t, leaf in zip(flat, signature.inputs, strict=True)
+        ]
+        with torch.no_grad():
+            found: Tensor = fast.prediction_of(signature.restore(list(fast.engine.full_graph()(*rows)), rows))
+        return found
+
+    def _differ(self, early: Tensor, full: Tensor) -> Tensor:
+        if self.compare is not None:
+            return self.compare(early, full).detach().double().cpu()
+        return (early.argmax(-1) != full.argmax(-1)).double().flatten(1).mean(1).cpu() if early.ndim > 2 else (
+            early.argmax(-1) != full.argmax(-1)
+        ).double().cpu()  # fmt: skip
+
+    def _remember(self, ids: Sequence[Any], early: Tensor, full: Tensor) -> None:
+        if early.ndim != 2:
+            raise CalibrationError("late labels are for one class for each row", got=f"predictions {list(early.shape)}")
+        with self.lock:
+            self.waiting.update(zip(ids, zip(early.argmax(1).tolist(), full.argmax(1).tolist(), strict=True), strict=True))
+            while len(self.waiting) > MOST_WAITING:
+                self.waiting.popitem(last=False)
+
+    # ------------------------------------------------------------------ alarms
+
+    def _react(self, test: MeanAbove, what: str) -> None:
+        """Reacts once the wealth is large enough; the two tests share alpha."""
+        state = self.state
+        level = state.level
+        if level <= 0 or not test.alarm(level):
+            return
+        did = {"warn": self._warn, "close": self._close, "recalibrate": self._recalibrate}[state.options.react]()
+        state.spent += 2 * level
+        alarm = {"rows": state.rows, "shadow": test.rows, "what": what, "mean": test.mean, "level": level, "did": did}
+        state.alarms.append(alarm)
+        state.differ, state.drop = MeanAbove(self._limit()), MeanAbove(self.fast.guarantee.max_drop, -1.0)
+        state.bound, state.counts, state.before = LowerBound(), [0] * len(state.counts), []
+        self.waiting.clear()
+        warnings.warn(
+            f"drift: {what} {percent(test.mean)}, at most {percent(test.limit)} was expected; {did}",
+            DriftWarning,
+            stacklevel=4,
+        )
+
+    def _warn(self) -> str:
+        return "settings stay as they are"
+
+    def _close(self) -> str:
+        fast = self.fast
+        steps, now = [fast.guarantee.settings, *fast.guarantee.safer], fast.settings.to_dict()
+        at = steps.index(now) if now in steps else len(steps)
+        if at + 1 < len(steps):
+            fast.settings = fast.settings.from_dict(steps[at + 1])
+            return f"safer settings are set, step {at + 1} of {len(steps) - 1}"
+        fast.settings = fast.settings.neutral()
+        return "all exits are closed" if EXITS in fast.settings else "nothing is skipped"
+
+    def _recalibrate(self) -> str:
+        old = self.fast.guarantee
+        delta = old.delta / 2
+        target = "accuracy" if old.target == "metric" else old.target
+        report = self.fast.calibrate(self.loader, max_drop=old.max_drop, delta=delta, target=target)
+        if self.fast.guarantee is None:  # nothing qualified: what is watched stays, with all exits closed
+            self.fast.guarantee = old
+        return f"calibrated again with delta {delta:g}: expected cost {percent(report.expected_cost, 1)}"
+
+    # ------------------------------------------------------------------ state
+
+    def save(self, path: str | Path) -> None:
+        """Writes the state as JSON, in one step."""
+        place = Path(path)
+        part = place.with_name(f".{place.name}.{os.getpid()}.part")
+        with self.lock:
+            text = json.dumps(self.state.to_dict(), allow_nan=False)
+        try:
+            part.write_text(text, encoding="utf-8")
+            os.replace(part, place)
+        except OSError as error:
+            raise CalibrationError("the monitor's state cannot be written", where=str(place), got=str(error)) from error
+        finally:
+            part.unlink(missing_ok=True)
+
+    def load(self, path: str | Path) -> None:
+        """Goes on from a saved state.
+
+        Raises:
+            CalibrationError: No state of a monitor, or one of another program.
+        """
+        state = read_state(path)
+        if state.program != self.state.program:
+            raise CalibrationError("this state is of another program", where=str(path), got=state.program["exits"])
+        with self.lock:
+            self.state = state
+
+    def _keep(self) -> None:
+        if self.path is not None:
+            self.save(self.path)
+
+    def __str__(self) -> str:
+        return str(self.state)
+
+
+def read_state(path: str | Path) -> MonitorState:
+    """A state that `Monitor.save` wrote.
+
+    Raises:
+        CalibrationError: It cannot be read, or is something else.
+    """
+    try:
+        data = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CalibrationError("the monitor's state cannot be read", where=str(path), got=str(error)) from error
+    if not isinstance(data, dict):
+        raise CalibrationError("this is no state of a monitor", where=str(path), got=type(data).__name__)
+    return MonitorState.from_dict(data)

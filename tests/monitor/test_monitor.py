@@ -1,0 +1,190 @@
+"""Monitors of compiled modules: shadow rows, reactions, late labels, saving, logs, threads, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+import warnings
+
+import pytest
+import torch
+from torch import nn
+
+from eecompile import strategies
+from eecompile.calibration.monitor import read_state
+from eecompile.errors import CalibrationError, DriftWarning
+from tests.cli.shell import found
+from tests.support import compiled as eecompile
+
+CENTRES = 3 * torch.nn.functional.one_hot(torch.arange(3), 8).float()
+
+
+def rows(n, seed, noise=1.0):
+    g = torch.Generator().manual_seed(seed)
+    y = torch.randint(0, 3, (n,), generator=g)
+    return CENTRES[y] + noise * torch.randn(n, 8, generator=g), y
+
+
+@pytest.fixture(scope="module")
+def made():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 3))
+    x, y = rows(2000, 0)
+    optimizer = torch.optim.Adam(model.parameters(), 1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    fast = eecompile(model.eval(), strategies.Branchy(exits=1, max_head_share=9.0), example_inputs=(x[:4],))
+    fast.fit([(x, y)] * 20, lr=1e-2, progress=False)
+    report = fast.calibrate([rows(2000, 1)], max_drop=0.05)
+    assert report.qualified and len(report.safer) >= 1, str(report)
+    return fast
+
+
+@pytest.fixture
+def fast(made):
+    settings, guarantee = made.settings, made.guarantee
+    yield made
+    made.settings, made.guarantee = settings, guarantee
+
+
+def fed(watch, batches):
+    for x in batches:
+        watch(x)
+
+
+def shifted(n, seed):
+    """The early exit and the full model disagree on rows between the classes."""
+    return rows(n, seed, noise=8.0)[0]
+
+
+def test_the_answers_are_those_of_the_program_and_nothing_alarms(fast):
+    watch, x = fast.monitor(max_drop=0.02, shadow=0.3), rows(1500, 2)[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", DriftWarning)
+        for part in x.split(100):
+            assert torch.equal(watch(part), fast(part))
+    state = watch.state
+    assert state.rows == 1500 and 350 < state.differ.rows < 550
+    assert state.alarms == [] and state.mix_alarm is None
+    assert state.counts == torch.bincount(fast.run(x).exit_index, minlength=2).tolist()
+    assert "no alarm" in str(watch)
+
+
+def test_shadow_rows_are_compared_with_the_full_model(fast):
+    watch, x = fast.monitor(shadow=1.0, limit=0.9), shifted(300, 3)
+    watch(x)
+    differ = (fast(x).argmax(1) != fast.full(x).argmax(1)).double()
+    assert watch.state.differ.total == float(differ.sum()) and watch.state.differ.rows == 300
+
+
+def test_drift_alarms_once_and_warns(fast):
+    watch = fast.monitor(max_drop=0.01, shadow=1.0, limit=0.005)
+    with pytest.warns(DriftWarning):
+        fed(watch, [shifted(100, seed) for seed in range(20)])
+    (alarm,) = watch.state.alarms
+    assert alarm["mean"] > 0.005 and watch.state.spent == pytest.approx(0.05)
+    assert "ALARM" in str(watch) and "alpha is spent" in str(watch)
+
+
+def test_sorted_data_change_the_mix(fast):
+    watch, x = fast.monitor(shadow=0.01), rows(3000, 5)[0]
+    order = fast.run(x).confidence.argsort()
+    with pytest.warns(DriftWarning, match="mix of exits"):
+        fed(watch, x[order].split(100))
+    assert watch.state.mix_alarm < 1500
+
+
+def test_closing_takes_the_next_safer_settings_then_none(fast):
+    watch = fast.monitor(shadow=1.0, limit=0.001, react="close")
+    steps = [fast.guarantee.settings, *fast.guarantee.safer]
+    fast.settings = fast.settings.from_dict(steps[-2] if len(steps) > 1 else steps[-1])
+    with pytest.warns(DriftWarning):
+        watch.take([0] * 50, differ=[1] * 50)
+    assert fast.settings.to_dict() == steps[-1] and fast.guarantee.void(fast) == ""
+    spent = [watch.state.spent]
+    with pytest.warns(DriftWarning):
+        watch.take([0] * 50, differ=[1] * 50)
+    spent.append(watch.state.spent)
+    assert fast.settings == fast.settings.neutral()
+    assert spent == [pytest.approx(0.025), pytest.approx(0.0375)]
+
+
+def test_recalibration_spends_delta(fast):
+    before = fast.guarantee.delta
+    watch = fast.monitor(shadow=1.0, limit=0.001, react="recalibrate", loader=[rows(2000, 7)])
+    with pytest.warns(DriftWarning, match="calibrated again with delta 0.025"):
+        watch.take([0] * 50, differ=[1] * 50)
+    assert fast.guarantee.delta == before / 2 and fast.guarantee.void(fast) == ""
+
+
+def test_late_labels_test_the_drop(fast):
+    watch, (x, y) = fast.monitor(shadow=1.0, limit=0.9), rows(400, 8)
+    watch.run(x, ids=range(400))
+    assert watch.labels({i: int(y[i]) for i in range(300)} | {"unknown": 0}) == 300
+    full, early = (p.argmax(1)[:300] == y[:300] for p in (fast.full(x), fast(x)))
+    assert watch.state.drop.total == float(full.double().sum() - early.double().sum())
+    wrong = (fast.full(x).argmax(1) != fast(x).argmax(1)).nonzero()[:, 0].tolist()
+    assert len(watch.waiting) == 100 and set(watch.waiting) == set(range(300, 400)), wrong
+
+
+def test_state_is_kept_and_taken_up_again(fast, tmp_path):
+    path = tmp_path / "watch.json"
+    watch = fast.monitor(shadow=0.5, path=path)
+    for seed in range(3):
+        watch(rows(100, seed)[0])
+    again = fast.monitor(shadow=0.5, path=path)
+    assert again.state == watch.state and read_state(path) == watch.state
+    assert [p.name for p in tmp_path.iterdir()] == ["watch.json"]
+    told = found("monitor", str(path))
+    assert told["counts"] == watch.state.counts
+    path.write_text('{"format": "something"}')
+    with pytest.raises(CalibrationError, match="no state of a monitor"):
+        fast.monitor(path=path)
+    data = {**json.loads(json.dumps(watch.state.to_dict())), "program": {"exits": ["other"], "weights": "0"}}
+    path.write_text(json.dumps(data))
+    with pytest.raises(CalibrationError, match="of another program"):
+        fast.monitor(path=path)
+
+
+def test_eight_threads(fast):
+    watch, x = fast.monitor(shadow=0.2), rows(2000, 9)[0]
+    threads = [threading.Thread(target=fed, args=(watch, part.split(50))) for part in x.split(250)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert watch.state.rows == 2000
+    assert watch.state.differ.history[-1][0] == watch.state.differ.rows
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"max_drop": 0}, "max_drop is out of range"),
+        ({"alpha": 1}, "alpha is out of range"),
+        ({"alpha": 0}, "alpha is out of range"),
+        ({"shadow": 0}, "shadow is out of range"),
+        ({"shadow": math.nan}, "shadow is out of range"),
+        ({"react": "clos"}, "did you mean close"),
+        ({"react": "recalibrate"}, "rows with labels"),
+        ({"limit": 1.5}, "limit is out of range"),
+    ],
+)
+def test_bad_options(fast, options, text):
+    with pytest.raises(CalibrationError, match=text):
+        fast.monitor(**options)
+
+
+def test_logs_of_another_program_and_programs_without_a_guarantee(fast):
+    watch = fast.monitor()
+    with pytest.raises(CalibrationError, match="log of another program"):
+        watch.take([0, 5], [0.9, 0.8])
+    with pytest.raises(CalibrationError, match=r"leave \[0, 1\]"):
+        watch.take([0, 1], differ=[2.0])
+    watch.take([], [])
+    fast.guarantee = None
+    with pytest.raises(CalibrationError, match="no guarantee"):
+        fast.monitor()
