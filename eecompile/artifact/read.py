@@ -34,6 +34,7 @@ from eecompile.passes import (
     FindCuts,
     Lower,
     StagePass,
+    Unfold,
     prepared,
     run_passes,
     sites,
@@ -83,7 +84,7 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     models = tuple(data.get("models", ()))
     program = Program(graph_module, graph_module, signature, prediction=data["prediction"], models=models)
     program = program.replace(places=records(Place, data.get("places", [])))
-    program = run_passes(program, [*prepared(models), Annotate(), FindBlocks(data.get("blocks")), FindCuts()])
+    program = run_passes(program, [*prepared(models), Annotate(), FindBlocks(data.get("blocks")), Unfold(), FindCuts()])
     tensors = _tensors(paths["heads"])
     if data.get("gates") is not None:
         program = insert_saved_gates(program, data["gates"], tensors)

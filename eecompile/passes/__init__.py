@@ -34,6 +34,7 @@ from eecompile.passes.share import Share
 from eecompile.passes.split_tail import SplitTail
 from eecompile.passes.stage import StagePass
 from eecompile.passes.training_graph import read_copies
+from eecompile.passes.unfold import Unfold
 from eecompile.passes.verify import Verify
 from eecompile.program import Program
 from eecompile.signature import Signature
@@ -43,7 +44,7 @@ def analysis(captured: Captured, measure: bool = False, blocks: str | None = Non
     """What every strategy needs to know before it can be placed."""
     if captured.front_end == "blocks":
         return [AdoptBlocks(captured.blocks)]
-    return [*prepared(captured.models), Annotate(captured.flat_example, measure), FindBlocks(blocks), FindCuts()]
+    return [*prepared(captured.models), Annotate(captured.flat_example, measure), FindBlocks(blocks), Unfold(), FindCuts()]
 
 
 def prepared(models: tuple[str, ...]) -> list[Pass]:
@@ -104,7 +105,8 @@ def prepare_training_graph(
     assert program.marked is not None
     train = Program(graph_module, graph_module, signature, prediction=program.prediction, models=program.models)
     train = train.replace(places=program.places, settings=program.settings)
-    train = run_passes(train, [Normalize(), SplitTail(), Annotate(), FindBlocks(program.block_pattern), FindCuts()])
+    known = FindBlocks(program.block_pattern)
+    train = run_passes(train, [Normalize(), SplitTail(), Annotate(), known, Unfold(), FindCuts()])
     if program.gates or program.halts:
         units = dict(program.marked.get_submodule(GATES).named_children())
         train = inserted_again(train, program, units)
@@ -167,6 +169,7 @@ __all__ = [
     "SplitTail",
     "StageBlocks",
     "StagePass",
+    "Unfold",
     "Verify",
     "analysis",
     "check_order",
