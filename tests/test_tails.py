@@ -14,8 +14,6 @@ from eecompile import CompiledModule, eecompile, load, strategies
 from tests.support import equal_bits, tensors
 
 Make = Callable[[Tensor, Tensor], Any]
-SCALE = torch.tensor([1.0, 2.0, 0.5, 1.0])
-
 ENDS: dict[str, Make] = {
     "softmax": lambda z, x: z.softmax(-1),
     "log_softmax": lambda z, x: torch.log_softmax(z, 1),

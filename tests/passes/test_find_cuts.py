@@ -13,10 +13,6 @@ from eecompile.program import Cut, Program
 from tests.passes.conftest import Source, built, code, masked_call, noise, source, token_ids
 
 
-def cut_of(program: Program, name: str) -> Cut:
-    return next(c for c in program.cuts if c.name == name)
-
-
 def live(cut: Cut) -> dict[str, int | None]:
     return {v.node: v.batch_axis for v in cut.live}
 
