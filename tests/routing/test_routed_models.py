@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
-from eecompile import strategies
+from eecompile import CompiledModule, load, strategies
 from eecompile.artifact.files import MANIFEST
 from eecompile.strategies import Branchy, Router
 from tests.compositions import Squash
-from tests.support import CLOSED, again, agree, close, gelu_of, separating, watch
+from tests.gates.adaptive import rows, tower
+from tests.support import CLOSED, again, agree, close, gelu_of, run_by, same_result, separating, watch
 from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
@@ -154,3 +157,39 @@ class Both(strategies.Strategy):
     @property
     def objective(self) -> dict[str, object]:
         return {"name": "exits"}
+
+
+def routed_tower(strategy: Branchy) -> tuple[CompiledModule, torch.Tensor]:
+    """A tower whose router sends rows both ways."""
+    x = rows(32)[0]
+    fast = eecompile(tower(4), strategy, example_inputs=(x,))
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        fast.route_units.unit.score.weight.normal_(std=3.0)
+    return fast, x
+
+
+def as_elsewhere(fast: CompiledModule, x: torch.Tensor, place: Path) -> None:
+    """Every executor and the saved program give one result, in which rows went more than one way."""
+    want = run_by("reference", fast, x)
+    assert len(want.route.unique()) > 1
+    for name in ("compact", "simulate"):
+        same_result(run_by(name, fast, x), want)
+    fast.save(place)
+    same_result(run_by("reference", load(place), x), want)
+
+
+@pytest.mark.parametrize("exits", [("blocks.0",), ("blocks.0", "blocks.2")])
+def test_an_exit_at_the_place_that_the_router_reads(exits, tmp_path):
+    fast, x = routed_tower(Branchy(exits=exits, router=Router(at="blocks.0"), max_head_share=9.0))
+    as_elsewhere(fast, x, tmp_path / "program")
+    fast.fit([(x, rows(32)[1])], epochs=2, trunk=True, progress=False)
+
+
+@pytest.mark.parametrize("name", ["half", "train", "class", "training"])
+@pytest.mark.parametrize("what", [0.5, nn.Identity()], ids=["light", "module"])
+def test_a_branch_may_have_a_name_that_modules_or_python_use(name, what, tmp_path):
+    over = None if isinstance(what, float) else ("blocks.0", "blocks.1")
+    fast, x = routed_tower(Branchy(exits=0, router=Router(at="blocks.0", to={name: what}, over=over, unit="linear")))
+    fast.set_route_margins({name: 0.01})
+    as_elsewhere(fast, x, tmp_path / "program")
