@@ -77,10 +77,10 @@ def test_a_budget_that_stops_nobody_is_no_reason(bert):
     kwargs = spread(bert, 4, seed=2)
     bert.set_thresholds([0.0, 0.9, 0.9])
     want, got = (asked(bert, name, kwargs) for name in ("reference", "simulate"))
-    assert vars(got)["_stopped"] == Unless("budget", got.final)
+    assert vars(got.stop)["_reason"] == Unless("budget", got.final)
     assert got.final.all() and want.final.all()
     assert got.stopped is want.stopped is None
-    assert replace(got, late=True).stopped is None
+    assert replace(got.stop, late=True).reason is None
 
 
 def asked(fast, name: str, kwargs):
