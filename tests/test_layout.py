@@ -164,7 +164,7 @@ def test_every_file_says_which_question_it_answers() -> None:
 # The records of one kind of choice, and who may know them: what places, writes, saves and prices them. All others, lowering
 # and executors first of all, read `program.choices`.
 KINDS = {"Carry", "Gate", "Halt", "HaltStep", "Route", "Way", "Width"}
-KNOW_KINDS = {"artifact.read_gates", "artifact.read_routes", "artifact.write", "costs", "ir.choices", "passes.carried_gates"}
+KNOW_KINDS = {"artifact.read_choices", "artifact.write", "costs", "ir.choices", "passes.carried_gates"}
 KNOW_KINDS |= {"passes.find_token_parts", "passes.stage", "program", "runtime.known"}
 
 

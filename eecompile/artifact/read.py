@@ -15,8 +15,7 @@ from torch.export import ExportedProgram
 
 import eecompile.ops
 from eecompile.artifact import files
-from eecompile.artifact.read_gates import insert_saved_gates
-from eecompile.artifact.read_routes import insert_saved_routes
+from eecompile.artifact.read_choices import insert_saved_gates, insert_saved_routes
 from eecompile.artifact.records import record, records
 from eecompile.calibration.guarantee import Guarantee
 from eecompile.capture.export import Captured, flat_graph
