@@ -580,18 +580,19 @@ class CompiledModule(nn.Module):
         self.training_graphs.reset()
         self.engine.rebuild()
 
-    def replace_heads(self, heads: Mapping[str, tuple[nn.Module, float]]) -> None:
-        """Other heads at exits: `{exit: (head, FLOPs of head and decision for one row)}`.
+    def replace_heads(self, heads: Mapping[str, tuple[str, nn.Module, float]]) -> None:
+        """Other heads at exits: `{exit: (kind, head, FLOPs of head and decision for one row)}`.
 
-        A head is an `eecompile.heads.Head` for the value at its exit. Thresholds stay as they are.
+        A head is an `eecompile.heads.Head` for the value at its exit, or the model's own final layers where these read
+        nothing else. Thresholds stay as they are.
         """
         exits = []
         for e in self.program.exits:
             if e.name in heads:
-                head, flops = heads[e.name]
+                kind, head, flops = heads[e.name]
                 branch = self.branch(e.name)
                 branch.head, branch.takes_mask = head.train(branch.training), isinstance(head, Head)
-                e = replace(e, head_kind=str(getattr(head, "kind", type(head).__name__)), head_flops=flops)
+                e = replace(e, head_kind=kind, head_flops=flops)
             exits.append(e)
         self.program = self.program.replace(exits=tuple(exits))
         for holder in (self.live, self.engine, self.training_graphs):

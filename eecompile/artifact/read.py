@@ -208,7 +208,7 @@ def _heads(
             if not isinstance(tail, sites.Tail):
                 raise ArtifactError("the model's own head is not found again", where=e.name, got=tail.reason)
             score = score_head(sites.site_at(program, cut_of(program, e), e.mask_input)[0]) if data["score"] else None
-            heads[e.name] = Branch(tail.module, score)
+            heads[e.name] = Branch(tail.module, score, bool(tail.sides))
         elif data["kind"] == "custom":
             exported = _exported(paths[f"head {e.name}"])
             module: nn.Module = _plain(exported)

@@ -19,7 +19,8 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Sequential
 
 from eecompile.errors import EecompileError
 from eecompile.heads import Branch, Head
-from eecompile.passes import facts
+from eecompile.passes import facts, sites
+from eecompile.passes.sites import Tail
 from eecompile.program import Exit
 from eecompile.training.batches import Batch, batches, empty_loader, iterate, length_of
 from eecompile.training.cache import Cache
@@ -48,8 +49,10 @@ class Slot:
 
     Attributes:
         axis: Batch axis of the value that the head reads.
-        reads: Names of what is kept: "mean", "first", "all", or "logits" of a head without parameters of its own.
+        reads: Names of what is kept: "mean", "first", "all", "shared" for what the model's final layers give, or "logits"
+            of a head without parameters of its own.
         mask: Whether the padding mask is kept as well.
+        tail: The model's final layers, where they can be the head.
     """
 
     exit: Exit
@@ -57,6 +60,7 @@ class Slot:
     axis: int
     reads: tuple[str, ...]
     mask: bool = False
+    tail: fx.GraphModule | None = None
 
     def key(self, read: str) -> str:
         return f"{self.exit.name}.{read}"
@@ -234,7 +238,8 @@ class Collector:
             real = labels != IGNORE
             kept, labels, at = {n: v[real] for n, v in kept.items()}, labels[real], at[real.cpu()]
         for name, value in kept.items():
-            if bool(value.isnan().any() if name == MODEL else not value.isfinite().all()):
+            scores = name == MODEL or name.endswith((".logits", ".shared"))  # of a class that is ruled out, -inf
+            if bool(value.isnan().any() if scores else not value.isfinite().all()):
                 raise EecompileError(
                     "the loss is not finite",
                     where=f"{batch.where}: {'the output of the model' if name == MODEL else name}",
@@ -255,6 +260,10 @@ class Collector:
             out = slot.branch.head(*inputs) if slot.branch.takes_mask else slot.branch.head(h)
             logits: Tensor = out[0] if isinstance(out, tuple) else out
             return logits
+        if read == "shared":
+            assert slot.tail is not None
+            shared: Tensor = slot.tail(h)[0]
+            return shared
         if read == "all":
             return h.movedim(slot.axis, 0)
         assert isinstance(head, Head)
@@ -336,6 +345,20 @@ class Collector:
                 parts.append(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
             digests.append(hash(tuple(parts)))
         return digests
+
+
+def shared_tail(fast: CompiledModule) -> Tail | None:
+    """The model's own final layers as a head; None where there are none, or they read more than the value at an exit."""
+    program = fast.program
+    assert program.prediction is not None  # there are exits
+    output = program.signature.outputs[program.prediction]
+    if program.front_end != "export" or program.models or output.batch_axis != 0:
+        return None
+    trunk, _ = trunk_graph(fast, ())
+    (model,) = facts.output_leaves(trunk)
+    trunk.graph.output_node().args = ((model,) * (program.prediction + 1),)
+    tail = sites.shared_tail(program.replace(graph_module=trunk))
+    return tail if isinstance(tail, Tail) and not tail.sides else None
 
 
 def trunk_graph(fast: CompiledModule, slots: Sequence[Slot]) -> tuple[fx.GraphModule, tuple[str, ...]]:

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eecompile.heads import HEADS, Head, LinearHead, build_head
+from eecompile.passes import sites
 from eecompile.passes.place_exits import DECISION_FLOPS_PER_CLASS, LEAST_STEP, WORTH, Candidates, head_flops
 from eecompile.passes.sites import site_at
 from eecompile.result import Result, Trace
 from eecompile.training.batches import device_of, move
-from eecompile.training.features import Block, Features, Slot, labels_at
+from eecompile.training.features import Block, Features, Slot, labels_at, shared_tail
 from eecompile.training.head_fit import Fitted, HeadFit, Standardised, minimise
 from eecompile.training.head_report import HeadRow
 from eecompile.training.objectives import Objective, PerExitLoss
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from eecompile.module import CompiledModule
 
 KINDS = {"map": ("linear", "mlp", "conv"), "sequence": ("linear", "first", "mlp", "attention"), "vector": ("linear", "mlp")}
-ONE_LAYER = ("linear", "first")
+ONE_LAYER = ("linear", "first", "shared")  # and what there is nothing to fit of
 PER_POSITION = ("linear", "mlp")
 GAIN, LEAST_GAIN = 0.02, 0.005  # a costlier kind is taken where it lowers the held-out loss by this share, and so much
 OF_BATCHES = ("optimizer", "scheduler", "max_grad_norm", "patience", "checkpoint_every", "accelerator")
@@ -71,22 +72,21 @@ def heads_alone(stage: StagePlan) -> bool:
     return stage.heads and not stage.trunk
 
 
-def require_own(slots: Sequence[Slot]) -> None:
-    """An error where no exit has layers of its own to fit."""
-    if all("logits" in s.reads and s.branch.score is None for s in slots):
-        raise nothing_to_train("heads")
-
-
 def with_kinds(fast: CompiledModule, rows: Sequence[HeadRow]) -> None:
     """Gives exits the kinds of head that a run had chosen, without trained weights."""
     now = {e.name: e.head_kind for e in fast.program.exits}
     for row in rows:
         if row.kind != now[row.exit]:
-            present = fast.branch(row.exit).head
+            present, tail = fast.branch(row.exit).head, shared_tail(fast) if row.kind == "shared" else None
             assert isinstance(present, Head)
             like = next(present.parameters())
-            head = build_head(row.kind, present.site, row.exit).to(like.device, like.dtype)
-            fast.replace_heads({row.exit: (head, row.flops)})
+            new = tail.module if tail is not None else build_head(row.kind, present.site, row.exit)
+            fast.replace_heads({row.exit: (row.kind, new.to(like.device, like.dtype), row.flops)})
+
+
+def _read(kind: str) -> str:
+    """The feature that a kind of head works on."""
+    return "shared" if kind == "shared" else HEADS[kind].reads
 
 
 def _per_position(head: nn.Module) -> bool:
@@ -109,7 +109,10 @@ class Choice:
         self.recipe = recipe
         trunk = {id(p) for p in fast.trunk_parameters()}
         self.kinds: dict[str, dict[str, float]] = {}
+        self.tail = shared_tail(fast) if self.free else None
         self.slots = [self._slot(k, trunk) for k in range(len(fast.program.exits))]
+        if not self.free and all("logits" in s.reads and s.branch.score is None for s in self.slots):
+            raise nothing_to_train("heads")
 
     def _slot(self, k: int, trunk: set[int]) -> Slot:
         program = self.fast.program
@@ -122,9 +125,10 @@ class Choice:
         if not isinstance(branch.head, Head) or type(branch.head) is not HEADS.get(branch.head.kind):
             return Slot(e, branch, axis, ("all", *scored), branch.takes_mask and e.mask_input is not None)
         self.kinds[e.name] = self._costs(k, branch.head) if self.free else {branch.head.kind: e.head_flops}
-        reads = dict.fromkeys(HEADS[kind].reads for kind in self.kinds[e.name])
+        reads = dict.fromkeys(_read(kind) for kind in self.kinds[e.name])
         whole = e.mask_input is not None and branch.takes_mask and "all" in reads
-        return Slot(e, branch, axis, tuple(dict.fromkeys((*reads, *scored))), whole)
+        tail = self.tail.module if self.tail is not None and "shared" in reads else None
+        return Slot(e, branch, axis, tuple(dict.fromkeys((*reads, *scored))), whole, tail)
 
     def _axis(self, e: Any) -> int:
         cut = next(c for c in self.fast.program.cuts if c.after == e.after)
@@ -135,21 +139,24 @@ class Choice:
         program, site, recipe = self.fast.program, head.site, self.recipe
         assert recipe is not None  # there are exits
         e, total = program.exits[k], program.total_flops or 1.0
-        sizes = Candidates(program, recipe, self.fast.example).sizes(next(c for c in program.cuts if c.after == e.after))
+        cut = next(c for c in program.cuts if c.after == e.after)
+        sizes = Candidates(program, recipe, self.fast.example).sizes(cut)
+        score = self.fast.branch(e.name).score
+        more = DECISION_FLOPS_PER_CLASS * site.classes + (head_flops(score, site, sizes) if score is not None else 0.0)
+        kinds = PER_POSITION if site.positions else KINDS.get(site.kind, ())
+        costs = {kind: head_flops(build_head(kind, site, e.cut), site, sizes) + more for kind in kinds if kind != head.kind}
+        if self.tail is not None and not site.positions and sites.tail_fits(program, self.tail, cut) is None:
+            costs["shared"] = sum(program.flops.get(n.name, 0.0) for n in self.tail.module.graph.nodes) + more
+        spread = recipe.where == "everywhere"  # exits are as close as their heads are worth
         since = e.depth - (program.exits[k - 1].depth if k else 0.0)
-        room = min(since, 1.0 - e.depth) if recipe.where == "everywhere" else 1.0 - e.depth
-        found = {head.kind: e.head_flops}
-        for kind in PER_POSITION if site.positions else KINDS.get(site.kind, ()):
-            if kind == head.kind:
-                continue
-            other = build_head(kind, site, e.cut)
-            score = self.fast.branch(e.name).score
-            cost = head_flops(other, site, sizes) + (head_flops(score, site, sizes) if score is not None else 0.0)
-            cost += DECISION_FLOPS_PER_CLASS * site.classes
+        room = min(since, 1.0 - e.depth) if spread else 1.0 - e.depth
+
+        def fits(cost: float) -> bool:
             share = cost / total
-            wanted = max(LEAST_STEP, WORTH * share) if recipe.where == "everywhere" else share / recipe.max_head_share
-            if cost <= e.head_flops or wanted < room:
-                found[kind] = cost
+            wanted = max(LEAST_STEP, WORTH * share) if spread else share / recipe.max_head_share
+            return bool(cost <= e.head_flops or wanted < room)
+
+        found = {head.kind: e.head_flops} | {kind: cost for kind, cost in costs.items() if fits(cost)}
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
     # ------------------------------------------------------------------ one exit
@@ -193,11 +200,11 @@ class Choice:
         kinds = self.kinds.get(slot.exit.name, {slot.exit.head_kind: 0.0})
         if len(kinds) == 1 or not features.held_rows:
             return [slot.exit.head_kind]
-        return sorted(kinds, key=lambda kind: (kind not in ONE_LAYER, HEADS[kind].reads == "all"))
+        return sorted(kinds, key=lambda kind: (kind not in ONE_LAYER, _read(kind) == "all"))
 
     def _tries(self, kind: str, slot: Slot, features: Features, tried: dict[str, Fitted]) -> bool:
         """Whether a kind is worth fitting: another one of more layers only where the best is worse than the model."""
-        if kind in HEADS and HEADS[kind].reads not in slot.reads:  # there was no room
+        if kind in HEADS and _read(kind) not in slot.reads:  # there was no room
             return False
         if kind in (*ONE_LAYER, slot.exit.head_kind):
             return True
@@ -216,6 +223,9 @@ class Choice:
 
     def _new(self, kind: str, present: nn.Module, seed: int) -> nn.Module:
         """A head of a kind: the present one where it is of that kind."""
+        if kind == "shared":
+            assert self.tail is not None
+            return self.tail.module
         if not isinstance(present, Head) or present.kind == kind:
             return present
         torch.manual_seed(seed)
@@ -233,7 +243,7 @@ class Choice:
         if kind == before:
             branch.head.load_state_dict(head.state_dict())
         else:
-            self.fast.replace_heads({name: (head, self.kinds[name][kind])})
+            self.fast.replace_heads({name: (kind, head, self.kinds[name][kind])})
 
     # ------------------------------------------------------------------ scores
 

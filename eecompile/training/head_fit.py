@@ -67,7 +67,9 @@ class HeadFit:
     # ------------------------------------------------------------------ one kind of head
 
     def fit(self, head: nn.Module, seed: int) -> Fitted:
-        """The head fitted under the best weight decay. A copy: the one given is as before."""
+        """The head fitted under the best weight decay. A copy: the one given is as before. The model's layers stay."""
+        if head is self.slot.tail:
+            return Fitted(head, 0.0, self.loss(head, self.chooses))
         if isinstance(head, LinearHead) and self._convex(head):
             return self._linear(head)
         decays = self._decays((DECAY,) if self._read(head) == "all" else LAYERS_DECAYS)
@@ -87,8 +89,9 @@ class HeadFit:
 
     def logits(self, head: nn.Module, block: Block, rows: Tensor | slice) -> Tensor:
         """What a head gives for rows of a block, `[n, C]`."""
-        if "logits" in self.slot.reads:
-            return self.features.feature(self.slot, "logits", block, rows).to(self.device)
+        given = "logits" if "logits" in self.slot.reads else "shared" if head is self.slot.tail else None
+        if given is not None:
+            return self.features.feature(self.slot, given, block, rows).to(self.device)
         read = self._read(head)
         x = self.features.feature(self.slot, read, block, rows).to(self.device)
         if not isinstance(head, Head):

@@ -25,7 +25,7 @@ from eecompile.training.checkpoint import Checkpoints, differences
 from eecompile.training.features import Collector, Features, NotCached
 from eecompile.training.full import gate_names, halts
 from eecompile.training.halt_report import HaltRow, halted
-from eecompile.training.head_choice import Choice, heads_alone, require_own, why_not, with_kinds
+from eecompile.training.head_choice import Choice, heads_alone, why_not, with_kinds
 from eecompile.training.head_report import HeadRow
 from eecompile.training.interrupt import Interrupt, say
 from eecompile.training.optim import freeze, make_optimizer, make_scheduler, parameter_groups
@@ -146,7 +146,6 @@ class Loop:
             stack.enter_context(self.fast.prepare_training(False))
             cache = stack.enter_context(Cache(self.plan.cache_mb * 2**20))
             choice = Choice(self.fast, self.plan, self.objective)
-            require_own(choice.slots)
             try:
                 features = self._collect(choice, cache)
             except NotCached as reason:

@@ -202,6 +202,47 @@ def test_another_kind_of_head_is_taken_where_it_is_better(tmp_path: Path) -> Non
     assert again.exits[0].head_cost == fast.exits[0].head_cost
 
 
+class Skipped(Images):
+    """Blocks that change next to nothing, and final layers that no small head can stand in for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Linear(12, 24), nn.ReLU())
+        self.blocks = nn.ModuleList(nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 96), nn.ReLU()) for _ in range(3))
+        self.back = nn.ModuleList(nn.Linear(96, 24) for _ in range(3))
+        self.tail = nn.Sequential(nn.Linear(24, 24), nn.Tanh(), nn.Linear(24, CLASSES))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        for block, back in zip(self.blocks, self.back, strict=True):
+            x = x + 1e-4 * back(block(x))
+        out: Tensor = 20 * self.tail(10 * x)
+        return out
+
+
+def test_the_models_own_final_layers_are_tried_too(tmp_path: Path) -> None:
+    x = torch.randn(160, 12, generator=torch.Generator().manual_seed(1))
+    net = model(Skipped)
+    with torch.no_grad():
+        y = net(x).argmax(1)
+    fast = eecompile(net, strategies.Branchy(exits=["blocks.0"], head="auto"), example_inputs=x[:4])
+    before = {name: p.clone() for name, p in net.named_parameters()}
+    report = fast.fit(batched(x, y), progress=False)
+    assert report.heads[0].kind == "shared"
+    assert fast.exits[0].head_kind == "shared"
+    assert fast.evaluate([(x, y)]).rows[0].accuracy_if_all > 0.98
+    assert all(torch.equal(p, before[name]) for name, p in net.named_parameters())
+    fast.set_thresholds(0.6)
+    fast.save(tmp_path / "saved")
+    again = load(tmp_path / "saved")
+    for executor in ("compact", "reference"):
+        fast.executor = again.executor = executor
+        equal_bits(again.run(x).output, fast.run(x).output)
+        assert int(fast.run(x).exit_index.min()) == 0
+    assert again.fit(batched(x, y), progress=False).heads[0].kind == "shared"  # a choice that stays
+    fast.fit(batched(x, y), epochs=1, trunk=True, progress=False)  # trained along with the trunk
+
+
 @pytest.mark.parametrize("head", ["pooler", "attention", "mlp"])
 def test_a_kind_that_was_asked_for_stays(head: str) -> None:
     data = batched(*texts())
