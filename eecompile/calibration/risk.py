@@ -78,7 +78,8 @@ def best_bet(drops: Tensor, n: int, alpha: float, level: float, *, binary: bool,
     Args:
         drops: float64 `[m]`.
         binary: Whether scores are 0 or 1.
-        doubt: So many more lost rows than were seen are expected: few rows without a drop say little.
+        doubt: So many more lost rows than were seen are expected: few rows without a drop say little. Of the gains a
+            standard deviation less is expected, since settings were chosen for them.
     """
     if alpha <= 0 or n <= 0:
         return Bet(None if binary else 0.0, 0.0)
@@ -86,17 +87,20 @@ def best_bet(drops: Tensor, n: int, alpha: float, level: float, *, binary: bool,
     mean = float(drops.sum()) / max(m, 1)
     variance = max((float(drops.square().sum()) + 1) / (m + 1) - mean**2, 1e-9)
     size = min(math.sqrt(2 * math.log(1 / level) / (n * variance)), MOST / (1 - alpha))
-    growth = float(torch.log1p(size * (alpha - drops)).sum()) + doubt * math.log1p(size * (alpha - 1))
+    gains = float((drops < 0).sum())
+    fewer = torch.where(drops < 0, drops * max(0.0, 1 - 1 / math.sqrt(max(gains, 1.0))), drops)
+    growth = float(torch.log1p(size * (alpha - fewer)).sum()) + doubt * math.log1p(size * (alpha - 1))
     expected = min(0.0, -n * growth / (m + doubt) - LOOKS) if m else 0.0
     if binary:
         lost = (float((drops > 0).sum()) + doubt) * n / max(m, 1)
         low, high = log_binomial_tail(torch.tensor([math.floor(lost), math.floor(lost) + 1]), n, alpha).tolist()
         exact = low + (lost - math.floor(lost)) * (high - low)
-        if exact <= expected:
+        if exact <= expected or gains < LEAST_GAINS:
             return Bet(None, exact)
     return Bet(size, expected)
 
 
+LEAST_GAINS = 10  # seen, before a bet counts on them
 MOST = 0.9  # of the largest bet that there is, at which a single lost row would take all
 LOOKS = 0.5  # what the maximum over all t adds to the logarithm of the last wealth, about
 
