@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import Dim, export
 
 from eecompile import CaptureError, EecompileError, eecompile, load, strategies
+from eecompile.capture.export import capture_export
 from eecompile.guards import Guard, load_guard, read_guard
 from eecompile.signature import Signature
 from tests.support import equal_bits
@@ -228,23 +229,70 @@ def test_height_against_width():
         fast(torch.randn(2, 3, 12, 8))
 
 
-ATOM = st.tuples(
-    st.sampled_from(["B", "S", "N", "B + S", "S - B", "2 * B", "S // 3", "S % 3", "B % 2"]),
-    st.sampled_from(["<", "<=", ">", ">=", "==", "!="]),
-    st.sampled_from(["B", "S", "1", "2", "4", "7", "12", "30", "60", "S // 2"]),
-).map(" ".join)
-CONDITION = st.one_of(ATOM, st.tuples(ATOM, st.sampled_from(["and", "or"]), ATOM).map(" ".join))
+def condition(*sizes: str) -> st.SearchStrategy[str]:
+    """Conditions over sizes, as text."""
+    small = st.sampled_from(["1", "2", "4", "7", "12", "30", "60"])
+    one = st.sampled_from(sizes)
+    product = st.tuples(st.sampled_from(["2", "3", *sizes]), st.just("*"), one).map(" ".join)
+    rest = st.tuples(one, st.sampled_from(["//", "%", "+", "-"]), st.sampled_from(["2", "3", *sizes])).map(" ".join)
+    number = st.one_of(one, product, rest.map("({})".format))
+    atom = st.tuples(number, st.sampled_from(["<", "<=", ">", ">=", "==", "!="]), st.one_of(small, number)).map(" ".join)
+    pair = st.tuples(atom, st.sampled_from(["and", "or"]), atom).map(" ".join)
+    return st.one_of(atom, pair, atom.map("not {}".format))
 
 
-@settings(max_examples=4, deadline=None, derandomize=True, phases=[Phase.generate])
-@given(st.lists(CONDITION, min_size=1, max_size=3), st.lists(st.tuples(st.integers(0, 9), st.integers(1, 14)), min_size=6))
-def test_random_branches_at_random_sizes_equal_the_model_or_are_refused(conditions, sizes):
-    model = Branching(tuple(conditions)).eval()
+ONE = st.lists(condition("B", "S"), min_size=1, max_size=3).map(tuple)
+TWO = st.lists(condition("B", "S", "T"), min_size=1, max_size=3).map(tuple)
+CALLS = st.lists(st.tuples(st.integers(1, 9), st.integers(1, 14), st.integers(1, 14)), min_size=6, max_size=20)
+
+
+def check_capture(second: bool, conditions: tuple[str, ...], calls: list[tuple[int, int, int]]) -> None:
+    """The capture alone, without exits: where its signature admits a call, its graph is the model."""
+    model = Branching(conditions, second, depth=0).eval()
+
+    def inputs(b: int, s: int, t: int) -> tuple[Tensor, ...]:
+        return (tokens(b, s), tokens(b, t)) if second else (tokens(b, s),)
+
+    example = inputs(5, 8, 6)
     try:
-        fast = compiled(model, tokens(5, 8))
+        captured = capture_export(model, example, {})
     except EecompileError:  # one number of rows only, or a row by itself takes another branch
         return
-    for b, s in [(5, 8), *sizes]:
+    assert captured.signature.admits(example)
+    for call in calls:
+        given = inputs(*call)
+        try:
+            want = model(*given)
+        except ZeroDivisionError:
+            continue
+        if captured.signature.admits(given):
+            with torch.no_grad():
+                torch.testing.assert_close(captured.graph_module(*given)[0], want, rtol=1e-5, atol=1e-6)
+
+
+@settings(max_examples=10, deadline=None, derandomize=True)
+@given(st.one_of(st.tuples(st.just(False), ONE), st.tuples(st.just(True), TWO)), CALLS)
+def test_random_branches_at_random_sizes_equal_the_model_or_are_refused(model, calls):
+    check_capture(*model, calls)
+
+
+@pytest.mark.nightly
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.one_of(st.tuples(st.just(False), ONE), st.tuples(st.just(True), TWO)), CALLS)
+def test_many_random_branches_equal_the_model_or_are_refused(model, calls):
+    check_capture(*model, calls)
+
+
+@pytest.mark.nightly
+@settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate])
+@given(ONE, CALLS)
+def test_compiled_models_with_random_branches_equal_the_model_or_refuse(conditions, calls):
+    model = Branching(conditions).eval()
+    try:
+        fast = compiled(model, tokens(5, 8))
+    except (EecompileError, ZeroDivisionError):
+        return
+    for b, s, _ in [(5, 8, 0), *calls]:
         equal_or_refused(fast, model, tokens(b, s))
     assert equal_or_refused(fast, model, tokens(5, 8))
 
