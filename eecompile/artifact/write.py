@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from eecompile.artifact import files
-from eecompile.capture.tensors import ROOT
+from eecompile.capture.tensors import MODEL, ROOT
 from eecompile.errors import ArtifactError
 from eecompile.gates import describe as describe_unit
 from eecompile.heads import Branch, describe
@@ -168,7 +168,7 @@ def _export(exported: ExportedProgram, source: fx.GraphModule, path: Path) -> No
     state = {}
     for name, t in exported.state_dict.items():
         plain = name.removeprefix("m.")
-        present = now.get(plain, now.get(f"{ROOT}.{plain}", t))
+        present = next((now[k] for k in (f"{ROOT}.{plain}", f"{MODEL}.{plain}", plain) if k in now), t)
         state[name] = _on_cpu(present)
     program._state_dict = state
     files.save_program(program, path)

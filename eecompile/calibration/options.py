@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from eecompile.calibration.risk import rows_needed
 from eecompile.errors import CalibrationError, near
+from eecompile.passes import facts
+from eecompile.passes.split_tail import SAME, SIGMOIDS
 from eecompile.training.full import skips
 from eecompile.training.scores import Metric
 
@@ -147,6 +149,13 @@ def _no_classes(fast: CompiledModule) -> str:
     program = getattr(fast, "program", None)
     if program is None or program.prediction is None:
         return ""
+    tail = program.tail
+    if tail is not None and program.prediction in tail.slots:
+        end = facts.output_leaves(tail.module)[tail.slots.index(program.prediction)]
+        while end.target in SAME:
+            end = end.args[0]
+        if end.target in SIGMOIDS:
+            return "a model that ends in a sigmoid: each score is a yes or no of its own"
     return "one score for each row" if program.signature.outputs[program.prediction].shape[-1] == 1 else ""
 
 

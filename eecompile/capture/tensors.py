@@ -13,26 +13,30 @@ from torch import Tensor, fx, nn
 from eecompile.errors import CaptureError
 
 ROOT = "eecompile_root"  # buffers of the model itself: those of a graph itself are settings of its own
+MODEL = "eecompile_model"  # where what has a name that a graph needs for itself stands under its own path
 CONSTANTS = "eecompile_constants"  # tensors that are neither parameters nor buffers
 TAKEN = {n for n in dir(fx.GraphModule) if not hasattr(nn.Module, n) and n[0] != "_"} | {"_graph", "meta"}
 ENTRIES = ("_parameters", "_buffers", "_non_persistent_buffers_set")
 
 
 def name_in_graph(target: str, value: Any, model: nn.Module) -> str:
-    """What a graph calls an attribute of the model.
+    """What a graph calls an attribute of the model: its own path, or one within `MODEL`, `CONSTANTS` or `ROOT`.
 
     Raises:
-        CaptureError: The model's own name for it is one that the graph needs for itself.
+        CaptureError: A parameter of the model itself has a name that the graph needs for itself.
     """
     path, _, name = target.rpartition(".")
     first = target.partition(".")[0]
-    if (path or isinstance(value, nn.Parameter)) and (first.startswith("eecompile_") or first in TAKEN):
-        raise CaptureError(
-            "an attribute of the model has a name that the captured graph needs for itself",
-            where=first,
-            wanted=f"another name than eecompile_*, {', '.join(sorted(TAKEN))}",
-            hint="rename it, or put the model into another module: its attributes then have a path of their own",
-        )
+    if first.startswith("eecompile_") or first in TAKEN:
+        if path:
+            return f"{MODEL}.{target}"
+        if isinstance(value, nn.Parameter):
+            raise CaptureError(
+                "a parameter of the model itself has a name that the captured graph needs for itself",
+                where=first,
+                wanted=f"another name than eecompile_*, {', '.join(sorted(TAKEN))}",
+                hint="rename it, or put the model into another module: its parameters then have a path of their own",
+            )
     if not isinstance(value, Tensor):
         return target
     owner = _submodule(model, path)
@@ -53,6 +57,8 @@ def share_tensors(graph_module: fx.GraphModule, source: nn.Module) -> None:
         shared: tuple[str, ...] = ENTRIES
         if theirs is None and path == ROOT:
             theirs, shared = source, ENTRIES[1:]
+        elif theirs is None and path.startswith(f"{MODEL}."):
+            theirs = _submodule(source, path_in_model(path))
         if own is None or theirs is None or own is theirs:
             continue
         if not path:  # the buffers of a graph itself are settings
@@ -61,6 +67,11 @@ def share_tensors(graph_module: fx.GraphModule, source: nn.Module) -> None:
         elif any(name in getattr(theirs, entries) for entries in ENTRIES[:2]):
             for entries in shared:
                 own.__dict__[entries] = getattr(theirs, entries)
+
+
+def path_in_model(path: str) -> str:
+    """The model's own path of what a graph calls so."""
+    return path.removeprefix(f"{MODEL}.")
 
 
 def entry(graph_module: nn.Module, target: str) -> tuple[dict[str, Any], str]:

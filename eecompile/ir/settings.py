@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from eecompile.errors import StrategyError, near
@@ -224,10 +224,13 @@ class Settings:
             module.register_buffer(name, tensor)
 
     def put_into(self, module: nn.Module, device: torch.device) -> None:
-        """Puts a copy of each tensor in the place of the buffers that `module` and its parts have by these names."""
+        """Puts a copy of each tensor in the place of the buffers that a graph and those within it have by these names.
+
+        What is no graph holds buffers of the user's model, which may be named so too.
+        """
         copies = self._copies(device)
         for part in module.modules():
-            for name in copies.keys() & part._buffers.keys():
+            for name in copies.keys() & part._buffers.keys() if isinstance(part, fx.GraphModule) else ():
                 part._buffers[name] = copies[name]
 
     def _copies(self, device: torch.device) -> dict[str, Tensor]:

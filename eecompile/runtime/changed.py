@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eecompile.capture.adapter import FlatCall, mode
 from eecompile.capture.check import LOOSE, difference
-from eecompile.capture.tensors import entry
+from eecompile.capture.tensors import entry, path_in_model
 from eecompile.capture.untouched import untouched
 from eecompile.errors import CaptureError
 from eecompile.program import Program
@@ -44,7 +44,7 @@ class ModelWatch:
         self._converted: list[tuple[dict[str, Any], str, torch.dtype]] = []
         if model is None or program.front_end != "export" or program.models:
             return
-        targets = {str(n.target).rpartition(".")[0] for n in program.source.graph.nodes if n.op == "get_attr"}
+        targets = {path_in_model(str(n.target)).rpartition(".")[0] for n in program.source.graph.nodes if n.op == "get_attr"}
         self._converted = _first_floating(program)
         used = {".".join(t.split(".")[: i + 1]) for t in targets for i in range(t.count(".") + 1)}
         for path, module in model.named_modules(remove_duplicate=False):

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eecompile import CaptureError, CompiledModule
+from eecompile import CaptureError, CompiledModule, load
 from tests.capture.nets import CLASSES, WIDTH, Net, compiled, made, rows
 from tests.support import compiled as eecompile
 from tests.support import equal_bits
@@ -255,11 +255,37 @@ class Outer(nn.Module):
         return self.inner(x)
 
 
-@pytest.mark.parametrize("name", ["eecompile_heads", "graph", "meta", "code"])
-def test_names_that_the_graph_needs(name):
-    with pytest.raises(CaptureError, match="needs for itself") as caught:
-        compiled(Inner(name).eval(), rows(4))
-    assert f"where:  {name}" in str(caught.value)
-    model, x = Outer(name).eval(), rows(4)
+class Scaled(Inner):
+    """Buffers of the model itself under names that graphs use too."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.register_buffer("eecompile_thresholds", torch.full((CLASSES,), 0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.eecompile_thresholds
+
+
+@pytest.mark.parametrize("kind", [Inner, Outer, Scaled])
+@pytest.mark.parametrize("name", ["eecompile_heads", "eecompile_model", "graph", "meta", "code"])
+def test_names_that_the_graph_needs(name, kind, tmp_path):
+    model, x = kind(name).eval(), rows(4)
+    fast = compiled(model, x)
     with torch.no_grad():
-        equal_bits(compiled(model, x)(x), model(x))
+        equal_bits(fast(x), model(x))
+        for p in model.parameters():
+            p.mul_(0.9)
+        model.load_state_dict({n: 0.5 * t for n, t in model.state_dict().items()}, assign=True)
+        want = model(x)
+        equal_bits(fast(x), want)
+        fast.save(tmp_path / "program")
+        equal_bits(load(tmp_path / "program")(x), want)
+
+
+def test_a_parameter_of_the_model_itself_under_such_a_name_is_refused():
+    model = Net()
+    model.register_parameter("meta", nn.Parameter(torch.ones(CLASSES)))
+    inner, model.forward = model.forward, lambda x: inner(x) * model.meta
+    with pytest.raises(CaptureError, match="needs for itself") as caught:
+        compiled(model.eval(), rows(4))
+    assert "where:  meta" in str(caught.value)

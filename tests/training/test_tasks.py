@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -51,6 +53,23 @@ def test_agreement_of_the_largest_score_is_refused_where_it_is_no_answer(classes
 
     fast.calibrate([(X, fast.full(X))], metric=same_set, max_drop=0.0, delta=None)
     assert same_set(fast(X), fast.full(X)).all()
+
+
+@pytest.mark.parametrize("end", [torch.sigmoid, lambda z: z.sigmoid_(), lambda z: torch.sigmoid(z).clone()])
+def test_agreement_of_a_model_that_ends_in_a_sigmoid_is_refused(end: Any) -> None:
+    class Labels(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layers = nn.Sequential(*[m for _ in range(3) for m in (nn.Linear(8, 8), nn.ReLU())], nn.Linear(8, 4))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = end(self.layers(x))
+            return found
+
+    fast = eecompile(Labels().eval(), strategies.Branchy(exits=1), example_inputs=X)
+    with pytest.raises(CalibrationError, match="ends in a sigmoid"):
+        fast.calibrate([(X, None)], target="agreement")
 
 
 def test_classes_still_agree() -> None:
