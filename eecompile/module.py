@@ -88,6 +88,7 @@ class CompiledModule(nn.Module):
         training_graphs: Graphs for train mode.
         train_mode: What train mode trains, and how gates decide in it.
         guarantee: Of the last `calibrate`; `explain` says whether it still holds.
+        digest: Of the weights, with what they were then, for the guarantee.
         trained_by_loss: Whether `fit` was last given loss=: the largest score may be no answer then.
     """
 
@@ -119,6 +120,7 @@ class CompiledModule(nn.Module):
         self.objectives: dict[str, Objective] = {}
         self.trained_by_loss = False
         self.guarantee: Guarantee | None = None
+        self.digest: tuple[list[Any], str] | None = None
         self.seen = Seen()
         self.eval()
 

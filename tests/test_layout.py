@@ -8,10 +8,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 
 import networkx as nx
 import pytest
+from torch import nn
+
+from eecompile import CompiledModule, Result
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "eecompile"
@@ -188,3 +192,9 @@ def test_triton_is_imported_by_the_kernels_alone() -> None:
             if any(n.partition(".")[0] == "triton" for n in names):
                 users.add(unit_of(module_of(path)))
     assert users <= {"kernels"}
+
+
+def test_the_compiled_module_and_its_result_stay_small() -> None:
+    """One `nn.Module` that holds what it needs, and a result that a person can take in."""
+    assert CompiledModule.__bases__ == (nn.Module,)
+    assert len(fields(Result)) <= 8

@@ -97,12 +97,9 @@ def fingerprint(fast: CompiledModule) -> dict[str, str]:
 def _digest(fast: CompiledModule, parameters: list[nn.Parameter]) -> str:
     """Of the bytes of all parameters, whatever their order; computed again only where one was written to."""
     state = [(p.data_ptr(), p._version, p.dtype) for p in parameters]
-    known = fast.__dict__.get("_digest")
-    if known is None or known[0] != state:
-        known = state, _digest_of(parameters)
-        fast.__dict__["_digest"] = known
-    found: str = known[1]
-    return found
+    if fast.digest is None or fast.digest[0] != state:
+        fast.digest = state, _digest_of(parameters)
+    return fast.digest[1]
 
 
 def _digest_of(parameters: list[nn.Parameter]) -> str:
