@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -114,7 +115,9 @@ def _aoti(program: Program, settings: Settings, description: Description, path: 
         "always_keep_tensor_constants": True,
     }
     try:
-        torch._inductor.aoti_compile_and_package(loaded, package_path=str(path), inductor_configs=options)
+        with warnings.catch_warnings():  # of the compiler about itself
+            warnings.simplefilter("ignore")
+            torch._inductor.aoti_compile_and_package(loaded, package_path=str(path), inductor_configs=options)
     except OSError:
         raise
     except Exception as error:  # the compiler raises many unrelated types

@@ -11,11 +11,12 @@ from pathlib import Path
 import pytest
 from typer.main import get_command
 
-from eecompile import criteria, heads, inspect, module, strategies
+from eecompile import criteria, heads, inspect, strategies
 from eecompile.capture import FRONT_ENDS
 from eecompile.cli import names
 from eecompile.cli.app import app
 from eecompile.export import TARGETS
+from eecompile.runtime import engine
 from tests.cli.shell import ROOT, call, environment, process
 
 COMMANDS = ("rewrite", "inspect", "fit", "calibrate", "evaluate", "run", "bench", "export", "strategies", "doctor", "demo")
@@ -109,8 +110,8 @@ def test_names_for_completion_are_those_of_the_code() -> None:
     assert set(names.HEADS) == {*heads.HEADS, "auto", "shared"}
     assert set(names.CRITERIA) == set(criteria.CRITERIA)
     assert set(names.FORMATS) == set(inspect.FORMATS)
-    assert names.EXECUTORS == module.EXECUTORS
-    assert names.BACKENDS == module.BACKENDS
+    assert names.EXECUTORS == engine.EXECUTORS
+    assert names.BACKENDS == engine.BACKENDS
     assert names.CAPTURES == FRONT_ENDS
     assert set(names.RUNTIMES) == set(TARGETS)
 
