@@ -12,7 +12,7 @@ EXECUTORS = ("auto", "reference", "compact", "simulate", "device")
 BACKENDS = ("eager", "inductor")
 CAPTURES = ("export", "blocks")
 TARGETS = ("accuracy", "agreement")
-RUNTIMES = ("pt2", "onnx", "aoti", "openvino", "stages")
+RUNTIMES = ("pt2", "onnx", "openvino", "stages")
 LEVELS = (
     "source",
     "normalize",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from torch import Tensor
 from eecompile.errors import EecompileError, ExportError
 from eecompile.export.description import KEY, Description
 from eecompile.export.files import FOLDER
-from eecompile.export.targets import AOTI_MARK, TARGETS, require
+from eecompile.export.targets import TARGETS, require
 
 Call = Callable[[Sequence[Tensor]], Sequence[Any]]
 
@@ -54,7 +53,7 @@ def opened(path: Any) -> Opened:
     if not place.exists():
         raise ExportError("there is no exported program", where=str(place), hint="write one with fast.export(...)")
     kinds = {".onnx": "onnx", ".xml": "openvino", "": "stages"}
-    target = kinds.get(place.suffix) or ("aoti" if _is_aoti(place) else "pt2")
+    target = kinds.get(place.suffix, "pt2")
     require(TARGETS[target].extra, TARGETS[target].packages)
     with _runtime_errors("the runtime could not load the program", str(place)):
         return OPENERS[target](place)
@@ -70,16 +69,6 @@ def _runtime_errors(what: str, where: str | None = None) -> Iterator[None]:
         raise ExportError(what, where=where, got=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}") from error
 
 
-def _is_aoti(path: Path) -> bool:
-    try:
-        with zipfile.ZipFile(path) as archive:
-            return any(AOTI_MARK in name for name in archive.namelist())
-    except (OSError, zipfile.BadZipFile) as error:
-        raise ExportError(
-            "this is no exported program of eecompile", where=str(path), got=f"{type(error).__name__}: {error}"
-        ) from error
-
-
 def _open_pt2(path: Path) -> Opened:
     extra = {f"{KEY}.json": ""}
     program = torch.export.load(path, extra_files=extra)
@@ -88,15 +77,6 @@ def _open_pt2(path: Path) -> Opened:
     if len(names) == 1:
         return Opened(description, lambda flat: module(flat[0]))
     return Opened(description, lambda flat: module(**dict(zip(names, flat, strict=True))))
-
-
-def _open_aoti(path: Path) -> Opened:
-    loaded: Any = torch._inductor.aoti_load_package(str(path))
-    description = Description.from_json(loaded.get_metadata().get(KEY), str(path))
-    names = description.inputs
-    if len(names) == 1:
-        return Opened(description, lambda flat: loaded(flat[0]))
-    return Opened(description, lambda flat: loaded(**dict(zip(names, flat, strict=True))))
 
 
 def _open_onnx(path: Path) -> Opened:
@@ -145,7 +125,6 @@ def _open_stages(path: Path) -> Opened:
 
 OPENERS: dict[str, Callable[[Path], Opened]] = {
     "pt2": _open_pt2,
-    "aoti": _open_aoti,
     "onnx": _open_onnx,
     "openvino": _open_openvino,
     "stages": _open_stages,

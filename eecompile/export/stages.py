@@ -123,7 +123,7 @@ def steps_of(program: Program, settings: Settings) -> list[Step]:
                 "a stage is straight-line code, and here rows part ways within one",
                 where=inside[0],
                 wanted="a program with exits alone",
-                hint='targets "pt2", "onnx", "openvino" and "aoti" have conditions inside; or close what chooses first',
+                hint='targets "pt2", "onnx" and "openvino" have conditions inside; or close what chooses first',
             )
     own = dict(zip((leaf.node for leaf in segments[0].inputs), input_names(program), strict=True))
     names = dict(own)

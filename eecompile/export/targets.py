@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -105,29 +104,6 @@ def _onnx(program: Program, settings: Settings, description: Description, path: 
     write(program, settings, description, path)
 
 
-def _aoti(program: Program, settings: Settings, description: Description, path: Path) -> None:
-    # A program that was saved and loaded compiles; one that is still in memory leaves sizes of branches unbound.
-    loaded = torch.export.load(io.BytesIO(archive(lower_cond(program, settings), description)))
-    options = {
-        "aot_inductor.metadata": {KEY: description.to_json()},
-        # settings that were folded into the code could not be set later
-        "joint_graph_constant_folding": False,
-        "always_keep_tensor_constants": True,
-    }
-    try:
-        with warnings.catch_warnings():  # of the compiler about itself
-            warnings.simplefilter("ignore")
-            torch._inductor.aoti_compile_and_package(loaded, package_path=str(path), inductor_configs=options)
-    except OSError:
-        raise
-    except Exception as error:  # the compiler raises many unrelated types
-        raise ExportError(
-            "AOTInductor could not compile the program",
-            got=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}",
-            hint='a C++ compiler must be there (g++ or clang++); target="pt2" needs none',
-        ) from error
-
-
 def _openvino(program: Program, settings: Settings, description: Description, path: Path) -> None:
     import openvino
 
@@ -151,13 +127,10 @@ def _stages(program: Program, settings: Settings, description: Description, path
     write(program, settings, description, path)
 
 
-AOTI_MARK = "data/aotinductor/"
-"""Part of the names in an archive that AOTInductor wrote."""
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 TARGETS = {
     "pt2": Target(".pt2", "", (), _pt2),
     "onnx": Target(".onnx", "onnx", ONNX, _onnx),
-    "aoti": Target(".pt2", "", (), _aoti),
     "stages": Target("", "onnx", ONNX, _stages),
     "openvino": Target(".xml", "openvino", (*ONNX, "openvino"), _openvino),
 }

@@ -14,13 +14,11 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
-from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 import eecompile.ops as ops
 from eecompile.errors import EecompileError, ExportError
@@ -42,10 +40,6 @@ PLAIN: dict[Any, Callable[..., Any]] = {
     torch.ops.eecompile.gate.default: gate.gate,
     torch.ops.eecompile.halt.default: halt.halt,
 }
-
-_FEWEST = ContextVar("fewest surviving rows", default=1)
-"""Rows that a stage is traced with at least. `torch.export` itself traces a dynamic batch as if it were 2 or more, and what
-comes out runs on one row; survivors are traced so only where an operator asks."""
 
 Tensors = Mapping[Any, Tensor]
 """The traced value of every parameter, buffer and setting; see `_key`."""
@@ -78,49 +72,19 @@ def lower_cond(program: Program, settings: Settings, settings_are_inputs: bool =
         example |= held
         shapes |= {n: {} for n in held}
         module.take_settings()
-    return traced(module, example, shapes, keep_checks=settings_are_inputs)
+    return traced(module, example, shapes)
 
 
-def _drop_checks(exported: ExportedProgram) -> None:
-    """Removes run-time checks of how many rows survive: one row is no fault."""
-    for module in exported.graph_module.modules():
-        if isinstance(module, fx.GraphModule):
-            for n in list(module.graph.nodes):
-                if n.target is torch.ops.aten._assert_scalar.default:
-                    module.graph.erase_node(n)
-            module.graph.eliminate_dead_code()
-            module.recompile()
-
-
-def traced(
-    module: nn.Module, example: Mapping[str, Tensor], shapes: Mapping[str, Any], keep_checks: bool = True
-) -> ExportedProgram:
+def traced(module: nn.Module, example: Mapping[str, Tensor], shapes: Mapping[str, Any]) -> ExportedProgram:
     """A module through `torch.export`; one input is a positional argument, several are given by name.
-
-    Args:
-        keep_checks: Whether checks of how many rows survive stay where they are stricter than what is true: a translation
-            has to know them, and leaves them out.
 
     Raises:
         ExportError: torch cannot export it, or an operator of this package is left in it.
     """
     args, kwargs = (tuple(example.values()), {}) if len(example) == 1 else ((), dict(example))
-
-    def export() -> ExportedProgram:
-        with torch.no_grad():
-            return torch.export.export(module, args, kwargs, dynamic_shapes=dict(shapes), strict=False)
-
     try:
-        try:
-            exported = export()
-        except GuardOnDataDependentSymNode:  # an operator asks whether it is given a single row, to copy or not
-            token = _FEWEST.set(2)
-            try:
-                exported = export()
-            finally:
-                _FEWEST.reset(token)
-            if not keep_checks:
-                _drop_checks(exported)
+        with torch.no_grad():
+            exported = torch.export.export(module, args, kwargs, dynamic_shapes=dict(shapes), strict=False)
     except EecompileError:
         raise
     except Exception as error:  # torch.export raises many unrelated types
@@ -411,7 +375,7 @@ def either(
 def positions(mask: Tensor) -> Tensor:
     """Positions [m] int64 of the rows that a mask [n] marks; only called where it marks one."""
     rows = mask.nonzero().squeeze(-1)
-    torch._check(rows.shape[0] >= _FEWEST.get())  # type: ignore[no-untyped-call]  # operators ask what they are given
+    torch._check(rows.shape[0] > 0)  # type: ignore[no-untyped-call]  # operators ask whether they are given nothing
     return rows
 
 

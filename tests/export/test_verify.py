@@ -100,7 +100,7 @@ def test_a_row_next_to_a_threshold_is_listed_apart(written: tuple[Program, Path]
 
 @pytest.mark.parametrize(
     ("content", "says"),
-    [(None, "no exported program"), (b"nothing", "no exported program"), (b"PK\5\6" + bytes(18), "could")],
+    [(None, "no exported program"), (b"nothing", "could not load"), (b"PK\5\6" + bytes(18), "could")],
 )
 def test_files_of_others_are_refused(
     written: tuple[Program, Path], tmp_path: Path, content: bytes | None, says: str
@@ -120,10 +120,9 @@ def test_a_program_of_torch_alone_is_refused(written: tuple[Program, Path], tmp_
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize(("target", "name"), [("onnx", "net.onnx"), ("openvino", "net.xml"), ("aoti", "net.pt2")])
+@pytest.mark.parametrize(("target", "name"), [("onnx", "net.onnx"), ("openvino", "net.xml")])
 def test_every_runtime_is_right(written: tuple[Program, Path], tmp_path: Path, target: str, name: str) -> None:
-    if target != "aoti":
-        pytest.importorskip({"onnx": "onnxruntime"}.get(target, target))
+    pytest.importorskip({"onnx": "onnxruntime"}.get(target, target))
     program = written[0]
     path = program.fast.export(tmp_path / name, target=target)
     assert sorted(tmp_path.iterdir()) == sorted({path, *tmp_path.glob("net.bin")})
