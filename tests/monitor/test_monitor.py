@@ -108,7 +108,7 @@ def test_closing_takes_the_next_safer_settings_then_none(fast):
     with pytest.warns(DriftWarning):
         watch.take([0] * 50, differ=[1] * 50)
     spent.append(watch.state.spent)
-    assert fast.settings == fast.settings.neutral()
+    assert fast.settings == fast.settings.neutral() and fast.guarantee.void(fast) == ""
     assert spent == [pytest.approx(0.025), pytest.approx(0.0375)]
 
 
