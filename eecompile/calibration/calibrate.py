@@ -55,6 +55,7 @@ from eecompile.training.batches import device_of, require_repeatable
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
 
+AGAINST = "the drop is against the trained model at its own end; evaluate compares with the model as it was given"
 RAMP = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 
 
@@ -120,7 +121,7 @@ class Exits:
         self.settings = settings
         self.keep_open = options.stays_open(fast)
         self.costs = remembered(lambda is_open: fast.costs(is_open, settings))
-        self.notes: list[str] = []
+        self.notes: list[str] = [AGAINST] if getattr(fast, "given", None) is not None else []
         self.nll: list[tuple[float | None, float | None]] = [(None, None)] * (len(fast.exits) + 1)
 
     def calibrated(self) -> CalibrationReport:

@@ -80,8 +80,7 @@ def fit(
         lr: Learning rate of the heads.
         trunk_lr: Learning rate of the trunk, a tenth of `lr` by default.
         train_in_place: The trunk is trained in the user's model itself, which changes with it. By default in a copy, made
-            when the trunk is first trained: the user's model stays as it is, and `full`, `evaluate` and `calibrate`
-            compare with that.
+            when the trunk is first trained: the user's model stays as it is, and `full` and `evaluate` compare with that.
         weight_decay: Of the default AdamW, 0.01 by default. On kept features chosen where none is given; for linear heads
             it is that of `weight_decay / 2 * ||W||^2` over standardised features.
         optimizer: Makes an optimizer from parameter groups (dicts with "params", "lr", "weight_decay").

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from eecompile import CaptureError, EecompileError, eecompile, load, strategies
+from eecompile.calibration.calibrate import AGAINST
 from eecompile.own_trunk import COPIED, IN_PLACE, NOT_SAVED
 from tests.kinds import KINDS
 from tests.support import Fingerprint, agree, close, equal_bits
@@ -95,6 +96,13 @@ def test_a_second_fit_goes_on_and_new_weights_of_the_model_do_not_reach_the_trai
     fast.fit([(X, Y)], **FAST)
     assert all(a is b for a, b in zip(own, fast.trunk_parameters(), strict=True))
     assert not torch.equal(fast(X), first)
+
+
+def test_calibrate_names_what_it_compares_with() -> None:
+    fast = eecompile(Residual().eval(), strategies.Branchy(exits=1, trunk=True), example_inputs=X)
+    assert AGAINST not in fast.calibrate([(X, Y)], max_drop=0.5, delta=None).notes
+    fast.fit([(X, Y)], **FAST)
+    assert AGAINST in fast.calibrate([(X, Y)], max_drop=0.5, delta=None).notes
 
 
 def test_in_place_says_so() -> None:
