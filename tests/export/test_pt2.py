@@ -18,7 +18,7 @@ from tests.kinds import KINDS, Program
 from tests.support import CLOSED, run_by
 
 REFUSED = {"captured as blocks": "captured as blocks", "halting per position": "halting at each position"}
-QUICK = ("exits by energy", "patience", "gates", "widths and exits", "router to branches", "cascade")
+QUICK = ("exits by energy", "patience", "gates", "router to branches")
 KIND = [pytest.param(k, marks=() if k in QUICK else pytest.mark.nightly) for k in KINDS if k not in REFUSED]
 
 
