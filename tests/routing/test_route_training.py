@@ -31,6 +31,7 @@ def trained_tower() -> Tower:
                 optimizer.zero_grad()
                 nn.functional.cross_entropy(model(x), y).backward()
                 optimizer.step()
+    model.zero_grad()
     return model.eval()
 
 
