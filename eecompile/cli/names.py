@@ -16,6 +16,7 @@ RUNTIMES = ("pt2", "onnx", "openvino", "stages")
 LEVELS = (
     "source",
     "normalize",
+    "unfold",
     "split_tail",
     "share",
     "annotate",
