@@ -31,7 +31,11 @@ class NamedForward:
         self.__doc__ = function.__doc__
 
     def __get__(self, fast: Any, owner: Any = None) -> Any:
-        return self.function if fast is None else Named(self.function, fast)
+        if fast is None:
+            return self.function
+        if torch.compiler.is_compiling():  # a trace needs no signature, and would follow this object into itself
+            return MethodType(self.function, fast)
+        return Named(self.function, fast)
 
 
 class Named:

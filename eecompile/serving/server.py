@@ -199,9 +199,8 @@ class RowServer:
                 self._running = batch
                 self._run(batch)
                 self._running = []
-        except BaseException as e:
+        except BaseException as e:  # noqa: BLE001 (whatever ends this thread is reported to those who wait)
             self._fail(e)
-            raise
 
     def _next(self) -> list[_Request] | None:
         """The next rows that run together; None when the server is closed and nothing waits."""

@@ -69,7 +69,6 @@ def test_names_positions_and_none(options):
         ((rows(3), rows(3, 1)), {}, ["too many positional arguments", "at most 1: x"]),
         ((rows(3),), {"scale": rows(3, 1), "x": rows(3)}, ["given twice", "where:  x"]),
         ((rows(3),), {"scael": rows(3, 1)}, ["no such argument", "did you mean scale"]),
-        ((rows(3),), {"scale": rows(3, 1), "labels": rows(3)}, ["no such argument", "fit, calibrate and evaluate"]),
         ((rows(3),), {"scale": rows(3, 1), "twice": False}, ["differs from the value that was captured", "got:    False"]),
         ((rows(3).tolist(),), {"scale": rows(3, 1)}, ["other arguments", "x: list"]),
         ((rows(3).double(),), {"scale": rows(3, 1)}, ["where:  x", "float64[3, 16]", "x: float32[batch, 16]", "convert"]),

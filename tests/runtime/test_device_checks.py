@@ -77,7 +77,7 @@ def test_a_problem_says_where_in_the_models_code(bert):
 
 
 def test_the_report_is_data_and_text(bert):
-    report = bert.check_no_sync()
+    report = bert.check_no_sync(**ZOO["bert"].inputs(4)[1])
     assert report.to_dict()["ok"] is True
     assert "no synchronisation: ok" in str(report)
     assert len(report.programs) == 3  # the example's batch, one row, and that with a deadline

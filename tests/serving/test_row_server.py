@@ -189,7 +189,6 @@ def test_an_error_fails_its_batch_alone(fast: CompiledModule, rows: Tensor, monk
         same(fast, rows[:1], [server(rows[:1])])
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_worker_that_dies_fails_what_waits(fast: CompiledModule, rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     server = RowServer(fast, max_batch=1, max_wait_ms=0)
     held = Held(server, monkeypatch, SystemExit("killed"))
