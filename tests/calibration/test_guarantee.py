@@ -48,7 +48,8 @@ def violations(delta, max_drop, target="accuracy", criterion=None, trials=TRIALS
 @pytest.mark.parametrize(
     ("max_drop", "delta", "options"),
     [
-        (0.05, 0.1, {}),
+        (0.05, 0.1, {"temperature": False}),
+        nightly(0.05, 0.1, {}),
         nightly(0.03, 0.2, {"temperature": False}),
         nightly(0.08, 0.1, {"target": "agreement", "temperature": False}),
         nightly(0.08, 0.2, {"criterion": Patience(exits_in_agreement=2), "temperature": False}),

@@ -429,7 +429,7 @@ def test_passes_in_another_order_are_reported() -> None:
 # ------------------------------------------------------------------------------------------------ again and again
 
 
-@pytest.mark.parametrize("head", ["auto", "mlp"])
+@pytest.mark.parametrize("head", [pytest.param("auto", marks=pytest.mark.nightly), "mlp"])
 def test_equal_bit_for_bit(head: str) -> None:
     loader = DataLoader(TensorDataset(*pictures()), 16, shuffle=True)
     one, two = (compiled(strategies.Branchy(exits=["first", "second"], head=head), pictures()) for _ in range(2))
