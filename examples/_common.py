@@ -101,6 +101,7 @@ def fitted(
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoints = path.with_suffix(".checkpoints")
     options_of_fit = {"checkpoint_every": 50, "checkpoint_dir": checkpoints, "progress": console.is_terminal, **fit}
+    options_of_fit["train_in_place"] = True  # the weights that are kept, and that a second program starts from
     if bf16 and any(torch.cpu.get_capabilities().get(unit) for unit in ("amx_bf16", "avx512_bf16")):
         from accelerate import Accelerator
 
