@@ -51,6 +51,7 @@ from eecompile.calibration.temperature import fit_temperature, negative_log_like
 from eecompile.errors import CalibrationError
 from eecompile.ir.settings import EXITS, TEMPERATURES, Settings
 from eecompile.training.batches import device_of, require_repeatable
+from eecompile.training.subgroups import check_groups
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -105,6 +106,7 @@ def calibrate(fast: CompiledModule, loader: Iterable[Any], **options: Any) -> Ca
 
 
 def source_of(fast: CompiledModule, loader: Iterable[Any], options: Options) -> Source:
+    check_groups(options.groups, loader)
     return Source(fast, loader, options, device_of(fast))
 
 

@@ -199,6 +199,8 @@ class Monitor:
         self.lock = threading.RLock()
         self.generator = torch.Generator().manual_seed(options.seed)
         self.waiting: OrderedDict[Any, tuple[int, int]] = OrderedDict()
+        if self.path is not None and not self.path.parent.is_dir():
+            raise CalibrationError("the monitor's state cannot be written", where=str(self.path), got="no such directory")
         if self.path is not None and self.path.exists():
             self.load(self.path)
 

@@ -301,10 +301,10 @@ def _refuse(config: Any, model_kwargs: dict[str, Any], ids: Tensor, streamer: An
         "output_attentions": config.output_attentions or None,
         "output_hidden_states": config.output_hidden_states or None,
         "cache_implementation": config.cache_implementation,
-        "use_cache=False": True if config.use_cache is False else None,
+        "use_cache=False": "use_cache=False" if config.use_cache is False else None,
         "guidance_scale": config.guidance_scale if config.guidance_scale not in (None, 1, 1.0) else None,
-        "a prompt of length 0": True if ids.shape[1] == 0 else None,
         "inputs_embeds": True if model_kwargs.get("inputs_embeds") is not None else None,
+        "a prompt of length 0": True if ids.shape[1] == 0 else None,
     }
     for what, got in wrong.items():
         if got is not None:

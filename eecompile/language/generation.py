@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eecompile.errors import StrategyError
 from eecompile.language.cache import SlotCache, Slots
 from eecompile.language.lookup import lookup
 from eecompile.language.noise import gumbel
@@ -157,6 +158,11 @@ class Generation:
 
     def _prefill(self, ids: Tensor, attention_mask: Tensor, before: Any) -> None:
         start = 0 if before is None else before.get_seq_length()
+        if start >= ids.shape[1] or (start and any(layer.keys.shape[2] != start for layer in before.layers)):
+            raise StrategyError(
+                "past_key_values= must hold a beginning of the prompt, without its last token, in every layer",
+                got=f"{start} of {ids.shape[1]} tokens",
+            )
         if start:
             self.cache.load(before, start)
         batch, length = ids.shape

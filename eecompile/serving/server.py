@@ -14,7 +14,10 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from eecompile import anytime
 from eecompile.errors import EecompileError, StrategyError
+from eecompile.passes import facts
+from eecompile.runtime.limits import Limits
 from eecompile.serving.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -181,12 +184,20 @@ class RowServer:
         rows = signature.batch_size(flat)
         if rows != 1:
             raise StrategyError("submit() takes one row", got=f"{rows} rows", hint="submit each row by itself")
+        device = facts.device_of(self.fast.graph_module)
+        for t, leaf in zip(flat, signature.inputs, strict=True):
+            if t.device != device:
+                raise StrategyError("an input is on another device", where=leaf.path, got=t.device, wanted=device)
+        limits = Limits(deadline_ms, budget)
+        if limits:
+            anytime.resolved(self.fast, limits)
         leaves, spec = pytree.tree_flatten((args, kwargs))
         axis_of = {id(t): leaf.batch_axis for t, leaf in zip(flat, signature.inputs, strict=True)}
         axes = tuple(axis_of.get(id(t), 0) if isinstance(t, Tensor) else None for t in leaves)
         key = (str(spec), *((tuple(t.shape), t.dtype) if isinstance(t, Tensor) else t for t in leaves))
-        deadline = None if deadline_ms is None else time.perf_counter() + deadline_ms / 1e3
-        return _Request(leaves, spec, axes, key, deadline, budget)
+        leaves = [t.clone() if isinstance(t, Tensor) else t for t in leaves]  # the caller may write to its own meanwhile
+        deadline = None if limits.deadline_ms is None else time.perf_counter() + limits.deadline_ms / 1e3
+        return _Request(leaves, spec, axes, key, deadline, limits.budget)
 
     # ------------------------------------------------------------------ the worker
 

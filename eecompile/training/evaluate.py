@@ -15,7 +15,7 @@ from eecompile.training.evaluation_report import EvaluationReport, ExitRow, Gate
 from eecompile.training.full import branches, full_prediction, gate_names, halts
 from eecompile.training.route_report import RouteShare, route_shares
 from eecompile.training.scores import Metric, agreement, check_labels, measure, right
-from eecompile.training.subgroups import GroupRow, group_rows, groups_of, indexed
+from eecompile.training.subgroups import GroupRow, check_groups, group_rows, groups_of, indexed
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -62,6 +62,7 @@ def evaluate(
         report = evaluate(fast, loader, metric=metric, budgets=budgets, groups=groups)
         report.curve = halting_curve(fast, loader, metric, curve)
         return report
+    check_groups(groups, loader)
     device = device_of(fast)
     seen = Seen(metric, groups)
     for batch in batches(loader, device):

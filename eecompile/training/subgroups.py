@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from rich.console import RenderableType
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from eecompile.errors import EecompileError
 from eecompile.training.batches import Batch
@@ -72,6 +73,25 @@ def upper_tail(k: int, n: int, p: float) -> float:
     i = torch.arange(k, n + 1, dtype=torch.float64)
     choose = math.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1)
     return float(torch.logsumexp(choose + i * math.log(p) + (n - i) * math.log1p(-p), 0).exp())
+
+
+def check_groups(groups: Any, loader: Any) -> None:
+    """Whether a column of groups belongs to the rows in the order in which the loader gives them.
+
+    Raises:
+        EecompileError: A `DataLoader` that draws rows in another order than that of its data.
+    """
+    if groups is None or callable(groups) or isinstance(groups, str) or not isinstance(loader, DataLoader):
+        return
+    batches = loader.batch_sampler
+    sampler = loader.sampler if batches is None else getattr(batches, "sampler", batches)
+    if not isinstance(loader.dataset, IterableDataset) and type(sampler) is not SequentialSampler:
+        raise EecompileError(
+            "a column of groups belongs to rows in the order of the data, and this loader draws them in another one",
+            got=type(sampler).__name__,
+            wanted="a DataLoader with shuffle=False",
+            hint="or pass a callable: groups=lambda inputs, labels: ...",
+        )
 
 
 def groups_of(groups: Any, batch: Batch, start: int, n: int) -> list[Any]:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.data import DataLoader, TensorDataset
 
 from eecompile.calibration import collect as collecting
 from eecompile.calibration.baselines import auroc
@@ -451,3 +452,15 @@ def test_a_large_set_takes_seconds():
     started = time.process_time()
     assert calibrated(Drawn(exits=6), loader(x, y, 5000), max_drop=0.02).qualified
     assert time.process_time() - started < 20
+
+
+def test_a_column_of_groups_needs_rows_in_order():
+    groups = [i % 2 for i in range(len(Y))]
+    data = TensorDataset(X, Y)
+    fast = Drawn()
+    shuffled = DataLoader(data, 64, shuffle=True)
+    for call in (lambda: calibrated(fast, shuffled, groups=groups), lambda: evaluate(fast, shuffled, groups=groups)):
+        with pytest.raises(EecompileError, match="in the order of the data"):
+            call()
+    assert calibrated(fast, DataLoader(data, 64), groups=groups).by_group
+    assert calibrated(fast, shuffled, groups=lambda inputs, labels: labels % 2).by_group

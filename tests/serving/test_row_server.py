@@ -96,6 +96,14 @@ def test_rows_that_leave_early_are_answered_while_others_go_on(fast: CompiledMod
     assert order == ["early", "late"]
 
 
+def test_a_caller_may_write_to_its_tensor_after_submit(fast: CompiledModule, rows: Tensor) -> None:
+    with RowServer(fast, max_batch=2, max_wait_ms=50) as server:
+        mine = rows[:1].clone()
+        future = server.submit(mine)
+        mine.zero_()
+        same(fast, rows[:1], [future.result(30)])
+
+
 def test_many_threads_lose_nothing(fast: CompiledModule, rows: Tensor) -> None:
     found: dict[int, Answer] = {}
     with RowServer(fast, max_batch=32, max_queue=10_000) as server:
@@ -144,7 +152,7 @@ def test_budget_and_deadline_stop_a_row(fast: CompiledModule, rows: Tensor) -> N
         assert (a.exit, a.final, a.stopped) == ("exit_0", False, "budget") and a.cost == pytest.approx(costs[0])
         b = server(last, deadline_ms=0)
         assert (b.exit, b.final, b.stopped) == ("exit_0", False, "deadline")
-        c = server(last, deadline_ms=60_000, budget=10.0)
+        c = server(last, deadline_ms=60_000, budget=fast.costs([True, True]).tolist()[-1])
         assert (c.exit, c.final, c.stopped) == ("model", True, None)
 
 
@@ -210,6 +218,11 @@ def test_bad_requests_are_refused_at_once(fast: CompiledModule, rows: Tensor) ->
             server.submit(rows[:2])
         with pytest.raises(CaptureError):
             server.submit(torch.randn(1, 7))
+        with pytest.raises(StrategyError, match="another device"):
+            server.submit(torch.randn(1, 8, device="meta"))
+        for limits in ({"budget": -5}, {"budget": float("nan")}, {"deadline_ms": "5"}):
+            with pytest.raises(StrategyError):
+                server.submit(rows[:1], **limits)
     with pytest.raises(ServerClosed):
         server.submit(rows[:1])
     with pytest.raises(StrategyError, match="max_batch"):
