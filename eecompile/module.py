@@ -22,6 +22,7 @@ from eecompile.calibration.budget import budget_curve, calibrate_budget
 from eecompile.calibration.calibrate import calibrate
 from eecompile.calibration.guarantee import Guarantee, guarantee_of, said
 from eecompile.calibration.monitor import Monitor, MonitorOptions
+from eecompile.capture.adapter import mode
 from eecompile.costs import CostModel
 from eecompile.criteria import MaxProbability
 from eecompile.errors import CaptureError, EecompileError, StrategyError
@@ -618,13 +619,10 @@ class CompiledModule(nn.Module):
 
     @contextlib.contextmanager
     def _mode(self, training: bool) -> Iterator[None]:
-        flags = {m: m.training for m in self.modules()}
         try:
-            self.train(training)
-            yield
+            with mode(self, training):
+                yield
         finally:
-            for m, flag in flags.items():
-                m.training = flag
             self.live.follow(self.training)
 
     # ------------------------------------------------------------------ executors

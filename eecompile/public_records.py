@@ -69,9 +69,9 @@ class GateRecord:
         region: What it may skip: a block, or a part of one; "... at 50%" where it opens a width of it.
         kind: "block", "attention", "mlp", "part", "branch", or "width" where it only makes its part wider.
         depth: Fraction of the full model's cost spent before it.
-        threshold: Score from which it is open; 0 is always open, above 1 always shut.
+        threshold: Score from which it is open; 0 is always open, above 1 always closed.
         head: The unit that gives the score; one for all gates where it is a policy.
-        saves: What it saves when shut, as a fraction of the full model's cost.
+        saves: What it saves when closed, as a fraction of the full model's cost.
         head_cost: Cost of the score, as a fraction of the full model's.
     """
 

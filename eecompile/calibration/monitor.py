@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import threading
 import warnings
 from collections import OrderedDict
@@ -27,6 +26,7 @@ from eecompile.calibration.sequences import LowerBound, MeanAbove, mix_evidence,
 from eecompile.errors import CalibrationError, DriftWarning, near
 from eecompile.ir.settings import EXITS
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
+from eecompile.writing import write_whole
 
 REACTIONS = ("warn", "close", "recalibrate")
 FORMAT = "eecompile monitor"
@@ -368,16 +368,12 @@ class Monitor:
     def save(self, path: str | Path) -> None:
         """Writes the state as JSON, in one step."""
         place = Path(path)
-        part = place.with_name(f".{place.name}.{os.getpid()}.part")
         with self.lock:
             text = json.dumps(self.state.to_dict(), allow_nan=False)
         try:
-            part.write_text(text, encoding="utf-8")
-            os.replace(part, place)
+            write_whole(place, text)
         except OSError as error:
             raise CalibrationError("the monitor's state cannot be written", where=str(place), got=str(error)) from error
-        finally:
-            part.unlink(missing_ok=True)
 
     def load(self, path: str | Path) -> None:
         """Goes on from a saved state.

@@ -56,7 +56,7 @@ class GateRecipe:
         always_on: Names with wildcards of regions that stay without a gate.
         min_open: At least this many gates let a row in.
         ungated: The first so many regions stay without a gate, so that every row runs them.
-        monotone: A gate that is shut for a row shuts all later ones.
+        monotone: A gate that is closed for a row closes all later ones.
         mask: Name of the input that marks padding, None to find it.
         max_unit_share: A gate whose score costs more than this fraction of its region is refused.
         widths: Shares of hidden channels, ascending, that regions and pairs of layers elsewhere may run with; empty for

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from collections.abc import Iterable
 from importlib.resources import files
 from io import StringIO
@@ -14,6 +12,7 @@ from eecompile.calibration.guarantee import said
 from eecompile.errors import EecompileError, MissingDependencyError, near
 from eecompile.report.figures import PLOTS
 from eecompile.report.gather import Example, Gathered, frontier, gather
+from eecompile.writing import write_whole
 
 KINDS = tuple(PLOTS)
 
@@ -65,15 +64,10 @@ def report(fast: Any, path: str | Path, loader: Iterable[Any]) -> Path:
         examples=[("Left early and right", _shown(found.early_right)), ("Left early and wrong", _shown(found.early_wrong))],
         rows=found.evaluation.rows,
     )
-    handle, name = tempfile.mkstemp(dir=path.parent, suffix=".html")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-        os.replace(name, path)
+        write_whole(path, text)
     except OSError as e:
         raise EecompileError("the report cannot be written", where=str(path), got=str(e)) from e
-    finally:
-        Path(name).unlink(missing_ok=True)
     return path
 
 

@@ -305,7 +305,7 @@ class RowServer:
         return Answer(output, names[index], index, float(result.confidence[row]), float(result.cost[row]), final, stopped)
 
     def _fail(self, error: BaseException) -> None:
-        """The worker dies: nobody waits for ever."""
+        """The worker dies: every request that waits fails, and none waits for ever."""
         with self._changed:
             self._closed = error
             lost = [*self._running, *self._queue]

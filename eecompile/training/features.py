@@ -375,7 +375,7 @@ def _mask(slot: Slot) -> tuple[str, ...]:
 
 
 def in_order(loader: Iterable[Any]) -> Iterable[Any]:
-    """A loader that shuffles, without its shuffling: which row is which can then be told in every pass."""
+    """A loader that shuffles, without its shuffling: rows have the same places in every pass."""
     if type(loader) is not DataLoader or type(loader.batch_sampler) is not BatchSampler:
         return loader
     sampler = loader.sampler

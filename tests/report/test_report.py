@@ -64,7 +64,7 @@ def test_page_stands_alone(fast: CompiledModule, data: Data, tmp_path: Path) -> 
     assert f"{evaluated.accuracy:.2%}" in text and f"{evaluated.mean_cost:.1%}" in text
     for row in evaluated.rows:
         assert f"<td>{row.name}</td>" in text
-    assert not list(tmp_path.glob("tmp*")), "nothing half-written stays"
+    assert list(tmp_path.iterdir()) == [written], "nothing half-written stays"
 
 
 def test_what_is_gathered_is_what_runs(fast: CompiledModule, data: Data) -> None:
