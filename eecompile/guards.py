@@ -72,6 +72,16 @@ class Guard:
         return frozenset(_names(self.expression))
 
     @property
+    def fails_at_one(self) -> bool:
+        """Whether it says that one size, or a multiple of it, is not 1."""
+        match self.expression:
+            case ("!=", str(), 1):
+                return True
+            case ("!=", ("*", int(factor), str()), int(value)):
+                return factor == value
+        return False
+
+    @property
     def bound(self) -> tuple[str, int | None, int | None] | None:
         """`(name, low, high)` where it is a range of one size, else None."""
         e = self.expression

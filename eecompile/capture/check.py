@@ -150,9 +150,10 @@ def _lengths(
             if not guarded:
                 problems += _tried(signature, graph, model, rows(signature, inputs, [0]), "another length, batch 1")
     short = at_lengths(signature, flat, lambda n: 1)
-    if not problems and signature.admits(short):
-        found = _tried(signature, graph, model, short, "length 1")
-        if found:  # the model refuses a single token, or torch took a length of 1 for impossible
+    few = [short, *(rows(signature, short, range(n)) for n in (1, 2, 3))]
+    if not problems:
+        # the model refuses a single token, or torch took a length of 1 for impossible
+        if any(signature.admits(t) and _tried(signature, graph, model, t, "length 1") for t in few):
             dynamic = {n: (low if n == "batch" else max(low, 2), high) for n, (low, high) in signature.dynamic.items()}
             signature = replace(signature, dynamic=dynamic)
     return signature, problems

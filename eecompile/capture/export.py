@@ -160,7 +160,8 @@ class _Tries:
 
     @property
     def whole(self) -> bool:
-        return self.best is not None and not any(self.best.lost)
+        """Whether every size that was to be free is; conditions on sizes are the model's own, and checked at every call."""
+        return self.best is not None and not any(self.best.lost[:2])
 
     def run(self, tensors: Sequence[torch.Tensor]) -> Any:
         args, kwargs = self.call.arguments(tensors)
@@ -252,21 +253,22 @@ class _Tries:
         return replace(signature, fixed=fixed)
 
     def _at_size_one(self, captured: Captured) -> Captured:
-        """Without conditions `size != 1` that operators make of themselves (broadcasting), where the graph is right at 1.
+        """Without conditions that operators make of themselves (broadcasting) and that fail only where a size is 1, where
+        the graph is right at 1.
 
         A branch of the model's own code has a line, and keeps its condition.
         """
-        own = [g for g in captured.signature.guards if not g.where and g.expression[0] == "!=" and g.expression[2] == 1]
-        if not own or any(not isinstance(g.expression[1], str) for g in own):
-            return captured
-        wider = replace(captured.signature, guards=tuple(g for g in captured.signature.guards if g not in own))
         flat = captured.flat_example or ()
-        every = [check.at_lengths(wider, flat, length) for length in (abs, lambda n: n + 3, lambda n: 1)]
-        every += [check.rows(wider, t, [0]) for t in every]
-        beyond = [t for t in every if wider.admits(t) and not captured.signature.admits(t)]
-        if not beyond or not all(self.agrees(captured, t) for t in beyond):
-            return captured
-        return replace(captured, signature=wider)
+        for guard in captured.signature.guards:
+            if guard.where or not guard.fails_at_one:
+                continue
+            wider = replace(captured.signature, guards=tuple(g for g in captured.signature.guards if g != guard))
+            every = [check.at_lengths(wider, flat, length) for length in (abs, lambda n: n + 3, lambda n: 1)]
+            every += [check.rows(wider, t, range(n)) for t in every for n in (1, 2, 3)]
+            beyond = [t for t in every if wider.admits(t) and not captured.signature.admits(t)]
+            if beyond and all(self.agrees(captured, t) for t in beyond):
+                captured = replace(captured, signature=wider)
+        return captured
 
     def widened(self) -> Captured:
         """The best capture, or the one of the other branch where its graph is the model in both: where a model pads its

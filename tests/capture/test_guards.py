@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import Phase, given, settings
+from hypothesis import Phase, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.export import Dim, export
@@ -272,6 +272,7 @@ def check_capture(second: bool, conditions: tuple[str, ...], calls: list[tuple[i
 
 @settings(max_examples=10, deadline=None, derandomize=True)
 @given(st.one_of(st.tuples(st.just(False), ONE), st.tuples(st.just(True), TWO)), CALLS)
+@example((False, ("S < B or 2 * S < 4",)), [(1, 1, 1)])  # a branch that is taken where both sizes are 1
 def test_random_branches_at_random_sizes_equal_the_model_or_are_refused(model, calls):
     check_capture(*model, calls)
 
