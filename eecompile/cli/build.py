@@ -30,6 +30,10 @@ def rewrite(
     example: o.Example = None,
     input: o.Input = None,
     data: o.DataForInput = None,
+    tokenizer: o.Tokenizer = None,
+    text_column: o.TextColumn = None,
+    label_column: o.LabelColumn = None,
+    max_length: o.MaxLength = None,
     seed: o.Seed = 0,
     as_json: o.Json = False,
     debug: o.Debug = False,
@@ -42,6 +46,7 @@ def rewrite(
     with reporting(as_json) as out:
         from eecompile.artifact.files import free_place
         from eecompile.cli import inputs, models
+        from eecompile.cli.text import TextOptions, Texts, keep
         from eecompile.options import CompileOptions
 
         free_place(output)
@@ -49,9 +54,12 @@ def rewrite(
         options = CompileOptions(
             o.output(prediction), executor, backend, batch_axis, blocks=blocks, measure=measure, seed=seed
         )
-        fast = models.compiled(model, wanted, options, inputs.example(example, input, data, seed=seed), out.say)
+        texts = Texts.of_model(TextOptions(tokenizer, text_column, label_column, max_length), model[-1], out.say)
+        call = inputs.example(example, input, data, seed=seed, texts=texts)
+        fast = models.compiled(model, wanted, options, call, out.say)
         out.say("save")
         fast.save(output)
+        keep(Path(model[-1]), output, out.say)
         out.show(_places(fast))
         out.after(output, f"eecompile fit {output} --data ...")
         out.result({"saved": str(output), **fast.explain().to_dict()})
@@ -101,6 +109,10 @@ def inspect(
     example: o.Example = None,
     input: o.Input = None,
     data: o.DataForInput = None,
+    tokenizer: o.Tokenizer = None,
+    text_column: o.TextColumn = None,
+    label_column: o.LabelColumn = None,
+    max_length: o.MaxLength = None,
     seed: o.Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.", rich_help_panel=o.COMMON)] = False,
     debug: o.Debug = False,
@@ -113,6 +125,7 @@ def inspect(
     with reporting(as_json) as out:
         from eecompile import inspect as show
         from eecompile.cli import inputs, models
+        from eecompile.cli.text import TextOptions, Texts
         from eecompile.errors import EecompileError, near
         from eecompile.options import CompileOptions
 
@@ -122,7 +135,9 @@ def inspect(
         options = CompileOptions(
             o.output(prediction), batch_axis=batch_axis, capture=capture, blocks=blocks, measure=measure, seed=seed
         )
-        fast = models.compiled(model, wanted, options, inputs.example(example, input, data, seed=seed), out.say)
+        texts = Texts.of_model(TextOptions(tokenizer, text_column, label_column, max_length), model[-1], out.say)
+        call = inputs.example(example, input, data, seed=seed, texts=texts)
+        fast = models.compiled(model, wanted, options, call, out.say)
         if as_json:
             out.result(show.to_dict(fast, after))
         else:

@@ -1,4 +1,4 @@
-"""DATA of the command line: a loader of the user's, the digits of scikit-learn, or a set of the examples."""
+"""DATA of the command line: a loader of the user's, a file of texts, the digits, or a set of the examples."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 import eecompile
-from eecompile.cli import names, sources
+from eecompile.cli import names, rows, sources
+from eecompile.cli.text import Texts
 from eecompile.errors import EecompileError, MissingDependencyError, near
 from eecompile.training.batches import split
 
@@ -24,16 +25,25 @@ MEAN, DEVIATION = 0.3056, 0.3764
 ROWS_OF_EXAMPLE = 8
 
 
-def loader(spec: str, batch_size: int | None = None) -> Iterable[Any]:
+def loader(
+    spec: str, batch_size: int | None = None, texts: Texts | None = None, *, shuffle: bool = False, labels: bool = True
+) -> Iterable[Any]:
     """The loader that `--data` names.
 
     Args:
-        batch_size: Of built-in data; a loader of the user's has its own.
+        batch_size: Of built-in data and files; a loader of the user's has its own.
+        texts: How files of texts are read for the model.
+        shuffle: Whether the rows of a file come in another order in each pass.
+        labels: Whether the rows of a file must have labels.
 
     Raises:
         EecompileError: Unknown name, or what is named is no loader.
         MissingDependencyError: scikit-learn is needed and not installed.
     """
+    if Path(spec).suffix in rows.FORMATS:
+        if texts is None:
+            raise EecompileError("a file of texts does not fit this model", got=spec, wanted="file.py:attr giving a loader")
+        return texts.loader(Path(spec), batch_size, shuffle=shuffle, labels=labels)
     name, _, part = spec.partition(":")
     known = {n.partition(":")[0] for n in names.DATA}
     if name in known:
@@ -47,7 +57,7 @@ def loader(spec: str, batch_size: int | None = None) -> Iterable[Any]:
         raise EecompileError(
             "unknown data",
             got=repr(spec),
-            wanted=f"file.py:attr giving a loader, or a built-in name: {near(name, known)}",
+            wanted=f"file.py:attr giving a loader, a file ({', '.join(rows.FORMATS)}), or built in: {near(name, known)}",
         )
     found = sources.attribute(spec, "a loader")
     if callable(found) and not hasattr(found, "__iter__"):

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eecompile.benchmark import as_call
 from eecompile.cli import data, sources
+from eecompile.cli.text import Texts
 from eecompile.errors import EecompileError, near
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -22,12 +23,18 @@ FORM = "name=dtype[sizes], such as x=float32[4,3,32,32], ids=int64[4,128]<1000 o
 
 
 def example(
-    from_object: str | None, shapes: list[str] | None, from_data: str | None, rows: int | None = None, seed: int = 0
+    from_object: str | None,
+    shapes: list[str] | None,
+    from_data: str | None,
+    rows: int | None = None,
+    seed: int = 0,
+    texts: Texts | None = None,
 ) -> Call | None:
     """Arguments and keyword arguments of one call; None where nothing was said.
 
     Args:
         rows: How many rows to take from data.
+        texts: How files of texts are read.
 
     Raises:
         EecompileError: Two sources at once, or one that is not understood.
@@ -40,7 +47,7 @@ def example(
     if shapes:
         return random_call(shapes, seed)
     if from_data:
-        args, kwargs, _ = data.first_rows(data.loader(from_data), rows or data.ROWS_OF_EXAMPLE)
+        args, kwargs, _ = data.first_rows(data.loader(from_data, rows, texts, labels=False), rows or data.ROWS_OF_EXAMPLE)
         return args, kwargs
     return None
 

@@ -25,6 +25,10 @@ def evaluate(
     ] = False,
     threshold: o.Threshold = None,
     batch_size: BatchSize = None,
+    tokenizer: o.Tokenizer = None,
+    text_column: o.TextColumn = None,
+    label_column: o.LabelColumn = None,
+    max_length: o.MaxLength = None,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -32,10 +36,13 @@ def evaluate(
     with reporting(as_json) as out:
         from eecompile.cli import data as datas
         from eecompile.cli import models
+        from eecompile.cli.text import TextOptions, Texts
 
         fast = models.saved(directory, threshold)
         out.state(fast)
-        report = fast.evaluate(datas.loader(data, batch_size), curve=False if curve is None else curve, budgets=budgets)
+        texts = Texts.of_saved(TextOptions(tokenizer, text_column, label_column, max_length), fast, directory, out.say)
+        loader = datas.loader(data, batch_size, texts)
+        report = fast.evaluate(loader, curve=False if curve is None else curve, budgets=budgets)
         out.show(report)
         out.result(report.to_dict())
 
@@ -46,6 +53,10 @@ def report(
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.")] = Path("report.html"),
     threshold: o.Threshold = None,
     batch_size: BatchSize = None,
+    tokenizer: o.Tokenizer = None,
+    text_column: o.TextColumn = None,
+    label_column: o.LabelColumn = None,
+    max_length: o.MaxLength = None,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -56,10 +67,12 @@ def report(
     with reporting(as_json) as out:
         from eecompile.cli import data as datas
         from eecompile.cli import models
+        from eecompile.cli.text import TextOptions, Texts
 
         fast = models.saved(directory, threshold)
         out.state(fast)
-        written = fast.report(output, datas.loader(data, batch_size))
+        texts = Texts.of_saved(TextOptions(tokenizer, text_column, label_column, max_length), fast, directory, out.say)
+        written = fast.report(output, datas.loader(data, batch_size, texts))
         out.after(written)
         out.result({"report": str(written)})
 
@@ -77,6 +90,10 @@ def run(
     budget: Annotated[float | None, typer.Option(help="Most that a row may cost, as a fraction of the full cost.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="The output after each exit, as it gets better.")] = False,
     executor: o.Executor = "auto",
+    tokenizer: o.Tokenizer = None,
+    text_column: o.TextColumn = None,
+    label_column: o.LabelColumn = None,
+    max_length: o.MaxLength = None,
     seed: o.Seed = 0,
     as_json: o.Json = False,
     debug: o.Debug = False,
@@ -85,14 +102,16 @@ def run(
     with reporting(as_json) as out:
         from eecompile.cli import inputs, models
         from eecompile.cli.steps import steps
+        from eecompile.cli.text import TextOptions, Texts
         from eecompile.inspect import where
 
         if rows < 1:
             raise _none("rows", rows)
         fast = models.saved(directory, threshold)
         out.state(fast)
+        texts = Texts.of_saved(TextOptions(tokenizer, text_column, label_column, max_length), fast, directory, out.say)
         fast.executor = executor
-        args, kwargs = _call(inputs.example(example, input, data, rows, seed), fast)
+        args, kwargs = _call(inputs.example(example, input, data, rows, seed, texts), fast)
         if stream or deadline_ms is not None or budget is not None:
             found = steps(fast, args, kwargs, deadline_ms, budget, stream)
             out.show(found)
@@ -128,6 +147,10 @@ def bench(
     executor: o.Executor = "auto",
     backend: Annotated[str | None, typer.Option(help="eager or inductor.", show_default="the saved one")] = None,
     threads: Threads = None,
+    tokenizer: o.Tokenizer = None,
+    text_column: o.TextColumn = None,
+    label_column: o.LabelColumn = None,
+    max_length: o.MaxLength = None,
     seed: o.Seed = 0,
     as_json: o.Json = False,
     debug: o.Debug = False,
@@ -135,16 +158,18 @@ def bench(
     """Measured time against the original, in one run, in turns."""
     with reporting(as_json) as out:
         from eecompile.cli import inputs, models
+        from eecompile.cli.text import TextOptions, Texts
 
         if batch < 1:
             raise _none("batch", batch)
         models.threads(threads)
         fast = models.saved(directory, threshold)
         out.state(fast)
+        texts = Texts.of_saved(TextOptions(tokenizer, text_column, label_column, max_length), fast, directory, out.say)
         if backend is not None:
             fast.backend = backend
         fast.executor = executor
-        args, kwargs = _call(inputs.example(example, input, data, batch, seed), fast)
+        args, kwargs = _call(inputs.example(example, input, data, batch, seed, texts), fast)
         original: Any = None if model is None else models.find(model).model
         report = fast.benchmark(kwargs if kwargs else args, rounds=rounds, compile_original=compile, original=original)
         against = "its Python model" if model is not None else "its captured graph"

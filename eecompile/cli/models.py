@@ -14,9 +14,10 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import eecompile
-from eecompile import CompiledModule, EecompileError, MissingDependencyError
+from eecompile import CompiledModule, EecompileError
 from eecompile.artifact.files import MANIFEST
 from eecompile.cli import inputs, sources
+from eecompile.cli.hugging_face import model_of
 from eecompile.errors import StrategyError
 from eecompile.options import CompileOptions
 from eecompile.strategies import SelfSpeculative
@@ -61,7 +62,8 @@ def find(spec: str) -> Found:
         if (path / MANIFEST).is_file():
             return Found(eecompile.load(path))
         if (path / "config.json").is_file():
-            return hugging_face(path)
+            model, config = model_of(path)
+            return Found(model, config_call(config, model))
         raise EecompileError(
             "there is no model in this directory",
             where=spec,
@@ -176,43 +178,6 @@ def places(exits: list[str]) -> Any:
         except ValueError:
             found.append(text)
     return found
-
-
-def hugging_face(directory: Path) -> Found:
-    """A model from a local directory of transformers, and an example made from its config.
-
-    Raises:
-        MissingDependencyError: transformers is not installed.
-        EecompileError: The directory does not hold a model that transformers can load.
-    """
-    try:
-        import transformers
-        from transformers.utils import logging
-    except ImportError as error:
-        raise MissingDependencyError(
-            "this looks like a directory of transformers",
-            where=str(directory),
-            got=str(error),
-            hint="pip install 'eecompile[hf]'",
-        ) from error
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        config = transformers.AutoConfig.from_pretrained(directory, local_files_only=True)
-        architectures = getattr(config, "architectures", None) or []
-        kind = getattr(transformers, architectures[0], None) if architectures else None
-        if kind is None:
-            raise EecompileError(
-                "transformers knows no class for this model",
-                where=str(directory / "config.json"),
-                got=f"architectures: {architectures}",
-                hint="load it in a file of your own and give file.py:attr",
-            )
-        model = kind.from_pretrained(directory, local_files_only=True).eval()
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise EecompileError("transformers cannot load this", where=str(directory), got=first) from error
-    return Found(model, config_call(config, model))
 
 
 def config_call(config: Any, model: nn.Module) -> inputs.Call | None:

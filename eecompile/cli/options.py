@@ -136,9 +136,39 @@ Input = Annotated[
     ),
 ]
 DATA_HELP = (
-    "file.py:attr (a loader, or a function that gives one) or a built-in name: digits, digits:val, digits:test, "
-    "and those of the examples (mnist, fashion_mnist, cifar10, minilm_imdb)."
+    "file.py:attr (a loader, or a function that gives one), a .csv, .tsv, .json or .jsonl file of texts and labels, or a "
+    "built-in name: digits, digits:val, digits:test, and those of the examples (mnist, fashion_mnist, cifar10, minilm_imdb)."
 )
+TEXTS = "Texts of a file"
+Tokenizer = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Local Hugging Face directory with the tokenizer.",
+        show_default="the model's",
+        rich_help_panel=TEXTS,
+    ),
+]
+TextColumn = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Column with the texts; twice for pairs.",
+        show_default="text, sentence, content or review",
+        rich_help_panel=TEXTS,
+    ),
+]
+LabelColumn = Annotated[
+    str | None,
+    typer.Option(
+        help="Column with the labels: names of the model's label2id, or their numbers.",
+        show_default="label, labels, class or target",
+        rich_help_panel=TEXTS,
+    ),
+]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(help="Tokens of a row; the rest is cut.", show_default="what the model takes", rich_help_panel=TEXTS),
+]
 Data = Annotated[
     str,
     typer.Option("--data", help=DATA_HELP, autocompletion=names.completing(names.DATA), show_default=False),

@@ -34,7 +34,7 @@ class Out:
 
     def say(self, text: str) -> None:
         """Progress, for people."""
-        self.progress.print(Text(text, "dim"))
+        self.progress.print(Text(text, "dim"), soft_wrap=True)
 
     def state(self, fast: Any) -> None:
         """What makes figures mean little: exits and gates that are not trained, and a guarantee that is void."""

@@ -44,6 +44,10 @@ def fit(
     ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from a checkpoint if there is one.")] = True,
+    tokenizer: o.Tokenizer = None,
+    text_column: o.TextColumn = None,
+    label_column: o.LabelColumn = None,
+    max_length: o.MaxLength = None,
     output: o.Output = None,
     seed: o.Seed = 0,
     as_json: o.Json = False,
@@ -57,23 +61,25 @@ def fit(
         from eecompile.artifact import files
         from eecompile.cli import data as datas
         from eecompile.cli import models
+        from eecompile.cli.text import TextOptions, Texts, keep
 
         place = files.free_place(output or directory)
         fast = models.saved(directory)
+        texts = Texts.of_saved(TextOptions(tokenizer, text_column, label_column, max_length), fast, directory, out.say)
         options: dict[str, object] = {"trunk": trunk} if trunk is not None else {}
         # named after the program's content: what is left of a run on another program is never taken up
         digest = files.sha256(directory / files.MANIFEST)[:8]
         checkpoints = checkpoint_dir or place.resolve().with_name(f"{place.resolve().name}.fit-{digest}")
         try:
             report = fast.fit(
-                datas.loader(data, batch_size),
+                datas.loader(data, batch_size, texts, shuffle=True),
                 epochs=epochs,
                 lr=lr,
                 trunk_lr=trunk_lr,
                 objective=objective,
                 scheduler=scheduler,
                 patience=patience,
-                val_loader=None if val is None else datas.loader(val, batch_size),
+                val_loader=None if val is None else datas.loader(val, batch_size, texts),
                 checkpoint_dir=checkpoints,
                 checkpoint_every=checkpoint_every,
                 resume=resume,
@@ -84,6 +90,7 @@ def fit(
             out.say("the same command goes on from there; --no-resume starts anew")
             raise
         fast.save(place)
+        keep(directory, place, out.say)
         if checkpoint_dir is None:
             shutil.rmtree(checkpoints, ignore_errors=True)
         out.show(report)
@@ -116,6 +123,10 @@ def calibrate(
     ] = "accuracy",
     temperature: Annotated[bool, typer.Option(help="Fit a temperature for each exit.")] = True,
     batch_size: BatchSize = None,
+    tokenizer: o.Tokenizer = None,
+    text_column: o.TextColumn = None,
+    label_column: o.LabelColumn = None,
+    max_length: o.MaxLength = None,
     output: o.Output = None,
     seed: o.Seed = 0,
     as_json: o.Json = False,
@@ -130,6 +141,7 @@ def calibrate(
         from eecompile.artifact import files
         from eecompile.cli import data as datas
         from eecompile.cli import models
+        from eecompile.cli.text import TextOptions, Texts, keep
         from eecompile.errors import EecompileError
 
         if budget is not None and (max_drop is not None or delta is not None or not guarantee):
@@ -140,18 +152,20 @@ def calibrate(
             )
         place = files.free_place(output or directory)
         fast = models.saved(directory)
+        texts = Texts.of_saved(TextOptions(tokenizer, text_column, label_column, max_length), fast, directory, out.say)
         how: dict[str, Any] = {"budget": budget}
         if budget is None:
             bound = 0.05 if delta is None else delta
             how = {"max_drop": 0.01 if max_drop is None else max_drop, "delta": bound if guarantee else None}
         report = fast.calibrate(
-            datas.loader(data, batch_size),
+            datas.loader(data, batch_size, texts, labels=target == "accuracy"),
             **how,
             target=target,
             temperature=temperature,
             seed=seed,
         )
         fast.save(place)
+        keep(directory, place, out.say)
         out.show(report)
         out.after(place, f"eecompile evaluate {place} --data ...")
         out.result({"saved": str(place), **report.to_dict()})

@@ -123,6 +123,8 @@ def test_errors_are_red_on_a_terminal_only(tmp_path: Path) -> None:
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
     assert "\x1b" not in call("inspect", str(tmp_path / "nowhere"), code=2).stderr
+    plain = process("inspect", str(tmp_path / "nowhere"), code=2, FORCE_COLOR="1", NO_COLOR="1").stderr
+    assert "\x1b[3" not in plain and "error: " in plain
     debug = call("inspect", str(tmp_path / "nowhere"), "--debug", code=2).stderr
     assert "Traceback (most recent call last)" in debug
     assert str(ROOT / "eecompile") in debug
