@@ -48,8 +48,10 @@ from eecompile.calibration.report import EXIT_WORDS, CalibrationReport, Subgroup
 from eecompile.calibration.search import Search, candidates
 from eecompile.calibration.stateful import agreement_confidences, all_or_none
 from eecompile.calibration.temperature import fit_temperature, negative_log_likelihood
+from eecompile.criteria import Energy, Entropy, Margin, MaxProbability
 from eecompile.errors import CalibrationError
 from eecompile.ir.settings import EXITS, TEMPERATURES, Settings
+from eecompile.runtime.confidences import confidences_of
 from eecompile.training.batches import device_of, require_repeatable
 from eecompile.training.subgroups import check_groups
 
@@ -57,6 +59,8 @@ if TYPE_CHECKING:
     from eecompile.module import CompiledModule
 
 AGAINST = "the drop is against the trained model at its own end; evaluate compares with the model as it was given"
+BY_LOGITS = (MaxProbability, Entropy, Margin, Energy)
+ROWS_TO_COMPARE_CRITERIA = 2000
 RAMP = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4, 7 / 8)
 
 
@@ -161,6 +165,7 @@ class Exits:
             notes=self.notes,
         )
         report.add_groups(groups, full - drops.losses(thresholds), full)
+        report.by_criterion = self.by_criterion(data, drops, first)
         if data.predictions is not None:
             taken = data.predictions.gather(1, index[:, None])[:, 0]
             report.disagreement = float((taken != data.predictions[:, -1]).double().mean())
@@ -171,6 +176,28 @@ class Exits:
                 part.auroc = auroc(evidence.confidences[:, k], drops.loss[:, k] > 0)
         report.baselines = baselines(drops, report, data.static, options.static)
         return report
+
+    def by_criterion(self, data: Collected, drops: Evidence, rows: Tensor) -> dict[str, float]:
+        """Mean cost of each criterion that reads logits alone, at a drop of `max_drop` on these rows, the present one first.
+
+        Empty where the present one reads something else, exits differ in it or answer together, or logits were not kept.
+        """
+        used = {record.criterion for record in self.fast.exits}
+        own = next(iter(used))
+        if len(used) > 1 or type(own) not in BY_LOGITS or combination_of(self.fast) != "last":
+            return {}
+        if data.kept is None or data.predictions is None:
+            return {}
+        keys, logits, _ = data.kept.joined()
+        rows = rows[: min(len(keys), ROWS_TO_COMPARE_CRITERIA)]  # those with the smallest keys, as they are kept
+        mine = logits[keys.argsort(stable=True)[: len(rows)]].to(self.source.device).unbind(1)
+        temperatures = torch.tensor(self.settings[TEMPERATURES], device=self.source.device)
+        found = {}
+        for kind in sorted(BY_LOGITS, key=lambda kind: kind is not type(own)):
+            confidences = torch.stack(confidences_of(kind(reduce=own.reduce), False, mine, temperatures)[:-1], 1)
+            search = Search(replace(drops.part(rows), confidences=sane(confidences.float().cpu())))
+            found[kind.name] = search.measure(search.cheapest(self.options.max_drop * len(rows)))[1]
+        return found
 
     def _leaving(self, drops: Evidence, vector: Tensor) -> list[Tensor]:
         """bool [n] for each open exit: the rows that leave there or before."""

@@ -186,6 +186,7 @@ class Words:
     otherwise: str
 
 
+WORTH_TRYING = 0.01  # of the full model's cost
 EXIT_WORDS = Words("Calibration", "thresholds", "the full model", "all exits are closed")
 
 
@@ -215,6 +216,8 @@ class CalibrationReport(Report):
         passed_over: Cheaper settings that qualified, but take more than max_drop of a class's recall, by more than chance.
         rows_for_next: Calibration rows with which the next cheaper setting is expected to qualify; None where none is.
         cost_with_more: Cost that 1,000 more calibration rows are expected to allow.
+        by_criterion: Mean cost of each criterion at a drop of `max_drop` on the rows of the search, the present one first:
+            what to try next, no promise. Empty where it is not known.
         conditional: Whether the bound holds among the rows that leave at or before each exit too.
         by_class: Recall of every class of labels, the largest drop first.
         by_group: Drop of every group of `groups=`; with `groups_controlled` the bound holds in each.
@@ -253,6 +256,7 @@ class CalibrationReport(Report):
     passed_over: tuple[str, ...] = ()
     rows_for_next: int | None = None
     cost_with_more: float | None = None
+    by_criterion: dict[str, float] = field(default_factory=dict)
     conditional: bool = False
     by_class: list[GroupRow] = field(default_factory=list)
     by_group: list[GroupRow] = field(default_factory=list)
@@ -377,6 +381,14 @@ class CalibrationReport(Report):
             found.append(f"1,000 more rows are expected to allow a cost of {percent(self.cost_with_more, 1)}")
         if self.rows_for_next is not None and self.rows_for_next > self.rows:
             found.append(f"the next cheaper {self.words.what} are expected to qualify with {self.rows_for_next} rows")
+        if self.by_criterion:
+            (present, cost), *rest = self.by_criterion.items()
+            better, least = min(rest, key=lambda one: one[1])
+            if least < cost - WORTH_TRYING:
+                found.append(
+                    f"criterion={better!r} would cost {percent(least, 1)} where {present!r} costs {percent(cost, 1)}, at a "
+                    f"drop of {percent(self.max_drop)} on the rows of the search"
+                )
         return found
 
     @property

@@ -182,6 +182,14 @@ class Search:
             found.append(at)
         return found
 
+    def cheapest(self, budget: float) -> Tensor:
+        """The cheapest vector of a few descents whose losses sum up to at most `budget`."""
+        found = [self.closed]
+        for price in torch.logspace(math.log10(max(2.0 * self.n, 10.0)), -1, PRICES // 2, dtype=torch.float64).tolist():
+            found.append(self.descend(found[-1], price))
+        kept = [v for v in found if self.measure(v)[0] <= budget + 1e-9]
+        return self.descend(min(kept, key=lambda v: self.measure(v)[1], default=self.closed), None, budget)
+
     def candidates(self, most: float) -> list[Tensor]:
         """Vectors around the front, up to a mean loss of about `most`."""
         closed = self.closed

@@ -122,6 +122,17 @@ def calibrate(
         ),
     ] = "accuracy",
     temperature: Annotated[bool, typer.Option(help="Fit a temperature for each exit.")] = True,
+    conditional: Annotated[
+        bool, typer.Option("--conditional", help="Keep the bound among the rows leaving at or before each exit too.")
+    ] = False,
+    groups: Annotated[
+        str | None,
+        typer.Option(help="Report the drop of each group: classes, or file.py:attr with a label for each row."),
+    ] = None,
+    control_groups: Annotated[bool, typer.Option("--control-groups", help="Keep the bound in each group too.")] = False,
+    static: Annotated[
+        str | None, typer.Option(metavar="SPEC", help="A smaller model to compare with: file.py:attr, a pair (model, cost).")
+    ] = None,
     batch_size: BatchSize = None,
     tokenizer: o.Tokenizer = None,
     text_column: o.TextColumn = None,
@@ -140,7 +151,7 @@ def calibrate(
     with reporting(as_json) as out:
         from eecompile.artifact import files
         from eecompile.cli import data as datas
-        from eecompile.cli import models
+        from eecompile.cli import models, sources
         from eecompile.cli.text import TextOptions, Texts, keep
         from eecompile.errors import EecompileError
 
@@ -156,7 +167,20 @@ def calibrate(
         how: dict[str, Any] = {"budget": budget}
         if budget is None:
             bound = 0.05 if delta is None else delta
-            how = {"max_drop": 0.01 if max_drop is None else max_drop, "delta": bound if guarantee else None}
+            how = {
+                "max_drop": 0.01 if max_drop is None else max_drop,
+                "delta": bound if guarantee else None,
+                "conditional": conditional,
+                "groups": groups if groups in (None, "classes") else sources.attribute(groups, "labels of groups"),
+                "control_groups": control_groups,
+                "static": None if static is None else sources.attribute(static, "a model and its cost"),
+            }
+        elif conditional or groups or control_groups or static:
+            raise EecompileError(
+                "a budget promises nothing that could be kept in parts of the rows",
+                got="--budget with --conditional, --groups, --control-groups or --static",
+                wanted="--max-drop with these",
+            )
         report = fast.calibrate(
             datas.loader(data, batch_size, texts, labels=target == "accuracy"),
             **how,

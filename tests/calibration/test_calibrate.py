@@ -16,7 +16,7 @@ from eecompile.calibration.baselines import auroc
 from eecompile.calibration.calibrate import calibrate
 from eecompile.calibration.options import FIRST_START, LEAST_SEARCH_ROWS, split_sizes
 from eecompile.calibration.risk import best_bet, rows_needed
-from eecompile.criteria import Learned, Margin, Patience
+from eecompile.criteria import Learned, Margin, Patience, criterion
 from eecompile.errors import CalibrationError, EecompileError
 from eecompile.training.evaluate import evaluate
 from tests.calibration.synthetic import Drawn, calibrated, draw, loader
@@ -285,6 +285,20 @@ def test_baselines_and_what_more_rows_would_buy():
     assert report.cost_with_more <= report.expected_cost + 1e-9
     assert report.rows_for_next is None or report.rows_for_next >= report.rows
     assert all(0.5 < e.auroc <= 1 for e in report.exits[:-1])
+
+
+def test_another_criterion_that_would_save_more_is_named():
+    x, y = draw(3000, exits=2, seed=0)
+    found = {}
+    for name in ("energy", "margin", "patience"):
+        report = calibrate(Drawn(exits=2, criterion=criterion(name)), loader(x, y), max_drop=0.03)
+        found[name] = report.by_criterion
+        assert report.to_dict()["by_criterion"] == report.by_criterion
+        assert ("criterion='margin' would cost" in str(report)) == (name == "energy")
+    assert next(iter(found["energy"])) == "energy"
+    assert dict(found["energy"]) == pytest.approx(dict(found["margin"])), "the same rows, whatever the present one"
+    assert min(found["energy"], key=found["energy"].get) == "margin"
+    assert found["patience"] == {}, "what it says depends on the exits before"
 
 
 def test_auroc_counts_ties_half():

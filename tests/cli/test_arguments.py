@@ -188,6 +188,9 @@ def test_options_of_the_strategy(folder: Path) -> None:
         (("evaluate", "SAVED", "--data", "FOLDER/mynet.py:triples"), ["(inputs, labels)"]),
         (("calibrate", "SAVED", "--data", "digits:val", "--target", "acuracy"), ["did you mean accuracy"]),
         (("calibrate", "SAVED", "--data", "digits:val", "--max-drop", "2"), ["max_drop"]),
+        (("calibrate", "SAVED", "--data", "digits:val", "--groups", "clases"), ["labels of groups", "clases"]),
+        (("calibrate", "SAVED", "--data", "digits:val", "--static", "FOLDER/mynet.py:number"), ["a model and its cost"]),
+        (("calibrate", "SAVED", "--data", "digits:val", "--budget", "1", "--conditional"), ["a budget promises nothing"]),
         # what is no place
         (("evaluate", "nowhere", "--data", "digits"), ["this is no saved program", "no such directory"]),
         (("rewrite", "MODEL", *SHAPE, "-o", "FOLDER"), ["the directory holds something else", "mynet.py"]),

@@ -33,6 +33,11 @@ def test_from_a_model_to_a_measured_program(saved: Path, tmp_path: Path) -> None
     assert calibrated["saved"] == out
     kept = [e.threshold for e in load(out).exits]
     assert kept == pytest.approx([e["threshold"] for e in calibrated["exits"][: len(kept)]])
+    parts = ("--conditional", "--groups", "classes", "--control-groups")
+    careful = found("calibrate", out, "--data", "digits:val", "--max-drop", "0.2", *parts, "-o", str(tmp_path / "careful"))
+    assert careful["conditional"]
+    assert careful["groups_controlled"]
+    assert len(careful["by_group"]) == 10
     evaluated = found("evaluate", out, "--data", "digits:test", "--curve", "3")
     assert evaluated["samples"] == 360
     assert len(evaluated["curve"]) == 3
