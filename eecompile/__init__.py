@@ -17,6 +17,7 @@ from eecompile.errors import (
 
 if TYPE_CHECKING:
     from eecompile import criteria, errors, heads, strategies
+    from eecompile.advice import advise
     from eecompile.api import eecompile, load
     from eecompile.module import CompiledModule
     from eecompile.public_records import ExitRecord
@@ -38,6 +39,7 @@ __all__ = [
     "StrategyError",
     "UnsupportedModelError",
     "__version__",
+    "advise",
     "criteria",
     "eecompile",
     "errors",
@@ -51,6 +53,7 @@ _LAZY = {
     "CompiledModule": "eecompile.module",
     "ExitRecord": "eecompile.public_records",
     "Result": "eecompile.result",
+    "advise": "eecompile.advice",
     "criteria": "",
     "eecompile": "eecompile.api",
     "heads": "",

@@ -49,7 +49,7 @@ LAYERS = [
     },
     {"inspect"},
     {"__init__"},  # the package's front: names of every layer, each imported when it is first asked for
-    {"serving"},
+    {"serving", "advice"},
     {"cli", "__main__"},
 ]
 RANK = {unit: i for i, layer in enumerate(LAYERS) for unit in layer}

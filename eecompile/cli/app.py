@@ -18,6 +18,7 @@ app = typer.Typer(
     help="Rewrite unmodified PyTorch models so that each input computes only as much as it needs.",
     epilog=LINE.join(
         [
+            "Does it pay? eecompile advise net.py:Net net.py:val",
             "A model from end to end:",
             "  eecompile rewrite net.py:Net -o fast --data net.py:train --exits 3",
             "  eecompile fit fast --data net.py:train --epochs 5",
@@ -55,6 +56,13 @@ def examples(*lines: str) -> str:
     return LINE.join(["Examples:", *(f"  {line}" for line in lines)])
 
 
+app.command(
+    epilog=examples(
+        "eecompile advise net.py:Net net.py:val",
+        "eecompile advise ./bert-dir val.csv --minutes 10 --static ./small-bert-dir",
+        "eecompile advise net.py:Net digits:val --only branchy --only int8 --json",
+    )
+)(guarded(measure.advise))
 app.command(
     epilog=examples(
         "eecompile rewrite net.py:Net -o fast --input x=float32[4,3,32,32] --exits 3",

@@ -1,4 +1,4 @@
-"""`evaluate`, `run` and `bench`: what a saved program does."""
+"""`advise`, `evaluate`, `report`, `run` and `bench`: what a model would do, and what a saved program does."""
 
 from __future__ import annotations
 
@@ -7,11 +7,66 @@ from typing import Annotated, Any
 
 import typer
 
+from eecompile.cli import names
 from eecompile.cli import options as o
 from eecompile.cli.out import reporting
 from eecompile.cli.train import BatchSize
 
 Threads = Annotated[int | None, typer.Option(help="Threads of torch.", show_default="torch's own choice")]
+
+
+def advise(
+    model: o.Model,
+    data: Annotated[str, typer.Argument(metavar="DATA", help=o.DATA_HELP, autocompletion=names.completing(names.DATA))],
+    minutes: Annotated[float, typer.Option(help="Budget of time; a step that has begun is finished.")] = 5.0,
+    static: Annotated[str | None, typer.Option(metavar="MODEL", help="A smaller model to compare with.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help=f"Try this alone, repeatable: {', '.join(names.ADVISED)}.",
+            autocompletion=names.completing(names.ADVISED),
+            show_default="everything that works here",
+        ),
+    ] = None,
+    prediction: o.Prediction = None,
+    batch_size: BatchSize = None,
+    tokenizer: o.Tokenizer = None,
+    text_column: o.TextColumn = None,
+    label_column: o.LabelColumn = None,
+    max_length: o.MaxLength = None,
+    seed: o.Seed = 0,
+    as_json: o.Json = False,
+    debug: o.Debug = False,
+) -> None:
+    """Say whether early exit would pay for a model, before anything is trained, and what to do.
+
+    Use data that the model was not trained on. Nothing is saved.
+    """
+    with reporting(as_json) as out:
+        from dataclasses import replace
+
+        from eecompile.advice import advise as advice
+        from eecompile.cli import data as datas
+        from eecompile.cli import models
+        from eecompile.cli.text import TextOptions, Texts
+
+        texts = Texts.of_model(TextOptions(tokenizer, text_column, label_column, max_length), model, out.say)
+        subject: Any = models.find(model).model
+        smaller: Any = None if static is None else models.find(static).model
+        found = advice(
+            subject,
+            datas.loader(data, batch_size, texts, shuffle=True),
+            minutes=minutes,
+            static=smaller,
+            only=only,
+            prediction=o.output(prediction),
+            seed=seed,
+            progress=out.say,
+        )
+        found = replace(found, model=model, data=data)
+        out.show(found)
+        out.todo(found.commands, found.python)
+        out.result(found.to_dict())
 
 
 def evaluate(

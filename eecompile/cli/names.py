@@ -12,6 +12,7 @@ EXECUTORS = ("auto", "reference", "compact", "simulate", "device")
 BACKENDS = ("eager", "inductor")
 CAPTURES = ("export", "blocks")
 TARGETS = ("accuracy", "agreement")
+ADVISED = ("branchy", "mebert", "anytime", "cascade", "torch.compile", "int8", "ONNX Runtime")
 RUNTIMES = ("pt2", "onnx", "openvino", "stages")
 LEVELS = (
     "source",

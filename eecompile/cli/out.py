@@ -56,6 +56,12 @@ class Out:
             lines = [f"saved in {saved}", *([f"next: {command}"] if command else [])]
             self.console.print(Text("\n".join(lines)), soft_wrap=True)
 
+    def todo(self, *parts: list[str]) -> None:
+        """Lines to be copied, which are never broken."""
+        if not self.as_json:
+            for part in parts:
+                self.console.print(Text("\n".join(part)), soft_wrap=True)
+
     def result(self, data: dict[str, Any]) -> None:
         """The report as data; written only when JSON was asked for."""
         if self.as_json:

@@ -12,6 +12,7 @@ import pytest
 from typer.main import get_command
 
 from eecompile import criteria, heads, inspect, strategies
+from eecompile.advice.measure import AGAINST, PROBED
 from eecompile.capture import FRONT_ENDS
 from eecompile.cli import names
 from eecompile.cli.app import app
@@ -19,7 +20,20 @@ from eecompile.export import TARGETS
 from eecompile.runtime import engine
 from tests.cli.shell import ROOT, call, environment, process
 
-COMMANDS = ("rewrite", "inspect", "fit", "calibrate", "evaluate", "run", "bench", "export", "strategies", "doctor", "demo")
+COMMANDS = (
+    "advise",
+    "rewrite",
+    "inspect",
+    "fit",
+    "calibrate",
+    "evaluate",
+    "run",
+    "bench",
+    "export",
+    "strategies",
+    "doctor",
+    "demo",
+)
 WIDE = {"COLUMNS": "200", "TERMINAL_WIDTH": "200"}
 
 
@@ -114,6 +128,7 @@ def test_names_for_completion_are_those_of_the_code() -> None:
     assert names.BACKENDS == engine.BACKENDS
     assert names.CAPTURES == FRONT_ENDS
     assert set(names.RUNTIMES) == set(TARGETS)
+    assert set(names.ADVISED) == {*PROBED, *AGAINST}
 
 
 def test_errors_are_red_on_a_terminal_only(tmp_path: Path) -> None:

@@ -1,0 +1,159 @@
+"""What early exit is compared with: a smaller model, `torch.compile`, int8 weights and ONNX Runtime."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from eecompile.advice.sample import Clock
+from eecompile.capture.adapter import mode
+from eecompile.errors import EecompileError
+from eecompile.export.runtimes import opened
+from eecompile.ir.settings import EXITS
+from eecompile.training.batches import Batch
+from eecompile.training.scores import check_labels, right
+
+if TYPE_CHECKING:
+    from eecompile.module import CompiledModule
+
+Call = Callable[[Batch], Any]
+COMPILE, INT8, ONNX, STATIC = "torch.compile", "int8", "ONNX Runtime", "smaller model"
+AGAINST = (COMPILE, INT8, ONNX)
+COMPILING = 60.0  # seconds that must be left for torch.compile, which cannot be stopped
+
+
+class Skipped(Exception):
+    """Why a rival was not tried."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """Another way to run the model.
+
+    Attributes:
+        call: Runs a batch.
+        drop: Mean score lost against the model, on the held rows.
+        cost: Fraction of the model's FLOPs.
+    """
+
+    name: str
+    call: Call
+    drop: float
+    cost: float = 1.0
+
+
+def accuracy(call: Callable[[Batch], Tensor], held: list[Batch]) -> float:
+    """Mean score of predictions `[B, C]` or `[B, S, C]` over rows with a label."""
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for batch in held:
+            found = call(batch)
+            score, real = right(found, check_labels(found, batch.labels, batch.where))
+            total, count = total + float(score[real].sum()), count + int(real.sum())
+    return total / max(count, 1)
+
+
+def smaller(model: nn.Module, static: nn.Module, held: list[Batch], read: Callable[[Any], Tensor]) -> Rival:
+    """A smaller model for the same task.
+
+    Args:
+        read: The class scores within an output.
+    """
+    with mode(static, False):
+        drop = accuracy(plain(model, read), held) - accuracy(plain(static, read), held)
+        return Rival(STATIC, lambda b: static(*b.args, **b.kwargs), drop, _flops(static, held[0]) / _flops(model, held[0]))
+
+
+def plain(model: nn.Module, read: Callable[[Any], Tensor]) -> Callable[[Batch], Tensor]:
+    return lambda b: read(model(*b.args, **b.kwargs))
+
+
+def _flops(model: nn.Module, batch: Batch) -> float:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(*batch.args, **batch.kwargs)
+    return max(float(counter.get_total_flops()), 1.0)
+
+
+@contextmanager
+def rivals(
+    model: nn.Module,
+    fast: CompiledModule,
+    held: list[Batch],
+    names: tuple[str, ...],
+    clock: Clock,
+    skip: Callable[[str, str], None],
+) -> Iterator[list[Rival]]:
+    """Those that work here; `skip` is called with a name and a reason for each of the others."""
+    found = []
+    with tempfile.TemporaryDirectory() as folder:
+        makers: dict[str, Callable[[], Rival]] = {
+            INT8: lambda: _int8(model, held, fast.prediction_of),
+            ONNX: lambda: _onnx(fast, held, Path(folder)),
+            COMPILE: lambda: _compiled(model, held, clock),
+        }
+        for name in (n for n in makers if n in names):
+            try:
+                if clock.left < 0:
+                    raise Skipped("no time is left")
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of exporters and of what they are about to replace
+                    found.append(makers[name]())
+            except Skipped as reason:
+                skip(name, str(reason))
+            except EecompileError as error:
+                skip(name, "; ".join(str(part) for part in (error.what, error.got) if part))
+            except Exception as error:  # noqa: BLE001  compilers and runtimes raise many unrelated types
+                skip(name, " ".join(f"{type(error).__name__}: {error}".split())[:160])
+        yield found
+
+
+def _compiled(model: nn.Module, held: list[Batch], clock: Clock) -> Rival:
+    if not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
+        raise Skipped("no C++ compiler is installed")
+    if clock.left < COMPILING:
+        raise Skipped(f"compiling cannot be stopped, and less than {COMPILING:.0f} seconds are left")
+    optimised = torch.compile(model)
+    with torch.no_grad():
+        for batch in held[:2]:
+            optimised(*batch.args, **batch.kwargs)
+    return Rival(COMPILE, lambda b: optimised(*b.args, **b.kwargs), 0.0)
+
+
+def _int8(model: nn.Module, held: list[Batch], read: Callable[[Any], Tensor]) -> Rival:
+    if any(p.device.type != "cpu" for p in model.parameters()):
+        raise Skipped("dynamic int8 is for CPUs")
+    if not any(type(m) is nn.Linear for m in model.modules()):
+        raise Skipped("the model has no linear layers")
+    quantize: Any = torch.ao.quantization.quantize_dynamic
+    small = quantize(copy.deepcopy(model).eval(), {nn.Linear}, dtype=torch.qint8)
+    drop = accuracy(plain(model, read), held) - accuracy(plain(small, read), held)
+    return Rival(INT8, lambda b: small(*b.args, **b.kwargs), drop)
+
+
+def _onnx(fast: CompiledModule, held: list[Batch], folder: Path) -> Rival:
+    before = fast.settings
+    fast.settings = before.neutral(EXITS)
+    try:
+        run = opened(fast.export(folder / "model.onnx", target="onnx")).run
+    finally:
+        fast.settings = before
+    at = fast.program.prediction
+    assert at is not None
+
+    def call(b: Batch) -> list[Tensor]:
+        return run(fast.flatten(b.args, b.kwargs))
+
+    full = accuracy(lambda b: fast.prediction_of(fast.full(*b.args, **b.kwargs)), held)
+    return Rival(ONNX, call, full - accuracy(lambda b: call(b)[at], held))

@@ -1,0 +1,111 @@
+"""A sample of a loader that fits a budget of time, in two halves: one for the probes, one to choose and measure on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from eecompile.errors import EecompileError
+from eecompile.training.batches import Batch, batches, empty_loader
+
+ROWS, BYTES = 8192, 2**29  # of a sample, at most
+READING, PASSES = 0.15, 0.08  # shares of the budget: to read the sample, and for one pass of the model over it
+LEAST = 50  # rows to choose on
+
+
+class Clock:
+    """A budget of seconds from now on."""
+
+    def __init__(self, seconds: float) -> None:
+        self.seconds, self._start = seconds, time.perf_counter()
+
+    @property
+    def spent(self) -> float:
+        return time.perf_counter() - self._start
+
+    @property
+    def left(self) -> float:
+        return self.seconds - self.spent
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Batches of a loader.
+
+    Attributes:
+        fit: Every other batch, from the first on, as a loader would give them.
+        held: The others.
+        seconds: Time of the model for one batch.
+    """
+
+    fit: list[tuple[Any, Any]]
+    held: list[Batch]
+    seconds: float
+
+    @property
+    def held_items(self) -> list[tuple[Any, Any]]:
+        return [_item(batch) for batch in self.held]
+
+    @property
+    def rows(self) -> tuple[int, int]:
+        """Rows of the two halves."""
+        return sum(_rows(inputs) for inputs, _ in self.fit), sum(_rows(inputs) for inputs, _ in self.held_items)
+
+
+def sample(model: nn.Module, loader: Iterable[Any], clock: Clock) -> Sample:
+    """As much of the loader as the budget allows.
+
+    Raises:
+        EecompileError: An empty loader, batches without labels, or too few rows or batches.
+    """
+    device = next((p.device for p in model.parameters()), torch.device("cpu"))
+    found: list[Batch] = []
+    seconds, most, rows, size, start = 0.0, 2, 0, 0, clock.spent
+    for batch in batches(loader, device):
+        if batch.labels is None:
+            raise EecompileError("advice needs labels", where=batch.where, got="none", wanted="(inputs, labels)")
+        if not found:
+            seconds = _seconds(model, batch)
+            most = max(2, int(PASSES * clock.seconds / seconds))
+        found.append(batch)
+        leaves = [t for t in tree_leaves((batch.args, batch.kwargs)) if isinstance(t, Tensor)]
+        rows, size = rows + _rows(_item(batch)[0]), size + sum(t.numel() * t.element_size() for t in leaves)
+        late = clock.spent - start > READING * clock.seconds and len(found) > 1
+        if len(found) >= most or rows >= ROWS or size >= BYTES or late:
+            break
+    if not found:
+        raise empty_loader()
+    made = Sample([_item(b) for b in found[::2]], found[1::2], seconds)
+    if not made.held or made.rows[1] < LEAST:
+        raise EecompileError(
+            "too few rows for advice",
+            got=f"{rows} rows in {len(found)} batches",
+            wanted=f"two batches or more, with {LEAST} rows in every other one",
+            hint="more rows, a smaller batch size, or more minutes",
+        )
+    return made
+
+
+def _seconds(model: nn.Module, batch: Batch) -> float:
+    taken = []
+    with torch.no_grad():
+        for _ in range(4):
+            start = time.perf_counter()
+            model(*batch.args, **batch.kwargs)
+            taken.append(time.perf_counter() - start)
+    return max(median(taken[1:]), 1e-6)
+
+
+def _item(batch: Batch) -> tuple[Any, Any]:
+    return (batch.kwargs or batch.args), batch.labels
+
+
+def _rows(inputs: Any) -> int:
+    return next((len(t) for t in tree_leaves(inputs) if isinstance(t, Tensor) and t.ndim), 0)
