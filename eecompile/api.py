@@ -29,7 +29,7 @@ from eecompile.options import CompileOptions
 from eecompile.passes import analysis, insertion, run_passes
 from eecompile.passes.carried import Brought, unwrapped
 from eecompile.prediction import find_prediction
-from eecompile.program import Program
+from eecompile.program import Capture, Prediction, Program
 from eecompile.runtime.origin import Origin
 from eecompile.signature import Signature
 from eecompile.strategies import SelfSpeculative, Strategy
@@ -118,10 +118,8 @@ def _compile(
         captured.graph_module,
         captured.graph_module,
         captured.signature,
-        prediction=find_prediction(captured.signature.outputs, subject.prediction),
-        models=captured.models,
-        places=subject.brought.places,
-        front_end=captured.front_end,
+        capture=Capture(captured.front_end, captured.models, subject.brought.places),
+        prediction=Prediction(find_prediction(captured.signature.outputs, subject.prediction)),
     )
     program = run_passes(program, analysis(captured, options.measure, options.blocks), tell)
     program = run_passes(program, insertion(chosen.recipe(), captured, options.seed, subject.brought), tell)

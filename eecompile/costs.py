@@ -67,14 +67,14 @@ class CostModel:
 
     def _at_exits(self, open_exits: Sequence[bool], scored: Sequence[bool], routed: bool) -> list[float]:
         program = self.program
-        one_head = any(r.to_exits for r in program.routes)  # of the heads that a router sends rows to, only the row's own
+        one_head = any(r.to_exits for r in program.choices.routes)  # a router to exits: only the row's own head runs
         spent, found = 0.0, []
         closed: list[tuple[tuple[int, ...], float]] = []  # work that no open exit needs
         for k, stage in enumerate(program.stages):
             spent += stage.flops
-            mine = (g for g, s in zip(program.gates, scored, strict=True) if s and g.stage == k)
+            mine = (g for g, s in zip(program.choices.gates, scored, strict=True) if s and g.stage == k)
             spent += sum(g.unit_flops for g in mine if runs(g, open_exits))
-            spent += sum(r.unit_flops for r in program.routes if routed and r.stage == k)
+            spent += sum(r.unit_flops for r in program.choices.routes if routed and r.stage == k)
             for exits, cost in stage.only_for:
                 if any(open_exits[e] for e in exits):
                     spent += cost
@@ -91,15 +91,15 @@ class CostModel:
 
     def router_runs(self, settings: Settings, open_exits: Sequence[bool]) -> bool:
         """Whether a router has something to choose."""
-        if not self.program.routes:
+        if not self.program.choices.routes:
             return False
-        if self.program.routes[0].to_exits:
+        if self.program.choices.routes[0].to_exits:
             return any(open_exits)
         return sum(m <= 1 for m in settings[BRANCHES]) > 1
 
     def at_routes(self, settings: Settings) -> Tensor:
         """[K] float32: cost of a row on each route, with the exits that are open."""
-        (route,) = self.program.routes
+        (route,) = self.program.choices.routes
         costs = self.constant(self.at_exits(settings), torch.device("cpu"))
         if route.to_exits:
             return costs
@@ -128,12 +128,12 @@ class CostModel:
         """
         is_open = self.is_open(settings) if open_exits is None else open_exits
         cost = self.constant(self.at_exits(settings, is_open), exit_index.device)[exit_index]
-        for h, ran in zip(self.program.halts, steps, strict=True):
+        for h, ran in zip(self.program.choices.halts, steps, strict=True):
             if runs(h, is_open):
                 cost = cost + self._of_steps(h, exit_index, ran, settings)
-        if gates is not None and self.program.gates:
-            saves = self.constant([g.flops / self.total for g in self.program.gates], cost.device)
-            stages = self.constant([g.stage for g in self.program.gates], cost.device, torch.int64)
+        if gates is not None and self.program.choices.gates:
+            saves = self.constant([g.flops / self.total for g in self.program.choices.gates], cost.device)
+            stages = self.constant([g.stage for g in self.program.choices.gates], cost.device, torch.int64)
             reached = (exit_index.unsqueeze(1) >= stages) & self.gates_run(is_open, cost.device)
             cost = cost - ((1 - gates.float()) * reached * saves).sum(1)
         return cost if ways is None else cost - self._saved_by_route(ways, exit_index)
@@ -149,12 +149,12 @@ class CostModel:
         """[B] float32: `spent` of rows that go to the end, gates and routes as they were decided: with every exit closed, or
         in a cascade open, so that all models run."""
         ends = len(self.program.exits)
-        every = bool(self.program.models)  # the gates of a cascade's earlier models have a price too
+        every = bool(self.program.capture.models)  # the gates of a cascade's earlier models have a price too
         return self.spent(settings, torch.full_like(exit_index, ends), gates, steps, ways, [every] * ends)
 
     def gates_run(self, open_exits: Sequence[bool], device: torch.device) -> Tensor:
         """[G] bool: gates whose region runs while these exits are open."""
-        return self.constant([runs(g, open_exits) for g in self.program.gates], device, torch.bool)
+        return self.constant([runs(g, open_exits) for g in self.program.choices.gates], device, torch.bool)
 
     def _of_steps(self, halt: Halt, exit_index: Tensor, ran: Tensor, settings: Settings) -> Tensor:
         """[B] what a chain changes of the cost: steps that were not taken, or taken again, and scores."""
@@ -170,7 +170,7 @@ class CostModel:
 
     def _saved_by_route(self, ways: Tensor, exit_index: Tensor) -> Tensor:
         """[B] what branches save; rows that had left before save nothing."""
-        (route,) = self.program.routes
+        (route,) = self.program.choices.routes
         full = route.ways[-1].flops
         saves = self.constant([(full - w.flops) / self.total for w in route.ways], ways.device)
         found: Tensor = (ways * saves).sum(1) * (exit_index.to(ways.device) >= route.way_stage)
@@ -185,7 +185,7 @@ class CostModel:
         had not: the first one for every row that reached it."""
         found = []
         is_open = self.is_open(settings)
-        for h in self.program.halts:
+        for h in self.program.choices.halts:
             first = (exit_index >= h.steps[0].stage).float()
             ran = torch.stack([reports[s.name].float() if s.carries else first for s in h.steps], 1)
             found.append(ran if training or runs(h, is_open) else torch.zeros_like(ran))
@@ -194,10 +194,10 @@ class CostModel:
     def widths_ran(self, gates: Tensor, exit_index: Tensor) -> Tensor:
         """[B, W] float32: the share of the channels that each part with widths ran with; 0 where it was skipped or the row
         had left before. `gates` [B, G], 1 for open."""
-        names = [g.name for g in self.program.gates]
-        stages = {g.name: g.stage for g in self.program.gates}
+        names = [g.name for g in self.program.choices.gates]
+        stages = {g.name: g.stage for g in self.program.choices.gates}
         found = []
-        for w in self.program.widths:
+        for w in self.program.choices.widths:
             mine = self.constant([names.index(g) for g in w.gates], gates.device, torch.int64)
             opened = (gates.detach()[:, mine] >= 0.5).long().sum(1)
             shares = self.constant([0.0, *w.fractions] if w.skips else w.fractions, gates.device)
@@ -212,21 +212,21 @@ class CostModel:
             kept_open: How many gates do not decide, in training.
             full_share: Share of the rows that all gates let in, in training.
         """
-        names = [g.name for g in self.program.gates]
+        names = [g.name for g in self.program.choices.gates]
         opened = gates.detach() >= 0.5
         scored = [0 < t <= 1 and i >= kept_open for i, t in enumerate(settings[GATES])]
         free = self.constant(scored, gates.device, torch.bool).expand(opened.shape).clone()
         free = free & ~full_rows(gates.shape[0], full_share, gates.device).unsqueeze(1)
-        for group, recipe in enumerate(self.program.gate_recipes):
+        for group, recipe in enumerate(self.program.choices.gate_recipes):
             if not recipe.min_open:
                 continue
             # Gates that open a width are not counted: what they are part of runs already.
-            flags = [g.group == group and g.kind != "width" for g in self.program.gates]
+            flags = [g.group == group and g.kind != "width" for g in self.program.choices.gates]
             counted = self.constant(flags, gates.device, torch.bool)
             later = counted.long().flip(0).cumsum(0).flip(0) - counted.long()
             mine = (opened & counted).long()
             free = free & ((mine.cumsum(1) - mine >= recipe.min_open - later) | ~counted)
-        for i, g in enumerate(self.program.gates):
+        for i, g in enumerate(self.program.choices.gates):
             if g.needs:
                 free[:, i] &= opened[:, names.index(g.needs)]
         return free

@@ -40,9 +40,9 @@ class Explanation(Report):
 
 def _routes(fast: CompiledModule) -> dict[str, Any] | None:
     """The router, its routes, and what `evaluate` saw of them last; None without one."""
-    if not fast.program.routes:
+    if not fast.program.choices.routes:
         return None
-    (route,) = fast.program.routes
+    (route,) = fast.program.choices.routes
     return {
         "at": route.at,
         "over": None if route.to_exits else list(route.over),
@@ -79,7 +79,7 @@ def explain(fast: CompiledModule) -> Explanation:
         {
             "model": fast.title,
             "strategy": fast.strategy.to_dict(),
-            "front_end": program.front_end,
+            "front_end": program.capture.front_end,
             "capture": list(fast.notes),
             "executor": fast.executor,
             "executor_reason": fast.executor_reason,
@@ -90,9 +90,10 @@ def explain(fast: CompiledModule) -> Explanation:
             "unknown_early": [
                 {"output": program.signature.outputs[i].path, "known_from": known} for i, known in unknown_early(program)
             ],
-            "prediction": program.signature.outputs[program.prediction or 0].path,
+            "prediction": program.prediction_leaf.path,
             "blocks": [
-                {"name": b.name, "kind": b.kind, "share": b.flops / total, "output": b.output} for b in program.blocks
+                {"name": b.name, "kind": b.kind, "share": b.flops / total, "output": b.output}
+                for b in program.structure.blocks
             ],
             "exits": [
                 {
@@ -144,7 +145,7 @@ def explain(fast: CompiledModule) -> Explanation:
                         for v in c.live
                     ],
                 }
-                for c in program.cuts
+                for c in program.structure.cuts
             ],
             "stages": [
                 {

@@ -217,7 +217,7 @@ class CompiledModule(nn.Module):
             raise elsewhere from error
 
     def _way_outputs(self, flat: Sequence[Tensor], settings: Settings) -> tuple[Tensor, ...]:
-        ways = range(len(self.program.routes[0].ways))
+        ways = range(len(self.program.choices.routes[0].ways))
         with torch.no_grad():
             outcomes = [self.training_graphs.executor(self.train_mode, True, way).run(flat, settings) for way in ways]
         return tuple(o.outputs[-1] for o in outcomes if o.outputs is not None)
@@ -229,8 +229,8 @@ class CompiledModule(nn.Module):
 
     def prediction_of(self, output: Any) -> Tensor:
         """The class scores within an output of the model's type."""
-        assert self.program.prediction is not None
-        return self.program.signature.flatten_output(output)[self.program.prediction]
+        assert self.program.prediction.index is not None
+        return self.program.signature.flatten_output(output)[self.program.prediction.index]
 
     # ------------------------------------------------------------------ running under limits
 
@@ -330,7 +330,7 @@ class CompiledModule(nn.Module):
         Raises:
             StrategyError: A wrong count, an unknown name, a negative number or NaN.
         """
-        gates = {g.name for g in self.program.gates}
+        gates = {g.name for g in self.program.choices.gates}
         if isinstance(thresholds, Mapping) and gates & set(thresholds):
             of_gates = {k: v for k, v in thresholds.items() if k in gates}
             of_exits = {k: v for k, v in thresholds.items() if k not in gates}
@@ -362,7 +362,7 @@ class CompiledModule(nn.Module):
         Raises:
             StrategyError: Not a positive number, or the program does not halt.
         """
-        if not self.program.halts:
+        if not self.program.choices.halts:
             raise StrategyError("this program does not halt", hint="compile with a strategy that halts, such as act")
         self.live.set({families.HALTING: threshold})
 
@@ -379,9 +379,9 @@ class CompiledModule(nn.Module):
         if not count:
             raise StrategyError(
                 "this program has no router between branches",
-                got="a router to exits" if self.program.routes else "no router",
+                got="a router to exits" if self.program.choices.routes else "no router",
                 wanted='Branchy(router=Router(to={"light": 0.5}))',
-                hint="exits that rows are sent to have thresholds: set_thresholds" if self.program.routes else None,
+                hint="exits that rows are sent to have thresholds: set_thresholds" if self.program.choices.routes else None,
             )
         margins = plain(margins)
         if isinstance(margins, int | float) and not isinstance(margins, bool):
@@ -444,13 +444,13 @@ class CompiledModule(nn.Module):
     @property
     def gate_units(self) -> nn.Module:
         """The inserted gate units, by name; one for all gates is called `policy`."""
-        units = self.program.gates or self.program.halts
+        units = self.program.choices.gates or self.program.choices.halts
         return self.graph_module.get_submodule(GATES) if units else nn.Module()
 
     @property
     def route_units(self) -> nn.Module:
         """The router's unit, called `unit`, and the branches: `branch_light` is the one called light."""
-        return self.graph_module.get_submodule(ROUTES) if self.program.routes else nn.Module()
+        return self.graph_module.get_submodule(ROUTES) if self.program.choices.routes else nn.Module()
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the inserted heads, gates, routers and branches that the model does not have itself."""
@@ -730,8 +730,8 @@ class CompiledModule(nn.Module):
     @property
     def title(self) -> str:
         """What was compiled, for people: the model's class, or the models of a cascade."""
-        if self.program.models:
-            return f"cascade of {', '.join(self.program.models)}"
+        if self.program.capture.models:
+            return f"cascade of {', '.join(self.program.capture.models)}"
         return type(self.original).__name__ if self.original is not None else "loaded program"
 
     def __str__(self) -> str:

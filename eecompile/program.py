@@ -9,15 +9,13 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any, Literal
 
 import torch
 from torch import fx
 
 from eecompile.errors import PassError, near
-from eecompile.ir.choices import choices_of
-from eecompile.ir.recipes import GateRecipe, HaltRecipe, RouteRecipe
+from eecompile.ir.choices import ChoiceRecords
 from eecompile.ir.records import (
     Anchor,
     Block,
@@ -40,13 +38,16 @@ from eecompile.ir.records import (
     Width,
 )
 from eecompile.ir.settings import Settings
-from eecompile.signature import Signature
+from eecompile.signature import Leaf, Signature
 
 __all__ = [
     "Anchor",
     "Block",
+    "Capture",
     "Carry",
     "Choice",
+    "ChoiceRecords",
+    "Costs",
     "Cut",
     "Exit",
     "Gate",
@@ -56,6 +57,7 @@ __all__ = [
     "Level",
     "Live",
     "Place",
+    "Prediction",
     "Program",
     "Refusal",
     "Region",
@@ -63,6 +65,7 @@ __all__ = [
     "Route",
     "Snapshot",
     "Stage",
+    "Structure",
     "Tail",
     "TokenPart",
     "Way",
@@ -88,10 +91,15 @@ class Snapshot:
 
 
 class History(Sequence[Snapshot]):
-    """What every pass left behind, in order; `history["stage"]` is the one after that pass."""
+    """Snapshots of every pass, in order; `history["stage"]` is the one after that pass.
 
-    def __init__(self, snapshots: Sequence[Snapshot] = ()) -> None:
+    Attributes:
+        facts: What has been established so far; passes declare what they need and give.
+    """
+
+    def __init__(self, snapshots: Sequence[Snapshot] = (), facts: frozenset[str] = frozenset()) -> None:
         self._snapshots = tuple(snapshots)
+        self.facts = facts
 
     def __len__(self) -> int:
         return len(self._snapshots)
@@ -109,8 +117,13 @@ class History(Sequence[Snapshot]):
             return History(self._snapshots[key])
         return self._snapshots[key]
 
-    def append(self, snapshot: Snapshot) -> History:
-        return History((*self._snapshots, snapshot))
+    def append(self, snapshot: Snapshot, facts: frozenset[str]) -> History:
+        """With one pass more, which established these facts."""
+        return History((*self._snapshots, snapshot), self.facts | facts)
+
+    def establish(self, *facts: str) -> History:
+        """With facts that were established in another way than by a pass."""
+        return History(self._snapshots, self.facts | set(facts))
 
     def __repr__(self) -> str:
         return f"History({', '.join(s.name for s in self._snapshots)})"
@@ -129,6 +142,68 @@ class Tail:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """Where the class scores are among a graph's outputs, and what becomes of them.
+
+    Attributes:
+        index: Which output leaf holds them, None until a strategy needs it.
+        tail: What the model computes from them at its end, None where it gives them as they are.
+    """
+
+    index: int | None = None
+    tail: Tail | None = None
+
+
+@dataclass(frozen=True)
+class Capture:
+    """How the model was captured.
+
+    Attributes:
+        models: Names of the models of a cascade, the last one being the full model; empty for a single model. The
+            captured graph gives the predictions of the others after the full model's output leaves.
+        places: Where compiled models among them have exits of their own.
+    """
+
+    front_end: Literal["export", "blocks"] = "export"
+    models: tuple[str, ...] = ()
+    places: tuple[Place, ...] = ()
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Costs of the captured graph for one row.
+
+    Attributes:
+        flops: Of each node, by name.
+        seconds: Measured time of each node, by name, where it was asked for.
+        full_flops: Of the full model, where the graph holds other models too.
+    """
+
+    flops: Mapping[str, float] = field(default_factory=dict)
+    seconds: Mapping[str, float] = field(default_factory=dict)
+    full_flops: float | None = None
+
+    @property
+    def total(self) -> float:
+        """FLOPs of the unmodified model; of a cascade's last model alone."""
+        return float(sum(self.flops.values())) if self.full_flops is None else self.full_flops
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What was found in the captured graph.
+
+    Attributes:
+        block_pattern: The repeated unit that the user named, None for the best one found.
+    """
+
+    block_pattern: str | None = None
+    blocks: tuple[Block, ...] = ()
+    cuts: tuple[Cut, ...] = ()
+    regions: tuple[Region, ...] = ()
+
+
+@dataclass(frozen=True)
 class Program:
     """A model on its way through the compiler.
 
@@ -137,21 +212,10 @@ class Program:
         source: The captured graph, before any rewrite.
         marked: The graph at level "marked", kept by later levels: what is trained, saved and taken as the truth.
         signature: How a call of the user's model maps to the graph's inputs and outputs.
-        prediction: Index of the output leaf that holds the class scores, None until a strategy needs it.
-        tail: What the model computes from its class scores at its end, None where it gives them as they are.
-        flops: Cost of each node of the captured graph for one row, by name.
-        seconds: Measured time of each node for one row, by name, where it was asked for.
-        models: Names of the models of a cascade, the last one being the full model; empty for a single model. The
-            captured graph gives the predictions of the others behind the full model's output leaves.
-        block_pattern: The repeated unit that the user named, None for the best one found.
-        places: Where compiled models among them have exits of their own.
-        full_flops: Cost of the full model for one row, where the graph holds other models too.
-        facts: What has been established so far; passes declare what they need and give.
-        gate_recipes: What the gates were inserted by: one entry, in a cascade one for each model with gates.
-        halt_recipes: The same for the chains that halt.
-        reports: What a run tells for each row besides its outputs.
+        choices: Gates, widths, halting steps and routers; iterating gives each as a `Choice`.
+        stages: The work between two exits.
         settings: What can be set, as it was compiled.
-        refusals: Places that were passed over, with the reason.
+        history: What every pass left behind, and the facts that they established.
     """
 
     graph_module: fx.GraphModule
@@ -159,66 +223,66 @@ class Program:
     signature: Signature
     level: Level = "captured"
     marked: fx.GraphModule | None = None
-    front_end: Literal["export", "blocks"] = "export"
-    models: tuple[str, ...] = ()
-    block_pattern: str | None = None
-    places: tuple[Place, ...] = ()
-    prediction: int | None = None
-    tail: Tail | None = None
-    flops: Mapping[str, float] = field(default_factory=dict)
-    seconds: Mapping[str, float] = field(default_factory=dict)
-    full_flops: float | None = None
-    blocks: tuple[Block, ...] = ()
-    cuts: tuple[Cut, ...] = ()
-    regions: tuple[Region, ...] = ()
+    capture: Capture = field(default_factory=Capture)
+    prediction: Prediction = field(default_factory=Prediction)
+    costs: Costs = field(default_factory=Costs)
+    structure: Structure = field(default_factory=Structure)
     exits: tuple[Exit, ...] = ()
-    gates: tuple[Gate, ...] = ()
-    gate_recipes: tuple[GateRecipe, ...] = ()
-    widths: tuple[Width, ...] = ()
-    reports: tuple[Report, ...] = ()
-    halts: tuple[Halt, ...] = ()
-    halt_recipes: tuple[HaltRecipe, ...] = ()
-    routes: tuple[Route, ...] = ()
-    route_recipe: RouteRecipe | None = None
+    choices: ChoiceRecords = field(default_factory=ChoiceRecords)
     stages: tuple[Stage, ...] = ()
     settings: Settings = field(default_factory=Settings)
-    facts: frozenset[str] = frozenset()
-    refusals: tuple[Refusal, ...] = ()
     history: History = field(default_factory=History)
 
     def replace(self, **changes: Any) -> Program:
+        """With other fields; one of a group is given by its own name: `replace(blocks=...)`."""
+        for name in [n for n in changes if n in GROUPED]:
+            group = GROUPED[name]
+            changes[group] = dataclasses.replace(changes.get(group, getattr(self, group)), **{name: changes.pop(name)})
         return dataclasses.replace(self, **changes)
 
-    def restore(self, leaves: Sequence[torch.Tensor], flat: Sequence[torch.Tensor]) -> Any:
-        """The model's own output type around what a graph gave for these flat inputs."""
-        return self.signature.restore(leaves if self.tail is None else self.answer(leaves, flat), flat)
-
-    def answer(self, leaves: Sequence[torch.Tensor], flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """The model's output leaves, from those of a graph and the call's flat inputs."""
-        found = list(leaves)
-        if self.tail is not None:
-            assert self.prediction is not None
-            values = self.tail.module(found[self.prediction], *flat)
-            for i, value in zip(self.tail.slots, values, strict=True):
-                found[i] = value
-        return found
-
-    @cached_property
-    def choices(self) -> tuple[Choice, ...]:
-        """Every region in which rows take one of several arms: gates and widths, halting steps, a router's branches."""
-        return choices_of(self.gates, self.widths, self.halts, self.routes)
+    def establish(self, *facts: str) -> Program:
+        """With facts that passes may require."""
+        return self.replace(history=self.history.establish(*facts))
 
     @property
-    def gate_recipe(self) -> GateRecipe | None:
-        """What the gates of a single model were inserted by, None without gates."""
-        return self.gate_recipes[0] if self.gate_recipes else None
+    def refusals(self) -> tuple[Refusal, ...]:
+        """Places that were passed over, with the reason."""
+        return tuple(r for snapshot in self.history for r in snapshot.refusals)
 
     @property
-    def halt_recipe(self) -> HaltRecipe | None:
-        """What the chains of a single model were inserted by, None without any."""
-        return self.halt_recipes[0] if self.halt_recipes else None
+    def prediction_leaf(self) -> Leaf:
+        """The output leaf with the class scores."""
+        return self.signature.outputs[self.prediction.index or 0]
 
     @property
     def total_flops(self) -> float:
         """Cost of the unmodified model for one row; of a cascade's last model alone."""
-        return float(sum(self.flops.values())) if self.full_flops is None else self.full_flops
+        return self.costs.total
+
+    def restore(self, leaves: Sequence[torch.Tensor], flat: Sequence[torch.Tensor]) -> Any:
+        """The model's own output type around what a graph gave for these flat inputs."""
+        return self.signature.restore(leaves if self.prediction.tail is None else self.answer(leaves, flat), flat)
+
+    def answer(self, leaves: Sequence[torch.Tensor], flat: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """The model's output leaves, from those of a graph and the call's flat inputs."""
+        found, tail = list(leaves), self.prediction.tail
+        if tail is not None:
+            assert self.prediction.index is not None
+            values = tail.module(found[self.prediction.index], *flat)
+            for i, value in zip(tail.slots, values, strict=True):
+                found[i] = value
+        return found
+
+
+GROUPED = {
+    f.name: group
+    for group, record in (
+        ("prediction", Prediction),
+        ("capture", Capture),
+        ("costs", Costs),
+        ("structure", Structure),
+        ("choices", ChoiceRecords),
+    )
+    for f in dataclasses.fields(record)
+}
+"""Group of each field that belongs to one, for `Program.replace`."""

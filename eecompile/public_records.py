@@ -205,7 +205,7 @@ def exit_records(program: Program, settings: Settings) -> tuple[ExitRecord, ...]
 def gate_records(program: Program, settings: Settings) -> tuple[GateRecord, ...]:
     """The gates in order."""
     thresholds, found = settings[GATES], []
-    for i, g in enumerate(program.gates):
+    for i, g in enumerate(program.choices.gates):
         unit = _marked(program).get_submodule(g.unit)
         assert isinstance(unit, GateUnit)
         found.append(
@@ -227,10 +227,10 @@ def gate_records(program: Program, settings: Settings) -> tuple[GateRecord, ...]
 
 def width_records(program: Program) -> tuple[WidthRecord, ...]:
     """The parts that run at one of several widths."""
-    saves = {g.name: g.flops / _total(program) for g in program.gates}
+    saves = {g.name: g.flops / _total(program) for g in program.choices.gates}
     return tuple(
         WidthRecord(w.name, w.region, w.fractions, w.channels, w.skips, w.gates, sum(saves[g] for g in w.gates))
-        for w in program.widths
+        for w in program.choices.widths
     )
 
 
@@ -242,7 +242,7 @@ def halt_records(program: Program, settings: Settings) -> tuple[HaltRecord, ...]
             name=h.name,
             depth=h.depth,
             threshold=halting_threshold(program, settings),
-            rule=program.halt_recipes[h.group].rule,
+            rule=program.choices.halt_recipes[h.group].rule,
             repeated=h.repeated,
             per_token=h.per_token,
             steps=tuple(
@@ -257,28 +257,28 @@ def halt_records(program: Program, settings: Settings) -> tuple[HaltRecord, ...]
                 for s in h.steps
             ),
         )
-        for h in program.halts
+        for h in program.choices.halts
     )
 
 
 def halting_threshold(program: Program, settings: Settings) -> float:
     """What the halting scores of a row must add up to; above 1, as without halting, no row halts."""
-    return settings[HALTING][0] if program.halts else CLOSED
+    return settings[HALTING][0] if program.choices.halts else CLOSED
 
 
 def route_names(program: Program) -> list[str]:
     """Names of the routes, the model's own last; none without a router."""
-    if not program.routes:
+    if not program.choices.routes:
         return []
-    (route,) = program.routes
+    (route,) = program.choices.routes
     return [e.name for e in program.exits] + [OWN_END] if route.to_exits else [w.name for w in route.ways]
 
 
 def route_records(program: Program, settings: Settings, costs: CostModel) -> tuple[RouteRecord, ...]:
     """The router's routes in order."""
-    if not program.routes:
+    if not program.choices.routes:
         return ()
-    (route,) = program.routes
+    (route,) = program.choices.routes
     of_each = costs.at_routes(settings).tolist()
     if route.to_exits:
         is_open = [*costs.is_open(settings), True]

@@ -173,7 +173,7 @@ def result_of(
         mode: How it was trained; None in eval mode.
     """
     program, index = costs.program, outcome.exit_index
-    gates = _of_gates(program, outcome, "") if program.gates else None
+    gates = _of_gates(program, outcome, "") if program.choices.gates else None
     if gates is not None and mode is None:  # nothing runs of a cascade's model while its exits are closed
         gates = gates * costs.gates_run(costs.is_open(settings), gates.device)
     steps = costs.steps_ran(settings, outcome.reports, index, mode is not None)
@@ -187,7 +187,7 @@ def result_of(
         cost=costs.spent(settings, index, gates, steps, branches),
         choices=Choices(
             gates=gates if gates is None or mode is not None else gates >= 0.5,
-            widths=costs.widths_ran(gates, index) if gates is not None and program.widths else None,
+            widths=costs.widths_ran(gates, index) if gates is not None and program.choices.widths else None,
             steps=_gated_steps(costs, gates),
             route=route,
         ),
@@ -209,7 +209,7 @@ def result_of(
     if gates is not None or branches is not None:
         trace.end_cost = costs.at_end(settings, index, gates, steps, branches)
     if route is not None:
-        trace.route_weights = outcome.reports[f"{program.routes[0].name}.weights"]
+        trace.route_weights = outcome.reports[f"{program.choices.routes[0].name}.weights"]
         trace.route_costs = costs.at_routes(settings)
     if outcome.step_scores is not None:
         trace.step_outputs = (*outcome.step_outputs, outcome.outputs[-1])
@@ -225,9 +225,9 @@ def result_of(
 
 def _halting(program: Program, outcome: Outcome, steps: Sequence[Tensor], training: bool) -> tuple[Tensor, Tensor]:
     """Steps and ponder cost; a row that exited inside a chain has the steps that it ran, and no ponder cost of it."""
-    ledgers = [outcome.reports[h.name] for h in program.halts]
+    ledgers = [outcome.reports[h.name] for h in program.choices.halts]
     counts = []
-    for h, ledger, ran in zip(program.halts, ledgers, steps, strict=True):
+    for h, ledger, ran in zip(program.choices.halts, ledgers, steps, strict=True):
         count, taken = ledger.detach()[..., 1], (ran > 0).sum(1).to(ledger.dtype)
         exited = torch.zeros_like(taken, dtype=torch.bool)
         if not training:
@@ -241,12 +241,12 @@ def _halting(program: Program, outcome: Outcome, steps: Sequence[Tensor], traini
 
 def _of_gates(program: Program, outcome: Outcome, suffix: str) -> Tensor:
     """[B, G] what every gate reports."""
-    return torch.stack([outcome.reports[g.name + suffix] for g in program.gates], 1)
+    return torch.stack([outcome.reports[g.name + suffix] for g in program.choices.gates], 1)
 
 
 def _gated_steps(costs: CostModel, gates: Tensor | None) -> Tensor | None:
     """[B] int64: gated blocks that ran for each row; None where gates are on parts of blocks."""
-    kinds = [g.kind for g in costs.program.gates]
+    kinds = [g.kind for g in costs.program.choices.gates]
     blocks = [i for i, kind in enumerate(kinds) if kind in ("block", "branch")]
     if gates is None or not blocks or any(kind not in ("block", "branch", "width") for kind in kinds):
         return None
@@ -255,9 +255,9 @@ def _gated_steps(costs: CostModel, gates: Tensor | None) -> Tensor | None:
 
 def _route(program: Program, outcome: Outcome, settings: Settings) -> Tensor | None:
     """[B] int64, the route of each row; -1 for rows that had exited before. None without a router."""
-    if not program.routes:
+    if not program.choices.routes:
         return None
-    (route,) = program.routes
+    (route,) = program.choices.routes
     choice = outcome.reports[route.name].detach()
     if route.to_exits:  # the first open exit that the router is sure enough of
         thresholds = settings.tensors(choice.device)[THRESHOLDS_BUFFER]
@@ -271,7 +271,7 @@ def _branches(program: Program, reports: Mapping[str, Tensor], route: Tensor, mi
 
     None without branches.
     """
-    (r,) = program.routes
+    (r,) = program.choices.routes
     if r.to_exits:
         return None
     admitted = reports.get(f"{r.name}.admitted")

@@ -35,8 +35,8 @@ def deep_copy(fast: CompiledModule, memo: dict[int, Any]) -> CompiledModule:
     for shared in (*constant, graphs.exported):
         memo[id(shared)] = shared  # never changed
     new.__dict__.update(copy.deepcopy(fast.__dict__, memo))
-    _share_again(new.program, None if new.program.models else new.running)
-    if new.given is not None and new.original is not None and not new.program.models:
+    _share_again(new.program, None if new.program.capture.models else new.running)
+    if new.given is not None and new.original is not None and not new.program.capture.models:
         share_tensors(new.given, new.original)
     new.live.publish()
     return new

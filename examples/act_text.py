@@ -49,7 +49,7 @@ def judge(fast: Any, loader: Iterable[Any], threshold: float) -> dict[str, Any]:
             taken = result.steps
             # padding halts at once: only tokens count
             steps.append(taken if taken.ndim == 1 else taken[batch.kwargs["attention_mask"].expand_as(taken).bool()])
-    most = len(fast.program.halts[0].steps)
+    most = len(fast.program.choices.halts[0].steps)
     taken = torch.cat(steps)
     return {
         "threshold": threshold,

@@ -73,7 +73,7 @@ def judged(
 ) -> Variant:
     """A line of the record for the gates' thresholds as they are."""
     judgement = fast.evaluate(test)
-    blocks = sum(b.flops for b in fast.program.blocks) / fast.program.total_flops
+    blocks = sum(b.flops for b in fast.program.structure.blocks) / fast.program.total_flops
     row = record.row(
         "stand-in for CIFAR-10, ResNet-8, gates" if record.options.quick else "CIFAR-10, ResNet-20, gates",
         thresholds=name,

@@ -51,7 +51,7 @@ class Squash(nn.Module):
 
 def sent(kind: str, base: CompiledModule) -> Branchy:
     """A router at the first cut of the model, to exits, to a lighter branch, to several branches after an exit."""
-    names = [c.name for c in base.program.cuts if c.is_block]
+    names = [c.name for c in base.program.structure.cuts if c.is_block]
     if kind == "router to exits":
         return Branchy(exits=names[1:3], router=Router(at=names[0], to="exits", unit="linear"), max_head_share=1e9)
     if kind == "router to a lighter branch":

@@ -19,7 +19,7 @@ from eecompile import CompiledModule, eecompile
 from eecompile.capture.export import Captured
 from eecompile.module import Origin
 from eecompile.passes import analysis, insertion, run_passes
-from eecompile.program import Program
+from eecompile.program import Prediction, Program
 from eecompile.result import Result
 from eecompile.strategies import Strategy
 
@@ -101,7 +101,7 @@ def neutral(fast: CompiledModule) -> None:
     fast.set_thresholds(CLOSED)
     if fast.gates:
         fast.set_gate_thresholds(0.0)
-    if fast.program.halts:
+    if fast.program.choices.halts:
         fast.set_halting_threshold(CLOSED)
     if len(fast.route_margins):
         fast.set_route_margins(CLOSED)
@@ -110,7 +110,7 @@ def neutral(fast: CompiledModule) -> None:
 def random_settings(fast: CompiledModule, args: Any, kwargs: Any, rng: random.Random) -> None:
     """Settings of every kind that the program has, in gaps of what these inputs give, so that rounding decides nothing."""
     neutral(fast)
-    if fast.program.halts:
+    if fast.program.choices.halts:
         fast.set_halting_threshold(rng.choice([1.0, 0.7, 0.4, CLOSED]))
     if fast.gates:
         scores = fast.observe(*args, **kwargs).trace.gate_scores
@@ -252,8 +252,8 @@ def again(fast: CompiledModule, strategy: Strategy, prediction: int | None = Non
     """Another strategy on what was captured before: capture is what takes the time."""
     source = fast.source_graph
     captured = Captured(source, fast.program.signature, fast.origin.exported, fast.example)
-    at = fast.program.prediction if prediction is None else prediction
-    program = Program(source, source, captured.signature, prediction=at)
+    at = fast.program.prediction.index if prediction is None else prediction
+    program = Program(source, source, captured.signature, prediction=Prediction(at))
     program = run_passes(program, [*analysis(captured), *insertion(strategy.recipe(), captured, seed=0)])
     return CompiledModule(program, strategy, origin=Origin(fast.original, fast.example))
 

@@ -55,7 +55,7 @@ def logits(output: Any) -> Tensor:
 
 def test_a_cascade_is_its_models_run_by_hand(pack):
     """Row by row: the first model whose confidence reaches its threshold answers."""
-    assert [b.name for b in pack.fast.program.blocks] == list(pack.herd.models)
+    assert [b.name for b in pack.fast.program.structure.blocks] == list(pack.herd.models)
     assert [e.cut for e in pack.fast.exits] == list(pack.herd.models)[:-1]
     rng = random.Random(3)
     taken: set[int] = set()
@@ -168,7 +168,7 @@ def test_layers_that_models_share_run_once():
     models = [Deeper(stem, layers[:k]).eval() for k in (1, 2, 4)]
     x = torch.randn(6, 3, 12, 12)
     fast = eecompile(models, "cascade", example_inputs=(x,))
-    assert fast.program.models == ("deeper_0", "deeper_1", "deeper_2")
+    assert fast.program.capture.models == ("deeper_0", "deeper_1", "deeper_2")
     rng = random.Random(0)
     with torch.no_grad():
         for batch in BATCHES:

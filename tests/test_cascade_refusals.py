@@ -102,9 +102,9 @@ def test_a_dear_model_does_not_earn_its_place():
     refused(StrategyError, r"net_0: .* MFLOPs, net_1: .* MFLOPs", "order by cost is net_2, net_1, net_0", models=[c, b, a])
     refused(StrategyError, "leave one out", models=[a, b, c], strategy=strategies.Cascade(max_head_share=0.05))
     given = eecompile([b, a, c], strategies.Cascade(order="given"), example_inputs=(X,))
-    assert given.program.models == ("net_0", "net_1", "net_2")
+    assert given.program.capture.models == ("net_0", "net_1", "net_2")
     by_cost = eecompile({"c": c, "a": a, "b": b}, strategies.Cascade(order="cost"), example_inputs=(X,))
-    assert by_cost.program.models == ("a", "b", "c")
+    assert by_cost.program.capture.models == ("a", "b", "c")
     by_cost.set_thresholds(CLOSED)
     equal_bits(by_cost(X), c(X))
 

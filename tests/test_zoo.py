@@ -43,7 +43,7 @@ def test_compiling_leaves_the_model_as_it_was(zoo, name):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_blocks_are_found(zoo, name):
-    blocks = zoo(name).fast.program.blocks
+    blocks = zoo(name).fast.program.structure.blocks
     assert len(blocks) == ZOO[name].blocks, [b.name for b in blocks]
 
 

@@ -87,7 +87,11 @@ def test_every_batch_and_every_end(zoo, kind):
             fast.device_options = Options(structure="machine" if batch == 9 else "nested")
             same_result(*(run_by(name, fast, *args, **kwargs) for name in ("simulate", "reference")))
         taken |= set(r.exit_index.tolist())
-        split |= {s / 4 for s in r.steps.flatten().tolist()} if fast.program.halts else set(r.gates.float().mean(0).tolist())
+        split |= (
+            {s / 4 for s in r.steps.flatten().tolist()}
+            if fast.program.choices.halts
+            else set(r.gates.float().mean(0).tolist())
+        )
     assert fast.check_no_sync(*entry.inputs(3)[0], **entry.inputs(3)[1]).ok
     assert len(taken) > 1
     assert any(0 < share < 1 for share in split)

@@ -45,7 +45,7 @@ from eecompile.passes.insert_exits import (
     cut_of,
     relocate,
 )
-from eecompile.program import Exit, Place, Program
+from eecompile.program import Capture, Exit, Place, Prediction, Program
 from eecompile.runtime.origin import Origin
 from eecompile.signature import Signature
 from eecompile.strategies import STRATEGIES, Strategy
@@ -81,8 +81,8 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     graph_module = flat_graph(exported, "m", names) if _adapted(exported) else program_graph(exported)[0]
     graph_module.meta.clear()
     models = tuple(data.get("models", ()))
-    program = Program(graph_module, graph_module, signature, prediction=data["prediction"], models=models)
-    program = program.replace(places=records(Place, data.get("places", [])))
+    captured = Capture(models=models, places=records(Place, data.get("places", [])))
+    program = Program(graph_module, graph_module, signature, capture=captured, prediction=Prediction(data["prediction"]))
     program = run_passes(program, [*prepared(models), Annotate(), FindBlocks(data.get("blocks")), Unfold(), FindCuts()])
     tensors = _tensors(paths["heads"])
     if data.get("gates") is not None:

@@ -54,7 +54,7 @@ def insert_saved_routes(
     if any(w.left_out for r in routes for w in r.ways):
         program = run_passes(program, [FindRegions()])
     program = relocate_routes(program, routes)
-    (route,) = program.routes
+    (route,) = program.choices.routes
     modules: dict[str, nn.Module] = {"unit": rebuild_router(data["unit"])}
     for way in (w for w in route.ways if w.module):
         if way.custom and way.name not in customs:

@@ -34,7 +34,7 @@ def write(fast: CompiledModule, path: str | Path) -> None:
         ArtifactError: Something cannot be saved without a pickle, or the disk refuses.
     """
     program = fast.program
-    if program.front_end != "export":
+    if program.capture.front_end != "export":
         raise ArtifactError(
             'a program of capture="blocks" cannot be saved: it runs the Python model itself',
             hint="save the model's weights and compile again, or make the model exportable",
@@ -59,10 +59,10 @@ def write(fast: CompiledModule, path: str | Path) -> None:
         "backend": fast.backend,
         "signature": program.signature.to_dict(),
         "train_signature": None if graphs.signature is None else graphs.signature.to_dict(),
-        "prediction": program.prediction,
-        "models": list(program.models),
-        "blocks": program.block_pattern,
-        "places": [asdict(p) for p in program.places],
+        "prediction": program.prediction.index,
+        "models": list(program.capture.models),
+        "blocks": program.structure.block_pattern,
+        "places": [asdict(p) for p in program.capture.places],
         "exits": [_exit(e) for e in program.exits],
         "heads": heads,
         "settings": fast.live.to_dict(),
@@ -110,7 +110,7 @@ def _put_all(fast: CompiledModule, directory: Path, heads: dict[str, Any], entri
             branch = fast.branch(e.name)
             entries[f"head {e.name}"] = files.put(directory, f"head_{e.name}", ".pt2", partial(_custom, branch, fast))
 
-    for way in (w for r in program.routes for w in r.ways if w.custom):
+    for way in (w for r in program.choices.routes for w in r.ways if w.custom):
         entries[f"branch {way.name}"] = files.put(
             directory, f"branch_{way.name}", ".pt2", partial(_custom_branch, fast, way)
         )
@@ -119,15 +119,19 @@ def _put_all(fast: CompiledModule, directory: Path, heads: dict[str, Any], entri
 def _routes(fast: CompiledModule) -> dict[str, Any] | None:
     """The router, its unit and what it was inserted by, as JSON data; None without one."""
     program = fast.program
-    if program.route_recipe is None:
+    if program.choices.route_recipe is None:
         return None
-    records = [asdict(r) for r in program.routes]
-    return {"recipe": program.route_recipe.to_dict(), "records": records, "unit": describe_router(router_of(program))}
+    records = [asdict(r) for r in program.choices.routes]
+    return {
+        "recipe": program.choices.route_recipe.to_dict(),
+        "records": records,
+        "unit": describe_router(router_of(program)),
+    }
 
 
 def _way(program: Any, name: str) -> Way:
     """The branch with this attribute of the module; the router's unit counts as one that is no module of the user's."""
-    ways = (w for r in program.routes for w in r.ways if w.module.rpartition(".")[2] == name)
+    ways = (w for r in program.choices.routes for w in r.ways if w.module.rpartition(".")[2] == name)
     found: Way = next(ways, Way(name, "", "", (), (), 0.0))
     return found
 
@@ -139,15 +143,15 @@ def _exit(e: Exit) -> dict[str, Any]:
 def _gates(fast: CompiledModule) -> dict[str, Any] | None:
     """The gates or halting steps, their units and what they were inserted by, as JSON data; None without gates."""
     program = fast.program
-    if not program.gates and not program.halts:
+    if not program.choices.gates and not program.choices.halts:
         return None
     return {
         "units": {name: describe_unit(unit) for name, unit in fast.gate_units.named_children()},
-        "recipes": [asdict(r) for r in program.gate_recipes],
-        "gates": [asdict(g) for g in program.gates],
-        "widths": [asdict(w) for w in program.widths],
-        "halting": [asdict(r) for r in program.halt_recipes],
-        "halts": [asdict(h) for h in program.halts],
+        "recipes": [asdict(r) for r in program.choices.gate_recipes],
+        "gates": [asdict(g) for g in program.choices.gates],
+        "widths": [asdict(w) for w in program.choices.widths],
+        "halting": [asdict(r) for r in program.choices.halt_recipes],
+        "halts": [asdict(h) for h in program.choices.halts],
     }
 
 
@@ -184,13 +188,13 @@ def _custom(branch: Branch, fast: CompiledModule, path: Path) -> None:
     """A user's head: exported, since its class may not be there when the program is loaded."""
     e = next(e for e in fast.program.exits if fast.branch(e.name) is branch)
     node = next(n for n in fast.program.source.graph.nodes if n.name == e.node)
-    live = next(v for c in fast.program.cuts if c.after == e.after for v in c.live if v.node == e.node)
+    live = next(v for c in fast.program.structure.cuts if c.after == e.after for v in c.live if v.node == e.node)
     _exported(branch.head, live.shape, live.batch_axis, node.meta["val"].dtype, "head", e.name, path)
 
 
 def _custom_branch(fast: CompiledModule, way: Way, path: Path) -> None:
     """A user's branch: exported as a user's head is."""
-    (route,) = fast.program.routes
+    (route,) = fast.program.choices.routes
     node = next(n for n in fast.program.source.graph.nodes if n.name == route.x)
     batch = facts.Batch(fast.program.source, fast.program.signature)
     axis = batch.axis(node)

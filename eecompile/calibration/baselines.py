@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,17 +49,23 @@ def baselines(drops: Evidence, report: Any, lost: Tensor | None, static: tuple[A
     constant = min((p for p in points if p[0] <= cost + 1e-9), key=lambda p: p[1], default=None)
     if constant is not None:
         found.append(Baseline("one exit for all rows", constant[2], *constant[:2], beaten=drop < constant[1]))
-    mixed = [
-        (p[1] + (q[1] - p[1]) * (cost - p[0]) / (q[0] - p[0]), f"{p[2]} or {q[2]}")
-        for p in points for q in points if p[0] <= cost < q[0]
-    ]  # fmt: skip
-    if mixed:
+    if mixed := mixtures(points, cost):
         least, which = min(mixed)
         found.append(Baseline("random exits", which, cost, least, beaten=drop < least))
     if static is not None and lost is not None:
         mean = float(lost.mean())
         found.append(Baseline("static model", "as given", static[1], mean, beaten=static[1] > cost or drop < mean))
     return found
+
+
+def mixtures(points: Sequence[tuple[float, float, str]], cost: float) -> list[tuple[float, str]]:
+    """Values at a mean cost of a random choice between two points (cost, value, name), for every pair around that cost."""
+    return [
+        (v + (w - v) * (cost - c) / (d - c), f"{one} or {other}")
+        for c, v, one in points
+        for d, w, other in points
+        if c <= cost < d
+    ]
 
 
 def auroc(confidence: Tensor, harm: Tensor) -> float | None:

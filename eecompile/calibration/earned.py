@@ -23,7 +23,7 @@ def check_models(fast: CompiledModule, score: Tensor, what: str) -> None:
         CalibrationError: With the score and the cost of both. `Cascade(order="given")` takes the models as they are.
     """
     program: Any = getattr(fast, "program", None)
-    models = () if program is None else program.models
+    models = () if program is None else program.capture.models
     if not models or fast.strategy.together.get("order") == "given":
         return
     cuts = [e.cut for e in program.exits]

@@ -142,7 +142,7 @@ class Halting(Line):
 
     def __init__(self, fast: CompiledModule) -> None:
         super().__init__(fast)
-        self.repeated = any(h.repeated for h in fast.program.halts)
+        self.repeated = any(h.repeated for h in fast.program.choices.halts)
         if self.repeated:
             as_trained = "as many steps as trained"
             self.words = Words(self.words.title, self.words.what, as_trained, f"rows take {as_trained}")
@@ -161,7 +161,7 @@ class Halting(Line):
         return result.steps.double().view(len(result.steps), -1).mean(1, keepdim=True)
 
     def parts(self, settings: Settings, shares: Sequence[float] | None) -> list[Part]:
-        chains = self.fast.program.halts
+        chains = self.fast.program.choices.halts
         most, steps = sum(len(h.steps) for h in chains), None if shares is None else shares[0]
         return [CalibratedHalt(", ".join(h.name for h in chains), settings[HALTING][0], steps, most)]
 

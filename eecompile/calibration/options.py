@@ -147,16 +147,16 @@ def _no_classes(fast: CompiledModule) -> str:
     if getattr(fast, "trained_by_loss", False):
         return "a program that was trained with loss="
     program = getattr(fast, "program", None)
-    if program is None or program.prediction is None:
+    if program is None or program.prediction.index is None:
         return ""
-    tail = program.tail
-    if tail is not None and program.prediction in tail.slots:
-        end = facts.output_leaves(tail.module)[tail.slots.index(program.prediction)]
+    tail = program.prediction.tail
+    if tail is not None and program.prediction.index in tail.slots:
+        end = facts.output_leaves(tail.module)[tail.slots.index(program.prediction.index)]
         while end.target in SAME:
             end = end.args[0]
         if end.target in SIGMOIDS:
             return "a model that ends in a sigmoid: each score is a yes or no of its own"
-    return "one score for each row" if program.signature.outputs[program.prediction].shape[-1] == 1 else ""
+    return "one score for each row" if program.prediction_leaf.shape[-1] == 1 else ""
 
 
 def split_sizes(n: int, max_drop: float, delta: float | None) -> tuple[int, int]:

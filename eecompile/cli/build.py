@@ -70,15 +70,14 @@ def _places(fast: Any) -> Any:
     from rich.console import Group
     from rich.text import Text
 
-    from eecompile.inspect.tables import exits, gates, halts, routes
+    from eecompile.inspect.decisions import sections
+    from eecompile.inspect.tables import decisions, exits
 
     refused = len(fast.program.refusals)
     seconds = sum(s.seconds for s in fast.history)
-    count = f"{len(fast.exits)} exits" + (f", {len(fast.gates)} gates" if fast.gates else "")
-    count += f", {len(fast.routes)} routes" if fast.routes else ""
-    count += f", {len(fast.halts)} chains that halt" if fast.halts else ""
+    count = ", ".join([f"{len(fast.exits)} exits", *(section.count for section in sections(fast))])
     total = f"{count}; {refused} places refused (eecompile inspect says why); passes took {seconds:.2f} s"
-    return Group(*([exits(fast)] if fast.exits else []), *gates(fast), *halts(fast), *routes(fast), Text(total))
+    return Group(*([exits(fast)] if fast.exits else []), *decisions(fast), Text(total))
 
 
 def inspect(

@@ -73,7 +73,7 @@ class Stage(Holder):
 
     def __init__(self, program: Program, settings: Settings, segment: Segment, step: Mapping[str, Any]) -> None:
         super().__init__(segment.module, segment.head, settings=settings)
-        self.segment, self.wanted = segment, program.signature.outputs[program.prediction or 0]
+        self.segment, self.wanted = segment, program.prediction_leaf
         self.states, self.new = step["states"], step["new"]
         names = [v.name for v in step["takes"]]
         self.forward = signed(lambda given: self._run([given[n] for n in names]), names)
@@ -149,7 +149,7 @@ def steps_of(program: Program, settings: Settings) -> list[Step]:
 
 def _states(program: Program, stage: int, count: int) -> tuple[Value, ...]:
     """What rows carry from one decision to the next; sizes but the rows' and the positions' are fixed."""
-    scores = program.signature.outputs[program.prediction or 0].shape
+    scores = program.prediction_leaf.shape
     positions = scores[1:-1] if len(scores) > 2 else ()
     several = bool(program.exits) and program.exits[0].combine == "weighted"
     last = {"state": (2,), "memory": (0, 0) if several else (0,)}  # what is fixed may be any number here
@@ -168,16 +168,16 @@ def write(program: Program, settings: Settings, description: Description, path: 
         _save(program, step.module, given, shapes, step.gives, path / step.file)
         with torch.no_grad():
             values |= dict(zip(step.gives, step.module(**given), strict=True))
-    at = program.prediction or 0
+    at = program.prediction.index or 0
     tail = None
-    if program.tail is not None:
+    if program.prediction.tail is not None:
         names = [SCORES, *inputs]
         axis = program.signature.outputs[at].batch_axis or 0
         given = {SCORES: values[PREDICTION].movedim(0, axis)} | inputs
         leaves = program.signature.inputs
         shapes = {SCORES: program.signature.outputs[at].shape} | {n: x.shape for n, x in zip(inputs, leaves, strict=True)}
-        gives = tuple(outputs[i] for i in program.tail.slots)
-        _save(program, Tail(program.tail.module, settings, names), given, shapes, gives, path / "tail.onnx")
+        gives = tuple(outputs[i] for i in program.prediction.tail.slots)
+        _save(program, Tail(program.prediction.tail.module, settings, names), given, shapes, gives, path / "tail.onnx")
         tail = {"file": "tail.onnx", "takes": names, "gives": gives}
     costs = CostModel(program).at_exits(settings)
     data = {

@@ -180,7 +180,8 @@ class _Check:
         assert want.confidences is not None
         pairs = [(c, t) for c, t in zip(want.confidences, self.settings[EXITS], strict=False) if t <= 1]
         scores = (
-            (want.reports.get(f"{g.name}.score"), t) for g, t in zip(self.program.gates, self.settings[GATES], strict=True)
+            (want.reports.get(f"{g.name}.score"), t)
+            for g, t in zip(self.program.choices.gates, self.settings[GATES], strict=True)
         )
         pairs += [(s, t) for s, t in scores if s is not None and 0 < t <= 1]
         found = torch.zeros_like(want.exit_index, dtype=torch.bool)

@@ -120,7 +120,9 @@ def level(fast: CompiledModule, after: str | None) -> Level:
     """
     program: Program = fast.program
     if after is None or after == "staged":
-        about = "stages between the exits" if program.front_end == "export" else "the marked graph: no stages of its own"
+        about = (
+            "stages between the exits" if program.capture.front_end == "export" else "the marked graph: no stages of its own"
+        )
         return Level("staged", about, program.graph_module)
     if after == "source":
         return Level("source", "as captured", program.source)
@@ -143,7 +145,7 @@ def outline(fast: CompiledModule, after: str | None = None, collapse: bool = Tru
     found = level(fast, after)
     program: Program = fast.program
     names = _Names(program)
-    if program.front_end == "blocks" and any(inserted(n) for n in found.graph_module.graph.nodes):
+    if program.capture.front_end == "blocks" and any(inserted(n) for n in found.graph_module.graph.nodes):
         return _python_blocks(found, program)
     cells = list(_cells(found.graph_module, program))
     parts: list[Part] = []
@@ -160,7 +162,7 @@ def outline(fast: CompiledModule, after: str | None = None, collapse: bool = Tru
         if exit_index is not None:
             live = survivors(program, exit_index)
         parts.append(Part(key, tuple(regions), exit_index, count, live))
-    for carry in (c for g in program.gates for c in g.carries if c.y in owner):
+    for carry in (c for g in program.choices.gates for c in g.carries if c.y in owner):
         owner.setdefault(carry.node, owner[carry.y])
     edges = _edges(cells, owner, found.graph_module)
     total = sum(len(cell[2]) + cell[3] for cell in cells)
@@ -173,13 +175,13 @@ def _python_blocks(found: Level, program: Program) -> Outline:
     ends = {e.after: i for i, e in enumerate(program.exits)}
     parts: list[Part] = []
     regions: list[Region] = []
-    for b in program.blocks:
+    for b in program.structure.blocks:
         regions.append(Region(b.name, b.kind, (b.output,), b.flops / total))
         at = ends.get(b.output)
         if at is not None:
             parts.append(Part(f"stage_{len(parts)}", tuple(regions), at, live=survivors(program, at)))
             regions = []
-    rest = 1.0 - sum(b.flops for b in program.blocks) / total
+    rest = 1.0 - sum(b.flops for b in program.structure.blocks) / total
     regions.append(Region("outside of the blocks", "", (), max(rest, 0.0)))
     parts.append(Part(f"stage_{len(parts)}", tuple(regions), None))
     count = sum(len(p.regions) for p in parts)
@@ -193,7 +195,7 @@ def survivors(program: Program, exit_index: int) -> tuple[Live, ...]:
     if live:
         return live
     e = program.exits[exit_index]
-    return next((c.live for c in program.cuts if c.after == e.after), ())
+    return next((c.live for c in program.structure.cuts if c.after == e.after), ())
 
 
 Cell = tuple[str, int | None, list[fx.Node], int]
@@ -255,7 +257,7 @@ class _Names:
     """Which block a node belongs to, by name; by module path for graphs from before the blocks were found."""
 
     def __init__(self, program: Program) -> None:
-        self.blocks = program.blocks
+        self.blocks = program.structure.blocks
         self.by_node: dict[str, Block] = {}
         gm = program.marked if program.marked is not None else program.graph_module
         starts = {b.first: b for b in self.blocks}
@@ -293,7 +295,7 @@ def _regions(nodes: Sequence[fx.Node], names: _Names, program: Program) -> list[
         runs[-1][1].append(n)
     found = []
     for block, members in runs:
-        share = sum(program.flops.get(n.name, 0.0) for n in members) / total
+        share = sum(program.costs.flops.get(n.name, 0.0) for n in members) / total
         name, kind = (block.name, block.kind) if block else (_label(members, names), "")
         found.append(Region(name, kind, tuple(n.name for n in members), share))
     return found

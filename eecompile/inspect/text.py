@@ -6,7 +6,6 @@ import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 from rich.segment import Segment
@@ -110,25 +109,3 @@ def condition(c: Criterion, threshold: float, classes: int | str) -> str:
         agree = max(1, math.ceil(threshold * c.patience - 1e-6))
         return f"{agree} open exit{'s agree' if agree > 1 else ' has answered'} ({c.name} as {sure}){extra}"
     return f"{criterion(c)} >= {threshold:.4g}"
-
-
-def shares(width: Any) -> str:
-    """`skip/25/50/100%`: the widths that a part may run at."""
-    found = [f"{100 * f:g}" for f in width.fractions]
-    return "/".join([*(["skip"] if width.skips else []), *found]) + "%"
-
-
-def halting(h: Any) -> str:
-    """A chain that rows halt in: how, and from which threshold on."""
-    kind = "positions halt" if h.per_token else "rows halt"
-    if h.threshold > 1:
-        return f"never halts, {'one step' if h.repeated else 'every step is taken'}"
-    says = "scores add up to" if h.rule == "mean" else "they have stopped with probability"
-    given = "the mean of the states" if h.rule == "mean" else "the state there"
-    return f"{kind} once {says} {h.threshold:.4g}, and {given} goes on"
-
-
-def width(w: Any) -> str:
-    """A part with widths in a line."""
-    channels = ", ".join(str(sizes[-1]) for sizes in w.channels)
-    return f"{w.region}: {shares(w)} of {channels} channels, {w.gates[0]} to {w.gates[-1]}"

@@ -1,4 +1,4 @@
-"""The program as a tree: stages, blocks with their cost, exits, gates, what survives, refusals, passes."""
+"""Tree of a program: stages, blocks with their cost, exits, what decides inside, what survives, refusals, passes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from rich.tree import Tree
 from eecompile.calibration.guarantee import said
 from eecompile.explain import unknown_early
 from eecompile.inspect import text as write
+from eecompile.inspect.decisions import sections
 from eecompile.inspect.outline import Outline, Part
-from eecompile.ir.settings import HALTING
 from eecompile.program import Refusal
-from eecompile.public_records import router_of
 from eecompile.runtime.live_settings import NOT_TRAINED
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ class _Grown:
     def __init__(self, shown: ProgramTree, ascii_only: bool) -> None:
         self.fast, self.outline, self.whole, self.ascii = shown.fast, shown.outline, shown.whole, ascii_only
         self.costs = self.fast.costs([e.is_open for e in self.fast.exits]).tolist()
-        self.untrained = self.fast.untrained
+        self.sections = sections(self.fast)
         names = [r.title for _, _, r in self.outline.regions()] + [p.name for p in self.outline.parts]
         self.width = min(56, max(map(len, names), default=0) + 2)
 
@@ -67,13 +66,11 @@ class _Grown:
         if self.whole:
             unknown = dict(unknown_early(program))
             for i, leaf in enumerate(program.signature.outputs):
-                mark = " (the prediction)" if i == program.prediction else ""
+                mark = " (the prediction)" if i == program.prediction.index else ""
                 if i in unknown:
                     mark += f" ({'NaN' if leaf.dtype.is_floating_point else '0'} for rows that leave before {unknown[i]})"
                 tree.add(Text.assemble(("output ", "dim"), leaf.describe() + mark))
-            self._gates(tree)
-            self._halts(tree)
-            self._routes(tree)
+            self._decisions(tree)
             self._executor(tree)
             self._refusals(tree, program.refusals)
             self._passes(tree)
@@ -83,14 +80,8 @@ class _Grown:
         fast = self.fast
         head = Text.assemble((fast.title, "bold"), f", {fast.strategy.name}: ")
         count = len(fast.exits)
-        gates = len(fast.gates)
-        halts = fast.halts
-        inserted = [f"{count} exit{'' if count == 1 else 's'}"] if count or not (gates or fast.routes or halts) else []
-        inserted += [f"{gates} gate{'' if gates == 1 else 's'}"] if gates else []
-        inserted += [f"{len(fast.routes)} routes"] if fast.routes else []
-        inserted += [f"{len(halts)} chain{'' if len(halts) == 1 else 's'} that halt{'s' if len(halts) == 1 else ''}"] * bool(
-            halts
-        )
+        inserted = [f"{count} exit{'' if count == 1 else 's'}"] if count or not self.sections else []
+        inserted += [section.count for section in self.sections]
         head.append(f"{', '.join(inserted)}, {write.flops(fast.program.total_flops)} a row")
         if not self.whole:
             level = self.outline.level
@@ -117,11 +108,12 @@ class _Grown:
         e = self.fast.exits[part.exit]
         if e.is_open:
             program = self.fast.program
-            classes = program.signature.outputs[program.prediction or 0].shape[-1]
+            classes = program.prediction_leaf.shape[-1]
             state = Text(f"open, leaves at {write.condition(e.criterion, e.threshold, classes)}", "green")
         else:
             state = Text("closed: neither head nor decision runs", "yellow")
-        self._untrained(state, e.name)
+        if not e.trained:
+            state.append(f"; {NOT_TRAINED}", "yellow")
         line = Text.assemble((e.name, "bold magenta"), f" after {e.cut}: ", state)
         branch = tree.add(line)
         head = f"head {e.head_kind} on {e.node}, {write.percent(e.head_cost)} of the model's cost"
@@ -131,75 +123,18 @@ class _Grown:
         for v in part.live:
             branch.add(Text.assemble(("survives ", "dim"), write.live(v)))
 
-    def _untrained(self, state: Text, name: str) -> None:
-        if name in self.untrained:
-            state.append(f"; {NOT_TRAINED}", "yellow")
-
-    def _gates(self, tree: Tree) -> None:
-        gates = self.fast.gates
-        if not gates:
-            return
-        saves = write.percent(sum(g.saves for g in gates))
-        branch = tree.add(Text.assemble(("gates ", "dim"), f"{len(gates)}; all shut save {saves}"))
-        for g in gates:
-            if g.threshold <= 0:
-                state = Text("always open", "yellow")
-            elif g.threshold > 1:
-                state = Text("always shut", "yellow")
-            else:
-                state = Text(f"opens from {g.threshold:.4g}", "green")
-            self._untrained(state, g.name)
-            line = Text.assemble((g.name, "bold magenta"), f" {g.region} ({g.kind}): ", state)
-            line.append(f", {g.head_kind} unit of {write.percent(g.head_cost)}, shut saves {write.percent(g.saves)}")
-            branch.add(line)
-        if self.fast.widths:
-            branch = tree.add(
-                Text.assemble(("widths ", "dim"), f"{len(self.fast.widths)} parts run with some of their channels")
-            )
-            for w in self.fast.widths:
-                branch.add(Text.assemble((w.name, "bold magenta"), f" {write.width(w)}"))
-
-    def _halts(self, tree: Tree) -> None:
-        halts = self.fast.halts
-        if not halts:
-            return
-        measured = self.fast.seen.steps
-        most = sum(len(h.steps) for h in halts)
-        seen = "" if measured is None else f"; {measured:.3g} of {most} steps in the mean of the rows that were evaluated"
-        branch = tree.add(Text.assemble(("halting ", "dim"), f"up to {most} steps{seen}"))
-        for h in halts:
-            state = Text(write.halting(h), "yellow" if h.threshold > 1 else "green")
-            self._untrained(state, HALTING)
-            chain = branch.add(Text.assemble((h.name, "bold magenta"), ": ", state))
-            steps = [(f"up to {len(h.steps)} times ", h.steps[0])] if h.repeated else [("", s) for s in h.steps]
-            for times, s in steps:
-                unit = f"{s.unit} unit of {write.percent(s.unit_cost)}"
-                live = f", {write.percent(s.live_cost)} of it at live positions only" if s.live_cost else ""
-                chain.add(Text(f"{times}{s.region}: {write.percent(s.cost)} a step{live}, {unit}"))
-
-    def _routes(self, tree: Tree) -> None:
-        fast = self.fast
-        if not fast.routes:
-            return
-        (route,) = fast.program.routes
-        unit = (
-            f"{router_of(fast.program).kind} unit of {write.percent(route.unit_flops / (fast.program.total_flops or 1.0))}"
-        )
-        where = "to exits" if route.to_exits else f"to branches over {route.region}"
-        branch = tree.add(Text.assemble(("router ", "dim"), f"at {route.at}, {unit}, {where}"))
-        seen = {share["name"]: share for share in fast.seen.routes}
-        for r in fast.routes:
-            state = Text("open", "green") if r.is_open else Text("closed", "yellow")
-            if not route.to_exits:
-                self._untrained(state, r.name)
-            line = Text.assemble((r.name, "bold magenta"), ": ", state, f", a row costs {write.percent(r.cost)}")
-            if r.margin and r.is_open:
-                line.append(f", taken from {r.margin:.4g} above the others")
-            if r.left_out:
-                line.append(f", without {', '.join(r.left_out)}")
-            if r.name in seen:
-                line.append(f"; {write.percent(seen[r.name]['share'])} of the rows that were evaluated")
-            branch.add(line)
+    def _decisions(self, tree: Tree) -> None:
+        for section in self.sections:
+            branch = tree.add(Text.assemble((f"{section.kind}s ", "dim"), f"{len(section.entries)}; {section.about}"))
+            for entry in section.entries:
+                line = Text.assemble((entry.name, "bold magenta"), f" {entry.place}".rstrip(), ": ")
+                line.append(entry.state, "yellow" if entry.fixed else "green")
+                if not entry.trained:
+                    line.append(f"; {NOT_TRAINED}", "yellow")
+                line.append(f", {entry.more}" if entry.more else "")
+                below = branch.add(line)
+                for step in entry.steps:
+                    below.add(Text(step))
 
     def _executor(self, tree: Tree) -> None:
         fast = self.fast

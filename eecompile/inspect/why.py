@@ -165,7 +165,7 @@ def where(fast: CompiledModule, *args: Any, **kwargs: Any) -> Departures:
     assert result.confidences is not None
     predictions = [_classes(o) for o in outputs_of(result)]
     confidences = [c.float().cpu().tolist() for c in result.confidences]
-    steps = [float(s.double().mean()) for s in result.steps] if result.steps is not None and fast.program.halts else []
+    steps = [float(s.double().mean()) for s in result.steps] if result.steps is not None else []
     whole = _classes(full_prediction(fast, Batch(args, kwargs, None, 0), result))
     opened = [] if result.gates is None else result.gates.tolist()
     wide = [] if result.widths is None else result.widths.tolist()

@@ -3,24 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import overload
 
-from eecompile.ir.records import Arm, Carry, Choice, Gate, Halt, Merge, Route, Width
+from eecompile.ir.recipes import GateRecipe, HaltRecipe, RouteRecipe
+from eecompile.ir.records import Arm, Carry, Choice, Gate, Halt, Merge, Report, Route, Width
 
 
-def choices_of(
-    gates: Sequence[Gate], widths: Sequence[Width], halts: Sequence[Halt], routes: Sequence[Route]
-) -> tuple[Choice, ...]:
-    """All choices: gates and widths in the order of the gates, then halting steps, then branches."""
-    by_gate = {name: w for w in widths for name in w.gates}
-    found = list[Choice]()
-    for i, g in enumerate(gates):
-        w = by_gate.get(g.name)
-        if w is None:
-            found.append(Choice(g.name, g.region, (g.decision,), _skip_or_run(g.carries), _merges(g.carries), (g.name,)))
-        elif g.name == w.gates[0]:
-            found.append(_width(w, gates[i : i + len(w.gates)]))
-    found += [step for h in halts for step in _steps(h)]
-    return (*found, *(_branches(r) for r in routes if r.ways))
+@dataclass(frozen=True)
+class ChoiceRecords(Sequence[Choice]):
+    """Everything in a graph that decides between arms, by kind; as a sequence, each of them as a `Choice`: gates and widths
+    in the order of the gates, then halting steps, then branches.
+
+    Attributes:
+        gate_recipes: What the gates were inserted by: one entry, in a cascade one for each model with gates.
+        halt_recipes: The same for the chains that halt.
+        reports: What a run reports for each row besides its outputs.
+    """
+
+    gates: tuple[Gate, ...] = ()
+    widths: tuple[Width, ...] = ()
+    halts: tuple[Halt, ...] = ()
+    routes: tuple[Route, ...] = ()
+    gate_recipes: tuple[GateRecipe, ...] = ()
+    halt_recipes: tuple[HaltRecipe, ...] = ()
+    route_recipe: RouteRecipe | None = None
+    reports: tuple[Report, ...] = ()
+
+    @cached_property
+    def _all(self) -> tuple[Choice, ...]:
+        by_gate = {name: w for w in self.widths for name in w.gates}
+        found = list[Choice]()
+        for i, g in enumerate(self.gates):
+            w = by_gate.get(g.name)
+            if w is None:
+                arms = _skip_or_run(g.carries)
+                found.append(Choice(g.name, g.region, (g.decision,), arms, _merges(g.carries), (g.name,)))
+            elif g.name == w.gates[0]:
+                found.append(_width(w, self.gates[i : i + len(w.gates)]))
+        found += [step for h in self.halts for step in _steps(h)]
+        return (*found, *(_branches(r) for r in self.routes if r.ways))
+
+    def __len__(self) -> int:
+        return len(self._all)
+
+    @overload
+    def __getitem__(self, i: int) -> Choice: ...
+    @overload
+    def __getitem__(self, i: slice) -> tuple[Choice, ...]: ...
+    def __getitem__(self, i: int | slice) -> Choice | tuple[Choice, ...]:
+        return self._all[i]
 
 
 def _skip_or_run(carries: Sequence[Carry]) -> tuple[Arm, Arm]:

@@ -103,20 +103,20 @@ def prepare_training_graph(
         equilibrium: Whether gradients are scaled at the exits (Li et al. 2019).
     """
     assert program.marked is not None
-    train = Program(graph_module, graph_module, signature, prediction=program.prediction, models=program.models)
-    train = train.replace(places=program.places, settings=program.settings)
-    known = FindBlocks(program.block_pattern)
+    train = Program(graph_module, graph_module, signature, capture=program.capture, settings=program.settings)
+    train = train.replace(index=program.prediction.index)
+    known = FindBlocks(program.structure.block_pattern)
     train = run_passes(train, [Normalize(), SplitTail(), Annotate(), known, Unfold(), FindCuts()])
-    if program.gates or program.halts:
+    if program.choices.gates or program.choices.halts:
         units = dict(program.marked.get_submodule(GATES).named_children())
         train = inserted_again(train, program, units)
-    if program.route_recipe is not None:
+    if program.choices.route_recipe is not None:
         modules = dict(program.marked.get_submodule(ROUTES).named_children())
         # the router's places only; its exits are set below
-        train = relocate_routes(train.replace(exits=program.exits), program.routes)
-        train = run_passes(train, [InsertRoutes(program.route_recipe, modules=modules)])
+        train = relocate_routes(train.replace(exits=program.exits), program.choices.routes)
+        train = run_passes(train, [InsertRoutes(program.choices.route_recipe, modules=modules)])
     heads = {e.name: facts.attribute(program.marked, e.head) for e in program.exits}
-    train = train.replace(exits=relocate(train, program.exits), facts=train.facts | {"exits placed"})
+    train = train.establish("exits placed").replace(exits=relocate(train, program.exits))
     combination = getattr(program.marked, COMBINATION, None)
     passes: list[Pass] = [InsertExits(heads=heads, combination=combination)]
     train = run_passes(train, [*passes, Equilibrium()] if equilibrium else passes)
@@ -131,14 +131,14 @@ def inserted_again(program: Program, like: Program, units: Mapping[str, nn.Modul
     Args:
         units: By the names that they have in `like`.
     """
-    for k, gate_recipe in enumerate(like.gate_recipes):
-        gates = tuple(g for g in like.gates if g.group == k)
-        names = {g.unit for g in gates} | {f"{GATES}.{norms_name(w)}" for w in like.widths}
+    for k, gate_recipe in enumerate(like.choices.gate_recipes):
+        gates = tuple(g for g in like.choices.gates if g.group == k)
+        names = {g.unit for g in gates} | {f"{GATES}.{norms_name(w)}" for w in like.choices.widths}
         own = {name: u for name, u in units.items() if f"{GATES}.{name}" in names}
         insert = InsertGates(gate_recipe, units=own)
-        program = run_passes(relocate_gates(program, gates, like.widths), [insert])
-    for k, halt_recipe in enumerate(like.halt_recipes):
-        halts = tuple(h for h in like.halts if h.group == k)
+        program = run_passes(relocate_gates(program, gates, like.choices.widths), [insert])
+    for k, halt_recipe in enumerate(like.choices.halt_recipes):
+        halts = tuple(h for h in like.choices.halts if h.group == k)
         own = {name: u for name, u in units.items() if f"{GATES}.{name}" in {s.unit for h in halts for s in h.steps}}
         halting = InsertHalting(halt_recipe, units=own)
         program = run_passes(relocate_halting(program, halts), [halting, FindTokenParts()])

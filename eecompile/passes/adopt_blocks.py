@@ -58,7 +58,7 @@ class StageBlocks(Pass):
         ends = [e.after for e in program.exits]
         stages: list[Stage] = []
         flops, nodes = 0.0, 0
-        for name, cost in program.flops.items():  # not the graph's nodes: it has only the blocks that an exit reads
+        for name, cost in program.costs.flops.items():  # not the graph's nodes: it has only the blocks that an exit reads
             flops += cost
             nodes += 1
             if name in ends:

@@ -55,7 +55,7 @@ class Annotate(Pass):
                 raise PassError("measuring needs example inputs", hint="pass example_inputs to eecompile()")
             seconds = measure(gm, self.example, program.signature.batch_size(self.example), self.rounds)
         full = None
-        if program.models:
+        if program.capture.models:
             own = facts.needed_for(facts.own_leaves(gm, program.signature))
             full = float(sum(flops.get(n.name, 0.0) for n in own))
         program = program.replace(flops=flops, seconds=seconds, full_flops=full)

@@ -23,13 +23,13 @@ def at_predictions(
         StrategyError: The graph has no earlier model, or one costs so much that the next might as well run at once.
         PassError: The work cannot stop behind a model; the message says why.
     """
-    if not program.models:
+    if not program.capture.models:
         raise StrategyError(
             'exits="predictions" needs several models', got="one model", hint="pass a list of models to eecompile()"
         )
     _earned(program, recipe.max_head_share)
     exits = [brought_exit(program, _cut(program, name), one, recipe) for name, one in brought.items()]
-    for name in program.models[:-1]:
+    for name in program.capture.models[:-1]:
         cut = _cut(program, name)
         site, mask = sites.site_at(program, cut, recipe.mask)
         exits.append(
@@ -54,7 +54,7 @@ def at_predictions(
 
 
 def _cut(program: Program, name: str) -> Cut:
-    cut = next((c for c in program.cuts if c.name == name), None)
+    cut = next((c for c in program.structure.cuts if c.name == name), None)
     if cut is None:
         reasons = [r.reason for r in program.refusals if r.node == name]
         raise PassError("the work cannot stop behind this model", where=name, got=reasons[0] if reasons else "no cut")
@@ -81,7 +81,7 @@ def model_costs(program: Program) -> tuple[list[ModelCost], str]:
     """The models' costs in order, and the unit: measured seconds or FLOPs."""
     leaves = facts.output_leaves(program.graph_module)
     count = len(program.signature.outputs)
-    costs = program.seconds or program.flops
+    costs = program.costs.seconds or program.costs.flops
 
     def cost(nodes: set[fx.Node]) -> float:
         return float(sum(costs.get(n.name, 0.0) for n in nodes))
@@ -89,12 +89,12 @@ def model_costs(program: Program) -> tuple[list[ModelCost], str]:
     needed = [facts.needed_for(given) for given in [*([leaf] for leaf in leaves[count:]), leaves[:count]]]
     done: set[fx.Node] = set()
     found = []
-    for k, (name, mine) in enumerate(zip(program.models, needed, strict=True)):
+    for k, (name, mine) in enumerate(zip(program.capture.models, needed, strict=True)):
         added = mine - done
         later = set().union(*needed[k + 1 :])
         found.append(ModelCost(name, cost(mine), cost(added), cost(added - later)))
         done |= mine
-    return found, "seconds" if program.seconds else "FLOPs"
+    return found, "seconds" if program.costs.seconds else "FLOPs"
 
 
 def _earned(program: Program, share: float) -> None:
@@ -112,7 +112,7 @@ def _earned(program: Program, share: float) -> None:
         got=f"{ratio} what {following.name} adds to it ({_figures(costs, unit)} a row)",
         wanted=f"less than {share:g} times",
         hint=f"the order by cost is {', '.join(right)}"
-        if right != list(program.models)
+        if right != list(program.capture.models)
         else 'leave one out, or pass Cascade(max_head_share=...), or order="given" to take them as they are',
     )
 

@@ -75,8 +75,8 @@ def run_passes(
     Raises:
         PassError: Wrong order, or a pass left an invalid graph.
     """
-    program = program.replace(facts=program.facts | facts)
-    check_order(passes, program.facts)
+    program = program.establish(*facts)
+    check_order(passes, program.history.facts)
     for p in passes:
         if progress is not None:
             progress(p.name)
@@ -100,9 +100,5 @@ def run_passes(
             graph_module=result.program.graph_module,
             summary=result.summary,
         )
-        program = result.program.replace(
-            facts=result.program.facts | p.ensures,
-            refusals=result.program.refusals + result.refusals,
-            history=result.program.history.append(snapshot),
-        )
+        program = result.program.replace(history=result.program.history.append(snapshot, p.ensures))
     return program

@@ -73,7 +73,7 @@ class Part:
 
     @property
     def flops(self) -> float:
-        return sum(self.program.flops.get(n.name, 0.0) for n in self.inside)
+        return sum(self.program.costs.flops.get(n.name, 0.0) for n in self.inside)
 
     @property
     def first(self) -> int:
@@ -84,7 +84,9 @@ class Part:
         """Blocks inside that could be left out, in order."""
         within = {n.name for n in self.inside}
         return [
-            r for r in self.program.regions if r.kind == "block" and r.y in within and (r.x in within or r.x == self.x.name)
+            r
+            for r in self.program.structure.regions
+            if r.kind == "block" and r.y in within and (r.x in within or r.x == self.x.name)
         ]
 
     def chosen(self, share: float) -> tuple[Region, ...]:
@@ -137,7 +139,7 @@ class Part:
                     part.env[n] = part.resolve(past[n])
                 else:
                     part.copy_unless_outer(n)
-        flops = sum(self.program.flops.get(n.name, 0.0) for n in needed if n not in past)
+        flops = sum(self.program.costs.flops.get(n.name, 0.0) for n in needed if n not in past)
         module = owned(self.gm, part.graph, part.resolve(self.y))
         return Light(module, tuple(n.name for n in ordered), flops, tuple(r.name for r in left_out))
 

@@ -135,13 +135,13 @@ def _able(name: str, fast: CompiledModule, program: Program) -> nn.Module:
             hint="pass the original model",
         )
 
-    if program.models:
+    if program.capture.models:
         raise refuse("a cascade", "its models, in one list with the others")
     if fast.running is None:
         raise refuse("a loaded program, without the Python model", "one that was compiled in this process")
-    if program.front_end != "export":
+    if program.capture.front_end != "export":
         raise refuse('capture="blocks"', 'capture="export"')
-    if program.routes or program.widths:
+    if program.choices.routes or program.choices.widths:
         raise refuse("routes or widths", "exits, gates and halting only")
     weights = fast.combination.state_dict()
     if weights and bool(weights["bias"].any()):

@@ -53,8 +53,8 @@ class CarriedHalts:
 
 def originals(program: Program) -> dict[str, str]:
     """The model's own value that stands where a gate or a chain hands on another one, by the latter's name."""
-    found = {c.node: c.y for g in program.gates for c in g.carries}
-    for h in program.halts:
+    found = {c.node: c.y for g in program.choices.gates for c in g.carries}
+    for h in program.choices.halts:
         found |= {n: y for s, y in zip(h.steps, h.ys, strict=True) for n in (s.value, s.last)}
         found[h.output] = h.ys[-1]
     return found
@@ -69,10 +69,10 @@ def carried_gates(
         StrategyError: A unit reads an input that is prepared for the model here.
     """
     program: Program = fast.program
-    recipe = program.gate_recipe
-    if recipe is None:
+    if not program.choices.gate_recipes:
         return None
-    mask = _mask(name, program, [g.region for g in program.gates], recipe, plain)
+    recipe = program.choices.gate_recipes[0]
+    mask = _mask(name, program, [g.region for g in program.choices.gates], recipe, plain)
     recipe = replace(recipe, threshold=fast.live.wanted[GATE_THRESHOLDS], mask=mask)
     gates = tuple(
         replace(
@@ -84,7 +84,7 @@ def carried_gates(
             needs="",
             anchors=(moved(g.anchors[0]), moved(g.anchors[1])),
         )
-        for g in program.gates
+        for g in program.choices.gates
     )
     return CarriedGates(name, recipe, gates, _units(name, fast))
 
@@ -94,14 +94,14 @@ def carried_halts(
 ) -> CarriedHalts | None:
     """What a model's halting chains are in the cascade; None without any."""
     program: Program = fast.program
-    recipe = program.halt_recipe
-    if recipe is None:
+    if not program.choices.halt_recipes:
         return None
-    regions = [s.region for h in program.halts for s in h.steps]
+    recipe = program.choices.halt_recipes[0]
+    regions = [s.region for h in program.choices.halts for s in h.steps]
     (threshold,) = fast.live.wanted[HALTING]
     recipe = replace(recipe, threshold=threshold, mask=_mask(name, program, regions, recipe, plain))
     halts = []
-    for h in program.halts:
+    for h in program.choices.halts:
         steps = tuple(
             replace(
                 s,
@@ -130,7 +130,7 @@ def _mask(name: str, program: Program, wanted: list[str], recipe: GateRecipe | H
         StrategyError: It is prepared for this model, so the cascade's graph has no input of that kind.
     """
     before = program.replace(graph_module=program.history["find_regions"].graph_module)
-    found = {site_of(before, r, recipe.mask)[1] for r in program.regions if r.name in wanted}
+    found = {site_of(before, r, recipe.mask)[1] for r in program.structure.regions if r.name in wanted}
     masks = {node for node in found if node is not None}
     if not masks:
         return NO_MASK
@@ -158,16 +158,16 @@ class AdoptGates(Pass):
     carried: CarriedGates
 
     def run(self, program: Program) -> PassResult:
-        first = len(program.gates)
+        first = len(program.choices.gates)
         gates = [replace(g, name=f"gate_{first + i}") for i, g in enumerate(self.carried.gates)]
         depths = depths_of(program)
         with _elsewhere(self.carried.model):
             found = relocate_gates(program, tuple(gates))
         moved = []
-        for g in found.gates[first:]:
+        for g in found.choices.gates[first:]:
             _its_own(found, self.carried.model, g.region, g.carries[0].y)
             moved.append(replace(g, depth=depths[g.carries[0].x]))
-        done = found.replace(gates=(*program.gates, *moved))
+        done = found.replace(gates=(*program.choices.gates, *moved))
         return PassResult(done, False, summary=f"{len(gates)} gates of {self.carried.model}")
 
 
@@ -182,7 +182,7 @@ class AdoptHalting(Pass):
     carried: CarriedHalts
 
     def run(self, program: Program) -> PassResult:
-        first = len(program.halts)
+        first = len(program.choices.halts)
         halts = []
         for i, h in enumerate(self.carried.halts):
             name = f"halt_{first + i}"
@@ -192,11 +192,11 @@ class AdoptHalting(Pass):
         with _elsewhere(self.carried.model):
             found = relocate_halting(program, tuple(halts))
         moved = []
-        for h in found.halts[first:]:
+        for h in found.choices.halts[first:]:
             for y in h.ys:
                 _its_own(found, self.carried.model, h.name, y)
             moved.append(replace(h, depth=depths[h.x]))
-        done = found.replace(halts=(*program.halts, *moved))
+        done = found.replace(halts=(*program.choices.halts, *moved))
         return PassResult(done, False, summary=f"{len(halts)} chains of {self.carried.model}")
 
 
@@ -204,7 +204,7 @@ def depths_of(program: Program) -> dict[str, float]:
     """Fraction of the full model's cost up to each node."""
     done, found = 0.0, {}
     for n in program.graph_module.graph.nodes:
-        done += program.flops.get(n.name, 0.0)
+        done += program.costs.flops.get(n.name, 0.0)
         found[n.name] = done / (program.total_flops or 1.0)
     return found
 
@@ -236,7 +236,7 @@ def _its_own(program: Program, model: str, where: str, value: str) -> None:
     """
     leaves = facts.output_leaves(program.graph_module)
     count = len(program.signature.outputs)
-    given = dict(zip(program.models, [*([leaf] for leaf in leaves[count:]), leaves[:count]], strict=True))
+    given = dict(zip(program.capture.models, [*([leaf] for leaf in leaves[count:]), leaves[:count]], strict=True))
     node = facts.by_name(program.graph_module)[value]
     others = [name for name, own in given.items() if name != model and node in facts.needed_for(own)]
     if others:

@@ -40,7 +40,7 @@ class Instance:
 
 @dataclass(frozen=True)
 class FindBlocks(Pass):
-    """Fills `program.blocks` with the best group of repeated modules, or with nothing where none repeats.
+    """Fills `program.structure.blocks` with the best group of repeated modules, or with nothing where none repeats.
 
     In a cascade the blocks are its models.
 
@@ -63,10 +63,10 @@ class FindBlocks(Pass):
         batch = facts.Batch(program.graph_module, program.signature)
         trunk = facts.trunk_nodes(program.graph_module, batch)
         last = facts.last_uses(nodes)
-        if program.models:
+        if program.capture.models:
             every = instances(nodes)
-            members = [one for (path, _), one in every.items() if path in program.models]
-            members.sort(key=lambda m: program.models.index(m.path))
+            members = [one for (path, _), one in every.items() if path in program.capture.models]
+            members.sort(key=lambda m: program.capture.models.index(m.path))
             for m in members:  # named after the user's class, not after what surrounds it
                 inner = every.get((f"{m.path}.model", 0))
                 m.kind = m.kind if inner is None else inner.kind
@@ -77,8 +77,8 @@ class FindBlocks(Pass):
             groups = chosen(groups, self.pattern, refusals)
         else:
             leaves = facts.output_leaves(program.graph_module)
-            at = program.prediction
-            units = residual_units(nodes, trunk, program.flops, leaves[at] if at is not None else None)
+            at = program.prediction.index
+            units = residual_units(nodes, trunk, program.costs.flops, leaves[at] if at is not None else None)
             best = groups[0][1] if groups else []
             within = [sum(u.x < m.first and m.last < u.y for m in best) for u in units]
             # Those modules are the branches, not the blocks: one in a unit, and most of them are in one.
@@ -194,7 +194,7 @@ def _block(one: Instance, nodes: list[fx.Node], trunk: set[fx.Node], last: dict[
     inside = [nodes[i] for i in one.nodes]
     handed_on = [n for n in inside if last[n] > one.last and n in trunk and facts.is_tensor(n)]
     output = handed_on[-1] if handed_on else inside[-1]
-    flops = sum(program.flops.get(n.name, 0.0) for n in inside)
+    flops = sum(program.costs.flops.get(n.name, 0.0) for n in inside)
     return Block(
         facts.block_name(one.path, one.call), one.kind, nodes[one.first].name, nodes[one.last].name, output.name, flops
     )

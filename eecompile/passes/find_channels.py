@@ -86,16 +86,10 @@ def _group(gm: fx.GraphModule, first: fx.Node, within: set[fx.Node], ends: set[f
     todo = [(first, made[1])]
     while todo:
         n, axis = todo.pop()
-        if n in group.axes:
-            if group.axes[n] != axis:
-                return f"{n.name} has the channels of {first.name} on two axes"
+        if group.axes.get(n) == axis:
             continue
-        if n not in within:
-            return f"{n.name}, which has the channels of {first.name}, lies outside of the part"
-        if n in ends:
-            return f"the channels of {first.name} are what the part hands on"
-        if not facts.is_tensor(n) or facts.value(n).shape[axis] != group.size:
-            return f"{n.name} is no value with the channels of {first.name}"
+        if reason := _unfit(group, n, axis, within, ends):
+            return reason.format(name=n.name, first=first.name)
         group.axes[n] = axis
         own = _made(gm, n)
         if own is not None and not depthwise(gm, n):
@@ -110,13 +104,12 @@ def _group(gm: fx.GraphModule, first: fx.Node, within: set[fx.Node], ends: set[f
                     todo.append((a, axis + facts.value(a).ndim - facts.value(n).ndim))
         for user in n.users:
             follow = _follow(gm, n, user, axis)
-            if follow is None:
-                if not any(user is r for r in group.readers):
-                    group.readers.append(user)
-            elif isinstance(follow, str):
+            if isinstance(follow, str):
                 return f"{user.name} reads the channels of {first.name}: {follow}"
-            else:
+            if follow is not None:
                 todo.append((user, follow[0]))
+            elif user not in group.readers:
+                group.readers.append(user)
     if not group.readers or any(r not in within for r in group.readers):
         return f"no layer of the part reads the channels of {first.name}"
     if any(r in group.axes for r in group.readers):
@@ -125,6 +118,19 @@ def _group(gm: fx.GraphModule, first: fx.Node, within: set[fx.Node], ends: set[f
     group.makers.sort(key=order.__getitem__)
     group.readers.sort(key=order.__getitem__)
     return group
+
+
+def _unfit(group: Channels, n: fx.Node, axis: int, within: set[fx.Node], ends: set[fx.Node]) -> str:
+    """Why a value cannot have its channels on `axis` narrowed, with names to fill in; empty where it can."""
+    if n in group.axes:
+        return "{name} has the channels of {first} on two axes"
+    if n not in within:
+        return "{name}, which has the channels of {first}, lies outside of the part"
+    if n in ends:
+        return "the channels of {first} are what the part hands on"
+    if not facts.is_tensor(n) or facts.value(n).shape[axis] != group.size:
+        return "{name} is no value with the channels of {first}"
+    return ""
 
 
 def _made(gm: fx.GraphModule, n: fx.Node) -> tuple[int, int] | None:

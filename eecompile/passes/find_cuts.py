@@ -22,7 +22,7 @@ from eecompile.program import Anchor, Block, Cut, Program, Refusal
 
 @dataclass(frozen=True)
 class FindCuts(Pass):
-    """Fills `program.cuts`, in graph order.
+    """Fills `program.structure.cuts`, in graph order.
 
     Args:
         bottlenecks: Also offer dominators that are no block boundary. Needed by models without repeated blocks.
@@ -42,7 +42,7 @@ class FindCuts(Pass):
         if self.bottlenecks:
             for n in sweep.thin(dominators):
                 positions[sweep.position[n]] = (sweep.module_ending_at(n), n, False)
-        for p, block, after in sweep.block_ends(program.blocks):
+        for p, block, after in sweep.block_ends(program.structure.blocks):
             values = sweep.handed_on(block, p)
             if values is None:
                 refusals.append(Refusal(block.name, "find_cuts", "no tensor of the batch leaves this block"))
@@ -52,7 +52,7 @@ class FindCuts(Pass):
         for name, n in sweep.earlier():
             positions = {q: v for q, v in positions.items() if v[0] != name}
             positions[sweep.position[n]] = (name, n, True)
-        for place in program.places:
+        for place in program.capture.places:
             value, last = sweep.at(place.value), sweep.at(place.after)
             if value is None or last is None:
                 refusals.append(Refusal(place.name, "find_cuts", "this place is not in the captured graph"))
@@ -83,9 +83,9 @@ class Sweep:
         self.batch = facts.Batch(self.gm, program.signature)
         self.trunk = facts.trunk_nodes(self.gm, self.batch)
         self.anchors = facts.anchors(self.nodes)
-        costs = program.seconds or program.flops
+        costs = program.costs.seconds or program.costs.flops
         total = sum(costs.values())
-        if program.models:
+        if program.capture.models:
             own = facts.needed_for(facts.own_leaves(self.gm, program.signature))
             total = sum(costs.get(n.name, 0.0) for n in own)
         total = total or 1.0
@@ -106,7 +106,7 @@ class Sweep:
     def earlier(self) -> list[tuple[str, fx.Node]]:
         """The predictions of a cascade's models before the last, by name."""
         given = facts.output_leaves(self.gm)[len(self.program.signature.outputs) :]
-        return list(zip(self.program.models, given, strict=False))
+        return list(zip(self.program.capture.models, given, strict=False))
 
     def at(self, anchor: Anchor) -> fx.Node | None:
         """The node that an anchor names, if it is there."""
@@ -114,7 +114,7 @@ class Sweep:
 
     def prediction(self) -> fx.Node | None:
         leaves = facts.output_leaves(self.gm)
-        i = self.program.prediction
+        i = self.program.prediction.index
         return leaves[i] if i is not None else None
 
     def dominators(self) -> list[fx.Node]:
@@ -212,7 +212,7 @@ class Sweep:
         inside = self._produced(block, p)
         if len(inside) > 1:
             if self._tail_reads is None:
-                final = self.program.blocks[-1]
+                final = self.program.structure.blocks[-1]
                 self._tail_reads = {facts.relative(self.anchors[n], final.name) for n in self._produced(final, None)}
             same = [n for n in inside if facts.relative(self.anchors[n], block.name) in self._tail_reads]
             inside = same or inside
@@ -272,7 +272,7 @@ def cuts_before(program: Program) -> dict[str, Cut | Refusal]:
     sweep, names = Sweep(program), facts.by_name(program.graph_module)
     work = next(i for i, n in enumerate(sweep.nodes) if n.op != "placeholder")
     found = {}
-    for g in program.gates:
+    for g in program.choices.gates:
         x = names[g.carries[0].x]
         low = max(work, sweep.position[x])
         p = sweep.narrowest(low, max(low, sweep.position[names[g.score]] - 1))

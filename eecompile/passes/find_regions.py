@@ -36,7 +36,7 @@ ATTENTION = ("scaled_dot_product_attention", "softmax", "bmm")
 
 @dataclass(frozen=True)
 class FindRegions(Pass):
-    """Fills `program.regions`, in graph order, each block before its parts."""
+    """Fills `program.structure.regions`, in graph order, each block before its parts."""
 
     name: ClassVar[str] = "find_regions"
     requires: ClassVar[frozenset[str]] = frozenset({"normalized", "costs", "blocks"})
@@ -46,7 +46,7 @@ class FindRegions(Pass):
         finder = Finder(program)
         regions: list[Region] = []
         refusals: list[Refusal] = []
-        for block in program.blocks:
+        for block in program.structure.blocks:
             found = finder.block(block)
             if isinstance(found, Refusal):
                 refusals.append(found)
@@ -79,7 +79,7 @@ class Finder:
         done, self.depth = 0.0, []
         for n in self.nodes:
             self.depth.append(done / total)
-            done += program.flops.get(n.name, 0.0)
+            done += program.costs.flops.get(n.name, 0.0)
 
     def block(self, block: Block) -> tuple[Region, list[fx.Node]] | Refusal:
         """The whole block and the dominators between its input and its output."""
@@ -235,8 +235,8 @@ class Finder:
     def region(
         self, name: str, kind: str, block: Block, x: fx.Node, y: fx.Node, axis: int, residual: bool, inside: list[fx.Node]
     ) -> Region:
-        flops = sum(self.program.flops.get(n.name, 0.0) for n in inside)
-        first = min((self.position[n] for n in inside if n.name in self.program.flops), default=self.position[y])
+        flops = sum(self.program.costs.flops.get(n.name, 0.0) for n in inside)
+        first = min((self.position[n] for n in inside if n.name in self.program.costs.flops), default=self.position[y])
         anchors = (self.anchors.get(x), self.anchors.get(y))
         return Region(name, kind, block.name, x.name, y.name, axis, flops, self.depth[first], residual, anchors)
 

@@ -38,7 +38,7 @@ class FindTokenParts(Pass):
         refusals: list[Refusal] = []
         halts = tuple(
             replace(h, steps=tuple(finder.step(s, kept, refusals) for s, kept in zip(h.steps, h.ys, strict=True)))
-            for h in program.halts
+            for h in program.choices.halts
         )
         parts = [p for h in halts for s in h.steps for p in s.parts]
         total = sum(s.flops for h in halts for s in h.steps) or 1.0
@@ -51,13 +51,13 @@ class _Finder:
     """One graph."""
 
     def __init__(self, program: Program) -> None:
-        self.gm, self.flops = program.graph_module, program.flops
+        self.gm, self.flops = program.graph_module, program.costs.flops
         self.nodes = list(self.gm.graph.nodes)
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.names = facts.by_name(self.gm)
-        self.units = {s.unit for h in program.halts for s in h.steps}
+        self.units = {s.unit for h in program.choices.halts for s in h.steps}
         # a block that is repeated is written out; its copies cost what the captured nodes with their weights do
-        self.known = {_weights(n): f for n in self.nodes if (f := program.flops.get(n.name, 0.0)) and _weights(n)}
+        self.known = {_weights(n): f for n in self.nodes if (f := program.costs.flops.get(n.name, 0.0)) and _weights(n)}
 
     def step(self, step: HaltStep, kept_name: str, refusals: list[Refusal]) -> HaltStep:
         if not step.live:

@@ -70,7 +70,7 @@ class InsertExits(Pass):
         add_modules(gm, HEADS, heads)
         program.settings.attach(gm, facts.device_of(gm))
         if program.exits and program.exits[0].combine == "weighted":
-            classes = program.signature.outputs[program.prediction or 0].shape[-1]
+            classes = program.prediction_leaf.shape[-1]
             assert isinstance(classes, int)  # place_exits refuses others
             weights = self.combination or EnsembleWeights(len(program.exits), classes)
             gm.add_module(COMBINATION, weights.to(facts.device_of(gm)))
@@ -96,7 +96,7 @@ class InsertExits(Pass):
         values = {cut: (t, ends.get(cut, 1.0)) for cut, t in zip(new, thresholds, strict=True)}
         values |= {cut: (one.threshold, one.temperature) for cut, one in brought.items()}
         chosen = [values[e.cut] for e in program.exits]
-        last = ends.get(program.models[-1], 1.0) if program.models else 1.0
+        last = ends.get(program.capture.models[-1], 1.0) if program.capture.models else 1.0
         names = [e.name for e in program.exits]
         found = program.settings.add(settings.exits(names), [t for t, _ in chosen])
         return found.add(settings.temperatures(names), [*(t for _, t in chosen), last])
@@ -151,7 +151,7 @@ class EnsembleWeights(nn.Module):
 
 
 def cut_of(program: Program, e: Exit) -> Any:
-    return next(c for c in program.cuts if c.after == e.after)
+    return next(c for c in program.structure.cuts if c.after == e.after)
 
 
 class _Marker(GraphWriter):
@@ -171,10 +171,10 @@ class _Marker(GraphWriter):
         self.thresholds = self.setting(settings.THRESHOLDS_BUFFER, "thresholds")
         self.temperatures = self.setting(settings.TEMPERATURES_BUFFER, "temperatures")
         leaves = facts.own_leaves(gm, program.signature)
-        assert program.prediction is not None
+        assert program.prediction.index is not None
         self.leaves = leaves
-        self.prediction = leaves[program.prediction]
-        axis = program.signature.outputs[program.prediction].batch_axis
+        self.prediction = leaves[program.prediction.index]
+        axis = program.prediction_leaf.batch_axis
         if axis is None:
             raise StrategyError("the prediction has no batch axis", got=str(self.prediction))
         self.axis = axis
@@ -291,7 +291,7 @@ class _Marker(GraphWriter):
         if self.axis:
             prediction = self.predicts("selected_prediction", aten.movedim.int, prediction, 0, self.axis)
         leaves = [prediction if n is self.prediction else self._blank(n, i, index) for i, n in enumerate(self.leaves)]
-        reports = [self.names[r.node] for r in self.program.reports]
+        reports = [self.names[r.node] for r in self.program.choices.reports]
         output.args = (
             (*leaves, index, confidence, *self.outputs, *self.confidences, *self.scores, *self.separate, *reports),
         )
@@ -311,7 +311,7 @@ def masks_positions(program: Program, e: Exit) -> bool:
 
     It does not where they differ: an encoder's mask says nothing of a decoder's positions.
     """
-    shape = program.signature.outputs[program.prediction or 0].shape
+    shape = program.prediction_leaf.shape
     if len(shape) != 3 or e.mask_input is None:
         return False
     names = [n.name for n in facts.placeholders(program.graph_module)]
@@ -341,12 +341,14 @@ def relocate(program: Program, exits: tuple[Exit, ...]) -> tuple[Exit, ...]:
     there = Counterparts(program.graph_module, "an exit")
     names = there.names
     moved = []
-    swap = {c.y: names[c.node] for g in program.gates for c in g.carries}
-    swap |= {y: names[s.value] for h in program.halts if not h.repeated for y, s in zip(h.ys[:-1], h.steps, strict=False)}
-    swap |= {h.ys[-1]: names[h.output] for h in program.halts}
+    swap = {c.y: names[c.node] for g in program.choices.gates for c in g.carries}
+    swap |= {
+        y: names[s.value] for h in program.choices.halts if not h.repeated for y, s in zip(h.ys[:-1], h.steps, strict=False)
+    }
+    swap |= {h.ys[-1]: names[h.output] for h in program.choices.halts}
     before = cuts_before(program) if any(e.gate for e in exits) else {}
     for e in exits:
-        cut = before[e.gate] if e.gate else next((c for c in program.cuts if c.name == e.cut), None)
+        cut = before[e.gate] if e.gate else next((c for c in program.structure.cuts if c.name == e.cut), None)
         node = there.found.get(e.anchor)
         if isinstance(cut, Cut) and (e.gate or node is None):
             node = names[cut.value]

@@ -39,7 +39,7 @@ assert eecompile.ops is not None
 
 @dataclass(frozen=True)
 class InsertGates(Pass):
-    """Inserts those of `program.gates` into the graph that are not in it yet: in a cascade the gates of each model in turn.
+    """Inserts those gates of a program that are not in the graph yet: in a cascade the gates of each model in turn.
 
     Args:
         recipe: What the strategy asked for.
@@ -57,8 +57,8 @@ class InsertGates(Pass):
     seed: int = 0
 
     def run(self, program: Program) -> PassResult:
-        done = tuple(g for g in program.gates if g.decision)
-        program = program.replace(gates=program.gates[len(done) :])
+        done = tuple(g for g in program.choices.gates if g.decision)
+        program = program.replace(gates=program.choices.gates[len(done) :])
         units = dict(self.units) or self.build(program)
         gm = facts.copy(program.graph_module)
         add_modules(gm, GATES, units)
@@ -66,9 +66,9 @@ class InsertGates(Pass):
         program.settings.attach(gm, facts.device_of(gm))
         writer = _Writer(gm, program, self.recipe, len(done))
         gates, widths = writer.add_all()
-        gates = tuple(replace(g, group=len(program.gate_recipes)) for g in gates)
+        gates = tuple(replace(g, group=len(program.choices.gate_recipes)) for g in gates)
         writer.finish()
-        cuts, refusals = writer.moved_cuts(program.cuts, self.name)
+        cuts, refusals = writer.moved_cuts(program.structure.cuts, self.name)
         reports = tuple(Report(g.name, g.decision, g.node) for g in gates)
         reports += tuple(Report(f"{g.name}.score", g.score, g.node, training_only=True) for g in gates)
         marked = program.replace(
@@ -76,39 +76,39 @@ class InsertGates(Pass):
             gates=(*done, *gates),
             widths=widths,
             cuts=cuts,
-            reports=(*program.reports, *reports),
-            gate_recipes=(*program.gate_recipes, self.recipe),
+            reports=(*program.choices.reports, *reports),
+            gate_recipes=(*program.choices.gate_recipes, self.recipe),
         )
         return PassResult(marked, True, refusals, f"{len(gates)} gates")
 
     def _settings(self, program: Program) -> Settings:
-        count, given = len(program.gates), self.recipe.threshold
+        count, given = len(program.choices.gates), self.recipe.threshold
         values = given if isinstance(given, tuple) else (given,) * count
         if len(values) != count:
             raise StrategyError(
                 "wrong number of gate thresholds",
                 got=len(values),
-                wanted=f"{count}, one for each of {', '.join(g.region for g in program.gates)}",
+                wanted=f"{count}, one for each of {', '.join(g.region for g in program.choices.gates)}",
             )
-        return program.settings.add(settings.gates([g.name for g in program.gates]), values)
+        return program.settings.add(settings.gates([g.name for g in program.choices.gates]), values)
 
     def build(self, program: Program) -> dict[str, nn.Module]:
         """New units, in the dtype and on the device of the model; norms of the narrower widths are those of the model."""
-        gm, regions = program.graph_module, {r.name: r for r in program.regions}
+        gm, regions = program.graph_module, {r.name: r for r in program.structure.regions}
         device = facts.device_of(gm)
         units: dict[str, nn.Module] = {}
         with seeded(self.seed):
             shared = RecurrentCore(self.recipe.open_bias) if self.recipe.unit == "recurrent" else None
-            for g in program.gates:
+            for g in program.choices.gates:
                 name = g.unit.rsplit(".", 1)[1]
                 if name in units:
                     continue
                 site, _ = site_of(program, regions[g.region], self.recipe.mask)
                 kind = unit_class(self.recipe.unit, site, g.region)
-                unit = make_unit(kind, site, self.recipe.open_bias, len(program.gates), shared)
+                unit = make_unit(kind, site, self.recipe.open_bias, len(program.choices.gates), shared)
                 units[name] = untrained(unit, device, site.dtype)
         names = facts.by_name(gm)
-        for w in program.widths:
+        for w in program.choices.widths:
             region = regions[w.region]
             norms = new_norms(part_of(gm, names[region.x], names[region.y])[0], w.fractions)
             if norms is not None:
@@ -137,16 +137,16 @@ class _Writer(GraphWriter):
     def add_all(self) -> tuple[tuple[Gate, ...], tuple[Width, ...]]:
         """Every gate, those of a region with widths together; the records of both with the names of the new nodes."""
         program, done, widths = self.program, list[Gate](), list[Width]()
-        chains = {w.gates[0]: w for w in program.widths}
-        while len(done) < len(program.gates):
+        chains = {w.gates[0]: w for w in program.choices.widths}
+        while len(done) < len(program.choices.gates):
             i = len(done)
-            first = program.gates[i]
+            first = program.choices.gates[i]
             after = self.after(first)
             width = chains.get(first.name)
             if width is None:
                 done += self.add(i, (first,), after, [])
                 continue
-            gates = program.gates[i : i + len(width.gates)]
+            gates = program.choices.gates[i : i + len(width.gates)]
             values = self.narrower(width, first)
             done += self.add(i, gates, after, values)
             x = self.now(first.carries[0].x)
@@ -217,7 +217,7 @@ class _Writer(GraphWriter):
         common, recurrent = getattr(unit, "common", False), getattr(unit, "recurrent", False)
         if gate.unit not in self.units:
             rows = facts.value(x).shape[gate.carries[0].batch_axis]
-            count = len(self.program.gates)
+            count = len(self.program.choices.gates)
             val = self.empty(x, (rows, count) if common else (rows,))
             if recurrent:
                 assert isinstance(unit, RecurrentGate)
@@ -233,7 +233,7 @@ class _Writer(GraphWriter):
         return self.call(f"{gate.name}_score", torch.ops.aten.select.int, call, 1, i) if common else call
 
     def _mask(self, gate: Gate) -> fx.Node | None:
-        region = next((r for r in self.program.regions if r.name == gate.region), None)
+        region = next((r for r in self.program.structure.regions if r.name == gate.region), None)
         if region is None:
             raise PassError("a gate's region is not in this graph", where=gate.region)
         _, name = site_of(self.program, region, self.recipe.mask)
@@ -241,13 +241,13 @@ class _Writer(GraphWriter):
 
     def before(self, i: int) -> str:
         """Name of the gate that closes gate i with itself, where gates close all later ones."""
-        return self.program.gates[i - 1].name if self.recipe.monotone and i else ""
+        return self.program.choices.gates[i - 1].name if self.recipe.monotone and i else ""
 
     def decision(self, i: int, gate: Gate, score: fx.Node) -> fx.Node:
         counted = bool(self.recipe.min_open) and gate.kind != "width"
         args: tuple[Any, ...] = (score, self.thresholds, self.offset + i)
         if counted:
-            later = sum(g.kind != "width" for g in self.program.gates[i + 1 :])
+            later = sum(g.kind != "width" for g in self.program.choices.gates[i + 1 :])
             args = (*args, self.opened, max(0, self.recipe.min_open - later))
         node = self.call(f"{gate.name}_open", torch.ops.eecompile.gate.default, *args)
         before = self.decided.get(gate.needs or self.before(i))
@@ -278,9 +278,8 @@ def relocate_gates(program: Program, gates: tuple[Gate, ...], widths: tuple[Widt
         y = there.name(g.anchors[1], c.y, g.region)
         moved.append(replace(g, score="", decision="", carries=(Carry(y, x, "", c.batch_axis),)))
         regions.append(Region(g.region, g.kind, "", x, y, c.batch_axis, g.flops, g.depth, True, g.anchors))
-    return program.replace(
-        gates=(*program.gates, *moved),
-        widths=widths or program.widths,
-        regions=(*program.regions, *regions),
-        facts=program.facts | {"gates placed"},
+    return program.establish("gates placed").replace(
+        gates=(*program.choices.gates, *moved),
+        widths=widths or program.choices.widths,
+        regions=(*program.structure.regions, *regions),
     )

@@ -49,7 +49,7 @@ assert eecompile.ops is not None
 
 @dataclass(frozen=True)
 class InsertHalting(Pass):
-    """Inserts those of `program.halts` into the graph that are not in it yet: in a cascade the chains of each model in turn.
+    """Inserts those halting chains that are not in the graph yet: in a cascade the chains of each model in turn.
 
     Args:
         recipe: What the strategy asked for.
@@ -66,19 +66,19 @@ class InsertHalting(Pass):
     seed: int = 0
 
     def run(self, program: Program) -> PassResult:
-        there = tuple(h for h in program.halts if h.output)
-        program = program.replace(halts=program.halts[len(there) :])
+        there = tuple(h for h in program.choices.halts if h.output)
+        program = program.replace(halts=program.choices.halts[len(there) :])
         units = dict(self.units) or self.build(program)
         gm = facts.copy(program.graph_module)
         add_modules(gm, GATES, units)
         # The scale with which the marked graph is the model as it was.
-        closed = AT_ONCE if any(h.repeated for h in program.halts) else 0.0
+        closed = AT_ONCE if any(h.repeated for h in program.choices.halts) else 0.0
         program = program.replace(settings=program.settings.add(settings.halting(closed), [self.recipe.threshold]))
         program.settings.attach(gm, facts.device_of(gm))
         writer = _Writer(gm, program, self.recipe)
-        halts = tuple(replace(writer.add(h), group=len(program.halt_recipes)) for h in program.halts)
+        halts = tuple(replace(writer.add(h), group=len(program.choices.halt_recipes)) for h in program.choices.halts)
         writer.finish()
-        cuts, refusals = writer.moved_cuts(program.cuts, self.name)
+        cuts, refusals = writer.moved_cuts(program.structure.cuts, self.name)
         reports = tuple(Report(h.name, h.ledger, h.output) for h in halts)
         shares = {s.name: writer.shares.get(s.name, s.decision) for h in halts for s in h.steps}
         reports += tuple(Report(s.name, shares[s.name], s.carries[0].node) for h in halts for s in h.steps if s.carries)
@@ -86,18 +86,18 @@ class InsertHalting(Pass):
             graph_module=gm,
             halts=(*there, *halts),
             cuts=cuts,
-            reports=(*program.reports, *reports),
-            halt_recipes=(*program.halt_recipes, self.recipe),
+            reports=(*program.choices.reports, *reports),
+            halt_recipes=(*program.choices.halt_recipes, self.recipe),
         )
         return PassResult(done, True, refusals, f"{sum(len(h.steps) for h in halts)} steps")
 
     def build(self, program: Program) -> dict[str, nn.Module]:
         """New units, in the dtype and on the device of the model."""
-        regions = {r.name: r for r in program.regions}
+        regions = {r.name: r for r in program.structure.regions}
         device = facts.device_of(program.graph_module)
         units: dict[str, nn.Module] = {}
         with seeded(self.seed):
-            for h in program.halts:
+            for h in program.choices.halts:
                 for step in h.steps:
                     name = step.unit.rsplit(".", 1)[1]
                     if name in units:
@@ -194,7 +194,7 @@ class _Writer(GraphWriter):
         return self.call(f"{step.name}_left", aten.sub.Tensor, self.scale, spent)
 
     def unit(self, step: HaltStep, y: fx.Node) -> fx.Node:
-        region = next((r for r in self.program.regions if r.name == step.region), None)
+        region = next((r for r in self.program.structure.regions if r.name == step.region), None)
         if region is None:
             raise PassError("a step's block is not in this graph", where=step.region)
         _, mask = site_of(self.program, region, self.recipe.mask)
@@ -251,8 +251,6 @@ def relocate_halting(program: Program, halts: tuple[Halt, ...]) -> Program:
             regions.append(Region(step.region, "block", step.region, x, y, 0, step.flops, h.depth, True, step.anchors))
         bare = tuple(replace(s, decision="", carries=(), value="", last="", live="", parts=()) for s in h.steps)
         moved.append(replace(h, steps=bare, x=ends[0][0], ys=tuple(y for _, y in ends), output="", ledger=""))
-    return program.replace(
-        halts=(*program.halts, *moved),
-        regions=(*program.regions, *regions),
-        facts=program.facts | {"halting placed", "regions"},
+    return program.establish("halting placed", "regions").replace(
+        halts=(*program.choices.halts, *moved), regions=(*program.structure.regions, *regions)
     )

@@ -47,7 +47,7 @@ assert eecompile.ops is not None
 
 @dataclass(frozen=True)
 class InsertRoutes(Pass):
-    """Inserts `program.routes` into the graph.
+    """Inserts `program.choices.routes` into the graph.
 
     Args:
         recipe: What the strategy asked for.
@@ -65,7 +65,7 @@ class InsertRoutes(Pass):
     seed: int = 0
 
     def run(self, program: Program) -> PassResult:
-        (route,) = program.routes
+        (route,) = program.choices.routes
         gm = facts.copy(program.graph_module)
         modules = dict(self.modules) or self.build(program, route)
         add_modules(gm, ROUTES, modules)
@@ -77,14 +77,14 @@ class InsertRoutes(Pass):
             # an exit at the value that the router reads comes after the router
             after = {route.reads: route.choice}
             exits = tuple(replace(e, routed=route.choice, after=after.get(e.after, e.after)) for e in program.exits)
-            cuts = tuple(replace(c, after=after.get(c.after, c.after)) for c in program.cuts)
+            cuts = tuple(replace(c, after=after.get(c.after, c.after)) for c in program.structure.cuts)
             program = program.replace(exits=exits, cuts=cuts)
         else:
             names = [w.name for w in route.ways]
             program = program.replace(settings=program.settings.add(settings.branches(names), [0.0] * len(names)))
             program.settings.attach(gm, facts.device_of(gm))
             route = writer.branches(route)
-            cuts, refusals = writer.moved_cuts(program.cuts, self.name)
+            cuts, refusals = writer.moved_cuts(program.structure.cuts, self.name)
             program = program.replace(cuts=cuts)
         writer.finish()
         beside = route.node or route.choice
@@ -95,7 +95,7 @@ class InsertRoutes(Pass):
         if route.admitted:
             reports += (Report(f"{ROUTE}.admitted", route.admitted, beside, True),)
         done = program.replace(
-            graph_module=gm, routes=(route,), reports=(*program.reports, *reports), route_recipe=self.recipe
+            graph_module=gm, routes=(route,), reports=(*program.choices.reports, *reports), route_recipe=self.recipe
         )
         ways = len(route.ways) or len(program.exits) + 1
         return PassResult(done, True, refusals, f"{ways} routes")
@@ -201,4 +201,4 @@ def relocate_routes(program: Program, routes: tuple[Route, ...]) -> Program:
         )
         x, y = ends or ("", "")
         moved.append(replace(r, reads=reads, x=x, y=y, ways=ways))
-    return program.replace(routes=tuple(moved), facts=program.facts | {"routes placed"})
+    return program.establish("routes placed").replace(routes=tuple(moved))

@@ -32,7 +32,7 @@ class Segment:
         inputs: Live values that it takes, in order.
         outputs: Live values that it hands on, in order.
         leaves: Indices of the output leaves that it computes, in order.
-        reports: Indices of `program.reports` that it gives, in order.
+        reports: Indices of `program.choices.reports` that it gives, in order.
         takes_states: How many states come in after the live values: the first so many of those handed on.
         gives_states: How many states the decision hands on: `(logits, confidence, *states)`. That of the criterion
             comes first, then that of the combination of exits.
@@ -108,7 +108,7 @@ def schedule(
     incoming = layout.inputs()
     for i, stop in enumerate(stops):
         later = tuple(open_exits[i + 1 :])
-        segment = _segment(program, layout, start, stop, incoming, later, i > 0, decide_at_end, arms, keep_thresholds)
+        segment = _segment(layout, start, stop, incoming, later, decide_at_end, arms, keep_thresholds)
         segments.append(segment)
         incoming = [layout.names[v.node] for v in segment.outputs]
         start = stop
@@ -116,19 +116,17 @@ def schedule(
 
 
 def _segment(
-    program: Program,
     layout: Layout,
     start: int,
     stop: int,
     incoming: list[fx.Node],
     later: tuple[int, ...],
-    after_open: bool,
     decide_at_end: bool,
     arms: Possible,
     keep_thresholds: bool,
 ) -> Segment:
+    program, gm = layout.program, layout.gm
     at_end = stop == len(program.exits)
-    gm = layout.gm
     assert gm is not None
     part = Extractor(gm)
     for n in incoming:
@@ -136,10 +134,10 @@ def _segment(
     decides = not at_end or decide_at_end
     needed = layout.needed(later if at_end else (stop, *later), arms)
     if decide_at_end:
-        asked = [r for r in program.reports if not r.training_only and r.name not in fixed(program, arms)]
+        asked = [r for r in program.choices.reports if not r.training_only and r.name not in fixed(program, arms)]
         needed = needed | facts.needed_for(layout.names[r.node] for r in asked if layout.names[r.beside] in needed)
     carried = states_of(program)
-    taken = [r for r in carried if after_open and decides and not (at_end and r == "memory")]
+    taken = [r for r in carried if start >= 0 and decides and not (at_end and r == "memory")]
     states: dict[str, fx.Node | None] = {r: part.graph.placeholder(r) for r in taken}
     layout.copy_interval(part, start, stop, arms, needed)
     decision: list[fx.Node] = []
@@ -154,7 +152,7 @@ def _segment(
     leaves = layout.produced(start, stop)
     given = [part.resolve(layout.leaves[i]) for i in leaves]
     reports = _reported(program, layout, start, stop, arms, needed) if decide_at_end else ()
-    given += [part.resolve(layout.names[program.reports[i].node]) for i in reports]
+    given += [part.resolve(layout.names[program.choices.reports[i].node]) for i in reports]
     if at_end:
         given.append(part.resolve(layout.prediction()))
         handed: list[fx.Node] = []
@@ -205,7 +203,7 @@ def _reported(
     known = fixed(program, arms)
     return tuple(
         i
-        for i, r in enumerate(program.reports)
+        for i, r in enumerate(program.choices.reports)
         if not r.training_only and r.name not in known and layout.names[r.node] in inside
     )
 
@@ -213,7 +211,7 @@ def _reported(
 def fixed(program: Program, arms: Possible) -> set[str]:
     """Names of gates, steps and chains that do the same for every row: nothing is reported of them."""
     known = {name for name, taken in decisions(program, arms).items() if len(taken) == 1}
-    return known | {h.name for h in program.halts if h.steps[-1].name in known}
+    return known | {h.name for h in program.choices.halts if h.steps[-1].name in known}
 
 
 def states_of(program: Program) -> tuple[str, ...]:

@@ -110,13 +110,13 @@ def signed(forward: Callable[[dict[str, Tensor]], Any], names: Sequence[str]) ->
 
 def refuse(program: Program, settings: Settings) -> None:
     """Raises `ExportError` where the program has a part without an exported form."""
-    if program.front_end == "blocks":
+    if program.capture.front_end == "blocks":
         raise ExportError(
             "a program captured as blocks cannot be exported: its blocks are the model's own Python code, not a graph",
             wanted='a program captured with capture="export"',
             hint="compile the model without capture=",
         )
-    if any(h.per_token for h in program.halts) and settings.halts:
+    if any(h.per_token for h in program.choices.halts) and settings.halts:
         raise ExportError(
             "halting at each position cannot be exported: how many positions are still active is known on the host only",
             wanted="halting of whole rows, exits, gates, widths or branches",
@@ -203,7 +203,7 @@ class ConditionalProgram(Holder):
     def __init__(self, program: Program, settings: Settings) -> None:
         planned = plan(program, settings, keep_thresholds=True)
         graphs = [g for s in planned.segments for g in (s.module, s.head)]
-        graphs.append(None if program.tail is None else program.tail.module)
+        graphs.append(None if program.prediction.tail is None else program.prediction.tail.module)
         # decisions read the thresholds, whatever else does
         always = (THRESHOLDS_BUFFER,) if settings.open_exits else ()
         super().__init__(*graphs, settings=settings, always=always, device=facts.device_of(program.graph_module))
@@ -227,20 +227,20 @@ class ConditionalProgram(Holder):
 
     def _run(self, flat: Sequence[Tensor], settings: dict[Any, Tensor]) -> tuple[Tensor, ...]:
         tensors = self.tensors(without=tuple(settings)) | settings
-        at = self.program.prediction or 0
+        at = self.program.prediction.index or 0
         blanks = {i: self._blank(i, flat) for s in self.schedule.segments[1:] for i in s.leaves}
         prediction, index, sure, *rest = self._from(0, flat, (), blanks, tensors)
         axis = self.program.signature.outputs[at].batch_axis
         scores = prediction.movedim(0, axis) if axis else prediction
         given = dict(zip(self._leaves_from(0), rest, strict=True)) | {at: scores}
-        later = () if self.program.tail is None else self.program.tail.slots
+        later = () if self.program.prediction.tail is None else self.program.prediction.tail.slots
         leaves = [
             given[i] if i in given else scores if i in later else self._blank(i, flat)
             for i in range(len(self.program.signature.outputs))
         ]
-        if self.program.tail is not None:
-            values = Traced(self.program.tail.module, tensors).run(scores, *flat)
-            for i, value in zip(self.program.tail.slots, values, strict=True):
+        if self.program.prediction.tail is not None:
+            values = Traced(self.program.prediction.tail.module, tensors).run(scores, *flat)
+            for i, value in zip(self.program.prediction.tail.slots, values, strict=True):
                 leaves[i] = value
         return (*leaves, index, torch.nan_to_num(sure, nan=0.0))
 
@@ -274,7 +274,7 @@ class ConditionalProgram(Holder):
             Prediction [n, ...], exit index [n], confidence [n], and the leaves of these segments in order.
         """
         segment, signature = self.schedule.segments[k], self.program.signature
-        wanted = signature.outputs[self.program.prediction or 0]
+        wanted = signature.outputs[self.program.prediction.index or 0]
         values = Traced(segment.module, tensors).run(*live, *states[: segment.takes_states])
         if segment.exit is None:
             sure, *leaves, prediction = values

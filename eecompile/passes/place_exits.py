@@ -118,7 +118,7 @@ class Candidates:
             refuse(f"the model predicts per position, the value here is {list(site.sizes)}")
             return None
         if site.positions:
-            wanted = self.program.signature.outputs[self.program.prediction or 0].shape[1]
+            wanted = self.program.prediction_leaf.shape[1]
             if site.sizes[1 - site.batch_axis] != wanted:
                 refuse(f"the model predicts at {wanted} positions, the value here is {list(site.sizes)}")
                 return None
@@ -161,11 +161,12 @@ class Candidates:
         ]
 
     def every_block(self) -> list[Exit]:
-        blocks = [c for c in self.program.cuts if c.is_block]
+        cuts = self.program.structure.cuts
+        blocks = [c for c in cuts if c.is_block]
         if not blocks:
             raise StrategyError(
                 'exits="every-block" on a model without repeated blocks',
-                got=f"{len(self.program.cuts)} cuts: {', '.join(c.name for c in self.program.cuts[:12])}",
+                got=f"{len(cuts)} cuts: {', '.join(c.name for c in cuts[:12])}",
                 hint="give a number, names or fractions",
             )
         return [e for c in blocks if (e := self.judge(c)) is not None]
@@ -178,7 +179,7 @@ class Candidates:
         """
         placed = []
         cuts = cuts_before(self.program)
-        for gate in self.program.gates:
+        for gate in self.program.choices.gates:
             cut = cuts[gate.name]
             tail = cut if isinstance(cut, Refusal) else sites.skipping_tail(self.program, cut.value, cut.after, gate.name)
             if isinstance(cut, Refusal) or isinstance(tail, Refusal):
@@ -196,7 +197,7 @@ class Candidates:
 
     def _cost(self, tail: sites.Tail) -> float:
         """FLOPs of the model's own layers as a head."""
-        return sum(self.program.flops.get(n.name, 0.0) for n in tail.module.graph.nodes)
+        return sum(self.program.costs.flops.get(n.name, 0.0) for n in tail.module.graph.nodes)
 
     def _exit(self, cut: Cut, kind: str, cost: float, inputs: tuple[str, ...], mask: str | None) -> Exit:
         return Exit(
@@ -223,7 +224,8 @@ class Candidates:
         model's cost and `WORTH` times what its own head costs.
         """
         kept: list[Exit] = []
-        for c in sorted([c for c in self.program.cuts if c.is_block] or self.program.cuts, key=lambda c: c.depth):
+        cuts = self.program.structure.cuts
+        for c in sorted([c for c in cuts if c.is_block] or cuts, key=lambda c: c.depth):
             before = kept[-1].depth if kept else 0.0
             e = self.judge(c)
             if e is not None and self._lacking(e, before) and e.head_kind == "conv" and self.recipe.head == "auto":
@@ -249,11 +251,11 @@ class Candidates:
 
     def spaced(self, count: int) -> list[Exit]:
         """`count` exits at 1/(count+1), 2/(count+1), ... of the cost; block boundaries where there are blocks."""
-        blocks = [c for c in self.program.cuts if c.is_block]
-        pool = blocks if len(blocks) > count else list(self.program.cuts)
+        blocks = [c for c in self.program.structure.cuts if c.is_block]
+        pool = blocks if len(blocks) > count else list(self.program.structure.cuts)
         depths = [(k + 1) / (count + 1) for k in range(count)]
         # Where no block boundary can hold an exit (an encoder's, for a decoder's prediction) any cut may.
-        return self._nearest(pool, depths) or self._nearest(list(self.program.cuts), depths)
+        return self._nearest(pool, depths) or self._nearest(list(self.program.structure.cuts), depths)
 
     def _nearest(self, pool: list[Cut], depths: list[float]) -> list[Exit]:
         """For each depth the nearest cut that is free and fit; fewer where the pool runs out, with a refusal."""
@@ -277,7 +279,7 @@ class Candidates:
             StrategyError: A name matches nothing; the message lists near ones, or why that place was refused.
         """
         chosen: dict[str, Exit] = {}
-        cuts = self.program.cuts
+        cuts = self.program.structure.cuts
         for w in wanted:
             if isinstance(w, float):
                 free = [c for c in cuts if c.after not in chosen and (c.is_block or c.dominates)]

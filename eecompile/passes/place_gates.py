@@ -27,7 +27,7 @@ DYNAMIC = 64  # a sequence length for counting, where the example gives none
 
 @dataclass(frozen=True)
 class PlaceGates(Pass):
-    """Fills `program.gates` from the recipe; the graph stays as it is.
+    """Fills `program.choices.gates` from the recipe; the graph stays as it is.
 
     Args:
         recipe: What the strategy wants.
@@ -55,8 +55,8 @@ class PlaceGates(Pass):
             placed = place_widths(program, self.recipe.widths, chosen, kept, self.recipe.always_on)
             chosen, parts = placed.regions, placed.parts
             refusals += placed.refusals
-            more = tuple(r for r in chosen if r not in program.regions)
-            program = program.replace(regions=(*program.regions, *more))
+            more = tuple(r for r in chosen if r not in program.structure.regions)
+            program = program.replace(regions=(*program.structure.regions, *more))
         count = sum(len(self.recipe.widths) - (r.kind == "width") if r.name in parts else 1 for r in chosen)
         gates: list[Gate] = []
         widths: list[Width] = []
@@ -94,7 +94,7 @@ class PlaceGates(Pass):
 
     def _chosen(self, program: Program, refusals: list[Refusal]) -> tuple[list[Region], list[Region]]:
         """The regions that the recipe names, and those of them that it keeps on, in graph order."""
-        where, regions = self.recipe.where, program.regions
+        where, regions = self.recipe.where, program.structure.regions
         names = [where] if isinstance(where, str) else list(where)
         found: dict[str, Region] = {}
         for name in names:

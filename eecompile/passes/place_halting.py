@@ -21,7 +21,7 @@ RULES_OF_HALTING = ("mean", "stop")
 
 @dataclass(frozen=True)
 class PlaceHalting(Pass):
-    """Fills `program.halts` from the recipe; the graph stays as it is.
+    """Fills `program.choices.halts` from the recipe; the graph stays as it is.
 
     Args:
         recipe: What the strategy wants.
@@ -60,7 +60,7 @@ class PlaceHalting(Pass):
         return PassResult(program.replace(halts=tuple(halts)), False, tuple(refusals), summary)
 
     def _check(self, program: Program) -> None:
-        if program.gates:
+        if program.choices.gates:
             raise StrategyError(
                 "gates and halting on the same blocks", got="both", wanted="one of them: a row that halted skips the rest"
             )
@@ -73,7 +73,7 @@ class PlaceHalting(Pass):
     def _chains(self, program: Program, refusals: list[Refusal]) -> list[list[Region]]:
         where = self.recipe.where
         chosen: dict[str, Region] = {}
-        blocks = [r for r in program.regions if r.kind == "block"]
+        blocks = [r for r in program.structure.regions if r.kind == "block"]
         for name in [where] if isinstance(where, str) else list(where):
             matched = named(blocks, name)
             if not matched and name not in KEYWORDS:
@@ -84,7 +84,7 @@ class PlaceHalting(Pass):
                     hint="eecompile inspect MODEL shows the blocks",
                 )
             chosen |= {r.name: r for r in matched}
-        order = [r for r in program.regions if r.name in chosen]
+        order = [r for r in program.structure.regions if r.name in chosen]
         fit = []
         for r in order:
             if r.batch_axis != 0:

@@ -28,7 +28,7 @@ DYNAMIC = 64  # a sequence length for counting, where the example gives none
 
 @dataclass(frozen=True)
 class PlaceRoutes(Pass):
-    """Fills `program.routes` from the recipe; the graph stays as it is. Behind `place_exits` where rows go to exits.
+    """Fills `program.choices.routes` from the recipe; the graph stays as it is. Behind `place_exits` where rows go to exits.
 
     Args:
         recipe: What the strategy wants.
@@ -88,8 +88,8 @@ class PlaceRoutes(Pass):
         part = Part(program, gm, x.name, y.name, where)
         taken = {n.name for n in part.inside}
         for kind, nodes in (
-            ("gate", [(g.name, g.node) for g in program.gates]),
-            ("chain that halts", [(h.name, h.output) for h in program.halts]),
+            ("gate", [(g.name, g.node) for g in program.choices.gates]),
+            ("chain that halts", [(h.name, h.output) for h in program.choices.halts]),
         ):
             among = [name for name, node in nodes if node in taken]
             if among:
@@ -154,10 +154,10 @@ class Places:
             with_rows = [n for n in facts.placeholders(self.gm) if isinstance(self.batch.axis(n), int)]
             return next((n for n in with_rows if facts.value(n).is_floating_point()), with_rows[0])
         if name == OUTPUT and option == "over=":
-            return facts.own_leaves(self.gm, self.program.signature)[self.program.prediction or 0]
+            return facts.own_leaves(self.gm, self.program.signature)[self.program.prediction.index or 0]
         if name in inputs:
             return inputs[name]
-        cuts = self.program.cuts
+        cuts = self.program.structure.cuts
         found = [c for c in cuts if name in (c.name, c.value)] or [c for c in cuts if fnmatch.fnmatchcase(c.name, name)]
         if len(found) != 1:
             known = [INPUT, *([OUTPUT] if option == "over=" else []), *(c.name for c in cuts)]
@@ -172,14 +172,14 @@ class Places:
 
     def last(self) -> str:
         """Where branches end unless said: behind the last block, or at the prediction of a model without blocks."""
-        blocks = [c for c in self.program.cuts if c.is_block]
+        blocks = [c for c in self.program.structure.cuts if c.is_block]
         return blocks[-1].name if blocks else OUTPUT
 
     def site(self, node: fx.Node, mask: str | None, where: str) -> tuple[Site, str | None]:
         """What a router finds at a node, and the name of the input that marks padding there, if any."""
         axis, v = self.batch.axis(node), facts.value(node)
         if not isinstance(axis, int) or not v.is_floating_point():
-            first = next((c.name for c in self.program.cuts), "a cut")
+            first = next((c.name for c in self.program.structure.cuts), "a cut")
             raise StrategyError(
                 "a router reads floating numbers",
                 where=where,
@@ -200,7 +200,7 @@ class Places:
 
     def depth(self, node: fx.Node) -> float:
         """Fraction of the model's cost up to a node, itself included."""
-        done = sum(self.program.flops.get(n.name, 0.0) for n in self.nodes[: self.position[node] + 1])
+        done = sum(self.program.costs.flops.get(n.name, 0.0) for n in self.nodes[: self.position[node] + 1])
         return done / (self.program.total_flops or 1.0)
 
 

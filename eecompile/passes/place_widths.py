@@ -75,7 +75,7 @@ def place_widths(
             placed.refusals.append(Refusal(region.name, RULE, "always on"))
             continue
         part, reason = part_of(gm, names[region.x], names[region.y])
-        saved = (region.flops - part.flops(program.flops, fractions[0])) / (program.total_flops or 1.0)
+        saved = (region.flops - part.flops(program.costs.flops, fractions[0])) / (program.total_flops or 1.0)
         if saved < LEAST_SAVED:
             placed.refusals.append(Refusal(region.name, RULE, f"the smallest width saves {saved:.2%} of the model's cost"))
             continue
@@ -138,10 +138,10 @@ def _pairs(program: Program, taken: set[fx.Node], refusals: list[Refusal]) -> li
             continue
         x, y, axis = region
         inside = exclusive(nodes, position, [y], {x})
-        flops = sum(program.flops.get(n.name, 0.0) for n in inside)
+        flops = sum(program.costs.flops.get(n.name, 0.0) for n in inside)
         first = min(position[n] for n in inside)
-        depth = sum(program.flops.get(n.name, 0.0) for n in nodes[:first]) / total
-        block = next((b.name for b in program.blocks if _within(b.first, b.last, y, position)), "")
+        depth = sum(program.costs.flops.get(n.name, 0.0) for n in nodes[:first]) / total
+        block = next((b.name for b in program.structure.blocks if _within(b.first, b.last, y, position)), "")
         ends = (anchors.get(x), anchors.get(y))
         found.append(Region(name, "width", block, x.name, y.name, axis, flops, depth, False, ends))
     return found
@@ -194,7 +194,7 @@ def chain(
     program: Program, region: Region, part: Part, fractions: Sequence[float], single: Gate
 ) -> tuple[Width, list[Gate]]:
     """The gates of a part with widths, made from the gate that the whole part would have. Names are given later."""
-    costs = [part.flops(program.flops, f) for f in fractions]
+    costs = [part.flops(program.costs.flops, f) for f in fractions]
     skips = region.kind != "width"
     start = 0 if skips else 1
     gates: list[Gate] = []

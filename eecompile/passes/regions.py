@@ -43,7 +43,7 @@ class Regions:
 
     def __init__(self, program: Program, gm: fx.GraphModule, batch: facts.Batch, live_only: bool = False) -> None:
         self.live_only = live_only
-        self.choices, self.halts, self.gm, self.batch = program.choices, program.halts, gm, batch
+        self.choices, self.halts, self.gm, self.batch = program.choices, program.choices.halts, gm, batch
         nodes = list(gm.graph.nodes)
         position = {n: i for i, n in enumerate(nodes)}
         self.names = names = facts.by_name(gm)
@@ -193,18 +193,18 @@ def possible(program: Program, settings: Settings | None) -> Possible:
     if settings is None:
         return tuple(frozenset(range(len(c.arms))) for c in program.choices)
     gates: dict[str, frozenset[int]] = {"": RUN}
-    for g, t in zip(program.gates, settings[GATES], strict=True):
+    for g, t in zip(program.choices.gates, settings[GATES], strict=True):
         own, before = RUN if t <= 0 else SKIP if t > 1 else EITHER, gates[g.needs]
         gates[g.name] = SKIP if SKIP in (own, before) else own if before == RUN else EITHER
     found = []
     for c in (c for c in program.choices if c.gates):
         decided = [gates[name] for name in c.gates]
         found.append(frozenset(range(decided.count(RUN), len(decided) - decided.count(SKIP) + 1)))
-    for h in program.halts:
+    for h in program.choices.halts:
         step = EITHER if settings.halts or h.per_token else SKIP if h.repeated else RUN
         found += [step] * sum(bool(s.carries) for s in h.steps)
     open_ways = frozenset(k for k, m in enumerate(settings[BRANCHES]) if m <= 1)
-    return (*found, *(open_ways for r in program.routes if r.ways))
+    return (*found, *(open_ways for r in program.choices.routes if r.ways))
 
 
 def decisions(program: Program, arms: Possible) -> dict[str, frozenset[int]]:

@@ -20,11 +20,11 @@ MASK_NAMES = ("attention_mask", "padding_mask", "key_padding_mask", "mask", "inp
 
 def site_at(program: Program, cut: Cut, mask: str | None) -> tuple[Site, str | None]:
     """The site of a head at a cut, and the name of the input that marks padding there, if any."""
-    if program.prediction is None:
+    if program.prediction.index is None:
         raise PassError("the prediction leaf is not known yet", hint="pass prediction= to eecompile()")
     value = next(v for v in cut.live if v.node == cut.value)
     assert value.batch_axis is not None  # find_cuts refuses values without a batch
-    leaf = program.signature.outputs[program.prediction]
+    leaf = program.prediction_leaf
     classes = leaf.shape[-1]
     if not isinstance(classes, int):
         raise PassError("the prediction has a dynamic number of classes", got=leaf.describe())
@@ -63,12 +63,12 @@ def find_mask(program: Program, sizes: tuple[int | str, ...], batch_axis: int, w
 def own_autocast(program: Program) -> NoPlaceError | None:
     """The error for a model whose layers run under an autocast of its own: one node of the graph, without a place inside."""
     found = [n for n in program.graph_module.graph.nodes if "wrap_with_autocast" in str(n.target)]
-    inside = sum(program.flops.get(n.name, 0.0) for n in found)
-    if not found or 2 * inside < sum(program.flops.values()):
+    inside = sum(program.costs.flops.get(n.name, 0.0) for n in found)
+    if not found or 2 * inside < sum(program.costs.flops.values()):
         return None
     return NoPlaceError(
         "the model's forward runs under an autocast of its own, within which neither exits nor gates have a place",
-        got=f"{inside / sum(program.flops.values()):.0%} of its cost in `with torch.autocast(...)` in forward",
+        got=f"{inside / sum(program.costs.flops.values()):.0%} of its cost in `with torch.autocast(...)` in forward",
         wanted="a forward without it",
         hint="take it out of forward, and call the compiled model under torch.autocast",
     )
@@ -91,8 +91,8 @@ class Tail:
 
 def shared_tail(program: Program) -> Tail | Refusal:
     """The model's own final layers, from the last block to the prediction, as a head."""
-    blocks = [c for c in program.cuts if c.is_block]
-    if program.front_end == "blocks":
+    blocks = [c for c in program.structure.cuts if c.is_block]
+    if program.capture.front_end == "blocks":
         return Refusal("model", "shared head", "a model that was captured as blocks has no graph of its final layers")
     if not blocks:
         return Refusal("model", "shared head", "the model has no repeated block, so no tail behind the last one")
@@ -108,8 +108,8 @@ def shared_tail(program: Program) -> Tail | Refusal:
 def skipping_tail(program: Program, value: str, after: str, gate: str) -> Tail | Refusal:
     """All that is left of the model after a cut without the regions of `gate` and of every later gate, as a head."""
     names = facts.by_name(program.graph_module)
-    first = next(i for i, g in enumerate(program.gates) if g.name == gate)
-    tail = _tail(program, value, after, {names[g.node]: names[g.carries[0].x] for g in program.gates[first:]})
+    first = next(i for i, g in enumerate(program.choices.gates) if g.name == gate)
+    tail = _tail(program, value, after, {names[g.node]: names[g.carries[0].x] for g in program.choices.gates[first:]})
     return tail if tail.reads else Refusal(gate, "shared head", "the prediction does not depend on its input")
 
 
@@ -124,8 +124,8 @@ def _tail(program: Program, value: str, after: str, instead: Mapping[fx.Node, fx
     nodes = list(gm.graph.nodes)
     names = facts.by_name(gm)
     position = {n: i for i, n in enumerate(nodes)}
-    assert program.prediction is not None
-    prediction = facts.output_leaves(gm)[program.prediction]
+    assert program.prediction.index is not None
+    prediction = facts.output_leaves(gm)[program.prediction.index]
     needed: set[fx.Node] = set()
     reads: list[fx.Node] = []
     stack = [prediction]
@@ -166,7 +166,7 @@ def _unread(size: fx.Node, reads: list[fx.Node]) -> list[fx.Node]:
 
 def tail_fits(program: Program, tail: Tail, cut: Cut) -> str | None:
     """Why the model's final layers cannot be the head at `cut`, None where they can."""
-    last = [c for c in program.cuts if c.is_block][-1]
+    last = [c for c in program.structure.cuts if c.is_block][-1]
     (wanted,) = (v.shape for v in last.live if v.node == last.value)
     (value,) = (v.shape for v in cut.live if v.node == cut.value)
     if value != wanted:

@@ -29,25 +29,25 @@ SAME = (aten.detach.default, aten.detach_.default, aten.alias.default, aten.clon
 
 @dataclass(frozen=True)
 class SplitTail(Pass):
-    """Fills `program.tail`; nothing where the prediction is logits and no other output is computed from it alone."""
+    """Fills `program.prediction.tail`; nothing where the prediction is logits and no other output comes from it alone."""
 
     name: ClassVar[str] = "split_tail"
     requires: ClassVar[frozenset[str]] = frozenset({"normalized"})
     ensures: ClassVar[frozenset[str]] = frozenset({"tail split"})
 
     def run(self, program: Program) -> PassResult:
-        if program.prediction is None:
+        if program.prediction.index is None:
             return PassResult(program, False)
         gm = facts.copy(program.graph_module)
         every = facts.output_leaves(gm)
         count = len(program.signature.outputs)
-        ends = [logits_of(n) for n in (every[program.prediction], *every[count:])]
+        ends = [logits_of(n) for n in (every[program.prediction.index], *every[count:])]
         alike = len({end.target for _, end in ends if end is not None}) <= 1 and len({e is None for _, e in ends}) == 1
-        scores = [z for z, _ in ends] if alike else [every[program.prediction], *every[count:]]
+        scores = [z for z, _ in ends] if alike else [every[program.prediction.index], *every[count:]]
         z = scores[0]
         reader = _Reader(gm, program, z)
         slots = tuple(i for i, n in enumerate(every[:count]) if n is not z and reader.reads_scores_alone(n))
-        if program.prediction not in slots and z is not every[program.prediction]:
+        if program.prediction.index not in slots and z is not every[program.prediction.index]:
             return PassResult(program, False)  # the model's end reads more than its scores
         if not slots:
             return PassResult(program, False)

@@ -38,17 +38,17 @@ class StagePass(Pass):
         layout = Layout(program)
         by_exit = layout.only_for()
         program = program.replace(
-            gates=tuple(_staged_gate(g, layout, by_exit) for g in program.gates),
-            halts=tuple(_staged(h, layout, by_exit) for h in program.halts),
+            gates=tuple(_staged_gate(g, layout, by_exit) for g in program.choices.gates),
+            halts=tuple(_staged(h, layout, by_exit) for h in program.choices.halts),
             routes=tuple(
                 replace(r, stage=layout.stage_of(r.weights), way_stage=layout.stage_of(r.node) if r.node else 0)
-                for r in program.routes
+                for r in program.choices.routes
             ),
-            reports=tuple(replace(r, stage=layout.stage_of(r.node)) for r in program.reports),
+            reports=tuple(replace(r, stage=layout.stage_of(r.node)) for r in program.choices.reports),
         )
         # whether a row takes a step is known before an exit that lies in between: who leaves there does not take it
-        begins = {s.name: s.stage for h in program.halts for s in h.steps}
-        reports = tuple(replace(r, stage=begins.get(r.name, r.stage)) for r in program.reports)
+        begins = {s.name: s.stage for h in program.choices.halts for s in h.steps}
+        reports = tuple(replace(r, stage=begins.get(r.name, r.stage)) for r in program.choices.reports)
         program = program.replace(reports=reports)
         stages = layout.stages()
         staged = _staged_graph(program, layout, stages)
@@ -85,7 +85,7 @@ class Layout:
         self.batch = facts.Batch(self.gm, program.signature)
         self.learned = facts.trunk_nodes(self.gm, self.batch)
         self.regions = Regions(program, self.gm, self.batch, live_only)
-        shape = program.signature.outputs[program.prediction or 0].shape
+        shape = program.prediction_leaf.shape
         self.positions = len(shape) == 3
         self.bounds = [self.position[self.names[e.after]] for e in program.exits]
         count = len(program.signature.outputs)
@@ -93,7 +93,7 @@ class Layout:
         # the leaves as the trunk gives them, before selection and blanking
         self.leaves = [self._trunk_leaf(g) for g in given]
         # where rows go between branches: `choose` reads it off what is admitted, and lowering groups rows by it
-        self.choices = {self.names[r.choice]: self.names[r.node] for r in program.routes if r.ways}
+        self.choices = {self.names[r.choice]: self.names[r.node] for r in program.choices.routes if r.ways}
         self.own = self._whole(facts.needed_for([*self.leaves, self.prediction(), *self.choices]), None)
 
     def _trunk_leaf(self, given: Any) -> fx.Node:
@@ -213,7 +213,7 @@ class Layout:
     def reported(self, start: int, stop: int) -> list[fx.Node]:
         """Nodes of the reports that are computed between two exits."""
         inside = set(self.interval(start, stop))
-        return [n for r in self.program.reports if (n := self.names[r.node]) in inside]
+        return [n for r in self.program.choices.reports if (n := self.names[r.node]) in inside]
 
     def as_live(self, nodes: list[fx.Node]) -> tuple[Live, ...]:
         return tuple(self.batch.live(n, n in self.learned) for n in nodes)
@@ -231,7 +231,7 @@ class Layout:
             outgoing = self.as_live(self.live(k)) if k < count else self.as_live(_tensors(self.leaves))
             flops, only = 0.0, dict[tuple[int, ...], float]()
             for n in nodes:
-                cost = self.program.flops.get(n.name, 0.0)
+                cost = self.program.costs.flops.get(n.name, 0.0)
                 if n in self.own:
                     flops += cost
                 elif cost:

@@ -42,8 +42,8 @@ class Unfold(Pass):
         nodes = list(gm.graph.nodes)
         position = {n: i for i, n in enumerate(nodes)}
         names = facts.by_name(gm)
-        ends = [p for b in program.blocks for p in (position[names[b.first]] - 1, position[names[b.last]])]
-        first = {b.first: b for b in program.blocks}
+        ends = [p for b in program.structure.blocks for p in (position[names[b.first]] - 1, position[names[b.last]])]
+        first = {b.first: b for b in program.structure.blocks}
         moved: dict[str, str] = {}
         count = 0
         for n in nodes:
@@ -64,7 +64,7 @@ class Unfold(Pass):
         if not count:
             return PassResult(program, False)
         facts.tidy(gm)
-        blocks = tuple(replace(b, first=moved.get(b.first, b.first)) for b in program.blocks)
+        blocks = tuple(replace(b, first=moved.get(b.first, b.first)) for b in program.structure.blocks)
         return PassResult(program.replace(graph_module=gm, blocks=blocks), True, summary=f"{count} values unfolded")
 
 

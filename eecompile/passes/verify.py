@@ -58,7 +58,7 @@ class Verify(Pass):
 
 def _steady(program: Program) -> contextlib.AbstractContextManager[Any]:
     """A model that was captured as blocks runs itself, and what its forward sets on it does not count as a call."""
-    return untouched(program.source) if program.front_end == "blocks" else contextlib.nullcontext()
+    return untouched(program.source) if program.capture.front_end == "blocks" else contextlib.nullcontext()
 
 
 def _equal(want: Sequence[torch.Tensor], got: Sequence[torch.Tensor], where: str) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from statistics import median
@@ -12,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eecompile.calibration.baselines import mixtures
 from eecompile.errors import EecompileError
+from eecompile.measuring import interleaved
 from eecompile.training.batches import batches, device_of
 from eecompile.training.evaluate import evaluate
 from eecompile.training.evaluation_report import EvaluationReport
@@ -128,19 +129,14 @@ def _latencies(fast: Any, names: list[str], singles: list[Any]) -> tuple[dict[st
     with torch.no_grad():
         for args, kwargs in singles:
             at = names[int(fast.run(*args, **kwargs).exit_index[0])]
-            seconds[at].append(_timed(partial(fast, *args, **kwargs)))
+            calls = {"early": partial(fast, *args, **kwargs)}
             if original is not None:
-                original.append(_timed(partial(fast.original, *args, **kwargs)))
+                calls["original"] = partial(fast.original, *args, **kwargs)
+            times = interleaved(calls, REPEATS, min_seconds=0.0, warm_up=0)
+            seconds[at].append(median(times["early"]))
+            if original is not None:
+                original.append(median(times["original"]))
     return {name: found for name, found in seconds.items() if found}, original
-
-
-def _timed(call: Callable[[], Any]) -> float:
-    taken = []
-    for _ in range(REPEATS):
-        start = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - start)
-    return median(taken)
 
 
 def _image(args: tuple[Any, ...], kwargs: dict[str, Any], row: int) -> Tensor | None:
@@ -155,8 +151,5 @@ def _image(args: tuple[Any, ...], kwargs: dict[str, Any], row: int) -> Tensor | 
 
 def frontier(points: list[tuple[float, float]], cost: float) -> float | None:
     """The best accuracy at a mean cost by choosing among constant exits at random; None where each costs more."""
-    below = [(c, a) for c, a in points if c <= cost]
-    if not below:
-        return None
-    mixed = [a + (b - a) * (cost - c) / (d - c) for c, a in below for d, b in points if d > cost]
-    return max([*mixed, *(a for _, a in below)])
+    named = [(c, a, "") for c, a in points]
+    return max([*(a for c, a in points if c <= cost), *(a for a, _ in mixtures(named, cost))], default=None)

@@ -134,7 +134,7 @@ class _Call:
         self.model: BlocksModel = program.marked.get_submodule("model")  # type: ignore[assignment]
         index, axis = program.signature.batch_input
         first = flat[index]
-        self.in_ = Survivors(first.shape[axis], first.device, len(program.exits), dtypes[program.prediction or 0])
+        self.in_ = Survivors(first.shape[axis], first.device, len(program.exits), dtypes[program.prediction.index or 0])
         self.taps: dict[str, Tap] = {t.name: t for t in self.model.found.taps}
         self.exits = {e.cut: (i, e) for i, e in enumerate(program.exits) if i in settings.open_exits}
         self.counts: dict[str, int] = {}
@@ -294,7 +294,7 @@ class _Call:
         """The model's own end: rows that are still in have their values in the full batch."""
         signature = self.program.signature
         values = signature.flatten_output(output)
-        at = self.program.prediction or 0
+        at = self.program.prediction.index or 0
         axis = signature.outputs[at].batch_axis or 0
         prediction = values[at].movedim(axis, 0)
         rows = self.in_.rows

@@ -42,7 +42,7 @@ class ModelWatch:
         self._paths: list[str] = []
         self._attributes: list[tuple[str, Any, dict[str, Any], tuple[Any, ...]]] = []
         self._converted: list[tuple[dict[str, Any], str, torch.dtype]] = []
-        if model is None or program.front_end != "export" or program.models:
+        if model is None or program.capture.front_end != "export" or program.capture.models:
             return
         targets = {path_in_model(str(n.target)).rpartition(".")[0] for n in program.source.graph.nodes if n.op == "get_attr"}
         self._converted = _first_floating(program)

@@ -167,7 +167,7 @@ class _Run:
         first = flat[index]
         self.settings = settings.tensors(first.device)
         self.size = first.shape[axis]
-        self.in_ = Survivors(self.size, first.device, len(program.exits), dtypes[program.prediction or 0])
+        self.in_ = Survivors(self.size, first.device, len(program.exits), dtypes[program.prediction.index or 0])
         self.leaves: list[Tensor | None] = [None] * len(self.outputs)
         self.interrupted = False
         self.stopped: str | None = None
@@ -242,7 +242,7 @@ class _Run:
         end = at + len(segment.leaves)
         self._keep_leaves(segment, values[at:end])
         self._keep_reports(segment, values[end:])
-        axis = self.outputs[self.program.prediction or 0].batch_axis
+        axis = self.outputs[self.program.prediction.index or 0].batch_axis
         prediction = values[-1].movedim(axis, 0) if axis else values[-1]
         self.in_.finish(prediction, values[0] if self.want_confidence else None)
 
@@ -261,9 +261,9 @@ class _Run:
         for i, value in zip(segment.reports, values, strict=False):
             if rows is not None:
                 value = value.new_zeros((self.in_.size, *value.shape[1:])).index_copy_(0, rows, value)
-            self.reports[self.program.reports[i].name] = value
+            self.reports[self.program.choices.reports[i].name] = value
 
     def _told(self, outcome: Outcome) -> Outcome:
-        if self.want_confidence and self.program.reports:
+        if self.want_confidence and self.program.choices.reports:
             outcome.reports = with_known(self.program, self.arms, self.reports, outcome.exit_index)
         return outcome

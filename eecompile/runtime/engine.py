@@ -76,7 +76,7 @@ class Engine:
     def _automatic(self) -> tuple[str, str]:
         """What "auto" is here, and why."""
         found = support(self.device)
-        if found.way == "none" or self.program.front_end == "blocks":
+        if found.way == "none" or self.program.capture.front_end == "blocks":
             return "compact", "auto takes it: it computes the survivors only"
         if not VERIFIED:
             return "compact", "auto takes it: the device executor has not been verified on a GPU yet"
@@ -105,7 +105,7 @@ class Engine:
             return SimulateExecutor(self.program, self._options)
         if name == "device":
             return CudaExecutor(self.program, self._options)
-        if self.program.front_end == "blocks":
+        if self.program.capture.front_end == "blocks":
             return BlocksExecutor(self.program)
         return CompactExecutor(self.program, self.backend)
 
@@ -115,7 +115,7 @@ class Engine:
 
     def full_graph(self) -> fx.GraphModule:
         """The captured graph of the full model alone."""
-        if not self.program.models:
+        if not self.program.capture.models:
             return self.program.source
         if self._full_graph is None:
             self._full_graph = facts.own_graph(self.program.source, self.program.signature)

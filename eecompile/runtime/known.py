@@ -46,7 +46,7 @@ def with_known(program: Program, arms: Possible, reports: Mapping[str, Tensor], 
         exit_index: [B] int64.
     """
     found = {**reports, **_known(program, arms, reports, exit_index)}
-    begins = {s.name: s.stage for h in program.halts for s in h.steps if s.stage}
+    begins = {s.name: s.stage for h in program.choices.halts for s in h.steps if s.stage}
     for name in begins.keys() & reports.keys():  # reported before an exit where rows left
         found[name] = reached(found[name], exit_index, begins[name])
     return found
@@ -55,17 +55,17 @@ def with_known(program: Program, arms: Possible, reports: Mapping[str, Tensor], 
 def _known(program: Program, arms: Possible, reports: Mapping[str, Tensor], exit_index: Tensor) -> dict[str, Tensor]:
     """Decisions of gates that are open or closed whatever the input, and zeros for what no row reached."""
     taken = decisions(program, arms)
-    stages = {g.name: g.stage for g in program.gates}
-    stages |= {s.name: s.stage for h in program.halts for s in h.steps if s.carries}
+    stages = {g.name: g.stage for g in program.choices.gates}
+    stages |= {s.name: s.stage for h in program.choices.halts for s in h.steps if s.carries}
     known = {
         name: (exit_index >= stage).float() * (taken[name] == RUN)
         for name, stage in stages.items()
         if len(taken[name]) == 1 or name not in reports
     }
-    for h in program.halts:
+    for h in program.choices.halts:
         if h.name not in reports:
             known[h.name] = closed_ledger(h, exit_index)
-    for r in program.routes:  # one way is open, or no row got to the branches; or no exit is open
+    for r in program.choices.routes:  # one way is open, or no row got to the branches; or no exit is open
         if r.name not in reports:
             way = next(iter(arms[-1])) if r.ways and len(arms[-1]) == 1 else 0
             shape = (len(exit_index), len(program.exits)) if r.to_exits else (len(exit_index),)

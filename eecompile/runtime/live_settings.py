@@ -209,9 +209,9 @@ class LiveSettings:
         if EXITS in program.settings:
             found[EXITS] = [any(map(is_untrained, units_of(program, e))) for e in program.exits]
         if GATES in program.settings:
-            found[GATES] = [new(g.unit) for g in program.gates]
+            found[GATES] = [new(g.unit) for g in program.choices.gates]
         if HALTING in program.settings:  # a last step's unit may learn nothing
-            found[HALTING] = [all(new(s.unit) for h in program.halts for s in h.steps)]
+            found[HALTING] = [all(new(s.unit) for h in program.choices.halts for s in h.steps)]
         if BRANCHES in program.settings:
             found[BRANCHES] = [new(f"{ROUTES}.unit")] * (len(program.settings[BRANCHES]) - 1) + [False]
         return found

@@ -39,7 +39,7 @@ class Outcome:
             the call. Whoever hands the output to the user ends that measurement.
         step_outputs: While probabilities of stopping are trained: prediction at every step but the last.
         step_scores: [B, K] those probabilities.
-        reports: `program.reports` by name, batch first; those for training from the marked graph only.
+        reports: `program.choices.reports` by name, batch first; those for training from the marked graph only.
     """
 
     leaves: list[Tensor]
@@ -96,7 +96,7 @@ def assemble(
     want_confidence: bool,
 ) -> Outcome:
     """The outcome of a call that compacted: predictions by row, other leaves where they were computed."""
-    signature, at = program.signature, program.prediction
+    signature, at = program.signature, program.prediction.index
     assert at is not None and survivors.prediction is not None and survivors.exit_index is not None
     axis = signature.outputs[at].batch_axis
     filled = list(leaves)
@@ -116,8 +116,8 @@ def completed(
     dtypes: Sequence[torch.dtype],
 ) -> list[Tensor]:
     """Output leaves that no row reached hold nothing; those that the tail computes hold the prediction until then."""
-    later = () if program.tail is None else program.tail.slots
-    filled = [leaves[program.prediction or 0] if i in later else t for i, t in enumerate(leaves)]
+    later = () if program.prediction.tail is None else program.prediction.tail.slots
+    filled = [leaves[program.prediction.index or 0] if i in later else t for i, t in enumerate(leaves)]
     return [
         nothing(leaf, program.signature, flat, device, dtype) if t is None else t
         for t, leaf, dtype in zip(filled, program.signature.outputs, dtypes, strict=True)

@@ -56,7 +56,7 @@ class ReferenceExecutor:
         results, step_outputs, step_scores = split_off(self.marked, self._results(flat, settings))
         count, exits = len(self.program.signature.outputs), len(self.program.exits)
         leaves, (index, confidence), rest = results[:count], results[count : count + 2], results[count + 2 :]
-        asked = self.program.reports
+        asked = self.program.choices.reports
         rest, values = (rest[: -len(asked)], rest[-len(asked) :]) if asked else (rest, [])
         rest, last = rest[: 2 * exits + 2], rest[2 * exits + 2 :]
         learned = exits if exits and self.program.exits[0].criterion.learned else 0
@@ -99,7 +99,7 @@ class ReferenceExecutor:
         assert self.marked is not None
         beyond = outcome.exit_index > k
         index = outcome.exit_index.clamp(max=k)
-        at = self.program.prediction or 0
+        at = self.program.prediction.index or 0
         axis = self.program.signature.outputs[at].batch_axis or 0
         prediction = outcome.leaves[at].movedim(axis, 0)
         prediction = torch.where(beyond.view(-1, *(1,) * (prediction.ndim - 1)), outcome.outputs[k], prediction)
@@ -112,7 +112,7 @@ class ReferenceExecutor:
                 leaves[i] = blank(leaves[i], index, available, batch_axis)
         leaves[at] = prediction.movedim(0, axis)
         final = ~beyond if bool(beyond.any()) else None
-        reports = {r.name: reached(outcome.reports[r.name], index, r.stage) for r in self.program.reports}
+        reports = {r.name: reached(outcome.reports[r.name], index, r.stage) for r in self.program.choices.reports}
         return Outcome(leaves, index, confidence, reports=reports, final=final)
 
     def measure(self, flat: Sequence[Tensor], settings: Settings) -> None:

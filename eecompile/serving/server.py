@@ -104,7 +104,7 @@ class RowServer:
         ):
             if not value >= least:
                 raise StrategyError(f"{name}= is too small", got=value, wanted=f"at least {least}")
-        if fast.program.front_end == "blocks":
+        if fast.program.capture.front_end == "blocks":
             raise StrategyError(
                 "rows cannot be answered at their exits here", got='capture="blocks"', wanted='capture="export"'
             )

@@ -253,7 +253,7 @@ class Seen:
             return []
         shares = torch.cat(self.gates).mean(0).tolist()
         reached = torch.cat(self.index)
-        stages = [gate.stage for gate in fast.program.gates]
+        stages = [gate.stage for gate in fast.program.choices.gates]
         there = [float((reached >= stage).double().mean()) for stage in stages]
         return [
             GateShare(g.name, g.region, g.threshold, share, (at - share) * g.saves)

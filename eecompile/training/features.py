@@ -350,13 +350,13 @@ class Collector:
 def shared_tail(fast: CompiledModule) -> Tail | None:
     """The model's own final layers as a head; None where there are none, or they read more than the value at an exit."""
     program = fast.program
-    assert program.prediction is not None  # there are exits
-    output = program.signature.outputs[program.prediction]
-    if program.front_end != "export" or program.models or output.batch_axis != 0:
+    assert program.prediction.index is not None  # there are exits
+    output = program.prediction_leaf
+    if program.capture.front_end != "export" or program.capture.models or output.batch_axis != 0:
         return None
     trunk, _ = trunk_graph(fast, ())
     (model,) = facts.output_leaves(trunk)
-    trunk.graph.output_node().args = ((model,) * (program.prediction + 1),)
+    trunk.graph.output_node().args = ((model,) * (program.prediction.index + 1),)
     tail = sites.shared_tail(program.replace(graph_module=trunk))
     return tail if isinstance(tail, Tail) and not tail.sides else None
 

@@ -125,17 +125,10 @@ def fit(
         KeyboardInterrupt: On Ctrl-C, once the running step has ended, a checkpoint is written and how to
             resume is printed. A second Ctrl-C stops at once.
     """
-    whole("epochs", epochs, 1)
-    whole("seed", seed, 0)
-    whole("cache_mb", cache_mb, 0)
-    for name, value in (("patience", patience), ("checkpoint_every", checkpoint_every), ("draws", draws)):
-        if value is not None:
-            whole(name, value, 1)
-    for name, number in (("lr", lr), ("trunk_lr", trunk_lr), ("max_grad_norm", max_grad_norm)):
-        if number is not None and not (math.isfinite(number) and number > 0):
-            raise EecompileError(f"{name} must be a positive number", got=number)
-    if weight_decay is not None and not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise EecompileError("weight_decay must be 0 or more", got=weight_decay)
+    counts = {"epochs": epochs, "seed": seed, "cache_mb": cache_mb}
+    optional = {"draws": draws, "patience": patience, "checkpoint_every": checkpoint_every}
+    counts |= {name: count for name, count in optional.items() if count is not None}
+    _check_numbers(counts, {"lr": lr, "trunk_lr": trunk_lr, "max_grad_norm": max_grad_norm}, weight_decay)
     if resume not in (True, False, "must"):
         raise EecompileError("unknown value of resume", got=repr(resume), wanted="True, False or 'must'")
     if patience is not None and val_loader is None:
@@ -144,14 +137,7 @@ def fit(
         raise EecompileError("there is no place for checkpoints", got="checkpoint_dir=None", hint="pass checkpoint_dir=")
     if loss is not None and objective is not None:
         raise EecompileError("two objectives", got="both loss= and objective=", wanted="one of them")
-    if isinstance(scheduler, str) and scheduler != "cosine":
-        raise EecompileError("unknown scheduler", got=repr(scheduler), wanted=near(scheduler, ["cosine"]))
-    if scheduler == "cosine" and length_of(loader) is None:
-        raise EecompileError(
-            "a cosine schedule needs to know the number of batches",
-            got=f"a {type(loader).__name__} without a length",
-            hint="give the loader a __len__, or pass scheduler=None",
-        )
+    _check_scheduler(scheduler, loader)
     strategy = getattr(fast, "strategy", None)
     if two_stage is None:
         two_stage = trunk is not False and bool(getattr(strategy, "two_stage", False))
@@ -191,6 +177,30 @@ def fit(
     fast.trained_by_loss = loss is not None
     checkpoints = None if checkpoint_dir is None else Checkpoints(checkpoint_dir)
     return Loop(fast, loader, val_loader, plan, checkpoints, accelerator).run(resume)
+
+
+LEAST = {"epochs": 1, "seed": 0, "cache_mb": 0, "draws": 1, "patience": 1, "checkpoint_every": 1}
+
+
+def _check_numbers(counts: Mapping[str, int], positive: Mapping[str, float | None], weight_decay: float | None) -> None:
+    for name, count in counts.items():
+        whole(name, count, LEAST[name])
+    for name, number in positive.items():
+        if number is not None and not (math.isfinite(number) and number > 0):
+            raise EecompileError(f"{name} must be a positive number", got=number)
+    if weight_decay is not None and not (math.isfinite(weight_decay) and weight_decay >= 0):
+        raise EecompileError("weight_decay must be 0 or more", got=weight_decay)
+
+
+def _check_scheduler(scheduler: Any, loader: Iterable[Any]) -> None:
+    if isinstance(scheduler, str) and scheduler != "cosine":
+        raise EecompileError("unknown scheduler", got=repr(scheduler), wanted=near(scheduler, ["cosine"]))
+    if scheduler == "cosine" and length_of(loader) is None:
+        raise EecompileError(
+            "a cosine schedule needs to know the number of batches",
+            got=f"a {type(loader).__name__} without a length",
+            hint="give the loader a __len__, or pass scheduler=None",
+        )
 
 
 def objective_of(fast: CompiledModule, spec: str | Mapping[str, Any] | Objective | None = None) -> Objective:

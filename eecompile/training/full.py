@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from eecompile.ir.choices import ChoiceRecords
 from eecompile.result import Result
 from eecompile.training.batches import Batch
 
@@ -18,14 +19,19 @@ def gate_names(fast: CompiledModule) -> list[str]:
     return [record.name for record in getattr(fast, "gates", ())]
 
 
+def _choices(fast: CompiledModule) -> ChoiceRecords:
+    program = getattr(fast, "program", None)
+    return ChoiceRecords() if program is None else program.choices
+
+
 def branches(fast: CompiledModule) -> bool:
     """Whether a router sends rows into branches."""
-    return any(r.ways for r in getattr(getattr(fast, "program", None), "routes", ()))
+    return any(r.ways for r in _choices(fast).routes)
 
 
 def halts(fast: CompiledModule) -> bool:
     """Whether there are chains that rows halt in."""
-    return bool(getattr(getattr(fast, "program", None), "halts", ()))
+    return bool(_choices(fast).halts)
 
 
 def skips(fast: CompiledModule) -> bool:

@@ -50,7 +50,7 @@ class TrainingGraphs:
         found = self._executors.get((mode, way))
         if found is None:
             graph = with_decisions(self._of_trunk(mode.trunk), mode.gates, mode.kept_open, mode.full_share, way)
-            if any(r.rule == "stop" for r in self.program.halt_recipes):
+            if any(r.rule == "stop" for r in self.program.choices.halt_recipes):
                 graph = with_every_step(graph, len(self.program.signature.outputs) + 2 + len(self.program.exits))
             found = self._executors[mode, way] = ReferenceExecutor(self.program, graph)
         assert found.marked is not None
@@ -64,7 +64,7 @@ class TrainingGraphs:
             assert marked is not None
             if not trunk:
                 self._trunks[False] = frozen_trunk(marked, set(map(id, self.program.source.parameters())))
-            elif self.program.front_end == "blocks":
+            elif self.program.capture.front_end == "blocks":
                 self._trunks[True] = marked
             else:
                 graph = self.train_program().marked

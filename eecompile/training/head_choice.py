@@ -45,7 +45,7 @@ def why_not(fast: CompiledModule, plan: Plan, stage: StagePlan, processes: int) 
         return "cached=False was given"
     if program is None:
         return "the module has no graph to take features from"
-    if program.gates or program.halts or program.routes or stage.gate_mode is not None:
+    if program.choices.gates or program.choices.halts or program.choices.routes or stage.gate_mode is not None:
         return "gates, halting steps or routers are trained along"
     if not program.exits:
         return "there is no exit"
@@ -59,7 +59,7 @@ def why_not(fast: CompiledModule, plan: Plan, stage: StagePlan, processes: int) 
         return objective.entangled
     if any(e.combine != "last" for e in program.exits):
         return "exits answer together, so that their heads depend on one another"
-    positions = len(program.signature.outputs[program.prediction].shape) == 3
+    positions = len(program.prediction_leaf.shape) == 3
     if positions and (any(e.criterion.learned for e in program.exits) or not classifies(objective) or plan.metric):
         return "scores, losses or metrics of whole sequences are trained along"
     if positions and any(not _per_position(fast.branch(e.name).head) for e in program.exits if e.head_kind != "shared"):
@@ -131,7 +131,7 @@ class Choice:
         return Slot(e, branch, axis, tuple(dict.fromkeys((*reads, *scored))), whole, tail)
 
     def _axis(self, e: Any) -> int:
-        cut = next(c for c in self.fast.program.cuts if c.after == e.after)
+        cut = next(c for c in self.fast.program.structure.cuts if c.after == e.after)
         return site_at(self.fast.program, cut, e.mask_input)[0].batch_axis
 
     def _costs(self, k: int, head: Head) -> dict[str, float]:
@@ -139,14 +139,14 @@ class Choice:
         program, site, recipe = self.fast.program, head.site, self.recipe
         assert recipe is not None  # there are exits
         e, total = program.exits[k], program.total_flops or 1.0
-        cut = next(c for c in program.cuts if c.after == e.after)
+        cut = next(c for c in program.structure.cuts if c.after == e.after)
         sizes = Candidates(program, recipe, self.fast.example).sizes(cut)
         score = self.fast.branch(e.name).score
         more = DECISION_FLOPS_PER_CLASS * site.classes + (head_flops(score, site, sizes) if score is not None else 0.0)
         kinds = PER_POSITION if site.positions else KINDS.get(site.kind, ())
         costs = {kind: head_flops(build_head(kind, site, e.cut), site, sizes) + more for kind in kinds if kind != head.kind}
         if self.tail is not None and not site.positions and sites.tail_fits(program, self.tail, cut) is None:
-            costs["shared"] = sum(program.flops.get(n.name, 0.0) for n in self.tail.module.graph.nodes) + more
+            costs["shared"] = sum(program.costs.flops.get(n.name, 0.0) for n in self.tail.module.graph.nodes) + more
         spread = recipe.where == "everywhere"  # exits are as close as their heads are worth
         since = e.depth - (program.exits[k - 1].depth if k else 0.0)
         room = min(since, 1.0 - e.depth) if spread else 1.0 - e.depth

@@ -68,7 +68,7 @@ def routed(
     if result.route is None or result.trace.route_weights is None:
         return torch.empty(0, dtype=torch.float64)
     outputs = [output.detach() for output in outputs_of(result)]
-    to_exits = fast.program.routes[0].to_exits
+    to_exits = fast.program.choices.routes[0].to_exits
     rows, count = len(result.route), result.trace.route_weights.shape[1]
     score, valid = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, dtype=torch.bool)
     if metric is not None or (labels is not None and classifies(objective)):
@@ -100,7 +100,7 @@ def decided(fast: CompiledModule, result: Result) -> Tensor:
     """[K] rows that each route is decided for by the router's probabilities as they are, whatever training does."""
     weights = result.trace.route_weights
     assert weights is not None and result.route is not None
-    if fast.program.routes[0].to_exits:
+    if fast.program.choices.routes[0].to_exits:
         return torch.nn.functional.one_hot(result.route, weights.shape[1]).sum(0)
     there = (result.route >= 0).unsqueeze(1)
     return (torch.nn.functional.one_hot((weights.detach() - fast.route_margins).argmax(1), weights.shape[1]) * there).sum(0)

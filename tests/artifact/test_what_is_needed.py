@@ -24,15 +24,15 @@ def test_the_named_unit_is_that_of_the_training_graph_and_of_the_loaded_program(
     strategy = strategies.Branchy(exits="every-block", trunk=True, max_head_share=9.0)
     fast = eecompile(model, strategy, example_inputs=(x,), blocks="layer*")
     named = ["layer1", "layer2", "layer3"]
-    assert [b.name for b in fast.program.blocks] == named
+    assert [b.name for b in fast.program.structure.blocks] == named
     training = fast.training_graphs.train_program()
-    assert [b.name for b in training.blocks] == named
+    assert [b.name for b in training.structure.blocks] == named
     assert [e.cut for e in training.exits] == [e.cut for e in fast.program.exits]
     fast.fit([(x, torch.arange(6) % 2)], progress=False)
     fast.save(tmp_path / "program")
     same = load(tmp_path / "program")
-    assert [b.name for b in same.program.blocks] == named
-    assert [b.name for b in same.training_graphs.train_program().blocks] == named
+    assert [b.name for b in same.program.structure.blocks] == named
+    assert [b.name for b in same.training_graphs.train_program().structure.blocks] == named
     fast.set_thresholds(0.3)
     same.set_thresholds(0.3)
     same_result(*both(same, x))

@@ -92,7 +92,7 @@ def test_exits_and_gates_fit_between_the_layers(tmp_path):
     model = Packed(nn.LSTM, "state", num_layers=4).eval()
     strategy = strategies.Branchy(exits="every-block", head="linear") + strategies.SkipNet(unit="linear")
     fast = eecompile(model, strategy, example_inputs=batch(6))
-    assert [b.name for b in fast.program.blocks] == [f"rnn.{k}" for k in range(4)]
+    assert [b.name for b in fast.program.structure.blocks] == [f"rnn.{k}" for k in range(4)]
     assert len(fast.exits) == 3
     assert fast.exits[0].depth == pytest.approx(0.25, abs=0.02)
     fast.set_thresholds(CLOSED)

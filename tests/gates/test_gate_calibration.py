@@ -14,7 +14,9 @@ from eecompile import strategies
 from eecompile.cli.digits_net import DigitsNet
 from eecompile.errors import CalibrationError, EecompileError
 from eecompile.ir import settings
+from eecompile.ir.choices import ChoiceRecords
 from eecompile.ir.settings import Settings
+from eecompile.program import Prediction
 from eecompile.result import Choices, Result, Trace
 from eecompile.training.evaluate import evaluate
 from tests.calibration.synthetic import calibrated
@@ -35,7 +37,7 @@ class OneGate(nn.Module):
         self.register_buffer("thresholds", torch.empty(0))
         self.register_buffer("temperatures", torch.ones(1))
         self.register_buffer("gate_thresholds", torch.tensor([0.5]))
-        self.program = SimpleNamespace(gates=(SimpleNamespace(stage=0),), halts=(), prediction=None)
+        self.program = SimpleNamespace(choices=ChoiceRecords(gates=(SimpleNamespace(stage=0),)), prediction=Prediction())
 
     @property
     def gates(self):

@@ -30,8 +30,8 @@ def test_explain_lists_gates(fast):
     text = str(fast)
     assert "4 gates" in text
     assert "gate_0 layer1.0 (block): always open" in text
-    assert "gate_1 layer1.1 (block): always shut" in text
-    assert "saves when shut" in to_text(fast, "table")
+    assert "gate_1 layer1.1 (block): always closed" in text
+    assert "saves when closed" in to_text(fast, "table")
 
 
 def test_gated_blocks_keep_their_share_of_the_cost(fast):

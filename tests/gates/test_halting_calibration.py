@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from torch import nn
 from eecompile import strategies
 from eecompile.errors import CalibrationError, EecompileError
 from eecompile.ir import settings
+from eecompile.ir.choices import ChoiceRecords
 from eecompile.ir.settings import Settings
+from eecompile.program import Prediction
 from eecompile.result import Choices, Result, Trace
 from tests.calibration.synthetic import calibrated
 from tests.gates.adaptive import rows as tasks
@@ -32,9 +35,8 @@ class OneChain(nn.Module):
         self.register_buffer("thresholds", torch.empty(0))
         self.register_buffer("temperatures", torch.ones(1))
         step = SimpleNamespace(region="block")
-        self.program = SimpleNamespace(
-            halts=(SimpleNamespace(name="halt_0", repeated=False, steps=(step, step)),), routes=(), prediction=None
-        )
+        chain: Any = SimpleNamespace(name="halt_0", repeated=False, steps=(step, step))
+        self.program = SimpleNamespace(choices=ChoiceRecords(halts=(chain,)), prediction=Prediction())
         self.halting_threshold = 1.0
 
     @property

@@ -29,7 +29,7 @@ def test_explain_lists_chains_and_their_steps(fast):
     assert {s["unit"] for s in chain["steps"]} == {"linear"}
     assert sum(s["cost"] for s in chain["steps"]) < 1 and all(s["unit_cost"] > 0 for s in chain["steps"])
     text = str(fast)
-    assert "act: 1 chain that halts, " in text
+    assert "act: 1 halting chain, " in text
     assert "rows halt once they have stopped with probability 0.5" in text
     assert "blocks.2: 24." in text and "a step, linear unit of" in text
     assert "halt_0_step_3" in to_text(fast, "table")
@@ -37,7 +37,7 @@ def test_explain_lists_chains_and_their_steps(fast):
     assert told["mean_steps"] is None
     measured = fast.evaluate([(x, labels)]).mean_steps
     assert fast.explain().to_dict()["mean_steps"] == measured
-    assert f"{measured:.3g} of 4 steps in the mean" in str(fast) and f"{measured:.3g} steps" in to_text(fast, "table")
+    assert f"{measured:.3g} of 4 steps in the mean" in str(fast) and f"{measured:.3g} of 4 steps" in to_text(fast, "table")
     fast.set_halting_threshold(2.0)
     assert "never halts, every step is taken" in str(fast) and "never halts" in to_text(fast, "table")
 
@@ -78,4 +78,4 @@ def test_the_command_line(tmp_path):
     ran = found("run", place, "--data", "digits:test", "--rows", "3")
     assert all(1 <= row["steps"] <= 2 for row in ran["rows"])
     shown = call("inspect", place).stdout
-    assert "1 chain that halts" in shown
+    assert "1 halting chain" in shown

@@ -207,7 +207,7 @@ def test_rows_skip_layers(layers):
     fast, x = again(layers.fast, strategies.SkipNet(open_bias=0.0, trunk=False, unit="linear")), inputs(8)
     spread(fast)
     if layers.name in RESIDUAL:
-        assert [g.region for g in fast.program.gates] == [RESIDUAL[layers.name][1].format(i) for i in range(4)]
+        assert [g.region for g in fast.program.choices.gates] == [RESIDUAL[layers.name][1].format(i) for i in range(4)]
     full, rng = full_rows(layers, fast, x), random.Random(1)
     scores = fast.observe(x).trace.gate_scores
     for _ in range(3):

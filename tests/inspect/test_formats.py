@@ -49,7 +49,7 @@ def test_every_format_says_something_at_every_level(fast: CompiledModule) -> Non
 def test_every_block_is_there_with_its_share_at_every_level(fast: CompiledModule, after: str) -> None:
     found = [(r.name, r.share) for _, _, r in outline(fast, after, collapse=False).regions() if r.kind]
     assert [name for name, _ in found] == blocks_of(fast)
-    shares = {b.name: b.flops / fast.program.total_flops for b in fast.program.blocks}
+    shares = {b.name: b.flops / fast.program.total_flops for b in fast.program.structure.blocks}
     assert found == [(name, pytest.approx(shares[name])) for name in shares]
     whole = sum(p.share for p in outline(fast, after).parts)
     assert whole == pytest.approx(1.0, abs=0.02)

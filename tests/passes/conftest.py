@@ -26,7 +26,7 @@ from eecompile.passes import (
     Verify,
     run_passes,
 )
-from eecompile.program import Program
+from eecompile.program import Capture, Prediction, Program
 from tests import zoo_plain as plain
 
 ORDER = ["normalize", "annotate", "find_blocks", "find_cuts", "place_exits", "insert_exits", "stage", "lower", "verify"]
@@ -49,7 +49,8 @@ class Source:
 
     def program(self, prediction: int | None = 0) -> Program:
         gm = self.captured.graph_module
-        return Program(gm, gm, self.captured.signature, prediction=prediction, front_end=self.captured.front_end)
+        capture = Capture(self.captured.front_end)
+        return Program(gm, gm, self.captured.signature, prediction=Prediction(prediction), capture=capture)
 
     def passes(self, where: Any = 2, **options: Any) -> list[Pass]:
         wanted = recipe(where, **options)

@@ -28,18 +28,18 @@ def adopted(s: Source) -> Program:
 def test_blocks_cuts_and_costs_are_those_of_the_graph(as_blocks: Source, resnet: Source) -> None:
     """The other front end measures the same model."""
     program, graph = adopted(as_blocks), resnet.upto("find_cuts")
-    assert [b.name for b in program.blocks] == [b.name for b in graph.blocks] == LAYERS
+    assert [b.name for b in program.structure.blocks] == [b.name for b in graph.structure.blocks] == LAYERS
     assert program.total_flops == pytest.approx(graph.total_flops)
-    want = {c.name: c.depth for c in graph.cuts if c.is_block}
-    assert {c.name: c.depth for c in program.cuts} == pytest.approx(want)
-    assert all(c.is_block and c.dominates for c in program.cuts)
-    assert {"normalized", "costs", "blocks", "cuts"} <= program.facts
+    want = {c.name: c.depth for c in graph.structure.cuts if c.is_block}
+    assert {c.name: c.depth for c in program.structure.cuts} == pytest.approx(want)
+    assert all(c.is_block and c.dominates for c in program.structure.cuts)
+    assert {"normalized", "costs", "blocks", "cuts"} <= program.history.facts
     assert program.history["adopt_blocks"].summary == "6 blocks"
 
 
 def test_a_blocks_value_and_the_inputs_survive() -> None:
     s = source(built(MaskedModel), (), masked_call(), capture_as="blocks")
-    for cut in adopted(s).cuts:
+    for cut in adopted(s).structure.cuts:
         assert {v.node for v in cut.live[1:]} == {"input_ids", "attention_mask"}
         assert cut.live[0].batch_axis == 0
         assert cut.live[0].shape == ("batch", "seq", 16)
@@ -57,7 +57,7 @@ def test_without_a_product_every_block_counts_the_same() -> None:
 
     model = built(lambda: nn.Sequential(Scale(), Scale(), Scale()))
     program = adopted(source(model, (noise(4, 3),), capture_as="blocks"))
-    assert [c.depth for c in program.cuts] == [0.25, 0.5, 0.75]
+    assert [c.depth for c in program.structure.cuts] == [0.25, 0.5, 0.75]
 
 
 def placed(s: Source, where: object = 2) -> Program:
@@ -95,6 +95,6 @@ def test_the_given_program_stays_and_twice_is_once(as_blocks: Source) -> None:
     text = code(before.graph_module)
     once = adopted(as_blocks)
     twice = run_passes(once, [AdoptBlocks(as_blocks.captured.blocks)])
-    assert (twice.blocks, twice.cuts, twice.flops) == (once.blocks, once.cuts, once.flops)
+    assert (twice.structure, twice.costs.flops) == (once.structure, once.costs.flops)
     assert code(before.graph_module) == text
-    assert before.blocks == ()
+    assert before.structure.blocks == ()

@@ -17,7 +17,7 @@ def annotated(s: Source, **options: object) -> Program:
 
 
 def costs(program: Program) -> list[float]:
-    return [f for f in program.flops.values() if f]
+    return [f for f in program.costs.flops.values() if f]
 
 
 def test_a_convolution_and_linear_layers_by_hand(lenet: Source) -> None:
@@ -32,7 +32,7 @@ def test_a_convolution_and_linear_layers_by_hand(lenet: Source) -> None:
     assert costs(program) == want
     assert program.total_flops == sum(want)
     assert program.history["annotate"].summary == f"{sum(want) / 1e6:,.2f} MFLOPs a row"
-    assert program.seconds == {}
+    assert program.costs.seconds == {}
     assert program.graph_module is not None
     assert not program.history["annotate"].modified
 
@@ -63,7 +63,7 @@ def test_a_free_length_is_counted_at_the_examples() -> None:
 def test_attention_costs_what_its_two_products_cost(masked: Source) -> None:
     rows, length, width = 1, 8, 16
     products = rows * 2 * 2.0 * length * length * width
-    attention = [f for n, f in annotated(masked).flops.items() if "attention" in n and f]
+    attention = [f for n, f in annotated(masked).costs.flops.items() if "attention" in n and f]
     assert attention == [products] * 3
 
 
@@ -83,17 +83,17 @@ def test_a_model_without_any_product_counts_elements() -> None:
 def test_measured_time(resnet: Source) -> None:
     program = annotated(resnet, measure=True, rounds=3)
     calls = [n.name for n in program.graph_module.graph.nodes if n.op == "call_function"]
-    assert set(program.seconds) == set(calls)
-    assert all(0 < t < 10 for t in program.seconds.values())
-    assert program.flops == annotated(resnet).flops
+    assert set(program.costs.seconds) == set(calls)
+    assert all(0 < t < 10 for t in program.costs.seconds.values())
+    assert program.costs.flops == annotated(resnet).costs.flops
     placed = run_passes(program, [FindBlocks(), FindCuts()])
-    total = sum(program.seconds.values())
+    total = sum(program.costs.seconds.values())
     done = 0.0
     depth = {}
     for n in program.graph_module.graph.nodes:
-        done += program.seconds.get(n.name, 0.0)
+        done += program.costs.seconds.get(n.name, 0.0)
         depth[n.name] = done / total
-    for cut in placed.cuts:  # depths are shares of the measured time then
+    for cut in placed.structure.cuts:  # depths are shares of the measured time then
         assert cut.depth == pytest.approx(depth[cut.after])
 
 
@@ -105,5 +105,5 @@ def test_measuring_needs_an_example(resnet: Source) -> None:
 def test_twice_is_once(masked: Source) -> None:
     once = annotated(masked)
     twice = run_passes(once, [Annotate(masked.example)])
-    assert twice.flops == once.flops
+    assert twice.costs.flops == once.costs.flops
     assert code(twice.graph_module) == code(once.graph_module)

@@ -101,9 +101,9 @@ def test_the_error_of_a_wrong_order_says_what_is_missing() -> None:
 def test_every_pass_gives_what_it_promises(resnet: Source) -> None:
     program = resnet.program()
     for p in resnet.passes():
-        assert p.requires <= program.facts
+        assert p.requires <= program.history.facts
         program = run_passes(program, [p])
-        assert p.ensures <= program.facts
+        assert p.ensures <= program.history.facts
 
 
 @dataclasses.dataclass(frozen=True)

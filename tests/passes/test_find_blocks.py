@@ -18,7 +18,7 @@ def found(s: Source, pattern: str | None = None) -> Program:
 
 
 def names(program: Program) -> list[str]:
-    return [b.name for b in program.blocks]
+    return [b.name for b in program.structure.blocks]
 
 
 def reasons(program: Program) -> dict[str, str]:
@@ -28,7 +28,7 @@ def reasons(program: Program) -> dict[str, str]:
 def test_residual_blocks_across_three_sequences(resnet: Source) -> None:
     program = found(resnet)
     assert names(program) == [f"layer{i}.{j}" for i in (1, 2, 3) for j in (0, 1)]
-    assert {b.kind for b in program.blocks} == {"BasicBlock"}
+    assert {b.kind for b in program.structure.blocks} == {"BasicBlock"}
     assert program.history["find_blocks"].summary == "6 blocks layer*.* (BasicBlock)"
     assert reasons(program)["layer*"] == "3 members, but another group fits better"
 
@@ -37,28 +37,28 @@ def test_a_block_is_an_interval_of_its_own_nodes(resnet: Source) -> None:
     program = found(resnet)
     nodes = list(program.graph_module.graph.nodes)
     position = {n.name: i for i, n in enumerate(nodes)}
-    for before, b in zip((None, *program.blocks), program.blocks, strict=False):
+    for before, b in zip((None, *program.structure.blocks), program.structure.blocks, strict=False):
         first, last = position[b.first], position[b.last]
         inside = [n for n in nodes[first : last + 1] if n.op == "call_function"]
         assert all(b.name in [path for path, _, _ in facts.stack(n)] for n in inside)
         assert first <= position[b.output] <= last
-        assert b.flops == sum(program.flops[n.name] for n in inside)
+        assert b.flops == sum(program.costs.flops[n.name] for n in inside)
         assert before is None or position[before.last] < first
-    last = nodes[position[program.blocks[-1].last]]
-    assert program.blocks[-1].output == last.name
+    last = nodes[position[program.structure.blocks[-1].last]]
+    assert program.structure.blocks[-1].output == last.name
 
 
 def test_a_cell_that_is_called_once_per_step(cells: Source) -> None:
     program = found(cells)
     assert names(program) == ["cell", *(f"cell@{k}" for k in range(1, 6))]
-    assert {b.kind for b in program.blocks} == {"LSTMCell"}
+    assert {b.kind for b in program.structure.blocks} == {"LSTMCell"}
 
 
 def test_blocks_under_a_list_of_lists() -> None:
     """Nothing calls a `ModuleList`: the block above one is found all the same, not the pieces inside."""
     program = found(source(built(lambda: plain.MSDNet(3)), (noise(4, 3, 32, 32),)))
     assert names(program) == [f"blocks.{i}" for i in range(3)]
-    assert {b.kind for b in program.blocks} == {"DenseBlock"}
+    assert {b.kind for b in program.structure.blocks} == {"DenseBlock"}
 
 
 def test_a_layer_that_is_shared_counts_once_per_call() -> None:
@@ -118,7 +118,7 @@ class Overlapping(nn.Module):
 def test_members_that_overlap_are_no_blocks() -> None:
     program = found(source(built(Overlapping), (noise(4, 8),)))
     assert reasons(program) == {"pairs.*": "its members overlap in the graph"}
-    assert program.blocks == ()
+    assert program.structure.blocks == ()
     with pytest.raises(StrategyError, match="passed over: its members overlap"):
         found(source(built(Overlapping), (noise(4, 8),)), "pairs.*")
     assert program.history["find_blocks"].summary == "no repeated block"
@@ -143,13 +143,13 @@ def test_a_group_that_covers_little_is_passed_over() -> None:
     s = source(built(Small), (noise(4, 8),))
     program = found(s)
     assert "covers" in reasons(program)["tiny.*"]
-    assert program.blocks == ()
+    assert program.structure.blocks == ()
     assert names(found(s, "tiny.*")) == ["tiny.0", "tiny.1"]  # unless it is asked for
 
 
 def test_a_model_without_repetition_has_none(lenet: Source) -> None:
     program = found(lenet)
-    assert program.blocks == ()
+    assert program.structure.blocks == ()
     assert reasons(program) == {}
 
 
@@ -163,11 +163,11 @@ def test_the_unit_can_be_chosen(resnet: Source) -> None:
 def test_twice_is_once(resnet: Source) -> None:
     once = found(resnet)
     twice = run_passes(once, [FindBlocks()])
-    assert twice.blocks == once.blocks
+    assert twice.structure.blocks == once.structure.blocks
     assert code(twice.graph_module) == code(once.graph_module)
     assert not twice.history[-1].modified
 
 
 def test_towers_that_take_turns_have_no_common_unit() -> None:
     """The containers are never called, and single layers are no blocks."""
-    assert found(source(built(Interleaved), (noise(4, 8),))).blocks == ()
+    assert found(source(built(Interleaved), (noise(4, 8),))).structure.blocks == ()

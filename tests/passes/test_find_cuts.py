@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from eecompile.passes import FindBlocks, FindCuts, facts, run_passes
-from eecompile.program import Cut, Program
+from eecompile.program import Cut, Prediction, Program
 from tests.passes.conftest import Source, built, code, masked_call, noise, source, token_ids
 
 
@@ -28,8 +28,8 @@ def test_a_live_set_is_all_that_the_rest_needs(name: str, request: pytest.Fixtur
     nodes = list(program.graph_module.graph.nodes)
     position = {n: i for i, n in enumerate(nodes)}
     names = facts.by_name(program.graph_module)
-    assert program.cuts
-    for cut in program.cuts:
+    assert program.structure.cuts
+    for cut in program.structure.cuts:
         p = position[names[cut.after]]
         crossing = {
             n.name
@@ -39,22 +39,22 @@ def test_a_live_set_is_all_that_the_rest_needs(name: str, request: pytest.Fixtur
         assert set(live(cut)) == crossing, cut.name
         assert cut.value in live(cut)
         assert 0 <= cut.depth < 1
-    depths = [c.depth for c in program.cuts]
+    depths = [c.depth for c in program.structure.cuts]
     assert depths == sorted(depths)
 
 
 def test_one_value_between_residual_blocks(resnet: Source) -> None:
     program = resnet.upto("find_cuts")
-    blocks = [c for c in program.cuts if c.is_block]
+    blocks = [c for c in program.structure.cuts if c.is_block]
     assert [c.name for c in blocks] == [f"layer{i}.{j}" for i in (1, 2, 3) for j in (0, 1)]
     assert all(len(c.live) == 1 and c.dominates for c in blocks)
     total = program.total_flops
-    spent = sum(program.flops[n.name] for n in program.graph_module.graph.nodes if n.name.startswith("conv"))
+    spent = sum(program.costs.flops[n.name] for n in program.graph_module.graph.nodes if n.name.startswith("conv"))
     assert blocks[-1].depth == pytest.approx(spent / total)
 
 
 def test_the_mask_and_what_comes_of_it_cross_with_the_rows(masked: Source) -> None:
-    cuts = masked.upto("find_cuts").cuts
+    cuts = masked.upto("find_cuts").structure.cuts
     assert [c.name for c in cuts if c.is_block] == ["layers.0", "layers.1", "layers.2"]
     for cut in cuts:
         if cut.name in ("layers.0", "layers.1"):
@@ -65,7 +65,7 @@ def test_the_mask_and_what_comes_of_it_cross_with_the_rows(masked: Source) -> No
 
 
 def test_the_batch_may_be_on_another_axis(sequence_first: Source) -> None:
-    blocks = [c for c in sequence_first.upto("find_cuts").cuts if c.is_block]
+    blocks = [c for c in sequence_first.upto("find_cuts").structure.cuts if c.is_block]
     assert [c.name for c in blocks] == [f"enc.layers.{i}" for i in range(4)]
     assert [live(c)[c.value] for c in blocks] == [1] * 4
 
@@ -73,7 +73,7 @@ def test_the_batch_may_be_on_another_axis(sequence_first: Source) -> None:
 def test_a_cell_hands_on_two_values_and_the_tail_says_which_is_read(cells: Source) -> None:
     program = cells.upto("find_cuts")
     names = facts.by_name(program.graph_module)
-    blocks = [c for c in program.cuts if c.is_block]
+    blocks = [c for c in program.structure.cuts if c.is_block]
     assert [c.name for c in blocks] == ["cell", *(f"cell@{k}" for k in range(1, 5))] + ["cell@5"] * (len(blocks) == 6)
     final = names[blocks[-1].value]
     for c in blocks[:-1]:
@@ -84,13 +84,13 @@ def test_a_cell_hands_on_two_values_and_the_tail_says_which_is_read(cells: Sourc
 
 def test_bottlenecks_of_a_model_without_blocks(lenet: Source) -> None:
     program = lenet.upto("find_cuts")
-    assert not any(c.is_block for c in program.cuts)
-    assert all(c.dominates and len(c.live) == 1 for c in program.cuts)
+    assert not any(c.is_block for c in program.structure.cuts)
+    assert all(c.dominates and len(c.live) == 1 for c in program.structure.cuts)
     # one place for every amount of work: behind the pooling, where the fewest numbers cross
-    shapes = [next(v.shape for v in c.live if v.node == c.value) for c in program.cuts]
+    shapes = [next(v.shape for v in c.live if v.node == c.value) for c in program.structure.cuts]
     assert shapes == [("batch", 6, 12, 12), ("batch", 256), ("batch", 120), ("batch", 84)]
     none = run_passes(lenet.upto("find_blocks"), [FindCuts(bottlenecks=False)])
-    assert none.cuts == ()
+    assert none.structure.cuts == ()
 
 
 class Parallel(nn.Module):
@@ -108,7 +108,7 @@ class Parallel(nn.Module):
 
 def test_inside_parallel_branches_there_is_no_bottleneck() -> None:
     program = source(built(Parallel), (noise(4, 8),)).upto("find_cuts")
-    shapes = {c.value: next(v.shape[1] for v in c.live if v.node == c.value) for c in program.cuts}
+    shapes = {c.value: next(v.shape[1] for v in c.live if v.node == c.value) for c in program.structure.cuts}
     assert list(shapes.values()) == [8, 16]  # behind the stem and behind the join
     assert not any("tanh" in name for name in shapes)
 
@@ -130,9 +130,9 @@ class Folding(nn.Module):
 
 def test_a_folded_batch_cannot_be_cut() -> None:
     program = source(built(Folding), (noise(4, 8),)).upto("find_cuts")
-    assert [b.name for b in program.blocks] == [f"blocks.{i}" for i in range(3)]
-    assert not any(c.is_block for c in program.cuts)
-    for b in program.blocks[:2]:
+    assert [b.name for b in program.structure.blocks] == [f"blocks.{i}" for i in range(3)]
+    assert not any(c.is_block for c in program.structure.cuts)
+    for b in program.structure.blocks[:2]:
         assert "folds the batch into axis 0" in reasons(program)[b.name]
 
 
@@ -170,8 +170,8 @@ class Flags(nn.Module):
 
 def test_each_cut_reads_a_floating_point_value() -> None:
     program = source(built(Flags), (noise(4, 8),)).upto("find_cuts")
-    assert program.cuts
-    for cut in program.cuts:
+    assert program.structure.cuts
+    for cut in program.structure.cuts:
         value = next(v for v in cut.live if v.node == cut.value)
         assert value.dtype == "float32"
 
@@ -180,15 +180,15 @@ def test_cuts_have_anchors_of_their_own(masked: Source) -> None:
     program = masked.upto("find_cuts")
     anchors = facts.anchors(program.graph_module.graph.nodes)
     names = facts.by_name(program.graph_module)
-    assert len({c.anchor for c in program.cuts}) == len(program.cuts)
-    for c in program.cuts:
+    assert len({c.anchor for c in program.structure.cuts}) == len(program.structure.cuts)
+    for c in program.structure.cuts:
         assert anchors[names[c.value]] == c.anchor
 
 
 def test_twice_is_once(masked: Source) -> None:
     once = masked.upto("find_cuts")
     twice = run_passes(once, [FindCuts()])
-    assert twice.cuts == once.cuts
+    assert twice.structure.cuts == once.structure.cuts
     assert code(twice.graph_module) == code(once.graph_module)
     assert not twice.history[-1].modified
 
@@ -199,7 +199,7 @@ def test_twice_is_once(masked: Source) -> None:
 def stretched(s: Source, blocks: int) -> Program:
     """A graph of so many blocks, made by copying the last block of a captured model behind itself."""
     gm = s.upto("annotate").graph_module
-    first, final = run_passes(s.upto("annotate"), [FindBlocks()]).blocks[-2:]
+    first, final = run_passes(s.upto("annotate"), [FindBlocks()]).structure.blocks[-2:]
     graph = fx.Graph()
     env: dict[fx.Node, fx.Node] = {}
     nodes = list(gm.graph.nodes)
@@ -218,7 +218,7 @@ def stretched(s: Source, blocks: int) -> Program:
             env[n] = graph.node_copy(n, lambda a: env[a])
     graph.output(tuple(env[a] for a in facts.output_leaves(gm)))
     big = fx.GraphModule(gm, graph)
-    program = Program(big, big, s.captured.signature, prediction=0, facts=frozenset({"normalized", "costs"}))
+    program = Program(big, big, s.captured.signature, prediction=Prediction(0)).establish("normalized", "costs")
     per_node = {n.name: 1.0 if "linear" in n.name else 0.0 for n in graph.nodes}
     return program.replace(flops=per_node)
 
@@ -232,9 +232,9 @@ def test_ten_thousand_nodes_in_well_under_half_a_minute() -> None:
     start = time.process_time()  # of this process: the machine may be busy
     done = run_passes(program, [FindBlocks(), FindCuts()])
     seconds = time.process_time() - start
-    assert len(done.blocks) == 502
-    assert [c.name for c in done.cuts if c.is_block] == [f"layers.{i}" for i in range(502)]
-    assert all(c.dominates for c in done.cuts)
+    assert len(done.structure.blocks) == 502
+    assert [c.name for c in done.structure.cuts if c.is_block] == [f"layers.{i}" for i in range(502)]
+    assert all(c.dominates for c in done.structure.cuts)
     assert seconds < 30, f"{count} nodes took {seconds:.1f} s"
 
 

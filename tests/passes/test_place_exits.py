@@ -35,7 +35,7 @@ def reasons(program: Program) -> dict[str, str]:
 @pytest.mark.parametrize("count", [1, 2, 3])
 def test_a_number_is_spaced_by_cost(resnet: Source, count: int) -> None:
     program = placed(resnet, count, head="linear")
-    depths = {c.name: c.depth for c in program.cuts if c.is_block}
+    depths = {c.name: c.depth for c in program.structure.cuts if c.is_block}
     for k, e in enumerate(program.exits):
         wanted = (k + 1) / (count + 1)
         assert abs(e.depth - wanted) == min(abs(d - wanted) for d in depths.values())
@@ -85,13 +85,13 @@ def test_names_with_wildcards(resnet: Source, where: Any, want: list[str]) -> No
 
 
 def test_a_node_is_a_name_too(resnet: Source) -> None:
-    value = next(c.value for c in resnet.upto("find_cuts").cuts if c.name == "layer2.0")
+    value = next(c.value for c in resnet.upto("find_cuts").structure.cuts if c.name == "layer2.0")
     assert cuts(placed(resnet, value, head="linear")) == ["layer2.0"]
 
 
 def test_fractions_of_the_cost(resnet: Source) -> None:
     program = placed(resnet, [0.25, 0.6], head="linear")
-    able = [c for c in program.cuts if c.is_block or c.dominates]
+    able = [c for c in program.structure.cuts if c.is_block or c.dominates]
     assert [e.depth for e in program.exits] == [
         min((c.depth for c in able if c.depth > 0), key=lambda d, w=w: abs(d - w)) for w in (0.25, 0.6)
     ]
@@ -122,7 +122,7 @@ def test_an_exit_that_costs_more_than_it_saves_is_refused(resnet: Source) -> Non
         placed(resnet, "every-block", head=wide)
     got = str(error.value.got)
     for name in LAYERS:  # each candidate with its own figures
-        cut = next(c for c in program.cuts if c.name == name)
+        cut = next(c for c in program.structure.cuts if c.name == name)
         width = next(v.shape[1] for v in cut.live if v.node == cut.value)
         cost = (2 * 300_000 * (width + 10) + 80) / total
         assert f"{name}: head and decision cost {cost:.1%} of the model, leaving here saves {1 - cut.depth:.1%}" in got

@@ -67,7 +67,7 @@ def test_stages_hold_all_the_work_once(any_source: Source) -> None:
 
 def test_what_crosses_a_stage_is_what_crosses_the_cut(masked: Source) -> None:
     program = masked.upto("stage", "every-block")
-    by_name = {c.name: c for c in program.cuts}
+    by_name = {c.name: c for c in program.structure.cuts}
     for stage, e in zip(program.stages, program.exits, strict=False):
         assert {v.node for v in stage.outputs} == {v.node for v in by_name[e.cut].live}
 

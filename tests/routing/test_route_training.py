@@ -73,7 +73,7 @@ def test_hard_rows_go_to_a_later_exit(model):
     assert "Routes" in str(found)
     told = fast.explain().to_dict()["routes"]
     assert told["last_evaluated"][0]["name"] == "exit_0"
-    assert "of the rows that were evaluated" in str(fast)
+    assert "of the rows evaluated last" in str(fast)
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
 
 

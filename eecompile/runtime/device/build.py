@@ -163,7 +163,7 @@ class _Builder:
     def _code(self, k: int, segment: Segment, live: Sequence[Value]) -> StageCode:
         """Shapes, buffers and modules of a stage; they do not depend on the bucket."""
         final = k == len(self.segments) - 1
-        axis = self.program.signature.outputs[self.program.prediction or 0].batch_axis or 0
+        axis = self.program.prediction_leaf.batch_axis or 0
         decision = ended(segment, axis) if final else fused(segment)
         module, names = with_settings(decision.module)
         decision = replace(decision, module=module)
@@ -204,7 +204,7 @@ class _Builder:
             self.leaves[i] = f"leaf.{i}"
             self.emit.buffer(Buffer(f"leaf.{i}", self.shapes.shape(name), dtype, fill))
         for i, name in reports:
-            told = self.program.reports[i].name
+            told = self.program.choices.reports[i].name
             self.reports.append((told, f"report.{told}"))
             self.emit.buffer(Buffer(f"report.{told}", self.shapes.shape(name), self.shapes.dtype(name), 0))
 
@@ -299,7 +299,7 @@ class _Builder:
         leaves, reports, _ = self._outputs(code)
         outputs = self.program.signature.outputs
         given = [(name, f"leaf.{i}", outputs[i].batch_axis) for i, name in leaves]
-        given += [(name, f"report.{self.program.reports[i].name}", 0) for i, name in reports]
+        given += [(name, f"report.{self.program.choices.reports[i].name}", 0) for i, name in reports]
         nodes: list[Node] = []
         for name, target, axis in given:
             source = named.get(name, name)

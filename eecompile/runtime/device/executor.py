@@ -92,7 +92,7 @@ class DeviceExecutor:
     hosted = True  # whether the host steps through programs, and tells them the time
 
     def __init__(self, program: Program, options: Options | None = None) -> None:
-        if program.front_end == "blocks":
+        if program.capture.front_end == "blocks":
             raise UnsupportedModelError(
                 "a device program needs the whole model as a graph",
                 got='capture="blocks"',
@@ -209,7 +209,7 @@ class DeviceExecutor:
         self._timed.add(_call_key(now, flat))
 
     def _outcome(self, program: DeviceProgram, flat: Sequence[Tensor], found: dict[str, Tensor], arms: Possible) -> Outcome:
-        signature, at = self.program.signature, self.program.prediction or 0
+        signature, at = self.program.signature, self.program.prediction.index or 0
         axis = signature.outputs[at].batch_axis
         given = [None if name is None else found[name] for name in program.leaves]
         given[at] = found["output"].movedim(0, axis) if axis else found["output"]
