@@ -149,7 +149,7 @@ def _onnx(fast: CompiledModule, held: list[Batch], folder: Path) -> Rival:
         run = opened(fast.export(folder / "model.onnx", target="onnx")).run
     finally:
         fast.settings = before
-    at = fast.program.prediction
+    at = fast.program.prediction.index
     assert at is not None
 
     def call(b: Batch) -> list[Tensor]:
