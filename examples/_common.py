@@ -42,6 +42,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from eecompile.benchmark import as_call, interleaved, summary
+from eecompile.training.head_choice import with_kinds
+from eecompile.training.head_report import HeadRow
+from examples._constant import alternatives, by_exit
 from examples._observed import Observed, observe
 from examples._record import Options, Record, main, parse, write_result
 from examples._registry import DatasetError, atomic
@@ -71,7 +74,16 @@ def digest(settings: Mapping[str, Any]) -> str:
 
 
 def fitted(
-    fast: Any, loader: DataLoader[Any], name: str, options: Options, trunk: Trunk, /, *, bf16: bool = False, **fit: Any
+    fast: Any,
+    loader: DataLoader[Any],
+    name: str,
+    options: Options,
+    trunk: Trunk,
+    /,
+    *,
+    heads: Mapping[str, Any] | None = None,
+    bf16: bool = False,
+    **fit: Any,
 ) -> dict[str, Any]:
     """``fast.fit(loader, **fit)``, kept: weights are set on ``fast`` either way; gives the record of the training.
 
@@ -80,27 +92,25 @@ def fitted(
 
     Args:
         trunk: Of ``fast``; its weights change where ``fit`` or the strategy trains the trunk.
+        heads: Options of a ``fit`` that comes first: of the heads alone, to convergence on what the frozen trunk gives.
+            Without ``fit`` it is all.
         bf16: Mixed precision, where the processor has units for it.
         fit: Options of `eecompile.training.fit.fit`. ``seed`` is that of ``options`` unless given.
     """
-    fit.setdefault("seed", options.seed)
     defaults = type(fast.strategy)().to_dict()
     chosen = {key: value for key, value in fast.strategy.to_dict().items() if key == "name" or value != defaults[key]}
-    settings = {"name": name, "strategy": chosen, "trunk": asdict(trunk.recipe), "bf16": bf16, **fit}
+    settings = {"name": name, "strategy": chosen, "trunk": asdict(trunk.recipe), "heads": heads, "bf16": bf16, **fit}
+    settings["seed"] = options.seed
     settings["data"] = [rows_in(loader), loader.batch_size, loader.collate_fn.__qualname__]
     settings["exits"] = [[record.cut, record.head_kind] for record in fast.exits]
     path = runs_root() / f"{name}-{digest(settings)}.safetensors"
     fast.kept_as = path  # observations are kept beside it
-    fixed = {id(fast.thresholds), id(fast.temperatures)}
-    state: dict[str, Tensor] = {
-        key: value for key, value in fast.state_dict(keep_vars=True).items() if id(value) not in fixed
-    }
-    found = _kept(path, state)
+    found = _kept(path, fast)
     if found is not None:
         return found
     path.parent.mkdir(parents=True, exist_ok=True)
     checkpoints = path.with_suffix(".checkpoints")
-    options_of_fit = {"checkpoint_every": 50, "checkpoint_dir": checkpoints, "progress": console.is_terminal, **fit}
+    options_of_fit: dict[str, Any] = {"checkpoint_every": 50, "checkpoint_dir": checkpoints, **fit}
     options_of_fit["train_in_place"] = True  # the weights that are kept, and that a second program starts from
     if bf16 and any(torch.cpu.get_capabilities().get(unit) for unit in ("amx_bf16", "avx512_bf16")):
         from accelerate import Accelerator
@@ -114,11 +124,15 @@ def fitted(
                 f"{name}: {event.stage} epoch {event.epoch}, loss {event.loss:.4f}, right {scores}", soft_wrap=True
             )
 
-    report = fast.fit(loader, callbacks=(say,), **options_of_fit).to_dict()
-    report = {"settings": json.loads(json.dumps(settings, default=str)), "rows": report["rows"]}
+    always = {"seed": options.seed, "progress": console.is_terminal, "callbacks": (say,)}
+    report: dict[str, Any] = {"settings": json.loads(json.dumps(settings, default=str)), "heads": [], "rows": []}
+    calls = [{"trunk": False, "cached": True, **heads}] if heads is not None else []
+    for call in (*calls, *([options_of_fit] if fit or not calls else [])):
+        done = fast.fit(loader, **call, **always).to_dict()
+        report = {**report, "heads": report["heads"] or done["heads"], "rows": report["rows"] + done["rows"]}
     report["seconds"] = round(sum(row["seconds"] for row in report["rows"]), 1)
     with atomic(path) as written:
-        tensors = {key: value.detach().clone().contiguous() for key, value in state.items()}
+        tensors = {key: value.detach().clone().contiguous() for key, value in _state(fast).items()}
         save_file(tensors, written, {"fit": json.dumps(report)})
     shutil.rmtree(checkpoints, ignore_errors=True)
     return report
@@ -130,15 +144,22 @@ def as_trained(fast: Any, name: str, *trunks: Trunk) -> None:
     fast.kept_as = runs_root() / f"{name}-{digest(settings)}.safetensors"
 
 
-def _kept(path: Path, state: Mapping[str, Tensor]) -> dict[str, Any] | None:
-    """Sets the tensors kept at ``path`` and gives the record beside them; None where nothing is kept."""
+def _state(fast: Any) -> dict[str, Tensor]:
+    """What training may change: all tensors but thresholds and temperatures."""
+    fixed = {id(fast.thresholds), id(fast.temperatures)}
+    return {key: value for key, value in fast.state_dict(keep_vars=True).items() if id(value) not in fixed}
+
+
+def _kept(path: Path, fast: Any) -> dict[str, Any] | None:
+    """Sets heads and tensors kept at ``path`` and gives the record beside them; None where nothing is kept."""
     if not path.exists():
         return None
     try:
         with safe_open(path, framework="pt") as file, torch.no_grad():
-            for key, value in state.items():
-                value.copy_(file.get_tensor(key))
             found: dict[str, Any] = json.loads(file.metadata()["fit"])
+            with_kinds(fast, [HeadRow(**row) for row in found["heads"]])
+            for key, value in _state(fast).items():
+                value.copy_(file.get_tensor(key))
     except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise DatasetError(f"{path} does not hold these weights ({error}). Delete it and run again.") from error
     return found
@@ -203,6 +224,7 @@ def judged(
             cost=judgement.mean_cost,
             share={r.name: r.share for r in judgement.rows if r.open},
             guarantee=report.guarantee,
+            **alternatives(by_exit(fast, [float(r.accuracy_if_all or 0.0) for r in judgement.rows]), judgement.mean_cost),
             exits=[{"name": e.name, "after": e.cut, "head": e.head_kind, "head_cost": e.head_cost} for e in fast.exits],
             calibration=report.to_dict(),
             evaluation=judgement.to_dict(),
@@ -290,7 +312,7 @@ def rows_of(loader: Iterable[Any], batches: int) -> Inputs:
 
 __all__ = [
     "PROMISES", "DatasetError", "Inputs", "Observed", "Options", "Recipe", "Record", "Trunk", "Variant", "accuracy",
-    "as_trained",
-    "console", "fit_trunk", "fitted", "image_data", "judged", "lenet_trunk", "main", "minilm_trunk", "observed", "parse",
-    "resnet_trunk", "rows_in", "rows_of", "runs_root", "take", "timed", "trunk", "write_result",
+    "alternatives", "as_trained", "by_exit", "console", "fit_trunk", "fitted", "image_data", "judged", "lenet_trunk",
+    "main", "minilm_trunk", "observed", "parse", "resnet_trunk", "rows_in", "rows_of", "runs_root", "take", "timed",
+    "trunk", "write_result",
 ]  # fmt: skip

@@ -45,6 +45,10 @@ class Observed:
         scores = None if self.scores is None else self.scores[:, list(exits)]
         return Observed(self.outputs[:, columns], self.labels, scores)
 
+    def right(self) -> Tensor:
+        """[N, E + 1] bool: whether each exit and, last, the model answers right."""
+        return self.outputs.argmax(-1) == self.labels.unsqueeze(1)
+
     def of(self, fast: Any) -> Replay:
         """As if ``fast`` ran on the rows again."""
         return Replay(fast, self)

@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from eecompile.training.batches import batches
-from examples._common import Record, Variant
+from examples._common import Record, Variant, alternatives, by_exit
+from examples._constant import CLOSED, by_gates
 from examples._registry import atomic
 
-CLOSED = 2.0
 ALLOWED = 0.02
 
 
@@ -53,7 +53,7 @@ def told(fast: Any, parts: Mapping[str, Any], record: Record, label: str, origin
         with atomic(path) as written:
             written.write_text(json.dumps(_judge(fast, parts)))
     found = json.loads(path.read_text())
-    record.note(**{label: {"calibration": found["calibration"]}})
+    record.note(**{label: {"calibration": found["calibration"], "constant": found["constant"]}})
     variants = []
     for row in found["rows"]:
         exits, gates = row.pop("exit_thresholds"), row["gate_thresholds"]
@@ -71,7 +71,9 @@ def _judge(fast: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
     closed = [CLOSED] * len(fast.exits)
     fast.set_thresholds(closed)
     fast.set_gate_thresholds(0.0)
-    full = judged(fast, parts["test"])["accuracy"]
+    every = fast.evaluate(parts["test"])
+    full = every.full_accuracy
+    points = [*by_exit(fast, [r.accuracy_if_all for r in every.rows]), *by_gates(fast, parts["val"], parts["test"])]
     fast.set_gate_thresholds(0.5)
     report = fast.calibrate(parts["val"], max_drop=ALLOWED, delta=None)
     chosen, gates = fast.thresholds.tolist(), fast.gate_thresholds.tolist()
@@ -83,5 +85,6 @@ def _judge(fast: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
         fast.set_thresholds(exits)
         fast.set_gate_thresholds(opening)
         figures = judged(fast, parts["test"])
-        rows.append({"thresholds": how, "exit_thresholds": exits, "gate_thresholds": opening, **figures})
-    return {"full_accuracy": full, "calibration": report.to_dict(), "rows": rows}
+        told = {"thresholds": how, "exit_thresholds": exits, "gate_thresholds": opening}
+        rows.append({**told, **figures, **alternatives(points, figures["cost"])})
+    return {"full_accuracy": full, "constant": points, "calibration": report.to_dict(), "rows": rows}

@@ -109,7 +109,8 @@ class Record:
 
     A row's figures, each where it has a meaning: ``thresholds`` (how they were chosen, in a word),
     ``original_accuracy`` (the trunk as trained without exits), ``full_accuracy`` (the compiled model with nothing
-    left out), ``accuracy``, ``cost`` (mean share of the full model's FLOPs), ``share`` (by exit, the model's own end
+    left out), ``accuracy``, ``cost`` (mean share of the full model's FLOPs), ``constant`` and ``random`` (what is reached
+    without looking at the rows, by the best constant choice and by chance at the same cost), ``share`` (by exit, the end
     last), ``speedup`` (by batch size, the original's time over the variant's).
     """
 
@@ -155,12 +156,13 @@ class Record:
     def __rich__(self) -> Table:
         sizes = sorted({size for row in self.rows for size in row.get("speedup", {})}, key=int)
         made = Table(title=f"{self.name}: test part, {self.options.threads} threads", title_justify="left")
-        columns = ["what", "thresholds", "trunk", "full", "early", "cost", "leaving at each exit"]
+        columns = ["what", "thresholds", "trunk", "full", "early", "cost", "constant", "random", "leaving at each exit"]
         for column in (*columns, *(f"x at {s}" for s in sizes)):
             made.add_column(column, justify="right" if column not in columns[:2] else "left", no_wrap=column == "what")
         for row in self.rows:
             shares = " ".join(f"{100 * share:.0f}" for share in row.get("share", {}).values())
             figures = [percent(row.get(key)) for key in ("original_accuracy", "full_accuracy", "accuracy", "cost")]
+            figures += [percent((row.get(key) or {}).get("accuracy")) for key in ("constant", "random")]
             times = [f"{row['speedup'][s]:.2f}" if s in row.get("speedup", {}) else "-" for s in sizes]
             made.add_row(row["what"], row.get("thresholds", "-"), *figures, f"{shares} %" if shares else "-", *times)
         return made

@@ -24,6 +24,7 @@ from examples._common import (
     Record,
     Trunk,
     Variant,
+    alternatives,
     fitted,
     main,
     observed,
@@ -94,6 +95,7 @@ def example(options: Options, record: Record) -> None:
         curves = {method: budget_curve(replay, val, test, budgets=BUDGETS, method=method) for method in ("search", "quota")}
         by_exit = seen["test"].of(fast).evaluate(budgets=True).degradation
         record.note(**{f"{balance}_curves": {"no image above": by_exit, **{m: c.to_dict() for m, c in curves.items()}}})
+        points = by_exit(fast, seen["test"].right().float().mean(0).tolist())
         names = [*(e.name for e in fast.exits), "model"]
         for point in curves["search"].points:
             if point["budget"] in SHOWN:
@@ -105,6 +107,7 @@ def example(options: Options, record: Record) -> None:
                     accuracy=held_out["accuracy"],
                     cost=held_out["cost"],
                     share=dict(zip(names, held_out["share"], strict=True)),
+                    **alternatives(points, held_out["cost"]),
                 )
                 variants[balance].append(Variant(row, fast, setting(fast, point["thresholds"])))
     record.done("judge")

@@ -1,6 +1,6 @@
-"""Anytime answers of MobileNetV2 (ImageNet weights, fine-tuned on CIFAR-10): a stream, deadlines and how well they are kept.
+"""Anytime answers of ResNet-20 on CIFAR-10: a stream, deadlines and how well they are kept.
 
-Heads are put everywhere that pays and distilled from the model's own output; the model itself stays as it is. How the
+Heads are put everywhere that pays and fitted to labels and to the model's own output; the model stays as it is. How the
 exits answer, each for itself or together, is chosen on the validation part. Then, on the test part: how the answer gets
 better along a stream and when each comes; and a sweep over deadlines, one image a call, on an idle machine and beside a
 second process that keeps one core busy: accuracy, how far calls get, how late they are.
@@ -20,26 +20,25 @@ from eecompile import CompiledModule, eecompile
 from eecompile.kernels.combine import COMBINATIONS, ensemble, keep_best
 from eecompile.measuring import busy
 from eecompile.strategies import Anytime
-from examples import datasets, models, stages
-from examples._common import Observed, Options, Recipe, Record, Trunk, fitted, image_data, main, observed, rows_in, trunk
+from eecompile.training.head_choice import with_kinds
+from eecompile.training.head_report import HeadRow
+from examples import datasets
+from examples._common import (
+    Observed,
+    Options,
+    Record,
+    alternatives,
+    by_exit,
+    fitted,
+    main,
+    observed,
+    resnet_trunk,
+    rows_in,
+)
 
-TRAIN, VAL, TEST, EPOCHS = 6_000, 1_000, 2_000, 2
+TRAIN, VAL, TEST = 6_000, 1_000, 2_000
 STREAMS, CALLS, DEADLINES = 100, 250, 7
 LATE = 1.05  # a call is late that takes more than this times its deadline
-
-
-def mobilenet(options: Options) -> Trunk:
-    """MobileNetV2 on images enlarged to 96 x 96; a small one on the stand-in when quick."""
-    if options.quick:
-        recipe = Recipe("mobilenet-cascade-quick", 2, 32, 6e-3, seed=options.seed, standin=True)
-        grow, short = stages.Resize(40), models.MobileNetV2.SETTINGS[:3]
-        build: Any = lambda: stages.Prepared(grow, models.MobileNetV2(10, short))  # noqa: E731
-    else:
-        recipe = Recipe(
-            "mobilenetv2-cifar10", 1, 48, 1e-3, augmented=True, channels_last=True, seed=options.seed, rows=8_000
-        )
-        build = lambda: stages.Prepared(stages.Resize(96), stages.mobilenetv2(options.seed))  # noqa: E731
-    return trunk(recipe, build, image_data("cifar10", options.quick))
 
 
 def example(options: Options, record: Record) -> None:
@@ -50,25 +49,25 @@ def example(options: Options, record: Record) -> None:
         part: datasets.loader(f"cifar10:{part}", batch_size=32, limit=limits[part], standin=quick, seed=options.seed)
         for part in datasets.PARTS
     }
-    base = mobilenet(options)
+    base = resnet_trunk(quick=quick, seed=options.seed)
     x = next(iter(parts["test"]))[0][:8]
     fast = eecompile(base.model, Anytime(), example_inputs=(x,))
-    fit = fitted(
-        fast, parts["train"], "anytime-mobilenet", options, base, epochs=4 if quick else EPOCHS, lr=2e-3, scheduler="cosine"
-    )
+    fit = fitted(fast, parts["train"], "anytime-resnet", options, base, heads={})
     sizes = {part: rows_in(loader) for part, loader in parts.items()}
     exits = [{"name": e.name, "after": e.cut, "head": e.head_kind, "depth": e.depth} for e in fast.exits]
     record.note(rows_of_data=sizes, trunk=base.to_dict(), fit=fit, exits=exits)
     record.done("train")
 
     seen = observed(fast, {part: parts[part] for part in ("val", "test")})
-    right = {how: {part: by_exit(found, how) for part, found in seen.items()} for how in COMBINATIONS}
+    right = {how: {part: right_at(found, how) for part, found in seen.items()} for how in COMBINATIONS}
     chosen = max(COMBINATIONS, key=lambda how: statistics.mean(right[how]["val"]))
     full_accuracy = right[chosen]["test"][-1]
     record.note(accuracy_by_exit=right, chosen=chosen, cost_by_exit=fast.costs([True] * len(fast.exits)).tolist())
     record.done("judge")
 
+    constants = by_exit(fast, right[chosen]["test"])
     together = eecompile(base.model, Anytime(combine=chosen), example_inputs=(x,))
+    with_kinds(together, [HeadRow(**row) for row in fit["heads"]])
     together.heads.load_state_dict(fast.heads.state_dict())  # each is trained for itself, whatever they answer together
     together.settings = fast.settings
     fast = together
@@ -89,15 +88,16 @@ def example(options: Options, record: Record) -> None:
     for load, points in swept.items():
         for point in points[:: (len(points) - 1) // 2]:  # the record has all
             record.row(
-                f"MobileNetV2, CIFAR-10, deadline {point['deadline_ms']:.3g} ms, {load}",
+                f"ResNet-20, CIFAR-10, deadline {point['deadline_ms']:.3g} ms, {load}",
                 original_accuracy=base.accuracy,
                 full_accuracy=full_accuracy,
                 accuracy=point["accuracy"],
                 cost=point["cost"],
+                **alternatives(constants, point["cost"]),
             )
 
 
-def by_exit(seen: Observed, how: str) -> list[float]:
+def right_at(seen: Observed, how: str) -> list[float]:
     """Accuracy if every row stopped at an exit, for each and, last, the model; from what every head said by itself."""
     found, state = [], None
     *heads, model = seen.outputs.unbind(1)

@@ -1,8 +1,9 @@
-"""B-LeNet (Teerapittayanon et al. 2016): LeNet with branches behind its first two convolutions, MNIST and Fashion-MNIST.
+"""B-LeNet (Teerapittayanon et al. 2016): LeNet on MNIST with branches after its first two convolutions.
 
-The model is trained as usual, then compiled, then trained on with its branches, all losses together. Thresholds are
-chosen on the validation part: once with a guarantee, once as the cheapest that lose at most 1% there; for both branches,
-and for the first alone, as in the paper: on a model this small a decision costs time that its FLOPs do not show.
+The model is trained as usual and stays as it is: its branches are fitted to what it gives, each of the kind that is best
+on rows held out. Thresholds are chosen on the validation part: once with a guarantee, once as the cheapest that lose at
+most 0.5% there; for both branches, and for the first alone, as in the paper: on a model this small a decision costs time
+that its FLOPs do not show.
 """
 
 from __future__ import annotations
@@ -10,53 +11,35 @@ from __future__ import annotations
 from eecompile import eecompile
 from eecompile.strategies import Branchy
 from examples import datasets
-from examples._common import Options, Record, fitted, judged, lenet_trunk, main, observed, rows_in, rows_of, timed
+from examples._common import PROMISES, Options, Record, fitted, judged, lenet_trunk, main, observed, rows_in, rows_of, timed
 
-EXITS = ("relu", "relu_1")  # behind the first and the second convolution
-SETS = {"mnist": "MNIST", "fashion_mnist": "Fashion-MNIST"}
+EXITS = ("relu", "relu_1")  # after the first and the second convolution
 SIZES = (1, 32, 256)
+STRICT = {"guaranteed": {"max_drop": 0.005, "delta": 0.05}, "empirical": {"max_drop": 0.005, "delta": None}}
 
 
 def example(options: Options, record: Record) -> None:
-    """Both data sets, from training to timing."""
+    """From fitting to timing."""
     quick = options.quick
-    compiled, first, trunks, loaders = {}, {}, {}, {}
-    for name in SETS:
-        trunk = trunks[name] = lenet_trunk(name, quick=quick, seed=options.seed)
-        parts = loaders[name] = {
-            part: datasets.loader(f"{name}:{part}", standin=quick, seed=options.seed) for part in datasets.PARTS
-        }
-        x = next(iter(parts["val"]))[0][:8]
-        fast = compiled[name] = eecompile(trunk.model, Branchy(exits=EXITS, trunk=True), example_inputs=(x,))
-        fit = fitted(
-            fast,
-            parts["train"],
-            f"branchy-lenet-{name}",
-            options,
-            trunk,
-            epochs=2 if quick else 6,
-            lr=4e-3,
-            trunk_lr=1e-3,
-            scheduler="cosine",
-        )
-        alone = first[name] = eecompile(trunk.model, Branchy(exits=EXITS[:1], trunk=True), example_inputs=(x,))
-        alone.branch("exit_0").load_state_dict(fast.branch("exit_0").state_dict())
-        sizes = {part: rows_in(loader) for part, loader in parts.items()}
-        record.note(**{name: {"rows": sizes, "model": "LeNet", "trunk": trunk.to_dict(), "fit": fit}})
+    trunk = lenet_trunk(quick=quick, seed=options.seed)
+    parts = {part: datasets.loader(f"mnist:{part}", standin=quick, seed=options.seed) for part in datasets.PARTS}
+    x = next(iter(parts["val"]))[0][:8]
+    both = eecompile(trunk.model, Branchy(exits=EXITS), example_inputs=(x,))
+    fit = fitted(both, parts["train"], "branchy-lenet-mnist", options, trunk, heads={})
+    first = eecompile(trunk.model, Branchy(exits=EXITS[:1], head=both.exits[0].head_kind), example_inputs=(x,))
+    first.branch("exit_0").load_state_dict(both.branch("exit_0").state_dict())
+    sizes = {part: rows_in(loader) for part, loader in parts.items()}
+    record.note(rows_of_data=sizes, model="LeNet", trunk=trunk.to_dict(), fit=fit)
     record.done("train")
-    variants = {}
-    for name, label in SETS.items():
-        held_out = {part: loaders[name][part] for part in ("val", "test")}
-        seen = observed(compiled[name], held_out)
-        of_first = {part: everything.only(0) for part, everything in seen.items()}
-        variants[name] = [
-            *judged(compiled[name], seen, record, f"{label}, LeNet, 2 exits", trunks[name].accuracy),
-            *judged(first[name], of_first, record, f"{label}, LeNet, 1 exit", trunks[name].accuracy),
-        ]
+    seen = observed(both, {part: parts[part] for part in ("val", "test")})
+    promises = PROMISES if quick else STRICT  # the stand-in has too few rows to show a loss below 0.5%
+    of_first = {part: everything.only(0) for part, everything in seen.items()}
+    variants = [
+        *judged(both, seen, record, "MNIST, LeNet, 2 exits", trunk.accuracy, promises),
+        *judged(first, of_first, record, "MNIST, LeNet, 1 exit", trunk.accuracy, promises),
+    ]
     record.done("judge")
-    for name in SETS:
-        x = rows_of(loaders[name]["test"], 16)
-        timed(record, trunks[name].model, x, variants[name], SIZES, {1: 256, 32: 512, 256: 2048})
+    timed(record, trunk.model, rows_of(parts["test"], 16), variants, SIZES, {1: 256, 32: 512, 256: 2048})
 
 
 if __name__ == "__main__":

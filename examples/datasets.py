@@ -201,14 +201,15 @@ def load_text(
     return _read(name, part, limit, standin)
 
 
-def augment(images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """Each of [B, C, H, W] moved by up to 4 pixels, zeros coming in, and mirrored half of the time."""
+def augment(images: Tensor, generator: torch.Generator | None = None, *, pixels: int = 4, mirrored: bool = True) -> Tensor:
+    """Each of [B, C, H, W] moved by up to ``pixels``, zeros coming in, and ``mirrored`` half of the time."""
     batch, _, height, width = images.shape
-    padded = torch.nn.functional.pad(images, (4, 4, 4, 4))
-    top, left = torch.randint(0, 9, (2, batch, 1), generator=generator)
-    mirrored = torch.rand(batch, 1, generator=generator) < 0.5
+    padded = torch.nn.functional.pad(images, (pixels, pixels, pixels, pixels))
+    top, left = torch.randint(0, 2 * pixels + 1, (2, batch, 1), generator=generator)
     columns = torch.arange(width).expand(batch, width)
-    columns = left + torch.where(mirrored, width - 1 - columns, columns)
+    if mirrored:
+        columns = torch.where(torch.rand(batch, 1, generator=generator) < 0.5, width - 1 - columns, columns)
+    columns = left + columns
     rows = top + torch.arange(height)
     samples = torch.arange(batch)[:, None, None]
     moved = padded.permute(0, 2, 3, 1)[samples, rows[:, :, None], columns[:, None]]

@@ -19,6 +19,7 @@ from eecompile import eecompile
 from eecompile.strategies import DepthAdaptive
 from examples import datasets
 from examples._common import Options, Record, Variant, fitted, main, minilm_trunk, rows_of, timed
+from examples._constant import alternatives
 from examples._depths import Depths, depths
 from examples._parts import imdb_parts
 
@@ -64,6 +65,9 @@ def row_of(record: Record, fast: Any, seen: Depths, threshold: float, how: str, 
     scored = float(fast.costs([False] * len(fast.exits))[-1])  # everything open, scores included
     cost = scored - float(saves[-1]) + torch.cat((torch.zeros(1), saves))[steps].mean()
     taken = torch.bincount(steps, minlength=len(fast.gates) + 1) / len(steps)
+    depths_at = [1.0 - float(saves[-1]), *(1.0 - float(saves[-1]) + saves).tolist()]
+    right = seen.right().float().mean(0).tolist()
+    points = [(f"{n + 1} blocks", at, right[n]) for n, at in enumerate(depths_at)]
     row = record.row(
         f"IMDB, MiniLM-L6, {fast.strategy.mode}",
         thresholds=how,
@@ -74,7 +78,8 @@ def row_of(record: Record, fast: Any, seen: Depths, threshold: float, how: str, 
         cost=float(cost),
         share={f"{n + 1} blocks": float(share) for n, share in enumerate(taken)},
         mean_steps=float(steps.float().mean()),
-        accuracy_at_depth=seen.right().float().mean(0).tolist(),
+        accuracy_at_depth=right,
+        **alternatives(points, float(cost)),
     )
     return Variant(row, fast, lambda: fast.set_gate_thresholds(threshold))
 

@@ -6,7 +6,7 @@ straight to one of three answers, and only that one's head is computed for it. R
 
 An epoch is a fresh draw of rows from the training part, so that training takes minutes. Whether the router knows easy
 rows from hard ones is told by comparing with a router that knows nothing: `by_chance` is what sending as many rows to
-each route at random would reach on the same rows.
+each route at random would reach on the same rows, `random` what the best mixture of two routes at the same cost would.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader
 from eecompile import CompiledModule, eecompile
 from eecompile.strategies import Branchy, Router
 from examples._common import Options, Record, Variant, accuracy, fitted, main, resnet_trunk, rows_in, rows_of, timed
+from examples._constant import Constant, alternatives
 from examples._parts import cifar_parts
 from examples.branchy_resnet import Branch
 
@@ -78,6 +79,7 @@ def judged(
 ) -> Variant:
     """A line of the record for where the router sends rows as it is set now."""
     judgement = fast.evaluate(test)
+    points = constants(fast, test)
     row = record.row(
         f"CIFAR-10, ResNet-20, router to {'a light version' if name == 'light' else 'exits'}",
         thresholds=how,
@@ -86,7 +88,8 @@ def judged(
         accuracy=judgement.accuracy,
         cost=judgement.mean_cost,
         share={r.name: r.share for r in judgement.routes},
-        by_chance=by_chance(fast, test, [r.share for r in judgement.routes]),
+        by_chance=sum(r.share * accuracy for r, (_, _, accuracy) in zip(judgement.routes, points, strict=True)),
+        **alternatives(points, judgement.mean_cost),
         evaluation=judgement.to_dict(),
     )
     thresholds, margins = fast.thresholds.tolist(), fast.route_margins.tolist()
@@ -99,18 +102,16 @@ def judged(
     return Variant(row, fast, before)
 
 
-def by_chance(fast: CompiledModule, loader: DataLoader[Any], shares: list[float]) -> float:
-    """Accuracy where the same share of rows takes each route, whichever they are: the mean of the routes' accuracies on
-    all rows, weighted by these shares."""
-    found = 0.0
+def constants(fast: CompiledModule, loader: DataLoader[Any]) -> list[Constant]:
+    """All rows on one route, for each, the router's own cost included."""
     if fast.exits:
-        rows = fast.evaluate(loader).rows
-        return sum(share * float(row.accuracy_if_all or 0.0) for share, row in zip(shares, rows, strict=True))
-    names = [r.name for r in fast.routes]
+        return [(row.name, row.cost, float(row.accuracy_if_all or 0.0)) for row in fast.evaluate(loader).rows]
+    found = []
     before = fast.route_margins.tolist()
-    for name, share in zip(names, shares, strict=True):
-        fast.set_route_margins([0.0 if other == name else 2.0 for other in names])
-        found += share * float(fast.evaluate(loader).accuracy or 0.0)
+    for name in (r.name for r in fast.routes):
+        fast.set_route_margins([0.0 if r.name == name else 2.0 for r in fast.routes])
+        report = fast.evaluate(loader)
+        found.append((name, report.mean_cost, float(report.accuracy or 0.0)))
     fast.set_route_margins(before)
     return found
 

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from eecompile import CompiledModule, eecompile
 from eecompile.strategies import SkipNet
 from examples._common import Options, Record, Variant, accuracy, fitted, main, resnet_trunk, rows_in, rows_of, timed
+from examples._constant import alternatives, by_gates
 from examples._parts import cifar_parts
 
 ROWS, ROWS_QUICK = 10_240, 96  # of an epoch
@@ -60,17 +61,21 @@ def example(options: Options, record: Record) -> None:
     record.done("train")
     original = resnet_trunk(quick=quick, seed=options.seed).model  # training moved the other one's weights
     original_accuracy = accuracy(original, held_out["test"])
+    points = by_gates(fast, held_out["val"], held_out["test"])
+    record.note(constant=points)
     variants = []
     for name, promise in PROMISES.items():
         report = None if promise is None else fast.calibrate(held_out["val"], **promise)
-        variants.append(judged(fast, held_out["test"], record, name, report, original_accuracy))
+        row, variant = judged(fast, held_out["test"], record, name, report, original_accuracy)
+        row |= alternatives(points, row["cost"])
+        variants.append(variant)
     record.done("judge")
     timed(record, original, rows_of(held_out["test"], 2), variants, SIZES)
 
 
 def judged(
     fast: CompiledModule, test: DataLoader[Any], record: Record, name: str, report: Any, original_accuracy: float
-) -> Variant:
+) -> tuple[dict[str, Any], Variant]:
     """A line of the record for the gates' thresholds as they are."""
     judgement = fast.evaluate(test)
     blocks = sum(b.flops for b in fast.program.structure.blocks) / fast.program.total_flops
@@ -88,7 +93,7 @@ def judged(
         evaluation=judgement.to_dict(),
     )
     thresholds = fast.gate_thresholds.tolist()
-    return Variant(row, fast, lambda: fast.set_gate_thresholds(thresholds))
+    return row, Variant(row, fast, lambda: fast.set_gate_thresholds(thresholds))
 
 
 if __name__ == "__main__":

@@ -76,9 +76,9 @@ def _stage(name: str, prepare: nn.Module | None, got: Trunk) -> Stage:
 def image_stages(*, quick: bool = False, seed: int = 0) -> list[Stage]:
     """Three models for CIFAR-10, the cheapest first."""
     data = image_data("cifar10", quick)
-    small = Recipe("tinyconv-cifar10", 6, 128, 4e-3, augmented=True, seed=seed)
-    middle = Recipe("resnet8-cifar10", 6, 128, 0.3, "sgd", 5e-4, True, True, seed=seed)
-    large = Recipe("mobilenetv2-cifar10", 1, 48, 1e-3, augmented=True, channels_last=True, seed=seed, rows=24_000)
+    small = Recipe("tinyconv-cifar10", 6, 128, 4e-3, moved=4, mirrored=True, seed=seed)
+    middle = Recipe("resnet8-cifar10", 6, 128, 0.3, "sgd", 5e-4, moved=4, mirrored=True, channels_last=True, seed=seed)
+    large = Recipe("mobilenetv2-cifar10", 1, 48, 1e-3, moved=4, mirrored=True, channels_last=True, seed=seed, rows=24_000)
     if quick:
         small = Recipe("tinyconv-cifar10-quick", 6, 32, 4e-3, seed=seed, standin=True)
         middle = Recipe("resnet8-cascade-quick", 3, 32, 0.2, "sgd", 5e-4, seed=seed, standin=True)

@@ -16,7 +16,18 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "examples" / "results"
 BEGIN, END = "<!-- figures: python -m examples.table -->", "<!-- end of figures -->"
-COLUMNS = ("what", "thresholds", "trunk", "full", "early", "cost", "leaving", "faster at batch", "command")
+COLUMNS = (
+    "what",
+    "thresholds",
+    "trunk",
+    "full",
+    "early",
+    "cost",
+    "constant / random",
+    "leaving",
+    "faster at batch",
+    "command",
+)
 SHORT_COLUMNS = ("", "strategy", "full", "early", "cost", "faster at 32", "command")
 # The README's: one for each use, the last one a loss. Strategy, record, row.
 SHORT = (
@@ -63,7 +74,8 @@ def _line(row: dict[str, Any], command: str) -> tuple[str, ...]:
     shares = " / ".join(f"{100 * share:.0f}" for share in row.get("share", {}).values())
     times = ", ".join(f"{ratio:.2f}x at {size}" for size, ratio in row.get("speedup", {}).items())
     leaving = f"{shares} %" if shares else "-"
-    first = (row["what"], row.get("thresholds", "-"), *accuracies, _percent(row.get("cost")))
+    blind = " / ".join(_percent((row.get(key) or {}).get("accuracy")) for key in ("constant", "random"))
+    first = (row["what"], row.get("thresholds", "-"), *accuracies, _percent(row.get("cost")), blind)
     return (*first, leaving, times or "-", f"`{command}`")
 
 

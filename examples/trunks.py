@@ -1,8 +1,10 @@
 """The trunks of the examples: models trained as usual, with no early exit in them, each trained once and kept.
 
-A trunk is found by its `Recipe`. It is kept, with its accuracy and the seconds that it took, in
-``$EECOMPILE_RUNS`` (or ``~/.cache/eecompile/runs``); training that was stopped goes on from its last checkpoint.
-``python -m examples.trunks resnet20 minilm`` trains and keeps some of them, without a name all.
+A trunk is found by its `Recipe`. Small ones are shipped in ``examples/weights`` with their curves. Others are kept,
+with their accuracy and the seconds that they took, in ``$EECOMPILE_RUNS`` (or ``~/.cache/eecompile/runs``); training
+that was stopped goes on from its last checkpoint. ``python -m examples.trunks resnet20 minilm`` trains what is not
+there yet, without a name all; ``--ship`` also writes ``examples/weights/NAME.safetensors`` and ``NAME.json`` (delete
+them to train again).
 """
 
 from __future__ import annotations
@@ -32,6 +34,7 @@ from examples import datasets, models
 from examples._registry import DatasetError, atomic
 
 Inputs = Tensor | dict[str, Tensor]
+WEIGHTS = Path(__file__).parent / "weights"
 console = Console(stderr=True)
 
 
@@ -78,7 +81,10 @@ class Recipe:
     lr: float
     optimizer: Literal["adamw", "sgd"] = "adamw"
     weight_decay: float = 0.01
-    augmented: bool = False
+    moved: int = 0  # pixels that images are moved by at most, anew each time
+    mirrored: bool = False  # half of the time
+    label_smoothing: float = 0.0
+    small: tuple[tuple[int, int], ...] = ()  # (epochs, pixels) at the start, on images made smaller; then as they are
     channels_last: bool = False
     bf16: bool = False  # mixed precision, where the processor has units for it
     seed: int = 0
@@ -91,6 +97,21 @@ class Recipe:
         digest = hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:8]
         return runs_root() / f"{self.name}-{digest}.safetensors"
 
+    @property
+    def shipped(self) -> Path | None:
+        """The trunk in ``examples/weights``, where one of these very settings is there."""
+        path = WEIGHTS / f"{self.name}.json"
+        same = path.exists() and json.loads(path.read_text())["recipe"] == json.loads(json.dumps(asdict(self)))
+        return path.with_suffix(".safetensors") if same else None
+
+    def pixels(self, epoch: int) -> int | None:
+        """Height and width of the images in ``epoch``, from 0; None as they are."""
+        for epochs, pixels in self.small:
+            if epoch < epochs:
+                return pixels
+            epoch -= epochs
+        return None
+
 
 @dataclass(frozen=True)
 class Trunk:
@@ -102,13 +123,13 @@ class Trunk:
     seconds: float
     path: Path
     recipe: Recipe
-    history: list[float] = field(default_factory=list)  # mean training loss of each epoch
+    curve: list[dict[str, float]] = field(default_factory=list)  # of each epoch: loss, validation accuracy, seconds so far
 
     def to_dict(self) -> dict[str, Any]:
         """The record without the model, for a result's JSON."""
         return {
             "recipe": asdict(self.recipe), "val_accuracy": self.val_accuracy, "accuracy": self.accuracy,
-            "seconds": self.seconds, "history": self.history,
+            "seconds": self.seconds, "curve": self.curve,
         }  # fmt: skip
 
 
@@ -129,13 +150,30 @@ def _precision(recipe: Recipe) -> Any:
     return torch.autocast("cpu", torch.bfloat16) if wanted else nullcontext()
 
 
-def fit_trunk(
-    model: nn.Module, inputs: Inputs, labels: Tensor, recipe: Recipe, save_every_s: float = 60.0
-) -> tuple[float, list[float]]:
-    """Train ``model`` in place; gives the seconds and the mean loss of each epoch.
+def _prepared(batch: Inputs, recipe: Recipe, pixels: int | None) -> Inputs:
+    """The batch as the model is to see it; other than image batches as they are."""
+    if not isinstance(batch, Tensor):
+        return batch
+    if recipe.moved or recipe.mirrored:
+        batch = datasets.augment(batch, pixels=recipe.moved, mirrored=recipe.mirrored)
+    if pixels is not None:
+        batch = nn.functional.interpolate(batch, (pixels, pixels), mode="bilinear", antialias=True)
+    return batch.contiguous(memory_format=torch.channels_last) if recipe.channels_last else batch
 
-    A checkpoint is written next to ``recipe.path`` every ``save_every_s`` seconds. After a stop the next call
-    goes on from it, with the batches, the augmentation and the dropout of an unbroken run.
+
+def fit_trunk(
+    model: nn.Module,
+    inputs: Inputs,
+    labels: Tensor,
+    recipe: Recipe,
+    judge: Callable[[], float] | None = None,
+    save_every_s: float = 60.0,
+) -> tuple[float, list[dict[str, float]]]:
+    """Train ``model`` in place; gives the seconds and the curve, a row for each epoch.
+
+    A checkpoint is written next to ``recipe.path`` every ``save_every_s`` seconds and after each epoch. After a stop
+    the next call goes on from it, with the batches, the augmentation and the dropout of an unbroken run. ``judge``
+    is called after each epoch for the accuracy on the validation part.
     """
     state_path = recipe.path.with_suffix(".resume")
     state_path.parent.mkdir(parents=True, exist_ok=True)
@@ -147,21 +185,22 @@ def fit_trunk(
         optimizer, recipe.lr, total_steps=steps * recipe.epochs, pct_start=0.2, cycle_momentum=False
     )
     torch.manual_seed(recipe.seed)
-    done, seconds, losses = 0, 0.0, [0.0] * recipe.epochs
+    done, seconds, loss_sum = 0, 0.0, 0.0
+    curve: list[dict[str, float]] = []
     if state_path.exists():
         state = torch.load(state_path, weights_only=True)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         schedule.load_state_dict(state["schedule"])
         torch.set_rng_state(state["rng"])
-        done, seconds, losses = state["done"], state["seconds"], state["losses"]
+        done, seconds, loss_sum, curve = (state[key] for key in ("done", "seconds", "loss_sum", "curve"))
         console.print(f"{recipe.name}: going on after step {done} of {steps * recipe.epochs}")
 
     def save() -> None:
         with atomic(state_path) as written:
             parts: dict[str, Any] = {"model": model, "optimizer": optimizer, "schedule": schedule}
             state: dict[str, Any] = {name: part.state_dict() for name, part in parts.items()}
-            state |= {"rng": torch.get_rng_state(), "done": done, "losses": losses}
+            state |= {"rng": torch.get_rng_state(), "done": done, "loss_sum": loss_sum, "curve": curve}
             torch.save({**state, "seconds": seconds + time.perf_counter() - start}, written)
 
     model.train()
@@ -174,34 +213,37 @@ def fit_trunk(
                 order = torch.randperm(len(labels), generator=torch.Generator().manual_seed(recipe.seed * 1000 + epoch))
                 for step in range(done - epoch * steps, steps):
                     index = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
-                    batch = take(inputs, index)
-                    if recipe.augmented and isinstance(batch, Tensor):
-                        batch = datasets.augment(batch)
-                    if recipe.channels_last and isinstance(batch, Tensor):
-                        batch = batch.contiguous(memory_format=torch.channels_last)
+                    batch = _prepared(take(inputs, index), recipe, recipe.pixels(epoch))
                     with _precision(recipe):
-                        loss = nn.functional.cross_entropy(_logits(model, batch).float(), labels[index])
+                        logits = _logits(model, batch).float()
+                    loss = nn.functional.cross_entropy(logits, labels[index], label_smoothing=recipe.label_smoothing)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()  # type: ignore[no-untyped-call]
                     nn.utils.clip_grad_norm_(model.parameters(), 5.0)
                     optimizer.step()
                     schedule.step()
                     done += 1
-                    losses[epoch] += loss.item() / steps
+                    loss_sum += loss.item()
                     progress.advance(bar)
-                    if time.perf_counter() - saved > save_every_s:
+                    if step + 1 < steps and time.perf_counter() - saved > save_every_s:
                         save()
                         saved = time.perf_counter()
-                took = seconds + time.perf_counter() - start
-                line = f"epoch {epoch + 1}/{recipe.epochs}, loss {losses[epoch]:.4f}, {took:.0f} s"
-                console.print(f"{recipe.name}: {line}")
+                row = {"epoch": epoch + 1, "loss": round(loss_sum / steps, 5)}
+                if judge is not None:
+                    row["val_accuracy"] = judge()
+                row["seconds"] = round(seconds + time.perf_counter() - start, 1)
+                curve.append(row)
+                loss_sum = 0.0
+                save()
+                said = ", ".join(f"{key} {value:g}" for key, value in row.items())
+                console.print(f"{recipe.name}: {said}", soft_wrap=True)
         except KeyboardInterrupt:
             console.print(f"{recipe.name}: stopped; the same command goes on from the last checkpoint")
             raise
     if recipe.channels_last:
         model.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
     model.eval()
-    return seconds + time.perf_counter() - start, losses
+    return seconds + time.perf_counter() - start, curve
 
 
 def trunk(
@@ -209,35 +251,49 @@ def trunk(
     build: Callable[[], nn.Module],
     data: Callable[[str, int | None], tuple[Inputs, Tensor]],
 ) -> Trunk:
-    """The kept trunk of ``recipe``, trained now if there is none.
+    """The trunk of ``recipe``: shipped, kept, or trained now.
 
     ``build`` makes the untrained model; ``data(part, limit)`` gives inputs, a tensor [N, ...] or a dictionary
     of them, and labels int64 [N].
     """
-    path = recipe.path
     torch.manual_seed(recipe.seed)
     model = build()
-    if path.exists():
-        try:
-            with safe_open(path, framework="pt") as file:
-                record = json.loads(file.metadata()["trunk"])
-                model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
-        except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
-            raise DatasetError(
-                f"{recipe.name}: {path} is not a trunk of these settings ({error}). Delete it and run again."
-            ) from error
-    else:
+    path = next((path for path in (recipe.shipped, recipe.path) if path is not None and path.exists()), None)
+    if path is None:
+        path = recipe.path
         inputs, labels = data("train", recipe.rows)
-        seconds, history = fit_trunk(model, inputs, labels, recipe)
-        record = {"seconds": round(seconds, 1), "history": [round(loss, 5) for loss in history]}
-        for key, part in (("val_accuracy", "val"), ("accuracy", "test")):
-            with _precision(recipe):
-                record[key] = accuracy(model, _batches(*data(part, None)))
-        with atomic(path) as written:
-            weights = {key: value.contiguous() for key, value in model.state_dict().items()}
-            save_file(weights, written, {"trunk": json.dumps(record)})
+        held_out = data("val", None)
+        seconds, curve = fit_trunk(model, inputs, labels, recipe, lambda: accuracy(model, _batches(*held_out)))
+        record = {"seconds": round(seconds, 1), "curve": curve, "val_accuracy": curve[-1]["val_accuracy"]}
+        record["accuracy"] = accuracy(model, _batches(*data("test", None)))
+        _write(path, model, record)
         path.with_suffix(".resume").unlink(missing_ok=True)
+    try:
+        with safe_open(path, framework="pt") as file:
+            record = json.loads(file.metadata()["trunk"])
+            model.load_state_dict({key: file.get_tensor(key) for key in file.keys()})  # noqa: SIM118
+    except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
+        raise DatasetError(
+            f"{recipe.name}: {path} is not a trunk of these settings ({error}). Delete it and run again."
+        ) from error
     return Trunk(model.eval(), path=path, recipe=recipe, **record)
+
+
+def _write(path: Path, model: nn.Module, record: dict[str, Any]) -> None:
+    with atomic(path) as written:
+        weights = {key: value.contiguous() for key, value in model.state_dict().items()}
+        save_file(weights, written, {"trunk": json.dumps(record)})
+
+
+def ship(made: Trunk, command: str) -> None:
+    """Writes weights and curve to ``examples/weights``."""
+    WEIGHTS.mkdir(exist_ok=True)
+    record = made.to_dict()
+    recipe = record.pop("recipe")
+    path = WEIGHTS / f"{made.recipe.name}.safetensors"
+    _write(path, made.model, record)
+    with atomic(path.with_suffix(".json")) as written:
+        written.write_text(json.dumps({"command": command, "recipe": recipe, **record}, indent=1) + "\n")
 
 
 def _batches(inputs: Inputs, labels: Tensor, size: int = 256) -> Iterator[tuple[Inputs, Tensor]]:
@@ -262,7 +318,7 @@ def image_data(name: str, standin: bool) -> Callable[[str, int | None], tuple[Te
 
 def lenet_trunk(name: str = "mnist", *, quick: bool = False, seed: int = 0) -> Trunk:
     """LeNet on ``mnist`` or ``fashion_mnist``."""
-    recipe = Recipe(f"lenet-{name}", 10, 128, 4e-3, weight_decay=1e-3, seed=seed)
+    recipe = Recipe(f"lenet-{name}", 16, 128, 4e-3, weight_decay=1e-3, moved=2, channels_last=True, seed=seed)
     if quick:
         recipe = Recipe(f"lenet-{name}-quick", 4, 32, 4e-3, seed=seed, standin=True)
     return trunk(recipe, models.LeNet, image_data(name, quick))
@@ -270,7 +326,10 @@ def lenet_trunk(name: str = "mnist", *, quick: bool = False, seed: int = 0) -> T
 
 def resnet_trunk(*, quick: bool = False, seed: int = 0) -> Trunk:
     """ResNet-20 on CIFAR-10 (ResNet-8 on the stand-in when quick)."""
-    recipe = Recipe("resnet20-cifar10", 5, 128, 0.4, "sgd", 5e-4, True, True, True, seed)
+    recipe = Recipe(
+        "resnet20-cifar10", 20, 128, 0.4, "sgd", 5e-4, moved=4, mirrored=True, label_smoothing=0.1,
+        small=((10, 24),), channels_last=True, bf16=True, seed=seed,
+    )  # fmt: skip
     if quick:
         recipe = Recipe("resnet8-cifar10-quick", 3, 32, 0.2, "sgd", 5e-4, seed=seed, standin=True)
     return trunk(recipe, models.resnet8 if quick else models.resnet20, image_data("cifar10", quick))
@@ -305,6 +364,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="stand-in data, small models")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything that is random (0)")
     parser.add_argument("--threads", type=int, default=2, help="threads that torch may use (2)")
+    parser.add_argument("--ship", action="store_true", help="also write weights and curve to examples/weights")
     options = parser.parse_args()
     unknown = [name for name in options.names if name not in TRUNKS]
     if unknown or options.threads < 1:
@@ -314,6 +374,8 @@ def main() -> None:
         got = TRUNKS[name](quick=options.quick, seed=options.seed)
         told = f"test {got.accuracy:.4f}, validation {got.val_accuracy:.4f}, trained in {got.seconds:.0f} s"
         print(f"{got.recipe.name}: {told}", flush=True)
+        if options.ship:
+            ship(got, f"python -m examples.trunks {name} --seed {options.seed} --threads {options.threads}")
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,6 +31,28 @@ class Baseline:
     beaten: bool
 
 
+class Point(NamedTuple):
+    """A choice that does not look at the row: its name, mean cost and mean drop."""
+
+    what: str
+    cost: float
+    drop: float
+
+
+def constant(points: Sequence[Point], cost: float) -> Point | None:
+    """The best one for all rows at this cost or less."""
+    return min((p for p in points if p.cost <= cost + 1e-9), key=lambda p: p.drop, default=None)
+
+
+def mixed(points: Sequence[Point], cost: float) -> Point | None:
+    """The best of two, drawn at random for each row, at this mean cost."""
+    found = [
+        Point(f"{p.what} or {q.what}", cost, p.drop + (q.drop - p.drop) * (cost - p.cost) / (q.cost - p.cost))
+        for p in points for q in points if p.cost <= cost < q.cost
+    ]  # fmt: skip
+    return min(found, key=lambda p: (p.drop, p.what), default=None)
+
+
 def baselines(drops: Evidence, report: Any, lost: Tensor | None, static: tuple[Any, float] | None) -> list[Baseline]:
     """On all calibration rows, at the cost of the report; none where nothing qualified.
 
@@ -43,29 +65,14 @@ def baselines(drops: Evidence, report: Any, lost: Tensor | None, static: tuple[A
     cost, drop = report.expected_cost, report.drop
     names = [part.name for part in report.parts]
     alone = [tuple(j == k for j in range(drops.exits)) for k in range(drops.exits)]
-    points = [(float(drops.costs(alone[k])[k]), float(drops.loss[:, k].mean()), names[k]) for k in range(drops.exits)]
-    points.append((float(drops.costs((False,) * drops.exits)[-1]), 0.0, names[-1]))
-    found = []
-    constant = min((p for p in points if p[0] <= cost + 1e-9), key=lambda p: p[1], default=None)
-    if constant is not None:
-        found.append(Baseline("one exit for all rows", constant[2], *constant[:2], beaten=drop < constant[1]))
-    if mixed := mixtures(points, cost):
-        least, which = min(mixed)
-        found.append(Baseline("random exits", which, cost, least, beaten=drop < least))
+    points = [Point(names[k], float(drops.costs(alone[k])[k]), float(drops.loss[:, k].mean())) for k in range(drops.exits)]
+    points.append(Point(names[-1], float(drops.costs((False,) * drops.exits)[-1]), 0.0))
+    simpler = {"one exit for all rows": constant(points, cost), "random exits": mixed(points, cost)}
+    found = [Baseline(name, *point, beaten=drop < point.drop) for name, point in simpler.items() if point is not None]
     if static is not None and lost is not None:
         mean = float(lost.mean())
         found.append(Baseline("static model", "as given", static[1], mean, beaten=static[1] > cost or drop < mean))
     return found
-
-
-def mixtures(points: Sequence[tuple[float, float, str]], cost: float) -> list[tuple[float, str]]:
-    """Values at a mean cost of a random choice between two points (cost, value, name), for every pair around that cost."""
-    return [
-        (v + (w - v) * (cost - c) / (d - c), f"{one} or {other}")
-        for c, v, one in points
-        for d, w, other in points
-        if c <= cost < d
-    ]
 
 
 def auroc(confidence: Tensor, harm: Tensor) -> float | None:

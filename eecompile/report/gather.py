@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from eecompile.calibration.baselines import mixtures
+from eecompile.calibration.baselines import Point, constant, mixed
 from eecompile.errors import EecompileError
 from eecompile.measuring import interleaved
 from eecompile.training.batches import batches, device_of
@@ -151,5 +151,5 @@ def _image(args: tuple[Any, ...], kwargs: dict[str, Any], row: int) -> Tensor | 
 
 def frontier(points: list[tuple[float, float]], cost: float) -> float | None:
     """The best accuracy at a mean cost by choosing among constant exits at random; None where each costs more."""
-    named = [(c, a, "") for c, a in points]
-    return max([*(a for c, a in points if c <= cost), *(a for a, _ in mixtures(named, cost))], default=None)
+    named = [Point("", c, -a) for c, a in points]
+    return max((-p.drop for p in (constant(named, cost), mixed(named, cost)) if p is not None), default=None)

@@ -52,16 +52,17 @@ def test_branchy_lenet(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(done.stdout)
     assert found == json.loads((tmp_path / "branchy_lenet-quick.json").read_text())
     assert [(row["what"], row["thresholds"]) for row in found["rows"]] == [
-        (f"{label}, LeNet, {exits}", promise)
-        for label in ("MNIST", "Fashion-MNIST")
-        for exits in ("2 exits", "1 exit")
-        for promise in ("guaranteed", "empirical")
+        (f"MNIST, LeNet, {exits}", promise) for exits in ("2 exits", "1 exit") for promise in ("guaranteed", "empirical")
     ]
     for row in found["rows"]:
         check_row(row, {"1", "32", "256"})
         assert row["calibration"]["qualified"]
         assert [e["after"] for e in row["exits"]] == (["relu", "relu_1"] if "2 exits" in row["what"] else ["relu"])
-    assert found["mnist"]["rows"] == {"train": 1024, "val": 512, "test": 512}
+        assert row["constant"]["cost"] <= row["cost"] + 1e-9
+        assert row["random"] is None or row["random"]["accuracy"] >= row["constant"]["accuracy"] - 1e-9
+        assert row["full_accuracy"] == pytest.approx(row["original_accuracy"])  # the trunk stays as it is
+    assert found["rows_of_data"] == {"train": 1024, "val": 512, "test": 512}
+    assert {head["exit"] for head in found["fit"]["heads"]} == {"exit_0", "exit_1"}
 
 
 @pytest.mark.nightly
@@ -234,7 +235,7 @@ def test_anytime_stream(environment: dict[str, str], tmp_path: Path) -> None:
     for load in ("idle", "one core busy"):
         assert len(found["sweep"][load]) == 3
         for point in found["sweep"][load]:
-            assert 0 < point["cost"] <= 1.1
+            assert 0 < point["cost"] <= 1.2  # all heads of a small model
             assert point["late_after_a_later_exit"] <= point["late"]
 
 

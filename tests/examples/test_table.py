@@ -33,11 +33,12 @@ def test_results_are_whole(path: Path) -> None:
 
 def test_table_shows_what_is_in_a_record(tmp_path: Path) -> None:
     row = {"what": "it", "thresholds": "guaranteed", "original_accuracy": 0.9912, "accuracy": 0.985, "cost": 0.15}
+    row |= {"constant": {"what": "exit_0", "cost": 0.14, "accuracy": 0.85}, "random": None}
     row |= {"share": {"exit_0": 0.98, "model": 0.02}, "speedup": {"1": 1.239, "32": 3.5}}
     (tmp_path / "a.json").write_text(json.dumps({"command": "python -m examples.a", "rows": [row]}))
     (tmp_path / "a-quick.json").write_text(json.dumps({"command": "python -m examples.a --quick", "rows": [row]}))
     line = table.table(tmp_path).splitlines()[-1]
-    wanted = ("it", "guaranteed", "99.1%", "-", "98.5%", "15.0%", "98 / 2 %", "1.24x at 1, 3.50x at 32")
+    wanted = ("it", "guaranteed", "99.1%", "-", "98.5%", "15.0%", "85.0% / -", "98 / 2 %", "1.24x at 1, 3.50x at 32")
     assert line == f"| {' | '.join(wanted)} | `python -m examples.a` |"
     assert len(table.table(tmp_path).splitlines()) == 3
 

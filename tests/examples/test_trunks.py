@@ -74,18 +74,18 @@ def test_training_resumes_as_if_unbroken(cache: Path, monkeypatch: pytest.Monkey
         return nn.Sequential(nn.Conv2d(3, 16, 3, 4, 1), nn.BatchNorm2d(16), *flat)
 
     def recipe(name: str) -> _common.Recipe:
-        return _common.Recipe(name, 3, 12, 0.1, "sgd", augmented=True, channels_last=True)
+        return _common.Recipe(name, 3, 12, 0.1, "sgd", moved=4, mirrored=True, small=((1, 32),), channels_last=True)
 
     whole, broken = build(), build()
     _common.fit_trunk(whole, images, labels, recipe("whole"))
     steps, augment = 0, datasets.augment
 
-    def failing(batch: torch.Tensor) -> torch.Tensor:
+    def failing(batch: torch.Tensor, *, pixels: int, mirrored: bool) -> torch.Tensor:
         nonlocal steps
         if steps == stop_at:
             raise Stop
         steps += 1
-        return augment(batch)
+        return augment(batch, pixels=pixels, mirrored=mirrored)
 
     monkeypatch.setattr(datasets, "augment", failing)
     with pytest.raises(Stop):
@@ -93,8 +93,8 @@ def test_training_resumes_as_if_unbroken(cache: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(datasets, "augment", augment)
     broken = nn.Sequential(*build())
     torch.manual_seed(99)
-    _, losses = _common.fit_trunk(broken, images, labels, recipe("broken"))
-    assert all(loss > 0 for loss in losses)
+    _, curve = _common.fit_trunk(broken, images, labels, recipe("broken"))
+    assert len(curve) == 3 and all(row["loss"] > 0 for row in curve)
     for (name, a), b in zip(whole.state_dict().items(), broken.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
 
