@@ -297,7 +297,7 @@ def _check_model(model: Any, example: bool) -> None:
 
 
 def load(path: str | Path, *, executor: str | None = None, device: str | torch.device | None = None) -> CompiledModule:
-    """A saved program, ready to run; nothing but eecompile need be imported.
+    """A saved program, ready to run; nothing but eecompile need be imported. A saved decoder gives a `CompiledDecoder`.
 
     Args:
         executor: Instead of the saved one.
@@ -311,6 +311,8 @@ def load(path: str | Path, *, executor: str | None = None, device: str | torch.d
     if device is not None:
         fast.to(device)
     if executor is not None:
+        if not isinstance(fast, CompiledModule):
+            raise StrategyError("a decoder has no executor", where=str(path), got=f"executor={executor!r}")
         fast.executor = executor
     return fast
 

@@ -26,7 +26,9 @@ MANIFEST = "eecompile.json"
 FORMAT = "eecompile program"
 VERSION = 1
 WRITING_FAILS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have errors of their own for a full disk
-OURS = re.compile(r"(?:eval|train|heads|head_\w+|branch_\w+)-[0-9a-f]{12}\.(?:pt2|safetensors)|\.[\w.]+\.\d+\.part[\w.]*")
+OURS = re.compile(
+    r"(?:eval|train|heads|weights|head_\w+|branch_\w+)-[0-9a-f]{12}\.(?:pt2|safetensors)|\.[\w.]+\.\d+\.part[\w.]*"
+)
 
 
 def sha256(path: Path) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,7 @@ from eecompile.capture.exported import program_graph
 from eecompile.capture.quiet import quiet
 from eecompile.capture.tensors import share_tensors
 from eecompile.criteria import criterion
-from eecompile.errors import ArtifactError, EecompileError, StrategyError
+from eecompile.errors import ArtifactError, EecompileError, MissingDependencyError, StrategyError
 from eecompile.heads import Branch, rebuild, score_head
 from eecompile.module import CompiledModule
 from eecompile.own_trunk import COPIED, IN_PLACE, NOT_SAVED
@@ -56,13 +57,22 @@ assert eecompile.ops is not None  # registers the operators that graphs may hold
 
 
 def read(path: str | Path) -> CompiledModule:
-    """Loads a directory written by `save`.
+    """Loads a directory written by `save`; that of a decoder gives a `CompiledDecoder`.
 
     Raises:
         ArtifactError: Missing, truncated, altered or foreign files.
+        MissingDependencyError: A decoder, and transformers is not installed.
     """
     directory = Path(path)
     data = files.manifest_of(directory)
+    if data.get("kind") == "decoder":
+        if importlib.util.find_spec("transformers") is None:
+            raise MissingDependencyError(
+                "a saved language model needs transformers", where=str(directory), hint="pip install 'eecompile[hf]'"
+            )
+        from eecompile.language import CompiledDecoder
+
+        return cast(CompiledModule, CompiledDecoder.load(directory, data))
     try:
         return _read(directory, data)
     except (KeyError, TypeError, IndexError, AttributeError) as error:

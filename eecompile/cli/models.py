@@ -203,8 +203,15 @@ def saved(path: Path, thresholds: list[float] | None = None) -> CompiledModule:
     Raises:
         ArtifactError: The directory is missing, truncated, altered or foreign.
         StrategyError: Thresholds that do not fit.
+        EecompileError: It holds a decoder, which generates.
     """
     fast = eecompile.load(path)
+    if not isinstance(fast, CompiledModule):
+        raise EecompileError(
+            "this is a saved decoder, and the command is for programs with exits, gates or routes",
+            where=str(path),
+            hint=f"in Python: eecompile.load({str(path)!r}).generate(**tokens, max_new_tokens=64)",
+        )
     if thresholds:
         fast.set_thresholds(thresholds[0] if len(thresholds) == 1 else thresholds)
     return fast

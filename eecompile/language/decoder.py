@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -15,6 +16,7 @@ from eecompile.language.cache import SlotCache, Slots
 from eecompile.language.draft import DraftFitReport, DraftHead, fit_draft_head, gathered
 from eecompile.language.generation import Choosing, Counts, DraftOptions, Generation, Row
 from eecompile.language.projection import SpeculationReport, project
+from eecompile.language.saved import SavedDecoder, read, write
 from eecompile.language.split import Split, find_block_list
 from eecompile.strategies.self_speculative import SelfSpeculative
 
@@ -228,6 +230,30 @@ class CompiledDecoder(nn.Module):
             )
         self.exit, self.threshold, self.max_draft = best.exit, best.threshold, best.max_draft
         return report
+
+    def save(self, path: Any) -> None:
+        """Writes a directory that `eecompile.load` reads, the model's weights with it.
+
+        Raises:
+            ArtifactError: The model's class is none of transformers; the directory holds something else; a write failed.
+        """
+        parts = SavedDecoder(
+            self.model, self.strategy, self.blocks, self.exit, self.threshold, self.max_draft, self.draft_heads
+        )
+        write(parts, path)
+
+    @classmethod
+    def load(cls, directory: Path, manifest: dict[str, Any]) -> CompiledDecoder:
+        """A saved one, in eval mode on the CPU; `eecompile.load` calls this.
+
+        Raises:
+            ArtifactError: Missing, truncated or altered files, or a class that the installed transformers does not have.
+        """
+        parts = read(directory, manifest)
+        found = cls(parts.model, parts.strategy, parts.blocks)
+        found.exit, found.threshold, found.max_draft = parts.exit, parts.threshold, parts.max_draft
+        found.draft_heads = parts.draft_heads
+        return found.eval()
 
     @torch.no_grad()
     def check(self, ids: Tensor, attention_mask: Tensor | None = None) -> None:
