@@ -94,6 +94,13 @@ def inspect(
             show_default="the program as it runs",
         ),
     ] = None,
+    speculation: Annotated[
+        bool,
+        typer.Option(
+            "--speculation",
+            help="Of a causal language model and texts (--data): what drafting at each exit would gain, on this machine.",
+        ),
+    ] = False,
     strategy: o.Strategy = "branchy",
     exits: o.Exits = None,
     head: o.Head = None,
@@ -123,6 +130,7 @@ def inspect(
     as_json = as_json or format == "json"
     with reporting(as_json) as out:
         from eecompile import inspect as show
+        from eecompile.cli import data as datas
         from eecompile.cli import inputs, models
         from eecompile.cli.text import TextOptions, Texts
         from eecompile.errors import EecompileError, near
@@ -135,6 +143,14 @@ def inspect(
             o.output(prediction), batch_axis=batch_axis, capture=capture, blocks=blocks, measure=measure, seed=seed
         )
         texts = Texts.of_model(TextOptions(tokenizer, text_column, label_column, max_length), model[-1], out.say)
+        if speculation:
+            if data is None or len(model) > 1:
+                raise EecompileError("--speculation takes one model, and --data with texts or batches of token ids")
+            loader = datas.loader(data, 1, texts, labels=False)  # a row at a time: no padding
+            report = models.decoder(model[0], wanted, loader, blocks).speculation(loader)
+            out.show(report)
+            out.result(report.to_dict())
+            return
         call = inputs.example(example, input, data, seed=seed, texts=texts)
         fast = models.compiled(model, wanted, options, call, out.say)
         if as_json:

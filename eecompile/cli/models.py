@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +112,10 @@ def compiled(
     chosen = strategy(wanted)
     if isinstance(chosen, SelfSpeculative):
         raise StrategyError(
-            "the command line does not run language models yet",
+            "the command line measures language models and does not rewrite them",
             got=chosen.name,
-            hint="in Python: eecompile(llm, strategies.SelfSpeculative(), example_kwargs=...).generate(...)",
+            hint="eecompile inspect MODEL --speculation --data FILE; to generate, in Python: "
+            "eecompile(llm, strategies.SelfSpeculative(), example_kwargs=...).generate(...)",
         )
     model: Any = last.model if len(each) == 1 else [e.model for e in each]
     return eecompile.eecompile(
@@ -125,6 +126,28 @@ def compiled(
         progress=progress,
         **vars(options),
     )
+
+
+def decoder(spec: str, wanted: StrategyRequest, loader: Iterable[Any], blocks: str | None) -> Any:
+    """The language model that the text names, split; a saved decoder as it is.
+
+    Args:
+        loader: Batches of token ids; the first one is the example.
+
+    Raises:
+        EecompileError: It cannot be found, is no causal language model, or there is no text.
+    """
+    found = find(spec).model
+    if isinstance(found, nn.Module) and hasattr(found, "speculation"):
+        return found
+    if not isinstance(found, nn.Module) or isinstance(found, CompiledModule):
+        raise EecompileError("this is no language model", where=spec, got=type(found).__name__, wanted="a causal decoder")
+    first = next(iter(loader), None)
+    if first is None:
+        raise EecompileError("there is no text to measure on", wanted="at least one batch of token ids")
+    chosen = strategy(replace(wanted, strategy=SelfSpeculative.name))
+    example = first if isinstance(first, dict) else {"input_ids": first[0] if isinstance(first, tuple | list) else first}
+    return eecompile.eecompile(found, chosen, example_kwargs=example, blocks=blocks)
 
 
 def parameters(model: nn.Module) -> list[str]:

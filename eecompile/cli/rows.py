@@ -1,4 +1,4 @@
-"""Rows of a CSV, TSV, JSON or JSON lines file: what a row holds, where it stands, and which columns are texts and labels."""
+"""Rows of a CSV, TSV, JSON or text file: what a row holds, where it stands, and which columns are texts and labels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any, TextIO
 from eecompile.errors import EecompileError, near
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-FORMATS = (*DELIMITERS, ".json", ".jsonl")
+FORMATS = (*DELIMITERS, ".json", ".jsonl", ".txt")
 TEXTS = ("text", "sentence", "content", "review")
 OBJECT = '{"text": ..., "label": ...}'
 LABELS = ("label", "labels", "class", "target")
@@ -51,7 +51,8 @@ def read(path: Path) -> list[Row]:
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(_table(file, path) if path.suffix in DELIMITERS else _objects(file, path))
+            parse = _table if path.suffix in DELIMITERS else _lines if path.suffix == ".txt" else _objects
+            rows = list(parse(file, path))
     except UnicodeDecodeError as error:
         raise EecompileError(
             "this file is not UTF-8",
@@ -89,6 +90,13 @@ def _table(file: TextIO, path: Path) -> Iterator[Row]:
         raise EecompileError("this file is no table", where=f"{path}, line {reader.line_num}", got=str(error)) from error
     finally:
         csv.field_size_limit(limit)
+
+
+def _lines(file: TextIO, path: Path) -> Iterator[Row]:
+    """Plain text: each line that is not blank is a row."""
+    for line, text in enumerate(file, 1):
+        if text.strip():
+            yield Row(f"{path}, line {line}", {TEXTS[0]: text.rstrip("\r\n")})
 
 
 def _objects(file: TextIO, path: Path) -> Iterator[Row]:

@@ -120,7 +120,7 @@ class Texts:
         ids = None if column is None else _labels(rows, column, config)
         most = self._most(tokenizer, config)
         tokens = self._tokens(tokenizer, rows, columns, most)
-        self._check(tokenizer, tokens, rows, path)
+        self._check(tokenizer, tokens, rows, path, alone=batch_size == 1)
         cut = self._cut(tokenizer, rows, columns, tokens, most)
         self.say(f"{path}: {len(rows)} rows, {max(len(t['input_ids']) for t in tokens)} tokens at most{cut}")
         data = [(t, None if ids is None else ids[i]) for i, t in enumerate(tokens)]
@@ -176,8 +176,10 @@ class Texts:
         cut = sum(n > most for n in lengths)
         return f"; {cut} of them were cut" if cut else ""
 
-    def _check(self, tokenizer: Any, tokens: Sequence[Tokens], rows: Sequence[files.Row], path: Path) -> None:
-        """Refuses tokens that the model would misread."""
+    def _check(
+        self, tokenizer: Any, tokens: Sequence[Tokens], rows: Sequence[files.Row], path: Path, *, alone: bool
+    ) -> None:
+        """Refuses tokens that the model would misread; rows that come `alone` are padded to the shortest it takes only."""
         names = [name for name in tokens[0] if name in self.takes]
         missing = [name for name in self.takes.needed if name not in names]
         if missing or "input_ids" not in names:
@@ -192,7 +194,7 @@ class Texts:
             if not one["input_ids"]:
                 raise EecompileError("a text has no tokens", where=row.where, got="an empty text", hint="remove the row")
         lengths = {len(t["input_ids"]) for t in tokens}
-        padded = len(lengths) > 1 or max(lengths) < self.takes.least
+        padded = (len(lengths) > 1 and not alone) or min(lengths) < self.takes.least
         if padded and tokenizer.pad_token is None:
             raise EecompileError(
                 "rows of different lengths need a padding token, and this tokenizer has none",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
+from math import isnan
 from pathlib import Path
 from typing import Any, cast
 
@@ -44,7 +45,8 @@ class GenerateTrace:
         return self.counts.accepted / self.counts.drafted if self.counts.drafted else float("nan")
 
     def to_dict(self) -> dict[str, Any]:
-        return {"sources": [list(s) for s in self.sources], "acceptance": self.acceptance, **asdict(self.counts)}
+        acceptance = None if isnan(self.acceptance) else self.acceptance
+        return {"sources": [list(s) for s in self.sources], "acceptance": acceptance, **asdict(self.counts)}
 
 
 class CompiledDecoder(nn.Module):
@@ -201,25 +203,34 @@ class CompiledDecoder(nn.Module):
         self.draft_heads[str(self.exit)] = head.to(states.device)
         return report
 
-    def calibrate(
-        self, loader: Iterable[Any], *, exits: Sequence[int] | None = None, positions: int = 2000, min_speed: float = 1.1
+    def speculation(
+        self, loader: Iterable[Any], *, exits: Sequence[int] | None = None, positions: int = 2000
     ) -> SpeculationReport:
-        """Chooses exit, threshold and length of drafts by acceptance on text and times on this machine.
+        """Acceptance on text and times on this machine for several exits, and the speed that follows; nothing is set.
 
         Args:
             loader: Batches of token ids, as for `fit`.
             exits: Numbers of blocks to try; by default those with a trained head, else some six evenly spaced ones.
             positions: Positions of text that acceptance is measured on.
-            min_speed: Projected speed over plain decoding below which nothing is set.
-
-        Raises:
-            StrategyError: The best projected speed is below `min_speed`; the message holds the table.
         """
         count = len(self.model.get_submodule(self.blocks))  # type: ignore[arg-type]
         if exits is None:
             exits = [int(e) for e in self.draft_heads] or list(range(1, count, max(1, (count - 1) // 6)))
         heads: Any = {int(e): head for e, head in self.draft_heads.items()}
-        report = project(self.model, self.blocks, exits, heads, loader, positions)
+        return project(self.model, self.blocks, exits, heads, loader, positions)
+
+    def calibrate(self, loader: Iterable[Any], *, min_speed: float = 1.1, **options: Any) -> SpeculationReport:
+        """Chooses exit, threshold and length of drafts by acceptance on text and times on this machine.
+
+        Args:
+            loader: Batches of token ids, as for `fit`.
+            min_speed: Projected speed over plain decoding below which nothing is set.
+            options: `exits=` and `positions=`, as for `speculation`.
+
+        Raises:
+            StrategyError: The best projected speed is below `min_speed`; the message holds the table.
+        """
+        report = self.speculation(loader, **options)
         best = report.best
         if best.speed < min_speed:
             raise StrategyError(

@@ -17,7 +17,7 @@ from eecompile.errors import StrategyError
 from eecompile.language.cache import SlotCache, Slots
 from eecompile.language.draft import DraftHead, text_batches
 from eecompile.language.split import Split
-from eecompile.training.report import Report, percent, stacked, table
+from eecompile.training.report import Report, json_safe, percent, stacked, table
 
 THRESHOLDS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 DRAFTS = (1, 2, 3, 4, 6, 8)
@@ -72,10 +72,8 @@ class SpeculationReport(Report):
         return max(self.candidates, key=lambda c: c.speed)
 
     def to_dict(self) -> dict[str, Any]:
-        return {
-            "candidates": [asdict(c) for c in self.candidates], "plain_ms": self.plain_ms, "positions": self.positions,
-            "best": asdict(self.best),
-        }  # fmt: skip
+        found: dict[str, Any] = json_safe({**vars(self), "candidates": [asdict(c) for c in self.candidates]})
+        return {**found, "best": json_safe(asdict(self.best))}
 
     def __rich__(self) -> RenderableType:
         rows = [

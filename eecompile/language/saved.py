@@ -117,18 +117,17 @@ def _strategy(manifest: dict[str, Any]) -> SelfSpeculative:
 
 
 def _model(manifest: dict[str, Any], weights: Path) -> nn.Module:
-    kind: Any = getattr(transformers, str(manifest["class"]), None)
-    if not (isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel)):
+    named = getattr(transformers, str(manifest["class"]), None)
+    if not (isinstance(named, type) and issubclass(named, transformers.PreTrainedModel)):
         raise ArtifactError(
             "the installed transformers has no such model",
             got=manifest["class"],
-            hint=f"transformers {transformers.__version__}",
+            hint=f"transformers {transformers.__version__} is installed",
         )
-    config = kind.config_class.from_dict(manifest["config"])
-    model: Any = kind(config).to(getattr(torch, manifest["dtype"]))
+    kind: Any = named
+    model: nn.Module = kind(kind.config_class.from_dict(manifest["config"])).to(getattr(torch, manifest["dtype"]))
     model.generation_config = transformers.GenerationConfig.from_dict(manifest["generation_config"])
     missing, unexpected = load_model(model, weights)
     if missing or unexpected:
         raise ArtifactError("the saved weights are not those of the model", got=", ".join([*missing, *unexpected][:6]))
-    found: nn.Module = model.eval()
-    return found
+    return model.eval()

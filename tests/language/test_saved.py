@@ -7,12 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
 from torch import nn
+from transformers import PreTrainedTokenizerFast
 
 from eecompile import ArtifactError, EecompileError, eecompile, load, strategies
 from eecompile.cli.models import saved
 from eecompile.language import CompiledDecoder
-from tests.language.decoders import decoder, prompts
+from tests.cli.shell import call, found
+from tests.language.decoders import V, decoder, prompts
 
 
 def compiled(model: nn.Module, **options: Any) -> Any:
@@ -65,3 +70,21 @@ def test_what_cannot_be_saved_or_loaded_is_said(tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
     with pytest.raises(ArtifactError, match="altered"):
         load(tmp_path / "saved")
+
+
+def test_the_command_line_measures_what_drafting_would_gain(tmp_path: Path) -> None:
+    words = ["<pad>", "<s>", "</s>", *(f"w{i}" for i in range(3, V))]
+    backend = Tokenizer(WordLevel({w: i for i, w in enumerate(words)}, unk_token="w3"))
+    backend.pre_tokenizer = Whitespace()
+    model = decoder("llama", dtype=torch.float32)
+    model.save_pretrained(tmp_path / "llm")
+    PreTrainedTokenizerFast(tokenizer_object=backend).save_pretrained(tmp_path / "llm")  # without a padding token
+    (tmp_path / "texts.txt").write_text("\n".join(" ".join(words[3 + i : 12 + 2 * i]) for i in range(6)) + "\n\n")
+    compiled(model).save(tmp_path / "saved")
+    tokenizer = ("--tokenizer", str(tmp_path / "llm"))
+    for args in ((str(tmp_path / "llm"), "--option", "exit=1"), (str(tmp_path / "saved"), *tokenizer)):
+        report = found("inspect", *args, "--speculation", "--data", str(tmp_path / "texts.txt"))
+        assert [c["exit"] for c in report["candidates"]] == [1, 2, 3]
+        assert report["positions"] == sum(9 + i for i in range(6))
+    assert "plain decoding takes" in call("inspect", *args, "--speculation", "--data", str(tmp_path / "texts.txt")).stdout
+    assert "--data with texts" in call("inspect", str(tmp_path / "llm"), "--speculation", code=2).stderr
