@@ -1,7 +1,9 @@
 """How sure an exit is: the criteria, as options. What each computes is in `kernels/confidence.py`.
 
 All of them give a confidence in [0, 1], higher is surer, from logits `[n, C]` (or `[n, S, C]`, reduced over the
-positions). A sample leaves where `confidence >= threshold`; NaN is never sure.
+positions). One logit alone, `C = 1`, says yes or no: it is compared with 0, the logit of no.
+
+A sample leaves where `confidence >= threshold`; NaN is never sure.
 """
 
 from __future__ import annotations
@@ -21,6 +23,9 @@ class Criterion:
 
     Args:
         reduce: How the positions of an output `[n, S, C]` become one confidence per row: "min", "mean" or "last".
+        multi_label: Whether each score of `[n, C]` says yes or no by itself, of labels that may hold at once; they are then
+            reduced as positions are, so that a row is as sure as its least sure label. Set by itself where a model ends in a
+            sigmoid.
     """
 
     name: ClassVar[str] = ""
@@ -30,6 +35,7 @@ class Criterion:
     default_threshold: ClassVar[float] = 0.9
 
     reduce: str = "min"
+    multi_label: bool = False
 
     def __post_init__(self) -> None:
         if self.reduce not in REDUCTIONS:
@@ -42,6 +48,12 @@ class Criterion:
     @property
     def patience(self) -> int:
         return 1
+
+    @property
+    def at_end(self) -> Criterion:
+        """What is reported at the model's own end, where there is neither a learned score nor a router."""
+        other = self.learned or self.routed
+        return MaxProbability(reduce=self.reduce, multi_label=self.multi_label) if other else self
 
     def to_dict(self) -> dict[str, Any]:
         return {"name": self.name, **asdict(self)}

@@ -90,7 +90,7 @@ class CompiledModule(nn.Module):
         train_mode: What train mode trains, and how gates decide in it.
         guarantee: Of the last `calibrate`; `explain` says whether it still holds.
         digest: Of the weights, with what they were then, for the guarantee.
-        trained_by_loss: Whether `fit` was last given loss=: the largest score may be no answer then.
+        task: What the model is for, as `fit` found it last or the user set it; see `eecompile.training.tasks`.
     """
 
     accepts_loss_kwargs = False  # of transformers.Trainer: `num_items_in_batch` among the arguments
@@ -119,7 +119,7 @@ class CompiledModule(nn.Module):
         self.train_mode = TrainMode(trunk=strategy.joint)
         self.training_graphs = TrainingGraphs(program, self.origin, strategy.recipe().equilibrium)
         self.objectives: dict[str, Objective] = {}
-        self.trained_by_loss = False
+        self.task: str | None = None
         self.guarantee: Guarantee | None = None
         self.digest: tuple[list[Any], str] | None = None
         self.seen = Seen()

@@ -127,7 +127,7 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     fast = CompiledModule(program, strategy, executor=data["executor"], backend=data["backend"], origin=origin)
     if trained is not None:
         fast.training_graphs.signature, fast.training_graphs.exported = trained
-    fast.trained_by_loss = data["trained_by_loss"]
+    fast.task = data.get("task")
     fast.guarantee = None if data["guarantee"] is None else Guarantee.from_dict(data["guarantee"])
     try:
         fast.live.restore(data["settings"])

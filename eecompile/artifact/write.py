@@ -69,7 +69,7 @@ def write(fast: CompiledModule, path: str | Path) -> None:
         "gates": _gates(fast),
         "routes": _routes(fast),
         "stages": [s.flops for s in program.stages],
-        "trained_by_loss": fast.trained_by_loss,
+        "task": fast.task,
         "guarantee": None if fast.guarantee is None else fast.guarantee.to_dict(),
         "notes": list(fast.notes),
         "autocast": sorted(str(d).removeprefix("torch.") for d in fast.entry.autocast.verified),

@@ -20,8 +20,18 @@ from eecompile.errors import CalibrationError
 from eecompile.ir.settings import Settings
 from eecompile.result import Result
 from eecompile.training.batches import Batch, batches
-from eecompile.training.scores import IGNORE, agreement, check_labels, measure, right
+from eecompile.training.scores import (
+    IGNORE,
+    agreement,
+    check_labels,
+    choice,
+    class_labels,
+    measure,
+    over_classes,
+    right,
+)
 from eecompile.training.subgroups import groups_of, indexed
+from eecompile.training.tasks import ANSWERS, check_task, own_task
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -42,11 +52,14 @@ class Logits:
     whole: bool = True
 
     def add(self, keys: Tensor, outputs: tuple[Tensor, ...], labels: Tensor) -> None:
-        """`outputs` E + 1 of `[B, C]` or `[B, S, C]`, `labels` `[B]` or `[B, S]`, `keys` `[B]`."""
-        stacked = torch.stack([output.detach().float().cpu() for output in outputs], -2)
-        if labels.ndim == 2:
+        """`outputs` E + 1 of `[B, C]` or `[B, S, C]`, `labels` `[B]`, `[B, S]` or as `outputs`, `keys` `[B]`."""
+        outputs = tuple(over_classes(output.detach().float().cpu(), labels) for output in outputs)
+        if labels.shape[1:] == (1,):
+            outputs, labels = tuple(output[:, 0] for output in outputs), labels[:, 0]
+        stacked = torch.stack(outputs, -2)
+        if labels.ndim > 1:
             real = labels != IGNORE
-            keys = keys[:, None].expand(labels.shape)[real]
+            keys = keys.view(-1, *(1,) * (labels.ndim - 1)).expand(labels.shape)[real]
             stacked, labels, self.whole = stacked[real], labels[real], False
         self.keys.append(keys)
         self.logits.append(stacked)
@@ -175,10 +188,13 @@ class Source:
             check_unit(torch.stack(found, 1), batch.where)
             return torch.stack(found, 1), valid, None
         if batch.labels is not None or self.options.target == "accuracy":
+            if batch.index == 0:
+                check_task(self.fast, batch.labels, CalibrationError)
             labels = check_labels(full, batch.labels, batch.where, CalibrationError)
             valid = right(full, labels)[1].cpu()
         if self.options.target == "agreement":
-            return torch.stack([agreement(o, full, labels).cpu() for o in outputs], 1), valid, labels
+            each = own_task(self.fast) == ANSWERS
+            return torch.stack([agreement(o, full, labels, each).cpu() for o in outputs], 1), valid, labels
         assert labels is not None
         return torch.stack([right(o, labels)[0].cpu() for o in outputs], 1), valid, labels
 
@@ -192,10 +208,12 @@ class Members:
     found: list[str] = field(default_factory=list)
     start: int = 0
 
-    def add(self, batch: Batch, labels: Tensor | None, valid: Tensor) -> None:
+    def add(self, batch: Batch, scores: Tensor, labels: Tensor | None, valid: Tensor) -> None:
+        """Rows of a batch with predictions like `scores` and checked labels."""
         n = len(valid)
-        if labels is not None and labels.ndim == 1:
-            self.labels.append(labels.cpu()[valid])
+        classes = None if labels is None else class_labels(scores, labels)
+        if classes is not None:
+            self.labels.append(classes.cpu()[valid])
         if self.groups is not None and not isinstance(self.groups, str):
             mine = groups_of(self.groups, batch, self.start, n)
             self.found += [g for g, v in zip(mine, valid.tolist(), strict=True) if v]
@@ -245,12 +263,13 @@ def collect(source: Source, settings: Settings, *, temperatures: bool, seed: int
         outputs = result.outputs
         keys = torch.rand(outputs[-1].shape[0], generator=generator, dtype=torch.float64)
         score, valid, labels = source.scores(outputs, outputs[-1], batch)
-        members.add(batch, labels, valid)
+        members.add(batch, outputs[-1], labels, valid)
         if kept is not None and labels is not None:
             scored = result.trace.separate if surest and result.trace.separate else outputs
             kept.add(keys[valid], tuple(o.cpu()[valid] for o in scored), labels.cpu()[valid])
-        if source.options.metric is None and outputs[-1].ndim == 2:
-            parts["predictions"].append(torch.stack([o.argmax(1) for o in outputs], 1).cpu()[valid])
+        several = own_task(source.fast) == ANSWERS and outputs[-1].shape[-1] > 1
+        if source.options.metric is None and outputs[-1].ndim == 2 and not several:
+            parts["predictions"].append(torch.stack([choice(o) for o in outputs], 1).cpu()[valid])
         parts["keys"].append(keys[valid])
         parts["confidences"].append(torch.stack([c.float().cpu() for c in result.confidences], 1)[valid])
         parts["score"].append(score[valid])

@@ -246,7 +246,8 @@ def _run(line: Line, source: Source, settings: Settings, options: Options) -> tu
             full = result.outputs[-1] if full is None else full
             score, valid, labels = source.scores([result.outputs[-1]], full, batch)
             found.append((score[valid, 0], result.cost.double().cpu()[valid], line.shares(result).cpu()[valid]))
-        members.add(batch, labels, valid)
+        assert full is not None
+        members.add(batch, full, labels, valid)
         keys.append(torch.rand(int(valid.sum()), generator=generator, dtype=torch.float64))
     if sum(map(len, keys)) < 2:
         raise CalibrationError("too few rows to calibrate on", got=f"{sum(map(len, keys))} rows with a label", wanted="2")

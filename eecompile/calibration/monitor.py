@@ -26,6 +26,8 @@ from eecompile.calibration.sequences import LowerBound, MeanAbove, mix_evidence,
 from eecompile.errors import CalibrationError, DriftWarning, near
 from eecompile.ir.settings import EXITS
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
+from eecompile.training.scores import agreement, choice
+from eecompile.training.tasks import ANSWERS, own_task
 from eecompile.writing import write_whole
 
 REACTIONS = ("warn", "close", "recalibrate")
@@ -308,15 +310,13 @@ class Monitor:
     def _differ(self, early: Tensor, full: Tensor) -> Tensor:
         if self.compare is not None:
             return self.compare(early, full).detach().double().cpu()
-        return (early.argmax(-1) != full.argmax(-1)).double().flatten(1).mean(1).cpu() if early.ndim > 2 else (
-            early.argmax(-1) != full.argmax(-1)
-        ).double().cpu()  # fmt: skip
+        return (1 - agreement(early, full, each=own_task(self.fast) == ANSWERS)).cpu()
 
     def _remember(self, ids: Sequence[Any], early: Tensor, full: Tensor) -> None:
-        if early.ndim != 2:
+        if early.ndim != 2 or (early.shape[1] > 1 and own_task(self.fast) == ANSWERS):
             raise CalibrationError("late labels are for one class for each row", got=f"predictions {list(early.shape)}")
         with self.lock:
-            self.waiting.update(zip(ids, zip(early.argmax(1).tolist(), full.argmax(1).tolist(), strict=True), strict=True))
+            self.waiting.update(zip(ids, zip(choice(early).tolist(), choice(full).tolist(), strict=True), strict=True))
             while len(self.waiting) > MOST_WAITING:
                 self.waiting.popitem(last=False)
 

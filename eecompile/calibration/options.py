@@ -8,10 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from eecompile.calibration.risk import rows_needed
 from eecompile.errors import CalibrationError, near
-from eecompile.passes import facts
-from eecompile.passes.split_tail import SAME, SIGMOIDS
 from eecompile.training.full import skips
 from eecompile.training.scores import Metric
+from eecompile.training.tasks import ANSWERS, no_choice
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -109,14 +108,14 @@ class Options:
         given: Any = self.static
         if given is not None and not (isinstance(given, tuple) and len(given) == 2 and callable(given[0])):
             raise CalibrationError("static= is a model and its cost", got=type(given).__name__, wanted="(model, 0.4)")
-        other = _no_classes(fast) if self.target == "agreement" else ""
+        other = no_choice(fast) if self.target == "agreement" else ""
         if other:
             raise CalibrationError(
-                "agreement compares the class of the largest score, which is not what this model is for",
+                "agreement compares the classes that predictions choose, and these choose none",
                 got=other,
-                wanted="one class of several for each row",
-                hint="give the full model's answers as labels, [(x, fast.full(x))], and metric=lambda z, y: ... that "
-                "compares them, for several labels ((z > 0) == (y > 0)).all(-1).double()",
+                wanted="one class of several for each row, or a yes or no to each score",
+                hint=f'fast.task = "{ANSWERS}" where a score above 0 is a yes; else give the full model\'s answers as '
+                "labels, [(x, fast.full(x))], and metric=lambda z, y: ... that compares them",
             )
 
     def stays_open(self, fast: CompiledModule) -> bool:
@@ -140,23 +139,6 @@ class Options:
 def combination_of(fast: CompiledModule) -> str:
     """How the exits answer: "last", "ensemble", "confident" or "weighted"."""
     return str(getattr(fast.exits[0], "combine", "last")) if fast.exits else "last"
-
-
-def _no_classes(fast: CompiledModule) -> str:
-    """Why the largest score is no answer; empty where it is."""
-    if getattr(fast, "trained_by_loss", False):
-        return "a program that was trained with loss="
-    program = getattr(fast, "program", None)
-    if program is None or program.prediction.index is None:
-        return ""
-    tail = program.prediction.tail
-    if tail is not None and program.prediction.index in tail.slots:
-        end = facts.output_leaves(tail.module)[tail.slots.index(program.prediction.index)]
-        while end.target in SAME:
-            end = end.args[0]
-        if end.target in SIGMOIDS:
-            return "a model that ends in a sigmoid: each score is a yes or no of its own"
-    return "one score for each row" if program.prediction_leaf.shape[-1] == 1 else ""
 
 
 def split_sizes(n: int, max_drop: float, delta: float | None) -> tuple[int, int]:

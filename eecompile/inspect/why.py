@@ -16,6 +16,7 @@ from eecompile.training.batches import Batch
 from eecompile.training.full import full_prediction
 from eecompile.training.objectives import outputs_of
 from eecompile.training.report import Report, json_safe
+from eecompile.training.scores import choice
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -207,4 +208,4 @@ def where(fast: CompiledModule, *args: Any, **kwargs: Any) -> Departures:
 
 
 def _classes(output: Tensor) -> list[int] | None:
-    return [int(c) for c in output.argmax(-1).tolist()] if output.ndim == 2 else None
+    return [int(c) for c in choice(output).tolist()] if output.ndim == 2 else None

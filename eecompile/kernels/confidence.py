@@ -37,6 +37,15 @@ CRITERIA = ("max_probability", "entropy", "margin", "energy", "patience", "learn
 REDUCTIONS = ("min", "mean", "last")
 
 
+def yes_or_no(logits: Tensor, multi_label: bool = False) -> Tensor:
+    """What a criterion compares: the logits `[..., C]` as they are, or those of no, which is 0, and of yes.
+
+    The latter, `[..., 2]` of one logit `[..., 1]`, and with `multi_label` `[n, C, 2]` of `[n, C]`.
+    """
+    each = logits.unsqueeze(-1) if multi_label else logits
+    return torch.cat((torch.zeros_like(each), each), -1) if each.shape[-1] == 1 else each
+
+
 # --- definition -----------------------------------------------------------------------------------
 
 

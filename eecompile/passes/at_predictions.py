@@ -11,6 +11,7 @@ from eecompile.errors import PassError, StrategyError
 from eecompile.ir.recipes import ExitRecipe
 from eecompile.passes import facts, sites
 from eecompile.passes.carried import Carried, brought_exit
+from eecompile.passes.split_tail import criterion_of
 from eecompile.program import Cut, Exit, Program
 
 
@@ -40,7 +41,7 @@ def at_predictions(
                 cut=name,
                 depth=cut.depth,
                 head="",
-                criterion=recipe.criterion,
+                criterion=criterion_of(program, recipe),
                 head_flops=decision_flops_per_class * site.classes,
                 anchor=cut.anchor,
                 head_inputs=(cut.value,),

@@ -15,6 +15,7 @@ from eecompile.ir.recipes import ExitRecipe
 from eecompile.ir.settings import EXITS, TEMPERATURES, Settings
 from eecompile.passes import facts
 from eecompile.passes.carried_gates import CarriedGates, CarriedHalts, carried_gates, carried_halts, originals
+from eecompile.passes.split_tail import criterion_of
 from eecompile.program import Anchor, Cut, Exit, Place, Program
 
 if TYPE_CHECKING:
@@ -190,7 +191,7 @@ def brought_exit(program: Program, cut: Cut, one: Carried, recipe: ExitRecipe) -
         StrategyError: Its criterion is another one than the cascade's.
         PassError: What its head reads is not found.
     """
-    mine, criterion = one.exit.criterion, recipe.criterion
+    mine, criterion = one.exit.criterion, criterion_of(program, recipe)
     if mine != criterion:
         raise StrategyError(
             "the exits of one program share a criterion",

@@ -263,11 +263,24 @@ class _Marker(GraphWriter):
             options["mask"] = mask
         if criterion.stateful and index < len(self.program.exits):
             options["threshold"] = self._threshold(name, index)
+        if not criterion.learned:
+            logits = self._yes_or_no(name, logits, criterion.multi_label)
         args = (logits, self.state if criterion.stateful else None, criterion.name, number)
         call = self.call_like(f"{name}_decision", None, torch.ops.eecompile.confidence.default, *args, **options)
         self.confidences.append(self._role(self.item(f"{name}_confidence", call, 0), "confidence"))
         if criterion.stateful:
             self.state = self._role(self.item(f"{name}_state", call, 1), "state")
+
+    def _yes_or_no(self, name: str, logits: fx.Node, multi_label: bool) -> fx.Node:
+        """As `kernels.confidence.yes_or_no`; a model captured as blocks computes its decisions outside of the graph."""
+        if self.program.front_end == "blocks":
+            return logits
+        if multi_label:
+            logits = self.call(f"{name}_labels", aten.unsqueeze.default, logits, -1)
+        if facts.shape(logits)[-1] != 1:
+            return logits
+        no = self.call(f"{name}_no", aten.zeros_like.default, logits)
+        return self.call(f"{name}_yes_or_no", aten.cat.default, [no, logits], -1)
 
     def finish(self) -> None:
         output = self.graph.output_node()
@@ -276,9 +289,7 @@ class _Marker(GraphWriter):
         final = self.prediction
         if self.axis:
             final = self.call_like("prediction_rows", None, aten.movedim.int, final, self.axis, 0)
-        criterion = exits[-1].criterion if exits else MaxProbability()
-        if criterion.learned or criterion.routed:  # there is no score after the last layer
-            criterion = MaxProbability(reduce=criterion.reduce)
+        criterion = exits[-1].criterion.at_end if exits else MaxProbability()
         mask = self._mask(exits[-1], final) if exits else None
         self._confidence("model", final, criterion, len(exits), mask)
         self.outputs.append(final)

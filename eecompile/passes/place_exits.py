@@ -19,6 +19,7 @@ from eecompile.passes.at_predictions import at_predictions
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.carried import Brought
 from eecompile.passes.find_cuts import cuts_before
+from eecompile.passes.split_tail import criterion_of
 from eecompile.program import Cut, Exit, Program, Refusal
 
 DECISION_FLOPS_PER_CLASS = 8  # exp, sums, a maximum and a comparison
@@ -207,7 +208,7 @@ class Candidates:
             cut=cut.name,
             depth=cut.depth,
             head="",
-            criterion=self.recipe.criterion,
+            criterion=criterion_of(self.program, self.recipe),
             head_flops=cost,
             anchor=cut.anchor,
             head_inputs=inputs,

@@ -11,12 +11,15 @@ the whole batch, so that rows that left early get in every output what the model
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from torch import fx
 
+from eecompile.criteria import Criterion
+from eecompile.errors import StrategyError
+from eecompile.ir.recipes import ExitRecipe
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.program import Program, Tail
@@ -76,6 +79,38 @@ def logits_of(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     if end.target in SOFTMAXES and end.args[1] not in (-1, len(facts.shape(z)) - 1):
         return node, None
     return z, end
+
+
+def ends_in_sigmoid(program: Program) -> bool:
+    """Whether each score of the prediction is the probability of a yes."""
+    tail = program.tail
+    if tail is None or program.prediction not in tail.slots:
+        return False
+    end = facts.output_leaves(tail.module)[tail.slots.index(program.prediction)]
+    while end.target in SAME:
+        end = end.args[0]  # type: ignore[assignment]
+    return end.target in SIGMOIDS
+
+
+def criterion_of(program: Program, recipe: ExitRecipe) -> Criterion:
+    """The criterion of exits, with what the model's end says of its scores.
+
+    Raises:
+        StrategyError: Exits answer together, or labels may hold at once, where that is not defined.
+    """
+    assert program.prediction is not None
+    shape, found = program.signature.outputs[program.prediction].shape, recipe.criterion
+    if shape[-1] != 1 and len(shape) == 2 and ends_in_sigmoid(program):
+        found = replace(found, multi_label=True)
+    if found.multi_label and len(shape) != 2:
+        raise StrategyError("multi_label is for scores [B, C]", got=f"[{', '.join(map(str, shape))}]")
+    if recipe.combine in ("ensemble", "weighted") and (found.multi_label or shape[-1] == 1):
+        raise StrategyError(
+            "an ensemble multiplies the probabilities of several classes",
+            got=f"combine={recipe.combine!r}, and scores that each say yes or no",
+            wanted='combine="last" or "confident"',
+        )
+    return found
 
 
 class _Reader:

@@ -17,7 +17,7 @@ from eecompile.measuring import interleaved
 from eecompile.training.batches import batches, device_of
 from eecompile.training.evaluate import evaluate
 from eecompile.training.evaluation_report import EvaluationReport
-from eecompile.training.scores import check_labels
+from eecompile.training.scores import check_labels, choice, class_labels
 
 TIMED = 48  # rows that are timed one by one
 REPEATS = 3
@@ -90,8 +90,12 @@ def gather(fast: Any, loader: Iterable[Any]) -> Gathered:
             raise EecompileError(
                 "a report shows classifiers", got=f"outputs {list(outputs[-1].shape)}", wanted="class scores [B, C]"
             )
-        labels = check_labels(outputs[-1], batch.labels, batch.where)
-        predictions = torch.stack([o.argmax(1) for o in outputs], 1)
+        labels = class_labels(outputs[-1], check_labels(outputs[-1], batch.labels, batch.where))
+        if labels is None:
+            raise EecompileError(
+                "a report shows classifiers", got="several labels that may hold at once", wanted="one class for each row"
+            )
+        predictions = torch.stack([choice(o) for o in outputs], 1)
         right = predictions == labels[:, None]
         parts["index"].append(result.exit_index.cpu())
         parts["labels"].append(labels.cpu())

@@ -21,6 +21,7 @@ from eecompile.errors import CaptureError, UnsupportedModelError
 from eecompile.ir.settings import EXITS, TEMPERATURES_BUFFER, Settings
 from eecompile.kernels.combine import ensemble, keep_best, weighted_ensemble
 from eecompile.kernels.confidence import confidence as confidence_of
+from eecompile.kernels.confidence import yes_or_no
 from eecompile.passes.insert_exits import COMBINATION, masks_positions
 from eecompile.program import Program
 from eecompile.runtime.limits import Allowance
@@ -257,7 +258,7 @@ class _Call:
             logits, self.memory = weighted_ensemble(logits, self.memory, own.weights, own.bias, index)  # type: ignore[arg-type]
             judged = judged if e.criterion.learned else logits
         found, state = confidence_of(
-            judged,
+            judged if e.criterion.learned else yes_or_no(judged, e.criterion.multi_label),
             self.state if e.criterion.stateful else None,
             e.criterion.name,
             self.temperatures[index],
@@ -301,15 +302,14 @@ class _Call:
         mine = prediction if rows is None else prediction.index_select(0, rows)
         confidence = None
         if self.want_confidence:
-            e = self.program.exits[-1]
-            name = "max_probability" if e.criterion.learned else e.criterion.name
+            criterion = self.program.exits[-1].criterion.at_end
             confidence, _ = confidence_of(
-                mine,
-                self.state if e.criterion.stateful else None,
-                name,
+                yes_or_no(mine, criterion.multi_label),
+                self.state if criterion.stateful else None,
+                criterion.name,
                 self.temperatures[-1],
-                patience=e.criterion.patience,
-                reduce=e.criterion.reduce,
+                patience=criterion.patience,
+                reduce=criterion.reduce,
                 mask=self.positions_mask(),
             )
         self.in_.finish(mine, confidence)

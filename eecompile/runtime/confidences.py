@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from eecompile.criteria import Criterion, MaxProbability
-from eecompile.kernels.confidence import confidence
+from eecompile.criteria import Criterion
+from eecompile.kernels.confidence import confidence, yes_or_no
 
 
 def confidences_of(
@@ -29,13 +29,12 @@ def confidences_of(
     state = None
     for k, logits in enumerate(outputs):
         last = k == len(outputs) - 1
-        own = last and (criterion.learned or criterion.routed)
-        kind = MaxProbability(reduce=criterion.reduce) if own else criterion
+        kind = criterion.at_end if last else criterion
         if kind.routed:  # a router's probability has nothing to do with the exit's output
             assert scores is not None
             found.append(scores[k])
             continue
-        scored = scores[k].unsqueeze(-1) if scores is not None and kind.learned else logits
+        scored = scores[k].unsqueeze(-1) if scores is not None and kind.learned else yes_or_no(logits, kind.multi_label)
         value, state = confidence(
             scored,
             state if kind.stateful else None,

@@ -14,8 +14,9 @@ from eecompile.training.curve import degradation, first_exit, sweep, thresholds_
 from eecompile.training.evaluation_report import EvaluationReport, ExitRow, GateShare
 from eecompile.training.full import branches, full_prediction, gate_names, halts
 from eecompile.training.route_report import RouteShare, route_shares
-from eecompile.training.scores import Metric, agreement, check_labels, measure, right
+from eecompile.training.scores import Metric, agreement, check_labels, class_labels, measure, right
 from eecompile.training.subgroups import GroupRow, check_groups, group_rows, groups_of, indexed
+from eecompile.training.tasks import ANSWERS, check_task, no_choice, own_task
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -64,7 +65,7 @@ def evaluate(
         return report
     check_groups(groups, loader)
     device = device_of(fast)
-    seen = Seen(metric, groups)
+    seen = Seen(fast, metric, groups)
     for batch in batches(loader, device):
         result = fast.observe(*batch.args, **batch.kwargs)
         if not result.outputs or not result.confidences:
@@ -96,8 +97,8 @@ def halting_curve(
 class Seen:
     """What is kept of every batch: a few numbers per row and exit, on the CPU."""
 
-    def __init__(self, metric: Metric | None, groups: Any = None) -> None:
-        self.metric, self.groups = metric, groups
+    def __init__(self, fast: CompiledModule, metric: Metric | None, groups: Any = None) -> None:
+        self.fast, self.metric, self.groups = fast, metric, groups
         self.classes: list[Tensor] = []
         self.group: list[str] = []
         self.index: list[Tensor] = []
@@ -124,6 +125,8 @@ class Seen:
                 got="labels" if has else "no labels",
                 wanted="labels in all of them or in none",
             )
+        if self.has_labels is None and self.metric is None:
+            check_task(self.fast, labels)
         self.has_labels = has
         valid = torch.ones(n, dtype=torch.bool)
         if self.metric is not None:
@@ -137,12 +140,15 @@ class Seen:
                 self.scores.append(torch.stack([score for score, _ in pairs], 1).cpu())
                 valid = pairs[-1][1].cpu()
                 self.full.append(right(full, checked)[0].cpu())
-                if checked.ndim == 1:
-                    self.classes.append(checked.cpu())
+                found = class_labels(full, checked)
+                if found is not None:
+                    self.classes.append(found.cpu())
             else:
                 classes(outputs[-1], where)
                 checked = None
-            self.same.append(torch.stack([agreement(o, full, checked) for o in outputs], 1).cpu())
+            if has or not no_choice(self.fast):
+                each = own_task(self.fast) == ANSWERS
+                self.same.append(torch.stack([agreement(o, full, checked, each) for o in outputs], 1).cpu())
         if result.gates is not None:
             self.gates.append(result.gates.double().cpu())
         if result.steps is not None:

@@ -25,7 +25,7 @@ from eecompile.program import Exit
 from eecompile.training.batches import Batch, batches, empty_loader, iterate, length_of
 from eecompile.training.cache import Cache
 from eecompile.training.objectives import Objective, PerExitLoss
-from eecompile.training.scores import IGNORE
+from eecompile.training.scores import check_labels, labelled
 from eecompile.training.stages import parts_of
 from eecompile.training.state import reseed
 
@@ -229,13 +229,15 @@ class Collector:
                 kept[slot.key(read)] = self._read(slot, read, values)
             if slot.mask:
                 kept[slot.key("mask")] = values[slot.exit.mask_input or ""]
+        if self.classes and labels is not None:
+            labels = check_labels(model, labels, batch.where).cpu()
         if self.classes and model.ndim == 3:  # one row for each position that has a label
-            real = torch.ones(model.shape[:2], dtype=torch.bool) if labels is None else labels != IGNORE
+            real = torch.ones(model.shape[:2], dtype=torch.bool) if labels is None else labelled(model, labels)
             at = at.unsqueeze(1).expand(real.shape)[real.cpu()]
             kept = {name: value[real] for name, value in kept.items()}
             labels = None if labels is None else labels[real]
         elif self.classes and labels is not None:
-            real = labels != IGNORE
+            real = labelled(model, labels)
             kept, labels, at = {n: v[real] for n, v in kept.items()}, labels[real], at[real.cpu()]
         for name, value in kept.items():
             scores = name == MODEL or name.endswith((".logits", ".shared"))  # of a class that is ruled out, -inf

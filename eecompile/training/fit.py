@@ -25,6 +25,7 @@ from eecompile.training.plan import Event, Plan
 from eecompile.training.report import FitReport
 from eecompile.training.scores import Metric
 from eecompile.training.stages import stages_of
+from eecompile.training.tasks import OWN, REGRESSION, first_batch, squared_error, task_of
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -89,7 +90,8 @@ def fit(
             optimizer; it is stepped after every optimizer step.
         objective: Name, dict or instance (`training/objectives`); by default that of `fast.strategy`. The price of gates
             comes on top, unless it is in there ("exits+gate_cost"); then only the stages that it can train are run.
-        loss: `(output, labels) -> scalar` for a task that is not classification; instead of `objective`.
+        loss: `(output, labels) -> scalar`, instead of `objective`. By default what fits the labels: cross entropy, binary
+            cross entropy or mean squared error (`training/tasks.py`); the report says which.
         metric: `(prediction, labels) -> [B]`, higher is better; shown instead of accuracy.
         val_loader: Measured after every epoch.
         patience: Stop after this many epochs without a smaller validation loss, and keep the best epoch's
@@ -143,6 +145,11 @@ def fit(
         two_stage = trunk is not False and bool(getattr(strategy, "two_stage", False))
     if trunk is None:
         trunk = bool(getattr(strategy, "joint", False))
+    task = OWN
+    if loss is None:
+        labels, loader = first_batch(loader)
+        task = task_of(fast, labels) or ""
+        loss = squared_error if task == REGRESSION and objective is None else None
     chosen = PerExitLoss(loss) if loss is not None else objective_of(fast, objective)
     asked = tuple(getattr(strategy, "stages", ()))
     stages = stages_of(epochs, trunk, two_stage, asked, chosen, heads_first=cached is True)
@@ -171,10 +178,12 @@ def fit(
         decay=weight_decay,
         accelerator=accelerator is not None,
         epochs=epochs,
+        task=task,
     )
     if any(stage.trunk for stage in stages):
         fast.own_trunk(in_place=train_in_place)
-    fast.trained_by_loss = loss is not None
+    if task:
+        fast.task = task
     checkpoints = None if checkpoint_dir is None else Checkpoints(checkpoint_dir)
     return Loop(fast, loader, val_loader, plan, checkpoints, accelerator).run(resume)
 

@@ -37,6 +37,7 @@ from eecompile.training.settings import settings, trained_tensors
 from eecompile.training.stages import gates_deciding
 from eecompile.training.state import decode, encode, random_state, reseed, restore_random_state
 from eecompile.training.step import Step, gated, routed, scored
+from eecompile.training.tasks import loss_said
 from eecompile.training.workers import make_accelerator, shard
 
 if TYPE_CHECKING:
@@ -112,6 +113,8 @@ class Loop:
             routes=list(getattr(self.fast, "route_names", ())),
             score="accuracy" if self.plan.metric is None else "metric",
             objective=self.plan.objective.to_dict(),
+            task=self.plan.task,
+            loss=loss_said(self.fast, self.plan.task),
             steps=self.at.step,
             resumed_from=self.resumed_from,
             stopped_early=self.at.stopped_early,

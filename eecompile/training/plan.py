@@ -83,6 +83,7 @@ class Plan:
     decay: float | None = None  # the caller's weight decay; `weight_decay` is what optimizers get
     accelerator: bool = False  # whether the caller gave one
     epochs: int = 1
+    task: str = ""  # found from the labels; empty where they do not say
 
     def objective_in(self, stage: StagePlan) -> Objective:
         return self.objective if stage.objective is None else stage.objective

@@ -172,6 +172,8 @@ class FitReport(Report):
         routes: Names of the router's routes, the model's own last.
         score: What `scores` hold: "accuracy" or "metric".
         objective: The objective, as a dict.
+        task: "classification", "multi_label" or "regression", as the labels have it; "own loss" with `loss=`.
+        loss: What was minimised in place of cross entropy, where that was found from the labels.
         steps: Optimiser steps in all.
         resumed_from: Step of the checkpoint that this run started from, None for a fresh run.
         stopped_early: Whether the validation loss stopped getting better.
@@ -193,6 +195,8 @@ class FitReport(Report):
     routes: list[str] = field(default_factory=list)
     score: str = "accuracy"
     objective: dict[str, Any] = field(default_factory=dict)
+    task: str = ""
+    loss: str = ""
     steps: int = 0
     resumed_from: int | None = None
     stopped_early: bool = False
@@ -287,6 +291,8 @@ class FitReport(Report):
         if counted:
             notes.append("mean steps: of a row" + ("; KL: from the prior, while training" if prior else ""))
         lines = ["; ".join(notes)]
+        if self.loss:
+            lines.append(self.loss)
         lost = collapsed(self.rows[-1] if self.rows else None, self.routes)
         if lost is not None:
             lines.append(f"Warning: the router collapsed: {lost}. {ROUTE_ADVICE}")

@@ -1,8 +1,10 @@
 """How good a prediction is for each row, and whether the labels make sense at all.
 
-A score is float64 `[B]`, higher is better. For class scores `[B, C]` it is 1 where the largest logit is the
-label's (lowest index among equals), else 0. For `[B, S, C]` it is the share of a row's positions, those
-labelled -100 left out, that are right. The unit is always the row, because a row leaves as a whole.
+Labels are class indices, `[B]` for scores `[B, C]`, or 0 and 1 of the scores' own shape, one answer for each score: one
+logit that says yes or no, several labels that may hold at once. A score is float64 `[B]`, higher is better: 1 where the
+largest logit is the label's (lowest index among equals), or where every answer is right (yes is a logit above 0), else 0.
+With positions, `[B, S, C]`, it is the share of a row's positions, those labelled -100 left out, that are right. The unit is
+always the row, because a row leaves as a whole.
 """
 
 from __future__ import annotations
@@ -14,15 +16,15 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import EecompileError
+from eecompile.kernels.confidence import yes_or_no
 
 IGNORE = -100
 Metric = Callable[[Any, Any], Tensor]
 
-_NOT_CLASSES = "for a task that is not classification pass loss= to fit and metric= to evaluate and calibrate"
-
-_SEVERAL = (
-    ": fit(loss=torch.nn.functional.binary_cross_entropy_with_logits), and for calibrate and evaluate "
-    "metric=lambda z, y: ((z > 0) == (y > 0.5)).all(-1).double()"
+NOT_CLASSES = "for a task that is not classification pass loss= to fit and metric= to evaluate and calibrate"
+NUMBERS = (
+    "for regression pass loss=torch.nn.functional.mse_loss to fit, and to evaluate and calibrate a metric in [0, 1], "
+    "such as metric=lambda z, y: ((z - y).abs() < 0.1).all(-1).double()"
 )
 
 
@@ -33,9 +35,13 @@ def check_labels(
 
     Args:
         logits: `[B, C]` or `[B, S, C]`, any float dtype.
-        labels: Class indices `[B]` or `[B, S]`, any integer dtype; -100 marks what is to be left out.
+        labels: Class indices `[B]` or `[B, S]`, any integer dtype; or 0 and 1 of the shape of `logits`, any dtype, of which
+            the last axis may be missing where C is 1. -100 marks what is to be left out.
         where: Names the batch in the message.
         error: The class to raise.
+
+    Returns:
+        Class indices with one axis less than `logits`, or 0 and 1 in its shape.
 
     Raises:
         EecompileError: No labels, wrong type, dtype or shape, or a value outside of 0 to C - 1 and not -100.
@@ -51,7 +57,7 @@ def check_labels(
                 where=where,
                 got=type(labels).__name__,
                 wanted="an integer tensor",
-                hint=_NOT_CLASSES,
+                hint=NOT_CLASSES,
             ) from problem
     if logits.ndim not in (2, 3):
         raise error(
@@ -59,15 +65,19 @@ def check_labels(
             where=where,
             got=f"shape {list(logits.shape)}",
             wanted="[B, C] or [B, S, C]",
-            hint=_NOT_CLASSES,
+            hint=NOT_CLASSES,
         )
+    one = logits.shape[-1] == 1
+    if labels.shape == logits.shape or (one and labels.shape == logits.shape[:-1]):
+        return _answers(logits, labels, where, error)
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise error(
             "the labels have the wrong dtype",
             where=where,
-            got=str(labels.dtype),
-            wanted="class indices of an integer dtype",
-            hint=_several_labels(labels) if logits.shape == labels.shape else _NOT_CLASSES,
+            got=f"{labels.dtype} {list(labels.shape)} for a prediction {list(logits.shape)}",
+            wanted=f"class indices {list(logits.shape[:-1])} of an integer dtype, or an answer {list(logits.shape)} for "
+            "each score",
+            hint=NOT_CLASSES,
         )
     if labels.shape != logits.shape[:-1]:
         raise error(
@@ -92,14 +102,48 @@ def check_labels(
     return checked
 
 
-def _several_labels(labels: Tensor) -> str:
-    """What floating-point or boolean labels of the prediction's shape may be, told apart by their values."""
-    one_hot = bool((labels.sum(-1) == 1).all()) and bool(((labels == 0) | (labels == 1)).all())
-    if one_hot and labels.shape[-1] > 1:
-        return "one-hot labels: .argmax(-1); several labels that may hold at once: loss= and metric=, as below" + _SEVERAL
-    if bool(((labels >= 0) & (labels <= 1)).all()):
-        return "several labels that may hold at once, or one that is yes or no" + _SEVERAL
-    return _NOT_CLASSES
+def _answers(logits: Tensor, labels: Tensor, where: str, error: type[EecompileError]) -> Tensor:
+    """Labels that say yes or no to each score, int64 in the shape of `logits`."""
+    labels = labels.reshape(logits.shape).to(logits.device)
+    wrong = (labels != 0) & (labels != 1) & (labels != IGNORE)
+    if bool(wrong.any()):
+        raise error(
+            "the labels are neither classes nor yes or no",
+            where=where,
+            got=f"{int(wrong.sum())} of {labels.numel()} values like {labels[wrong][0].item():.4g}, one for each score",
+            wanted="0 or 1 for each score"
+            + ("" if logits.shape[-1] == 1 else f", or class indices {list(logits.shape[:-1])} of an integer dtype"),
+            hint=NUMBERS,
+        )
+    return labels.to(torch.int64)
+
+
+def over_classes(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits whose last axis is what `labels`, checked, choose from: `[..., C]`, or `[..., C, 2]` of no and yes."""
+    return yes_or_no(logits, True) if labels.ndim == logits.ndim else logits
+
+
+def labelled(logits: Tensor, labels: Tensor) -> Tensor:
+    """bool `[B]` or `[B, S]`: what has a label at all; `labels` are checked."""
+    real = labels != IGNORE
+    return real.any(-1) if labels.ndim == logits.ndim else real
+
+
+def class_labels(logits: Tensor, labels: Tensor) -> Tensor | None:
+    """int64 `[B]`, the class of each row; None with positions, and where several labels may hold at once."""
+    if logits.ndim == 2 and labels.ndim == 2 and labels.shape[1] == 1:
+        return labels[:, 0]
+    return labels if labels.ndim == 1 else None
+
+
+def choice(logits: Tensor, each: bool = False) -> Tensor:
+    """What a prediction chooses, int64: the class `[B]` or `[B, S]`; with `each` yes or no, in the shape of `logits`.
+
+    One score alone says yes or no, 1 or 0.
+    """
+    if each:
+        return yes_or_no(logits, True).argmax(-1)
+    return yes_or_no(logits).argmax(-1)
 
 
 def right(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -107,30 +151,40 @@ def right(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         logits: `[B, C]` or `[B, S, C]`.
-        labels: int64 `[B]` or `[B, S]`, checked.
+        labels: int64, checked.
 
     Returns:
         Score float64 `[B]` (0 where there is no label) and valid bool `[B]`.
     """
-    real = labels != IGNORE
-    hit = (logits.argmax(-1) == labels) & real
-    if labels.ndim == 1:
+    real = labelled(logits, labels)
+    hit = over_classes(logits, labels).argmax(-1) == labels
+    if labels.ndim == logits.ndim:
+        hit = (hit | (labels == IGNORE)).all(-1)
+    hit = hit & real
+    if hit.ndim == 1:
         return hit.double(), real
     count = real.sum(-1)
     return hit.sum(-1).double() / count.clamp_min(1), count > 0
 
 
-def agreement(early: Tensor, full: Tensor, labels: Tensor | None = None) -> Tensor:
-    """Share of a row's positions, padding (-100) left out, where two predictions choose the same class.
+def agreement(early: Tensor, full: Tensor, labels: Tensor | None = None, each: bool = False) -> Tensor:
+    """Share of a row's positions, padding (-100) left out, where two predictions choose the same.
+
+    Args:
+        labels: Checked.
+        each: Whether each score is a yes or no of its own, all of which are compared; as labels have it where there are any.
 
     Returns float64 `[B]`; a row without a real position agrees.
     """
-    same = early.argmax(-1) == full.argmax(-1)
+    each = each if labels is None else labels.ndim == full.ndim
+    same = choice(early, each) == choice(full, each)
+    if each:
+        same = (same if labels is None else same | (labels == IGNORE)).all(-1)
     if same.ndim == 1:
         return same.double()
     if labels is None:
         return same.double().mean(-1)
-    real = labels != IGNORE
+    real = labelled(full, labels)
     count = real.sum(-1)
     return torch.where(count > 0, (same & real).sum(-1).double() / count.clamp_min(1), 1.0)
 

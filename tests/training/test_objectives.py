@@ -184,7 +184,7 @@ def test_wrong_number_of_weights_and_eval_results():
         (torch.tensor([0, 1, 2, 3]), "do not fit"),
         (torch.zeros(5, 1).long(), r"squeeze\(-1\)"),
         (torch.zeros(5), "wrong dtype"),
-        (F.one_hot(torch.tensor([0, 1, 2, 3, 0]), 4).float(), r"argmax\(-1\)"),
+        (torch.full((5, 4), 0.5), "neither classes nor yes or no"),
         (torch.zeros(5).bool(), "wrong dtype"),
         (["a"] * 5, "not class indices"),
         (None, "no labels"),

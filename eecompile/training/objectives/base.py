@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from eecompile.errors import EecompileError, near
+from eecompile.kernels.confidence import yes_or_no
 from eecompile.result import Result
-from eecompile.training.scores import IGNORE, check_labels
+from eecompile.training.scores import IGNORE, check_labels, over_classes
 
 Weights: TypeAlias = str | Sequence[float]
 
@@ -166,17 +167,35 @@ def weighted(weights: Weights, losses: Sequence[Tensor]) -> Tensor:
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
-    """Mean over the labels that are not -100; 0 where there is none. float32 arithmetic."""
-    logits = logits.float().flatten(0, -2)
+    """Mean over the labels that are not -100; 0 where there is none. Binary where labels say yes or no to each score.
+
+    float32 arithmetic.
+    """
+    logits = over_classes(logits.float(), labels).flatten(0, -2)
     total = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="sum")
     return total / (labels != IGNORE).sum().clamp_min(1)
 
 
-def divergence(teacher: Tensor, student: Tensor, temperature: float, real: Tensor | None) -> Tensor:
-    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over the positions that are `real`."""
+def losses_of(output: Tensor, labels: Tensor) -> Tensor:
+    """[B] float32: cross entropy of each row, a mean over its positions that have a label; 0 where none has."""
+    logits = over_classes(output.float(), labels).flatten(0, -2)
+    each = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="none").view(labels.shape)
+    if each.ndim == 1:
+        return each
+    return each.flatten(1).sum(1) / (labels != IGNORE).flatten(1).sum(1).clamp_min(1)
+
+
+def divergence(teacher: Tensor, student: Tensor, temperature: float, labels: Tensor | None) -> Tensor:
+    """T^2 KL(softmax(teacher / T) || softmax(student / T)), mean over what has a label; over all without labels.
+
+    Between the probabilities of no and yes where labels say that of each score, and where there is one score alone.
+    """
+    if teacher.shape[-1] == 1 or (labels is not None and labels.ndim == teacher.ndim):
+        teacher, student = yes_or_no(teacher, True), yes_or_no(student, True)
     p = torch.log_softmax(teacher.float() / temperature, -1)
     q = torch.log_softmax(student.float() / temperature, -1)
     each = F.kl_div(q, p, log_target=True, reduction="none").sum(-1) * temperature**2
-    if real is None:
+    if labels is None:
         return each.mean()
+    real = labels != IGNORE
     return (each * real).sum() / real.sum().clamp_min(1)

@@ -24,9 +24,9 @@ from torch.nn import functional as F
 
 from eecompile.errors import EecompileError, near
 from eecompile.result import Result
-from eecompile.training.objectives.base import Weights, check_weights, outputs_of, weighted
+from eecompile.training.objectives.base import Weights, check_weights, losses_of, outputs_of, weighted
 from eecompile.training.objectives.gates import Priced
-from eecompile.training.scores import IGNORE, check_labels, right
+from eecompile.training.scores import check_labels, right
 
 TARGETS = ("oracle", "correctness", "expected")
 DISTRIBUTIONS = ("multinomial", "geometric")
@@ -128,15 +128,6 @@ def scores_of(result: Result, where: str) -> Tensor:
             hint='fast.gate_mode = "open" while training',
         )
     return scores
-
-
-def losses_of(output: Tensor, labels: Tensor) -> Tensor:
-    """[B] float32: cross entropy of each row, a mean over its positions that have a label; 0 where none has."""
-    logits = output.float().flatten(0, -2)
-    each = F.cross_entropy(logits, labels.flatten(), ignore_index=IGNORE, reduction="none").view(labels.shape)
-    if each.ndim == 1:
-        return each
-    return each.flatten(1).sum(1) / (labels != IGNORE).flatten(1).sum(1).clamp_min(1)
 
 
 def first_right(outputs: tuple[Tensor, ...], labels: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from eecompile.training.objectives.base import (
     unweighted,
     weighted,
 )
-from eecompile.training.scores import IGNORE, check_labels, right
+from eecompile.training.scores import check_labels, right
 
 
 @dataclass(frozen=True)
@@ -115,7 +115,7 @@ def distilled_one(student: Tensor, teacher: Tensor, labels: Any, alpha: float, t
     labels = check_labels(student, labels, where)
     if alpha == 0:
         return cross_entropy(student, labels)
-    soft = divergence(teacher, student, temperature, labels != IGNORE)
+    soft = divergence(teacher, student, temperature, labels)
     return alpha * soft + (1 - alpha) * (0.0 if alpha == 1 else cross_entropy(student, labels))
 
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from eecompile.errors import EecompileError, near
 from eecompile.result import Result
-from eecompile.training.objectives.base import Objective, outputs_of
+from eecompile.training.objectives.base import Objective, losses_of, outputs_of
 from eecompile.training.objectives.price import Price, Steering
-from eecompile.training.scores import IGNORE, check_labels, right
+from eecompile.training.scores import check_labels, right
 
 REWARDS = ("log_likelihood", "correctness")
 EPSILON = 1e-6
@@ -172,10 +172,7 @@ class Reinforce(Priced):
         if self.reward == "correctness":
             share: Tensor = right(last, labels)[0].float()
             return share
-        valid = labels != IGNORE
-        each = torch.log_softmax(last.float(), -1).gather(-1, labels.clamp_min(0).unsqueeze(-1)).squeeze(-1)
-        each = torch.where(valid, each, 0.0)
-        return each if each.ndim == 1 else each.sum(1) / valid.sum(1).clamp_min(1)
+        return -losses_of(last, labels)
 
     def _baseline(self, labelled: Tensor, reward: Tensor) -> Tensor:
         """`[B]`; the moving mean follows the rewards `labelled` afterwards, those of rows with a label."""

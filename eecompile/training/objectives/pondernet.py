@@ -18,8 +18,8 @@ from torch import Tensor
 
 from eecompile.errors import EecompileError
 from eecompile.result import Result
-from eecompile.training.objectives.base import Objective, outputs_of
-from eecompile.training.objectives.depth import log_probabilities, losses_of
+from eecompile.training.objectives.base import Objective, losses_of, outputs_of
+from eecompile.training.objectives.depth import log_probabilities
 from eecompile.training.scores import check_labels
 
 

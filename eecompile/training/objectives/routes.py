@@ -23,8 +23,7 @@ from torch import Tensor
 
 from eecompile.errors import EecompileError
 from eecompile.result import Result
-from eecompile.training.objectives.base import outputs_of
-from eecompile.training.objectives.depth import losses_of
+from eecompile.training.objectives.base import losses_of, outputs_of
 from eecompile.training.objectives.gates import GateCost, Priced, Reinforce, cost_of
 from eecompile.training.scores import check_labels
 
