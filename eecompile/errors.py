@@ -87,9 +87,9 @@ class MissingDependencyError(EecompileError):
     """An optional package is needed for this call."""
 
 
-def near(name: str, valid: Iterable[str]) -> str:
-    """The valid names for an error message, nearest to `name` first."""
+def near(name: object, valid: Iterable[str]) -> str:
+    """The valid names for an error message, nearest to `name` first, whatever that is."""
     names = sorted(set(valid))
-    close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     listed = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
     return f"did you mean {', '.join(close)}? valid: {listed}" if close else f"one of: {listed}"

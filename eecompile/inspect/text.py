@@ -95,7 +95,8 @@ def condition(c: Criterion, threshold: float, classes: int | str) -> str:
     Args:
         classes: Size of the last axis of the prediction.
     """
-    extra = f", {c.reduce} over {'labels' if c.multi_label else 'positions'}" if c.reduce != "min" else ""
+    over = "labels" if c.multi_label else "positions"
+    extra = f", {c.reduce} over {over}" if c.multi_label or c.reduce != "min" else ""
     classes = 2 if c.multi_label or classes == 1 else classes
     sure = f"confidence >= {threshold:.4g}"
     count = float(classes) if isinstance(classes, int) else math.nan
