@@ -273,7 +273,7 @@ class _Marker(GraphWriter):
 
     def _yes_or_no(self, name: str, logits: fx.Node, multi_label: bool) -> fx.Node:
         """As `kernels.confidence.yes_or_no`; a model captured as blocks computes its decisions outside of the graph."""
-        if self.program.front_end == "blocks":
+        if self.program.capture.front_end == "blocks":
             return logits
         if multi_label:
             logits = self.call(f"{name}_labels", aten.unsqueeze.default, logits, -1)

@@ -83,10 +83,10 @@ def logits_of(node: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 def ends_in_sigmoid(program: Program) -> bool:
     """Whether each score of the prediction is the probability of a yes."""
-    tail = program.tail
-    if tail is None or program.prediction not in tail.slots:
+    tail, at = program.prediction.tail, program.prediction.index
+    if tail is None or at not in tail.slots:
         return False
-    end = facts.output_leaves(tail.module)[tail.slots.index(program.prediction)]
+    end = facts.output_leaves(tail.module)[tail.slots.index(at)]
     while end.target in SAME:
         end = end.args[0]  # type: ignore[assignment]
     return end.target in SIGMOIDS
@@ -98,8 +98,7 @@ def criterion_of(program: Program, recipe: ExitRecipe) -> Criterion:
     Raises:
         StrategyError: Exits answer together, or labels may hold at once, where that is not defined.
     """
-    assert program.prediction is not None
-    shape, found = program.signature.outputs[program.prediction].shape, recipe.criterion
+    shape, found = program.prediction_leaf.shape, recipe.criterion
     if shape[-1] != 1 and len(shape) == 2 and ends_in_sigmoid(program):
         found = replace(found, multi_label=True)
     if found.multi_label and len(shape) != 2:

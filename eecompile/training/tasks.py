@@ -75,9 +75,9 @@ def task_of(fast: CompiledModule, labels: Any, error: type[EecompileError] = Eec
         EecompileError: They may be of two tasks.
     """
     program = getattr(fast, "program", None)
-    if program is None or program.prediction is None or labels is None:
+    if program is None or program.prediction.index is None or labels is None:
         return None
-    scores = program.signature.outputs[program.prediction].shape
+    scores = program.prediction_leaf.shape
     try:
         labels = torch.as_tensor(labels)
     except (TypeError, ValueError, RuntimeError):
@@ -132,7 +132,7 @@ def loss_said(fast: CompiledModule, task: str) -> str:
         return ""
     found = f"Loss: {LOSSES[task]}"
     criteria = [e.criterion for e in getattr(getattr(fast, "program", None), "exits", ())]
-    scores = fast.program.signature.outputs[fast.program.prediction or 0].shape[-1] if criteria else 1
+    scores = fast.program.prediction_leaf.shape[-1] if criteria else 1
     if task == ANSWERS and scores != 1 and not any(c.multi_label or c.learned or c.routed for c in criteria):
         kind = type(criteria[0]).__name__
         found += f". The criterion compares classes; criterion=criteria.{kind}(multi_label=True) reads every label"
@@ -159,6 +159,5 @@ def no_choice(fast: CompiledModule) -> str:
     if task == REGRESSION:
         return "a model of numbers"
     program: Any = getattr(fast, "program", None)
-    one = program is not None and program.prediction is not None
-    one = one and program.signature.outputs[program.prediction].shape[-1] == 1
+    one = program is not None and program.prediction.index is not None and program.prediction_leaf.shape[-1] == 1
     return "one score for each row, which may be a yes or no or a number" if one and task != ANSWERS else ""
