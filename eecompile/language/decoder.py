@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan
@@ -12,11 +13,12 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
-from eecompile.errors import StrategyError, UnsupportedModelError
+from eecompile.errors import StrategyError, UnsupportedModelError, near
 from eecompile.language.cache import SlotCache, Slots
 from eecompile.language.draft import DraftFitReport, DraftHead, fit_draft_head, gathered
 from eecompile.language.generation import Choosing, Counts, DraftOptions, Generation, Row
 from eecompile.language.projection import SpeculationReport, project
+from eecompile.language.risk import DeferredReport, calibrate_deferred
 from eecompile.language.saved import SavedDecoder, read, write
 from eecompile.language.split import Split, find_block_list
 from eecompile.strategies.self_speculative import SelfSpeculative
@@ -219,18 +221,36 @@ class CompiledDecoder(nn.Module):
         heads: Any = {int(e): head for e, head in self.draft_heads.items()}
         return project(self.model, self.blocks, exits, heads, loader, positions)
 
-    def calibrate(self, loader: Iterable[Any], *, min_speed: float = 1.1, **options: Any) -> SpeculationReport:
-        """Chooses exit, threshold and length of drafts by acceptance on text and times on this machine.
+    def calibrate(self, loader: Iterable[Any], **options: Any) -> SpeculationReport | DeferredReport:
+        """Chooses how tokens are drafted, on text like that in use.
+
+        With `kv="verify"` exit, threshold and length of drafts by the speed that `speculation` projects from acceptance on
+        text and times on this machine; with `kv="deferred"` the threshold, by a bound on what a sequence loses.
 
         Args:
-            loader: Batches of token ids, as for `fit`.
-            min_speed: Projected speed over plain decoding below which nothing is set.
-            options: `exits=` and `positions=`, as for `speculation`.
+            loader: Batches of token ids, as for `fit`; for "deferred" they are prompts.
+            options: For "verify": `min_speed=1.1`, the projected speed over plain decoding below which nothing is set, and
+                those of `speculation`. For "deferred": `max_new_tokens=32`, and those of
+                `eecompile.language.risk.calibrate_deferred`: `max_drop=0.05`, `delta=0.05`, `metric=None`, `seed=0`.
 
         Raises:
-            StrategyError: The best projected speed is below `min_speed`; the message holds the table.
+            StrategyError: An option of the other kind, or a projected speed below `min_speed`; the message holds the table.
+            CalibrationError: Options out of range, or too few sequences.
         """
-        report = self.speculation(loader, **options)
+        chosen = self._by_speed if self.strategy.kv == "verify" else self._by_risk
+        known = [n for n in inspect.signature(chosen).parameters if n not in ("loader", "risk")]
+        known += inspect.getfullargspec(calibrate_deferred).kwonlyargs if self.strategy.kv == "deferred" else []
+        for name in options:
+            if name not in known:
+                raise StrategyError(
+                    f"calibrate has no such option with kv={self.strategy.kv!r}", got=f"{name}=", wanted=near(name, known)
+                )
+        return chosen(loader, **options)
+
+    def _by_speed(
+        self, loader: Iterable[Any], min_speed: float = 1.1, exits: Sequence[int] | None = None, positions: int = 2000
+    ) -> SpeculationReport:
+        report = self.speculation(loader, exits=exits, positions=positions)
         best = report.best
         if best.speed < min_speed:
             raise StrategyError(
@@ -240,6 +260,25 @@ class CompiledDecoder(nn.Module):
                 hint="fit() a light draft head first, or lower min_speed=",
             )
         self.exit, self.threshold, self.max_draft = best.exit, best.threshold, best.max_draft
+        return report
+
+    def _by_risk(self, loader: Iterable[Any], max_new_tokens: int = 32, **risk: Any) -> DeferredReport:
+        before = self.threshold
+
+        def generate(threshold: float, ids: Tensor, mask: Tensor) -> tuple[list[Tensor], list[float]]:
+            self.threshold = threshold
+            inputs = {"input_ids": ids, "attention_mask": mask}
+            trace = self.run_generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False, pad_token_id=0)
+            shares = [row.count(0) / len(row) for row in trace.sources]
+            start = ids.shape[1]
+            return [out[start : start + len(r)] for out, r in zip(trace.output, trace.sources, strict=True)], shares
+
+        try:
+            report = calibrate_deferred(generate, loader, **risk)
+        except BaseException:
+            self.threshold = before
+            raise
+        self.threshold = report.threshold
         return report
 
     def save(self, path: Any) -> None:
