@@ -95,14 +95,10 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     program = Program(graph_module, graph_module, signature, capture=captured, prediction=Prediction(data["prediction"]))
     program = run_passes(program, [*prepared(models), Annotate(), FindBlocks(data.get("blocks")), Unfold(), FindCuts()])
     tensors = _tensors(paths["heads"])
-    if data.get("gates") is not None:
-        program = insert_saved_gates(program, data["gates"], tensors)
+    program = insert_saved_gates(program, data["choices"], tensors)
     exits = tuple(record(Exit, {**e, "criterion": criterion(e["criterion"])}) for e in data["exits"])
-    if data.get("routes") is not None:
-        customs = {
-            name.removeprefix("branch "): _plain(_exported(p)) for name, p in paths.items() if name.startswith("branch ")
-        }
-        program = insert_saved_routes(program.replace(exits=exits), data["routes"], tensors, customs)
+    customs = {name.removeprefix("branch "): _plain(_exported(p)) for name, p in paths.items() if name.startswith("branch ")}
+    program = insert_saved_routes(program.replace(exits=exits), data["choices"], tensors, customs)
     program = program.replace(exits=relocate(program, exits))
     if len(exits) != len(data["heads"]):
         raise ArtifactError(

@@ -7,13 +7,13 @@ from typing import Any
 
 from torch import Tensor, fx, nn
 
-from eecompile.artifact.records import record, records
+from eecompile.artifact.records import record
 from eecompile.errors import ArtifactError
 from eecompile.gates import RecurrentCore, rebuild
-from eecompile.ir.recipes import GateRecipe, HaltRecipe, RouteRecipe
+from eecompile.ir.choices import ChoiceRecords
 from eecompile.passes import FindRegions, InsertRoutes, inserted_again, run_passes
 from eecompile.passes.insert_routes import light_of, relocate_routes
-from eecompile.program import Gate, Halt, Program, Route, Width
+from eecompile.program import Program
 from eecompile.routers import rebuild as rebuild_router
 
 
@@ -23,26 +23,24 @@ def insert_saved_gates(program: Program, data: dict[str, Any], tensors: dict[str
     Raises:
         ArtifactError: The weights do not fit the units.
     """
-    gates, recipes = records(Gate, data["gates"]), records(GateRecipe, data["recipes"])
-    shared = {k: RecurrentCore(r.open_bias) for k, r in enumerate(recipes) if r.unit == "recurrent"}
-    groups = {g.unit.rsplit(".", 1)[1]: g.group for g in gates}
+    saved = saved_choices(data)
+    shared = {k: RecurrentCore(r.open_bias) for k, r in enumerate(saved.gate_recipes) if r.unit == "recurrent"}
+    groups = {g.unit.rsplit(".", 1)[1]: g.group for g in saved.gates}
     units: dict[str, nn.Module] = {n: rebuild(d, shared.get(groups.get(n, -1))) for n, d in data["units"].items()}
     for name, unit in units.items():
         _fill(unit, "gates", name, tensors)
-    like = program.replace(
-        gates=gates,
-        widths=records(Width, data["widths"]),
-        halts=records(Halt, data["halts"]),
-        gate_recipes=recipes,
-        halt_recipes=records(HaltRecipe, data["halting"]),
-    )
-    return inserted_again(program, like, units)
+    return inserted_again(program, saved, units)
+
+
+def saved_choices(data: dict[str, Any]) -> ChoiceRecords:
+    """The records in a manifest."""
+    return record(ChoiceRecords, {**data["records"], "route_recipe": data["route_recipe"]})
 
 
 def insert_saved_routes(
     program: Program, data: dict[str, Any], tensors: dict[str, Tensor], customs: Mapping[str, nn.Module]
 ) -> Program:
-    """Inserts the router that a manifest describes; takes its weights out of `tensors`.
+    """Inserts the router that a manifest describes, if there is one; takes its weights out of `tensors`.
 
     Args:
         customs: Branches that were modules of the user's.
@@ -50,12 +48,15 @@ def insert_saved_routes(
     Raises:
         ArtifactError: The weights do not fit, or a branch is missing.
     """
-    recipe, routes = record(RouteRecipe, data["recipe"]), records(Route, data["records"])
+    saved = saved_choices(data)
+    if saved.route_recipe is None:
+        return program
+    routes = saved.routes
     if any(w.left_out for r in routes for w in r.ways):
         program = run_passes(program, [FindRegions()])
     program = relocate_routes(program, routes)
     (route,) = program.choices.routes
-    modules: dict[str, nn.Module] = {"unit": rebuild_router(data["unit"])}
+    modules: dict[str, nn.Module] = {"unit": rebuild_router(data["router"])}
     for way in (w for w in route.ways if w.module):
         if way.custom and way.name not in customs:
             raise ArtifactError("a branch is missing", where=way.name, got=", ".join(customs) or "none")
@@ -64,7 +65,7 @@ def insert_saved_routes(
     for name, module in modules.items():
         if name.removeprefix("branch_") not in customs:
             _fill(module, "routes", name, tensors)
-    return run_passes(program, [InsertRoutes(recipe, modules=modules)])
+    return run_passes(program, [InsertRoutes(saved.route_recipe, modules=modules)])
 
 
 def _fill(module: nn.Module, kind: str, name: str, tensors: dict[str, Tensor]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -66,8 +66,7 @@ def write(fast: CompiledModule, path: str | Path) -> None:
         "exits": [_exit(e) for e in program.exits],
         "heads": heads,
         "settings": fast.live.to_dict(),
-        "gates": _gates(fast),
-        "routes": _routes(fast),
+        "choices": _choices(fast),
         "stages": [s.flops for s in program.stages],
         "task": fast.task,
         "guarantee": None if fast.guarantee is None else fast.guarantee.to_dict(),
@@ -116,16 +115,14 @@ def _put_all(fast: CompiledModule, directory: Path, heads: dict[str, Any], entri
         )
 
 
-def _routes(fast: CompiledModule) -> dict[str, Any] | None:
-    """The router, its unit and what it was inserted by, as JSON data; None without one."""
-    program = fast.program
-    if program.choices.route_recipe is None:
-        return None
-    records = [asdict(r) for r in program.choices.routes]
+def _choices(fast: CompiledModule) -> dict[str, Any]:
+    """The records of what decides inside, and the units that give its scores, as JSON data."""
+    choices, recipe = fast.program.choices, fast.program.choices.route_recipe
     return {
-        "recipe": program.choices.route_recipe.to_dict(),
-        "records": records,
-        "unit": describe_router(router_of(program)),
+        "records": asdict(replace(choices, route_recipe=None, reports=())),
+        "route_recipe": None if recipe is None else recipe.to_dict(),
+        "units": {name: describe_unit(unit) for name, unit in fast.gate_units.named_children()},
+        "router": None if recipe is None else describe_router(router_of(fast.program)),
     }
 
 
@@ -138,21 +135,6 @@ def _way(program: Any, name: str) -> Way:
 
 def _exit(e: Exit) -> dict[str, Any]:
     return {**asdict(e), "criterion": e.criterion.to_dict()}
-
-
-def _gates(fast: CompiledModule) -> dict[str, Any] | None:
-    """The gates or halting steps, their units and what they were inserted by, as JSON data; None without gates."""
-    program = fast.program
-    if not program.choices.gates and not program.choices.halts:
-        return None
-    return {
-        "units": {name: describe_unit(unit) for name, unit in fast.gate_units.named_children()},
-        "recipes": [asdict(r) for r in program.choices.gate_recipes],
-        "gates": [asdict(g) for g in program.choices.gates],
-        "widths": [asdict(w) for w in program.choices.widths],
-        "halting": [asdict(r) for r in program.choices.halt_recipes],
-        "halts": [asdict(h) for h in program.choices.halts],
-    }
 
 
 def _head(branch: Branch, e: Exit) -> dict[str, Any]:

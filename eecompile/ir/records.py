@@ -339,14 +339,14 @@ class Report:
 
     Attributes:
         node: Name of the node; its value has the batch on axis 0.
-        beside: Name of a node of the same computation: where that is not needed, nothing is reported.
+        owner: Name of a node of the same computation: where that is not needed, nothing is reported.
         training_only: Reported by the marked graph only, for objectives.
         stage: How many exits lie before it; rows that left earlier have zeros. Set by `stage`.
     """
 
     name: str
     node: str
-    beside: str
+    owner: str
     training_only: bool = False
     stage: int = 0
 

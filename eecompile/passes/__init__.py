@@ -8,6 +8,7 @@ from torch import fx, nn
 
 from eecompile.capture.export import Captured
 from eecompile.errors import StrategyError
+from eecompile.ir.choices import ChoiceRecords
 from eecompile.ir.recipes import Recipe
 from eecompile.passes import facts
 from eecompile.passes.adopt_blocks import AdoptBlocks, StageBlocks
@@ -81,13 +82,13 @@ def insertion(recipe: Recipe, captured: Captured, seed: int, brought: Brought | 
     for halts in brought.halts:
         passes += [AdoptHalting(halts), InsertHalting(halts.recipe, units=halts.units)]
         passes += [FindTokenParts()] if halts.recipe.unit == "token" else []
-    if recipe.routes is not None and recipe.routes.branches:  # exits come behind: they may not lie among the branches
+    if recipe.routes is not None and recipe.routes.branches:  # exits come after them: they may not lie among the branches
         passes += [*([FindRegions()] if recipe.gates is None and recipe.halting is None else []), *routing]
         routing = []
     passes += [PlaceExits(recipe.exits, captured.flat_example, brought), *routing]
     if recipe.exits is not None:
         passes.append(InsertExits(recipe.exits.head, recipe.exits.threshold, seed=seed, brought=brought))
-    else:  # no exit, but the marked graph still selects and tells what it did
+    else:  # no exit, but the marked graph still selects and reports what it did
         passes.append(InsertExits())
     if captured.front_end == "blocks":
         return [*passes, StageBlocks(), Verify(captured.flat_example)]
@@ -109,7 +110,7 @@ def prepare_training_graph(
     train = run_passes(train, [Normalize(), SplitTail(), Annotate(), known, Unfold(), FindCuts()])
     if program.choices.gates or program.choices.halts:
         units = dict(program.marked.get_submodule(GATES).named_children())
-        train = inserted_again(train, program, units)
+        train = inserted_again(train, program.choices, units)
     if program.choices.route_recipe is not None:
         modules = dict(program.marked.get_submodule(ROUTES).named_children())
         # the router's places only; its exits are set below
@@ -125,20 +126,20 @@ def prepare_training_graph(
     return train
 
 
-def inserted_again(program: Program, like: Program, units: Mapping[str, nn.Module]) -> Program:
-    """The gates and halting of `like` in another capture of the same model; units are shared.
+def inserted_again(program: Program, like: ChoiceRecords, units: Mapping[str, nn.Module]) -> Program:
+    """The gates and halting steps of `like` in another capture of the same model; units are shared.
 
     Args:
         units: By the names that they have in `like`.
     """
-    for k, gate_recipe in enumerate(like.choices.gate_recipes):
-        gates = tuple(g for g in like.choices.gates if g.group == k)
-        names = {g.unit for g in gates} | {f"{GATES}.{norms_name(w)}" for w in like.choices.widths}
+    for k, gate_recipe in enumerate(like.gate_recipes):
+        gates = tuple(g for g in like.gates if g.group == k)
+        names = {g.unit for g in gates} | {f"{GATES}.{norms_name(w)}" for w in like.widths}
         own = {name: u for name, u in units.items() if f"{GATES}.{name}" in names}
         insert = InsertGates(gate_recipe, units=own)
-        program = run_passes(relocate_gates(program, gates, like.choices.widths), [insert])
-    for k, halt_recipe in enumerate(like.choices.halt_recipes):
-        halts = tuple(h for h in like.choices.halts if h.group == k)
+        program = run_passes(relocate_gates(program, gates, like.widths), [insert])
+    for k, halt_recipe in enumerate(like.halt_recipes):
+        halts = tuple(h for h in like.halts if h.group == k)
         own = {name: u for name, u in units.items() if f"{GATES}.{name}" in {s.unit for h in halts for s in h.steps}}
         halting = InsertHalting(halt_recipe, units=own)
         program = run_passes(relocate_halting(program, halts), [halting, FindTokenParts()])

@@ -1,4 +1,4 @@
-"""What each node costs: FLOPs by torch's own counter, and measured time where it is asked for."""
+"""Costs of nodes: FLOPs by torch's own counter, and measured time where it is asked for."""
 
 from __future__ import annotations
 

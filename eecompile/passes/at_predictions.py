@@ -1,4 +1,4 @@
-"""Exits at the predictions of a cascade's earlier models, each of which must earn its place."""
+"""Exits at the predictions of a cascade's earlier models, each of which must save more than it costs."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from eecompile.program import Cut, Exit, Program
 def at_predictions(
     program: Program, recipe: ExitRecipe, decision_flops_per_class: float, brought: Mapping[str, Carried]
 ) -> list[Exit]:
-    """One exit behind every model but the last, whose prediction it takes as it is, and those that models bring along.
+    """One exit after every model but the last, whose prediction it takes as it is, and those that models bring along.
 
     Raises:
         StrategyError: The graph has no earlier model, or one costs so much that the next might as well run at once.
-        PassError: The work cannot stop behind a model; the message says why.
+        PassError: The work cannot stop after a model; the message says why.
     """
     if not program.capture.models:
         raise StrategyError(
@@ -58,7 +58,7 @@ def _cut(program: Program, name: str) -> Cut:
     cut = next((c for c in program.structure.cuts if c.name == name), None)
     if cut is None:
         reasons = [r.reason for r in program.refusals if r.node == name]
-        raise PassError("the work cannot stop behind this model", where=name, got=reasons[0] if reasons else "no cut")
+        raise PassError("the work cannot stop after this model", where=name, got=reasons[0] if reasons else "no cut")
     return cut
 
 
@@ -108,7 +108,7 @@ def _earned(program: Program, share: float) -> None:
     ratio = f"{one.wasted / following.added:.2f} times" if following.added else "more than"
     right = [c.name for c in sorted(costs, key=lambda c: c.alone)]
     raise StrategyError(
-        "a model of the cascade does not earn its place: it costs too much beside the next one",
+        "a model of the cascade does not earn its place: it costs too much compared with the next one",
         where=one.name,
         got=f"{ratio} what {following.name} adds to it ({_figures(costs, unit)} a row)",
         wanted=f"less than {share:g} times",

@@ -1,4 +1,4 @@
-"""What a pass is, and the loop that runs a list of them."""
+"""The interface of passes, and the loop that runs a list of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from eecompile.program import Program, Refusal, Snapshot
 
 @dataclass(frozen=True)
 class PassResult:
-    """What a pass hands back.
+    """Result of a pass.
 
     Attributes:
         program: The program after the pass; the one it was given is unchanged.
@@ -66,7 +66,7 @@ def run_passes(
     progress: Callable[[str], None] | None = None,
     facts: frozenset[str] = frozenset(),
 ) -> Program:
-    """Runs the passes in order, checks the graph after each, and records what each left behind.
+    """Runs the passes in order, checks the graph after each, and records a snapshot after each.
 
     Args:
         progress: Called with the name of each pass.

@@ -1,4 +1,4 @@
-"""The part of the model that branches stand beside: what belongs to it, and lighter versions of it.
+"""The part of the model that branches are alternatives to: what belongs to it, and lighter versions of it.
 
 A light version leaves blocks out: what a block would have handed on is what it was given. It gets copies of the weights,
 so that training it leaves the model as it is.
@@ -56,12 +56,12 @@ class Part:
 
     def _check(self) -> None:
         """Whether everything between the two values serves the later one alone."""
-        within, behind = set(self.inside), {self.x}
+        within, after = set(self.inside), {self.x}
         before = facts.needed_for([self.y])
         for n in self.nodes[self.position[self.x] + 1 : self.position[self.y]]:
-            if not any(a in behind for a in n.all_input_nodes):
+            if not any(a in after for a in n.all_input_nodes):
                 continue
-            behind.add(n)
+            after.add(n)
             if n in before and n not in within and not facts.is_symbolic_number(n):
                 raise StrategyError(
                     "branches would replace work whose result is needed elsewhere too",
@@ -77,7 +77,7 @@ class Part:
 
     @property
     def first(self) -> int:
-        """Position of the first node behind the value where branches begin."""
+        """Position of the first node after the value where branches begin."""
         return min(p for n in self.inside if (p := self.position[n]) > self.position[self.x])
 
     def blocks(self) -> list[Region]:

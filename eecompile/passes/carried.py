@@ -1,4 +1,4 @@
-"""What a compiled model brings along when it becomes one of a cascade's models: its exits."""
+"""Exits of an already compiled model that becomes one of a cascade's models."""
 
 from __future__ import annotations
 

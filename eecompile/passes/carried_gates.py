@@ -1,4 +1,4 @@
-"""Gates and halting that compiled models bring along when they become models of a cascade."""
+"""Gates and halting chains of already compiled models that become models of a cascade."""
 
 from __future__ import annotations
 

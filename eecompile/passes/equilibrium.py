@@ -2,7 +2,7 @@
 
 At exit i of N classifiers (the model's own end is the last) the gradient that comes from the head is multiplied by
 1 / (N - i), that from the rest of the trunk by (N - i - 1) / (N - i), i from 0. Each is the identity in the forward pass.
-Without it the early layers add up the gradients of all exits behind them, and their variance grows with the depth.
+Without it the early layers add up the gradients of all exits after them, and their variance grows with the depth.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ class Equilibrium(Pass):
             assert isinstance(first, fx.Node)
             with gm.graph.inserting_before(head):
                 head.update_arg(0, _scaled(gm, first, 1 / left, position, position[head], i))
-            behind = layout.trunk[layout.bounds[i] + 1]
+            after = layout.trunk[layout.bounds[i] + 1]
             for n in layout.live(i):
                 if n not in layout.learned or not facts.value(n).is_floating_point():
                     continue
                 now = present.get(n, n)
-                with gm.graph.inserting_before(behind):
-                    new = _scaled(gm, now, (left - 1) / left, position, position[behind], i)
-                at = position[behind]
+                with gm.graph.inserting_before(after):
+                    new = _scaled(gm, now, (left - 1) / left, position, position[after], i)
+                at = position[after]
                 now.replace_all_uses_with(
                     new,
                     delete_user_cb=lambda u, at=at, new=new: u is not new and position.get(u, -1.0) >= at,  # type: ignore[misc]

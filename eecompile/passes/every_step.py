@@ -17,7 +17,7 @@ from eecompile.ir.settings import HALTING_BUFFER
 from eecompile.passes import facts
 from eecompile.passes.insert_halting import ROLE
 
-TOLD = "eecompile_steps"  # key in the graph module's meta: how many outputs were added
+STEPS = "eecompile_steps"  # key in the graph module's meta: how many outputs were added
 aten = torch.ops.aten
 
 
@@ -50,11 +50,11 @@ def with_every_step(gm: fx.GraphModule, prediction: int) -> fx.GraphModule:
         with graph.inserting_after(n):
             never = graph.call_function(aten.zeros_like.default, (n,))
         n.replace_all_uses_with(never, delete_user_cb=lambda u, new=never: u is not new)
-    told = [_again(graph, end, own[prediction], found["output"][0], state) for state in found["state"][:-1]]
+    added = [_again(graph, end, own[prediction], found["output"][0], state) for state in found["state"][:-1]]
     with graph.inserting_before(end):
         scores = graph.call_function(aten.stack.default, (found["score"], 1))
-    end.args = ((*own, *told, scores),)
-    new.meta[TOLD] = len(told) + 1
+    end.args = ((*own, *added, scores),)
+    new.meta[STEPS] = len(added) + 1
     graph.lint()
     new.recompile()
     return new
@@ -76,7 +76,7 @@ def _again(graph: fx.Graph, end: fx.Node, prediction: fx.Node, value: fx.Node, s
 def split_off(gm: fx.GraphModule, results: Sequence[Tensor]) -> tuple[list[Tensor], tuple[Tensor, ...], Tensor | None]:
     """What the graph gave without the outputs that were added, the predictions at every step but the last, and the
     probabilities of stopping; nothing and None where none were added."""
-    count = gm.meta.get(TOLD, 0)
+    count = gm.meta.get(STEPS, 0)
     if not count:
         return list(results), (), None
     return list(results[:-count]), tuple(results[-count:-1]), results[-1]

@@ -1,4 +1,4 @@
-"""Takes a part of a graph out as a module of its own, so that it runs on fewer rows than the graph was traced with.
+"""Extracts a part of a graph as a module of its own, so that it runs on fewer rows than the graph was traced with.
 
 Sizes are the trap: a number computed from the whole batch must not reach a part that runs on the survivors. Every
 symbolic size is read again from one of the part's own inputs.

@@ -1,4 +1,4 @@
-"""What can be read off a captured graph: symbolic shapes, batch axes, module paths, last uses, anchors."""
+"""Facts of a captured graph: symbolic shapes, batch axes, module paths, last uses, anchors."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def attribute(module: torch.nn.Module, target: str) -> Any:
 
 
 def size_sources(sizes: Iterable[fx.Node], tensors: Iterable[fx.Node]) -> list[fx.Node]:
-    """Further tensors that `sizes` have to be read from, where `tensors` do not have them: a length behind padding."""
+    """Further tensors that `sizes` have to be read from, where `tensors` do not have them: a length after padding."""
     found: dict[fx.Node, None] = {}
     known = {e for n in tensors for e in shape(n)}
     todo = list(sizes)

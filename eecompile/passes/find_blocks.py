@@ -1,4 +1,4 @@
-"""Finds the repeated units of a model: encoder layers, residual blocks, cells called once per step.
+"""Repeated units of a model: encoder layers, residual blocks, cells called once per step.
 
 Candidates are groups of module calls whose paths agree when digits are starred and whose class is the same. A group
 must not overlap itself. Groups that cover much of the graph win, then those with the fewest values crossing between

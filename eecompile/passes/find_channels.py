@@ -1,4 +1,4 @@
-"""Finds channels inside a part of the graph that can be left out from the last one on: those of a slimmable network.
+"""Groups of channels inside a part of the graph that can be left out from the last one on: those of a slimmable network.
 
 A group begins at one or more layers that make the channels (a linear layer, a convolution), goes through operators that
 treat each channel by itself (activations, batch norm, depthwise convolutions, the product of a gated MLP), and ends at
@@ -64,8 +64,7 @@ def find_channels(gm: fx.GraphModule, nodes: Sequence[fx.Node], ends: Iterable[f
     """
     within, given = set(nodes), set(ends)
     groups: list[Channels] = []
-    reason = "it has no linear layer or convolution"
-    told = False
+    reason = ""
     done: set[fx.Node] = set()
     for n in nodes:
         if n in done or _made(gm, n) is None:
@@ -74,9 +73,9 @@ def find_channels(gm: fx.GraphModule, nodes: Sequence[fx.Node], ends: Iterable[f
         if isinstance(found, Channels):
             groups.append(found)
             done.update(found.makers)
-        elif not told:
-            reason, told = found, True
-    return groups, reason
+        else:
+            reason = reason or found
+    return groups, reason or "it has no linear layer or convolution"
 
 
 def _group(gm: fx.GraphModule, first: fx.Node, within: set[fx.Node], ends: set[fx.Node]) -> Channels | str:

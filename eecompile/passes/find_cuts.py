@@ -1,4 +1,4 @@
-"""Finds the positions where the work can stop: behind blocks, and at the bottlenecks of the dataflow.
+"""Finds the positions where the work can stop: after blocks, and at the bottlenecks of the dataflow.
 
 A cut is a position with its live set, everything that later nodes still need. Bottlenecks are the dominators of the
 prediction on the graph of values that depend on both the parameters and the batch (masks and tables bypass blocks and
@@ -67,7 +67,7 @@ class FindCuts(Pass):
             else:
                 cuts.append(cut)
         blocks = sum(c.is_block for c in cuts)
-        summary = f"{len(cuts)} cuts, {blocks} of them behind blocks"
+        summary = f"{len(cuts)} cuts, {blocks} of them after blocks"
         return PassResult(program.replace(cuts=tuple(cuts)), False, tuple(refusals), summary)
 
 
@@ -162,7 +162,7 @@ class Sweep:
         return self._ends.get(self.position[n], n.name)
 
     def block_ends(self, blocks: Iterable[Block]) -> list[tuple[int, Block, int]]:
-        """For each block the best position behind it and where the next one starts.
+        """For each block the best position after it and where the next one starts.
 
         Between two blocks the position with the fewest trunk values wins; a sequence-first model transposes there.
         """
@@ -204,10 +204,10 @@ class Sweep:
         return out
 
     def handed_on(self, block: Block, p: int) -> fx.Node | None:
-        """What a head reads behind a block.
+        """What a head reads after a block.
 
         Where a block hands on several values (a recurrent cell's h and c, the scales of a multi-scale net) it is the
-        one that the model's own tail reads behind the last block.
+        one that the model's own tail reads after the last block.
         """
         inside = self._produced(block, p)
         if len(inside) > 1:

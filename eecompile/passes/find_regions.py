@@ -1,8 +1,8 @@
-"""Finds what could be left out for a row: whole blocks, and the residual parts inside them.
+"""Regions that a row could skip: whole blocks, and the residual parts inside them.
 
 A region takes one value x of the trunk and hands on one value y of the same shape. Its borders are dominators: every
 path from x to y inside a block goes through each of them. Where a dominator joins several paths, the paths of a
-residual branch, a part ends; operators with one input behind it (the norm of a post-norm block, the activation of a
+residual branch, a part ends; operators with one input after it (the norm of a post-norm block, the activation of a
 ResNet) belong to the part before them. Masks, tables and other values may come in from the side.
 """
 
@@ -22,7 +22,7 @@ from eecompile.program import Block, Program, Refusal, Region
 
 aten = torch.ops.aten
 ADDITIONS = (aten.add.Tensor, aten.add_.Tensor)
-# What a residual path may go through besides additions: norms, activations that change no value of their own, scalings,
+# What a residual path may go through apart from additions: norms, activations that change no value of their own, scalings,
 # copies, permutations.
 THROUGH = (
     aten.hardtanh.default, aten.hardtanh_.default,
@@ -189,7 +189,7 @@ class Finder:
             joins = [a for a in n.all_input_nodes if a in self.trunk or a is chain[0]]
             straight = joins == [before]
             if straight and ends:
-                ends[-1] = n  # a norm or activation behind an addition
+                ends[-1] = n  # a norm or activation after an addition
             elif not straight:
                 ends.append(n)
         found: list[Region] = []

@@ -1,6 +1,6 @@
-"""Finds, in steps where every position of a sequence halts by itself, what need not be computed for halted positions.
+"""Position-wise parts of halting steps: what need not be computed for the positions of a sequence that have halted.
 
-Backwards from the state of a step, whose halted positions nobody reads: a node's halted positions are not needed where all
+Backwards from the state of a step, whose halted positions nothing reads: a node's halted positions are not needed where all
 that read it are position-wise and theirs are not needed either, through attention by its queries. Keys and values are
 needed at all positions. Neighbours among these nodes that run on any list of positions are one part, with one value that
 leaves it; `LivePositions` runs it.
@@ -76,7 +76,7 @@ class _Finder:
         return replace(step, parts=tuple(parts))
 
     def _unneeded(self, positions: Positions, state: fx.Node, kept: fx.Node) -> dict[fx.Node, Layout]:
-        """Nodes whose halted positions nobody needs, with the axis of their positions."""
+        """Nodes whose halted positions nothing needs, with the axis of their positions."""
         found: dict[fx.Node, Layout] = {}
         for n in reversed(self.nodes[: self.position[state] + 1]):
             at = 1 if n is state and self._reads(n, kept) else self._layout(positions, n, found)

@@ -87,13 +87,13 @@ class InsertRoutes(Pass):
             cuts, refusals = writer.moved_cuts(program.structure.cuts, self.name)
             program = program.replace(cuts=cuts)
         writer.finish()
-        beside = route.node or route.choice
+        owner = route.node or route.choice
         reports: tuple[Report, ...] = (
-            Report(ROUTE, route.choice, beside),
-            Report(f"{ROUTE}.weights", route.weights, beside, True),
+            Report(ROUTE, route.choice, owner),
+            Report(f"{ROUTE}.weights", route.weights, owner, True),
         )
         if route.admitted:
-            reports += (Report(f"{ROUTE}.admitted", route.admitted, beside, True),)
+            reports += (Report(f"{ROUTE}.admitted", route.admitted, owner, True),)
         done = program.replace(
             graph_module=gm, routes=(route,), reports=(*program.choices.reports, *reports), route_recipe=self.recipe
         )

@@ -135,7 +135,7 @@ def _segment(
     needed = layout.needed(later if at_end else (stop, *later), arms)
     if decide_at_end:
         asked = [r for r in program.choices.reports if not r.training_only and r.name not in fixed(program, arms)]
-        needed = needed | facts.needed_for(layout.names[r.node] for r in asked if layout.names[r.beside] in needed)
+        needed = needed | facts.needed_for(layout.names[r.node] for r in asked if layout.names[r.owner] in needed)
     carried = states_of(program)
     taken = [r for r in carried if start >= 0 and decides and not (at_end and r == "memory")]
     states: dict[str, fx.Node | None] = {r: part.graph.placeholder(r) for r in taken}

@@ -68,9 +68,9 @@ def lower_cond(program: Program, settings: Settings, settings_are_inputs: bool =
     example = dict(zip(names, example_of(program), strict=True))
     shapes = {n: free_axes(program, leaf.shape) for n, leaf in zip(names, program.signature.inputs, strict=True)}
     if settings_are_inputs:
-        held = {n: getattr(module, n) for n in module.settings}
-        example |= held
-        shapes |= {n: {} for n in held}
+        values = {n: getattr(module, n) for n in module.settings}
+        example |= values
+        shapes |= {n: {} for n in values}
         module.take_settings()
     return traced(module, example, shapes)
 
@@ -173,8 +173,7 @@ class Holder(nn.Module):
 
     def tensors(self, without: Sequence[str] = ()) -> dict[Any, Tensor]:
         """What `Traced` reads."""
-        held = {key: name for key, name in self.names.items() if name not in without}
-        return {key: facts.attribute(self, name) for key, name in held.items()}
+        return {key: facts.attribute(self, name) for key, name in self.names.items() if name not in without}
 
     def _hold(self, name: str, tensor: Tensor, settings: Settings) -> None:
         key = _key(name, tensor)
@@ -332,10 +331,10 @@ class ConditionalProgram(Holder):
             stay, scores, sure, live, states, blank = parts(operands)
             rows = positions(stay)
             taken = [t if a is None else t.index_select(a, rows) for t, a in zip(live, axes, strict=True)]
-            held = [s.index_select(0, rows) for s in states]
+            surviving = [s.index_select(0, rows) for s in states]
             below = {i: b if (a := outputs[i].batch_axis) is None else b.index_select(a, rows) for i, b in blank.items()}
             inner = dict(zip(keys, operands[len(data) :], strict=True))
-            prediction, index, surest, *leaves = self._from(k + 1, taken, held, below, inner)
+            prediction, index, surest, *leaves = self._from(k + 1, taken, surviving, below, inner)
             done = [
                 scores.index_copy(0, rows, prediction),
                 torch.full_like(stay, exit_index, dtype=torch.int64).index_copy(0, rows, index),

@@ -90,7 +90,7 @@ def _drop_noops(graph_module: fx.GraphModule) -> int:
 
 
 def _drop_dead(graph_module: fx.GraphModule) -> int:
-    """FX keeps every in-place operator; one that writes to a value that nobody reads again is dead all the same."""
+    """FX keeps every in-place operator; one that writes to a value that nothing reads again is dead all the same."""
     effects = [n for n in graph_module.graph.nodes if n.is_impure() and not _writes_own(n)]
     needed = facts.needed_for([*facts.output_leaves(graph_module), *effects])
     dead = [n for n in graph_module.graph.nodes if n not in needed and n.op not in ("placeholder", "output")]

@@ -79,13 +79,13 @@ def nothing_placed(program: Program, refusals: list[Refusal]) -> StrategyError:
     return NoPlaceError(
         "no place for an exit",
         got=listed or "no cut at all",
-        wanted="a cut whose head costs less than the work behind it",
+        wanted="a cut whose head costs less than the work after it",
         hint="give exits= as names (eecompile inspect shows the cuts), another head=, or a larger model",
     )
 
 
 class Candidates:
-    """The cuts that can hold an exit, judged once each."""
+    """Candidates for exits: each cut is checked once."""
 
     def __init__(self, program: Program, recipe: ExitRecipe, example: tuple[torch.Tensor, ...] | None) -> None:
         self.program, self.recipe, self.example = program, recipe, example
@@ -103,7 +103,7 @@ class Candidates:
                     hint='use head="auto"',
                 )
 
-    def judge(self, cut: Cut, head: HeadSpec | None = None) -> Exit | None:
+    def candidate(self, cut: Cut, head: HeadSpec | None = None) -> Exit | None:
         """An exit at `cut`, or None with the refusal noted. `head` stands in for the strategy's own."""
         key = f"{cut.after} {head or ''}"
         if key not in self._judged:
@@ -170,7 +170,7 @@ class Candidates:
                 got=f"{len(cuts)} cuts: {', '.join(c.name for c in cuts[:12])}",
                 hint="give a number, names or fractions",
             )
-        return [e for c in blocks if (e := self.judge(c)) is not None]
+        return [e for c in blocks if (e := self.candidate(c)) is not None]
 
     def before_gates(self) -> list[Exit]:
         """One exit before every gate, which answers what the model says if it skips that gate's region and all later ones.
@@ -221,16 +221,16 @@ class Candidates:
     def everywhere(self) -> list[Exit]:
         """Every place where a fresh answer is worth its head: block boundaries, or all cuts of a model without blocks.
 
-        Kept is an exit with enough work before it, since the exit kept last, and behind it: at least `LEAST_STEP` of the
+        Kept is an exit with enough work before it, since the exit kept last, and after it: at least `LEAST_STEP` of the
         model's cost and `WORTH` times what its own head costs.
         """
         kept: list[Exit] = []
         cuts = self.program.structure.cuts
         for c in sorted([c for c in cuts if c.is_block] or cuts, key=lambda c: c.depth):
             before = kept[-1].depth if kept else 0.0
-            e = self.judge(c)
+            e = self.candidate(c)
             if e is not None and self._lacking(e, before) and e.head_kind == "conv" and self.recipe.head == "auto":
-                e = self.judge(c, "linear")  # a plain head, where a convolution costs too much
+                e = self.candidate(c, "linear")  # a plain head, where a convolution costs too much
             if e is None:
                 continue
             lacking = self._lacking(e, before)
@@ -247,7 +247,7 @@ class Candidates:
         since, rest = e.depth - before, 1.0 - e.depth
         if min(since, rest) >= wanted:
             return None
-        side, there = ("since the exit before", since) if since < wanted else ("behind it", rest)
+        side, there = ("since the exit before", since) if since < wanted else ("after it", rest)
         return f"a head of {share:.1%} of the model wants {wanted:.1%} of work {side}, there is {there:.1%}"
 
     def spaced(self, count: int) -> list[Exit]:
@@ -265,7 +265,7 @@ class Candidates:
             for c in sorted(pool, key=lambda c: abs(c.depth - depth)):
                 if c.after in taken or c.depth <= 0.0:
                     continue
-                placed = self.judge(c)
+                placed = self.candidate(c)
                 if placed is not None:
                     taken[c.after] = placed
                     break
@@ -297,7 +297,7 @@ class Candidates:
                     hint=f"that place was refused: {reasons[0]}" if reasons else "eecompile inspect MODEL shows the cuts",
                 )
             before = len(self.refusals)
-            placed = [found for c in matched if (found := self.judge(c)) is not None]
+            placed = [found for c in matched if (found := self.candidate(c)) is not None]
             if not placed:
                 raise StrategyError(
                     "no exit fits where it was asked for",

@@ -51,7 +51,7 @@ class PlaceGates(Pass):
         parts: dict[str, Part] = {}
         if self.recipe.widths:
             if self.recipe.monotone:
-                raise StrategyError("gates that shut all later ones have no widths", got=f"widths={self.recipe.widths}")
+                raise StrategyError("gates that close all later ones have no widths", got=f"widths={self.recipe.widths}")
             placed = place_widths(program, self.recipe.widths, chosen, kept, self.recipe.always_on)
             chosen, parts = placed.regions, placed.parts
             refusals += placed.refusals

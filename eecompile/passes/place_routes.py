@@ -28,7 +28,7 @@ DYNAMIC = 64  # a sequence length for counting, where the example gives none
 
 @dataclass(frozen=True)
 class PlaceRoutes(Pass):
-    """Fills `program.choices.routes` from the recipe; the graph stays as it is. Behind `place_exits` where rows go to exits.
+    """Fills `program.choices.routes` from the recipe; the graph stays as it is. After `place_exits` where rows go to exits.
 
     Args:
         recipe: What the strategy wants.
@@ -64,10 +64,10 @@ class PlaceRoutes(Pass):
         if late:
             raise StrategyError(
                 "an exit lies before the router that would send rows to it",
-                where=f"{late[0].name}, behind {late[0].cut}",
+                where=f"{late[0].name}, after {late[0].cut}",
                 got=f"a router at {self.recipe.at}",
-                wanted="exits behind the router",
-                hint='at="input", or exits= that lie behind it',
+                wanted="exits after the router",
+                hint='at="input", or exits= that lie after it',
             )
         if route.unit_flops >= (1 - program.exits[0].depth) * program.total_flops:
             raise _dear(route, program)
@@ -123,7 +123,7 @@ class PlaceRoutes(Pass):
         wanted = tuple(places.sizes(y))
         if tuple(out.shape) != wanted or out.dtype != facts.value(y).dtype:
             raise StrategyError(
-                "a branch hands on another value than the part of the model beside it",
+                "a branch gives another value than the part of the model that it stands in for",
                 where=f"{name}, {part.where}",
                 got=f"{out.dtype} {list(out.shape)} for {ROWS} rows",
                 wanted=f"{facts.value(y).dtype} {list(wanted)}",
@@ -171,7 +171,7 @@ class Places:
         return self.names[found[0].value]
 
     def last(self) -> str:
-        """Where branches end unless said: behind the last block, or at the prediction of a model without blocks."""
+        """Where branches end by default: after the last block, or at the prediction of a model without blocks."""
         blocks = [c for c in self.program.structure.cuts if c.is_block]
         return blocks[-1].name if blocks else OUTPUT
 

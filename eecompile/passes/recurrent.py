@@ -4,7 +4,7 @@
     out_k, _, c_k = lstm(dropout(out_{k-1}), (h_0[k], c_0[k]), weights of layer k, layers=1)
 
 The final hidden states are read off the outputs: the last step of the forward direction, the first one of the backward
-direction. So a layer hands on one value `[B, S, D * H]`, and an LSTM its cell states too, where they are read. Every number
+direction. So a layer gives one value `[B, S, D * H]`, and an LSTM its cell states too, where they are read. Every number
 stays the same bit for bit: PyTorch itself runs layer after layer.
 """
 

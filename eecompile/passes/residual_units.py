@@ -1,4 +1,4 @@
-"""Finds residual branches from the graph, where no module marks a block: `x = x + f(x)` in a loop of the forward.
+"""Residual branches found in the graph, where no module marks a block: `x = x + f(x)` in a loop of the forward.
 
 A unit goes from one bottleneck of the graph to the next that is an addition with the first among its terms. What follows
 the additions of all units alike, activations and norms in a straight line, belongs to the units.

@@ -1,4 +1,4 @@
-"""Graphs that are handed the settings which they read, so that a call goes by those that it began with."""
+"""Settings as inputs of lowered graphs: a call uses those that it began with, whatever is set meanwhile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Computes once what several models of a cascade have in common: layers that they share, on the same inputs.
+"""Common subexpression elimination: layers that models of a cascade share run once on the same inputs.
 
 Common subexpressions of one graph: the same operator on the same values and the same parameters gives the same bits.
 A stem that two models share runs once; so does the shorter of two stacks of layers, one of which goes on from it.

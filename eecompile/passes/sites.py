@@ -1,4 +1,4 @@
-"""What a head finds at a cut: shape, padding mask, and whether the model's own tail can serve as the head."""
+"""Sites of heads at cuts: shape, padding mask, and whether the model's own tail can serve as the head."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def own_autocast(program: Program) -> NoPlaceError | None:
 
 @dataclass(frozen=True)
 class Tail:
-    """The model's own rest behind a cut as a head that shares its parameters.
+    """The rest of the model after a cut, as a head that shares its parameters.
 
     Attributes:
         module: Takes the value at a cut, then `sides`.
@@ -95,7 +95,7 @@ def shared_tail(program: Program) -> Tail | Refusal:
     if program.capture.front_end == "blocks":
         return Refusal("model", "shared head", "a model that was captured as blocks has no graph of its final layers")
     if not blocks:
-        return Refusal("model", "shared head", "the model has no repeated block, so no tail behind the last one")
+        return Refusal("model", "shared head", "the model has no repeated block, so no tail after the last one")
     last = blocks[-1]
     tail = _tail(program, last.value, last.after, {})
     if not tail.reads:
@@ -119,7 +119,7 @@ def tail_of(program: Program, e: Exit) -> Tail | Refusal:
 
 
 def _tail(program: Program, value: str, after: str, instead: Mapping[fx.Node, fx.Node]) -> Tail:
-    """What the prediction needs behind `after`; `instead` are nodes that take the value of another one."""
+    """What the prediction needs after node `after`; `instead` are nodes that take the value of another one."""
     gm = program.graph_module
     nodes = list(gm.graph.nodes)
     names = facts.by_name(gm)
@@ -157,11 +157,11 @@ def _tail(program: Program, value: str, after: str, instead: Mapping[fx.Node, fx
 
 
 def _unread(size: fx.Node, reads: list[fx.Node]) -> list[fx.Node]:
-    """What a size must be read from; nothing where the values that are there tell it."""
+    """What a size must be read from; nothing where the values that are there give it."""
     number = facts.value(size)
     known = {symbol for n in reads for e in facts.shape(n) if e.is_Symbol for symbol in e.free_symbols}
-    told = isinstance(number, torch.SymInt) and facts.expression(number).free_symbols <= known
-    return [] if told else size.all_input_nodes
+    given = isinstance(number, torch.SymInt) and facts.expression(number).free_symbols <= known
+    return [] if given else size.all_input_nodes
 
 
 def tail_fits(program: Program, tail: Tail, cut: Cut) -> str | None:

@@ -1,5 +1,5 @@
-"""Parts the end of a model from its class scores: `softmax`, `log_softmax` or `sigmoid` after the logits, and outputs that
-are computed from the prediction, such as probabilities or the class beside the logits.
+"""Separates the end of a model from its class scores: `softmax`, `log_softmax` or `sigmoid` after the logits, and outputs
+that are computed from the prediction, such as probabilities or the class next to the logits.
 
     before: leaves = (softmax(z), argmax(z), hidden)
     after:  leaves = (z, z, hidden), and tail(z, inputs) = (softmax(z), argmax(z))

@@ -1,4 +1,4 @@
-"""How gates and routers decide while they are trained: other decisions in place of `gate` and `choose`.
+"""Decisions of gates and routers in training, in place of `gate` and `choose`.
 
 | mode | decision | gradient of the score |
 |---|---|---|

@@ -130,7 +130,7 @@ def _batch_first(n: fx.Node, axis: int, batch: facts.Batch, share: int) -> bool 
 
 
 def _same_before(before: tuple[sympy.Expr, ...], sizes: tuple[sympy.Expr, ...]) -> int | None:
-    """Index in `sizes` behind as many elements as `before` has."""
+    """Index in `sizes` after as many elements as `before` has."""
     wanted, found = sympy.prod(before), sympy.Integer(1)
     for i, size in enumerate(sizes):
         if sympy.expand(found - wanted) == 0:
