@@ -109,9 +109,9 @@ def _compile(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     options: CompileOptions,
-    tell: Callable[[str], None],
+    progress: Callable[[str], None],
 ) -> CompiledModule:
-    tell("capture")
+    progress("capture")
     subject = _captured(model, chosen, args, kwargs, options)
     captured, chosen, again = subject.captured, subject.strategy, subject.again
     program = Program(
@@ -121,8 +121,8 @@ def _compile(
         capture=Capture(captured.front_end, captured.models, subject.brought.places),
         prediction=Prediction(find_prediction(captured.signature.outputs, subject.prediction)),
     )
-    program = run_passes(program, analysis(captured, options.measure, options.blocks), tell)
-    program = run_passes(program, insertion(chosen.recipe(), captured, options.seed, subject.brought), tell)
+    program = run_passes(program, analysis(captured, options.measure, options.blocks), progress)
+    program = run_passes(program, insertion(chosen.recipe(), captured, options.seed, subject.brought), progress)
     origin = Origin(
         model=subject.original,
         captured=subject.captured_from,

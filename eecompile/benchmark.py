@@ -24,7 +24,7 @@ class BenchmarkReport(Report):
     """Times in seconds per call: median and spread (half the interquartile range) over the rounds.
 
     Attributes:
-        others: Median share of the machine that other processes took meanwhile; None where it cannot be told.
+        others: Median share of the machine that other processes took meanwhile; None where it is unknown.
     """
 
     title: ClassVar[str] = "benchmark"

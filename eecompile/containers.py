@@ -34,7 +34,7 @@ def load_spec(text: str) -> Any:
 
     Raises:
         MissingDependencyError: transformers is needed and not installed.
-        ArtifactError: A class of somebody else that is not imported; nothing is imported on a file's word.
+        ArtifactError: A class that is not imported; nothing is imported on a file's word.
     """
 
     def names(node: Any) -> set[str]:

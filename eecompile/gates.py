@@ -30,7 +30,7 @@ class GateUnit(nn.Module):
 
     kind: ClassVar[str] = ""
     fits: ClassVar[tuple[str, ...]] = ("map", "sequence", "vector")
-    recurrent: ClassVar[bool] = False  # takes and gives a state besides the score
+    recurrent: ClassVar[bool] = False  # takes and gives a state with the score
     common: ClassVar[bool] = False  # one unit gives the scores of all gates, [B, G]
 
     def __init__(self, site: Site, open_bias: float = OPEN_BIAS) -> None:

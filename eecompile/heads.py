@@ -88,7 +88,7 @@ class Head(nn.Module):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What it was built with beside the site."""
+        """Options that it was built with."""
         return {}
 
     def batch_first(self, h: Tensor) -> Tensor:
@@ -292,7 +292,7 @@ def fitting(
 
     Args:
         what: What the classes are, for people: "head", "gate unit".
-        others: Names that are known besides.
+        others: Further names that are known.
         hint: What to do where it does not fit.
 
     Raises:

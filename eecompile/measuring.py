@@ -1,4 +1,4 @@
-"""Measuring calls against one another: in turns, in one run, and noticing when somebody else used the machine."""
+"""Timing of calls against one another: interleaved, in one run, with rounds that other processes disturbed repeated."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Bystanders:
         self._before = (_busy(), _own(), time.perf_counter())
 
     def share(self) -> float | None:
-        """In [0, 1], all processors together; None where it cannot be told."""
+        """In [0, 1], all processors together; None where it is unknown."""
         busy, own, then = self._before
         now = _busy()
         if busy is None or now is None:
@@ -67,7 +67,7 @@ class Rounds:
 
     Attributes:
         times: Seconds per call, one for each round, by name.
-        others: Share of the machine that other processes took, one for each round; None where it cannot be told.
+        others: Share of the machine that other processes took, one for each round; None where it is unknown.
         redone: Rounds that were thrown away because of others.
     """
 
@@ -98,7 +98,7 @@ def rounds_of(
     Args:
         rounds: At least 7 for a median worth reporting.
         min_seconds: Quick calls are repeated until a round of them lasts this long.
-        wait: Called before the clock is read, for devices that run behind (`torch.cuda.synchronize`).
+        wait: Called before the clock is read, for devices that run asynchronously (`torch.cuda.synchronize`).
         quiet_below: Rounds in which other processes took more than this share of the machine are measured again, up to
             `REDO` times as many as asked for; then they count after all.
         seconds: No further round is measured again once this much time has gone.

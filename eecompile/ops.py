@@ -4,8 +4,8 @@ In graphs stand the operators, each with a fake implementation and a gradient; t
 one and it can run. The names below are the plain torch definitions, which copy nothing that they need not copy, and which
 executors call directly; `confidence` and `halt` are their kernels where those can run.
 
-`decide`, `tick`, `gather`, `scatter`, `open_rows` and `head_confidence` are what executors are made of: they write into
-buffers (but for `head_confidence`) and have no gradient.
+`decide`, `tick`, `gather`, `scatter` and `open_rows` are what executors are made of: they write into buffers and have no
+gradient.
 """
 
 from eecompile.kernels.blank import blank
@@ -17,7 +17,6 @@ from eecompile.kernels.decide import decide
 from eecompile.kernels.gate import gate
 from eecompile.kernels.gather import gather, scatter
 from eecompile.kernels.halt import run_halt as halt
-from eecompile.kernels.head_confidence import head_confidence
 from eecompile.kernels.open_rows import open_rows
 from eecompile.kernels.packed_rnn import packed_rnn
 from eecompile.kernels.select import select
@@ -31,7 +30,6 @@ __all__ = [
     "gate",
     "gather",
     "halt",
-    "head_confidence",
     "keep_best",
     "open_rows",
     "packed_rnn",

@@ -215,7 +215,7 @@ class Program:
         choices: Gates, widths, halting steps and routers; iterating gives each as a `Choice`.
         stages: The work between two exits.
         settings: What can be set, as it was compiled.
-        history: What every pass left behind, and the facts that they established.
+        history: Snapshots after every pass, and the facts that they established.
     """
 
     graph_module: fx.GraphModule

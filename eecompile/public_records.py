@@ -27,13 +27,13 @@ class ExitRecord:
     Attributes:
         name: `exit_0`, `exit_1`, ...
         node: Name of the graph node whose value the head reads.
-        cut: Block or node that it lies behind.
+        cut: Block or node that it lies after.
         depth: Fraction of the full model's cost spent before it.
         threshold: Confidence from which a sample leaves; above 1 the exit is closed.
         head: The head's module.
         head_cost: Cost of head and decision, as a fraction of the full model's.
         combine: What it answers, given the open exits before it: "last", "ensemble", "confident" or "weighted".
-        units: What must be trained before it says anything.
+        units: What must be trained before it is of use.
     """
 
     name: str

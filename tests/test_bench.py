@@ -52,7 +52,7 @@ def check(whole: dict) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("group", ["closed", "nobody", "memory", "deadlines"])
+@pytest.mark.parametrize("group", ["closed", "no-exit", "memory", "deadlines"])
 def test_a_group_runs_and_is_merged(tmp_path, capsys, group):
     out = tmp_path / "cpu.json"
     other = {
@@ -80,12 +80,12 @@ def test_gates_are_shut_for_the_rows_that_are_asked_for(tmp_path):
     assert program.main(["--only", "gates", "--small", "--rounds", "3", "--threads", "1", "--out", str(out)]) == 0
     whole = json.loads(out.read_text())
     check(whole)
-    opened, *shut = whole["groups"]["gates"]["figures"]
+    opened, *closed = whole["groups"]["gates"]["figures"]
     assert opened["name"] == "ResNet-20 at 8, all gates open"
-    assert [f["detail"]["rows shut at each gate"] for f in shut] == [2, 5]
+    assert [f["detail"]["rows skipped at each gate"] for f in closed] == [2, 5]
     subject = models.resnet(8, SkipNet())
     gates.spread_out(subject)
-    gates.shut(subject, 0.6)
+    gates.close(subject, 0.6)
     with torch.no_grad():
         few = watch(gates.ideal(subject, 0.6)).shapes["convolution"]
         compiled = watch(subject.compiled).shapes["convolution"]

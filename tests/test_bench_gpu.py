@@ -59,7 +59,7 @@ def test_a_rival_that_is_wrong_is_a_problem_and_not_a_figure(bert, monkeypatch):
     assert len(found.problems) == 1
     assert "answers differ" in found.problems[0]
     with torch.no_grad():
-        case = Case(bert, 8, "nobody leaves", confidences(bert))
+        case = Case(bert, 8, "no row leaves", confidences(bert))
         monkeypatch.setattr(bert, "logits", lambda x: 1 / 0)
         line = cases.enter(case, HOST, found)
     assert set(line.calls) == {cases.DEVICE, cases.ORIGINAL}  # captured in pieces

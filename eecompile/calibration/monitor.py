@@ -260,7 +260,7 @@ class Monitor:
             if state.mix_alarm is None and state.mix >= -math.log(state.options.alpha):
                 state.mix_alarm = state.rows
                 warnings.warn(
-                    f"the mix of exits has changed after {state.rows} rows; shadow rows tell whether answers have",
+                    f"the mix of exits has changed after {state.rows} rows; shadow rows show whether answers have",
                     DriftWarning,
                     stacklevel=2,
                 )

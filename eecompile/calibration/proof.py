@@ -145,7 +145,7 @@ class Prover:
         if k is None:
             return
         without = fixed.clone()
-        without[k] = 2.0  # nobody leaves there
+        without[k] = 2.0  # no row leaves there
         open_exits = tuple(bool(self.stay or j == k or i >= 1) for j, i in enumerate(box.lo))
         cost = self.evidence.costs(open_exits)
         after = self.evidence.leave(without)

@@ -193,7 +193,7 @@ class Search:
     def candidates(self, most: float) -> list[Tensor]:
         """Vectors around the front, up to a mean loss of about `most`."""
         closed = self.closed
-        everybody = torch.tensor([self.at_rank(k, self.n) for k in range(self.e)])
+        all_rows = torch.tensor([self.at_rank(k, self.n) for k in range(self.e)])
         prices = torch.logspace(math.log10(max(2.0 * self.n, 10.0)), -1, PRICES, dtype=torch.float64).tolist()
         found: list[Tensor] = []
         used = []
@@ -204,7 +204,7 @@ class Search:
             found += [at, self.descend(closed, price)]
             if self.measure(at)[0] > 2 * most * self.n:
                 break
-        at = everybody
+        at = all_rows
         for price in reversed(used):
             at = self.descend(at, price)
             found.append(at)

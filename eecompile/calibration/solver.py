@@ -5,7 +5,7 @@ Two ways to choose them from the validation rows, both with a mean cost there th
 * "search": the most accurate vector. The Pareto front of `calibration/search.py` with the signed loss (full score less
   early score), then every exit's threshold in turn solved exactly within what is left of the budget, until none moves;
   from there branch and bound over all exits at once (`calibration/proof.py`). Where that ends within its boxes, the vector
-  is proved to be the best of all; else its distance from the best is at most the gap that is told. Criteria with state
+  is proved to be the best of all; else its distance from the best is at most the gap that is reported. Criteria with state
   (patience) have no proof: their confidences depend on which exits are open.
 * "quota" (MSDNet, Huang et al. 2018, section 4): a share of the rows leaves at each exit, in a geometric series over the
   exits; its ratio is the largest that the budget pays for, and each exit takes its quota of the surest rows left. Quotas are
@@ -30,7 +30,7 @@ from eecompile.ir.settings import CLOSED
 
 METHODS = ("search", "quota")
 BISECTIONS = 50
-STEEPEST = 12.0  # of the quota's ratio, as a natural logarithm: beyond it everybody leaves at one exit
+STEEPEST = 12.0  # of the quota's ratio, as a natural logarithm: beyond it all rows leave at one exit
 STARTS = 4
 FILLS = 8
 
@@ -50,10 +50,10 @@ class Solver:
         some = self.evidence
         if self.n > 2 * MOST_SEARCH_ROWS:
             some = self.evidence.part(torch.arange(0, self.n, math.ceil(self.n / MOST_SEARCH_ROWS)))
-        everybody = torch.zeros(self.e)
-        most = max(self.evidence.measure(everybody)[0] / max(self.n, 1), 0.01)
+        all_rows = torch.zeros(self.e)
+        most = max(self.evidence.measure(all_rows)[0] / max(self.n, 1), 0.01)
         closed = torch.full((self.e,), CLOSED)
-        found = [everybody, *([] if evidence.keep_open else [closed]), *(v for _, _, v in candidates(some, most))]
+        found = [all_rows, *([] if evidence.keep_open else [closed]), *(v for _, _, v in candidates(some, most))]
         if not evidence.keep_open:
             found += [torch.where(torch.arange(self.e) == k, 0.0, closed) for k in range(self.e)]
         self.found = [(*self.evidence.measure(v), v) for v in found if not evidence.keep_open or all(pattern(v))]
@@ -64,7 +64,7 @@ class Solver:
         """Thresholds `[E]` with a mean cost of at most `budget`, and the quota's ratio.
 
         Args:
-            boxes: How many boxes of thresholds the branch and bound of "search" may look at; `gap` tells what it proved.
+            boxes: How many boxes of thresholds the branch and bound of "search" may look at; `gap` says what it proved.
 
         Raises:
             CalibrationError: Nothing is as cheap as that.
@@ -114,7 +114,7 @@ class Solver:
         costs = self.evidence.costs(tuple(is_open))
         without = thresholds.clone()
         without[k] = CLOSED
-        after = self.evidence.leave(without)  # where each row goes if nobody leaves at exit k
+        after = self.evidence.leave(without)  # where each row goes if none leaves at exit k
         here = (after > k).double()
         gain = (costs[k] - costs[after]) * here
         more = (search.loss[k] - search.loss.gather(0, after[None])[0]) * here
@@ -129,11 +129,11 @@ class Solver:
         position = int(loss.masked_fill(~usable, math.inf).argmin())
         new = thresholds.clone()
         new[k] = search.threshold(k, position)
-        shut = thresholds.clone()
-        shut[k] = search.never
+        closed = thresholds.clone()
+        closed[k] = search.never
         if search.forced[k] or float(loss[position]) < 0:
             return new
-        return min((new, shut), key=self.evidence.measure)
+        return min((new, closed), key=self.evidence.measure)
 
     def quota(self, budget: float) -> tuple[Tensor, float]:
         """The geometric quota with the largest ratio that the budget pays for."""

@@ -19,7 +19,7 @@ class ChoiceRecords(Sequence[Choice]):
     Attributes:
         gate_recipes: What the gates were inserted by: one entry, in a cascade one for each model with gates.
         halt_recipes: The same for the chains that halt.
-        reports: What a run reports for each row besides its outputs.
+        reports: What a run reports for each row in addition to its outputs.
     """
 
     gates: tuple[Gate, ...] = ()

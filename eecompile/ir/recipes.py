@@ -79,7 +79,7 @@ class GateRecipe:
         if self.monotone and self.min_open:
             raise StrategyError(
                 "min_open= and monotone contradict each other",
-                got=f"min_open={self.min_open}, monotone: a shut gate shuts all later ones, which min_open would open",
+                got=f"min_open={self.min_open}, monotone: a closed gate closes all later ones, which min_open would open",
                 wanted="one of them",
                 hint=f"ungated={self.min_open} runs the first regions for every row",
             )
@@ -118,7 +118,7 @@ class RouteRecipe:
 
     Attributes:
         at: What the router reads: "input", the name of an input, or of a cut.
-        branches: Where rows may go besides the model's own way, by name: the share of the blocks that a light version
+        branches: Where rows may go apart from the model's own way, by name: the share of the blocks that a light version
             keeps, or a module. None of them: rows go straight to exits.
         over: Names of the cuts where branches begin and end, "input" and "output" among them; None for from `at` to the
             end of the last block.

@@ -1,7 +1,7 @@
 """The compact executor for models that were captured as blocks: gather on entry of a block, scatter on its exit.
 
-Python between the blocks runs with the full batch and notices nothing; rows that have left hold zeros there. When nobody
-is left the model's forward is abandoned.
+Python between the blocks runs with the full batch; rows that have exited are zeros there. When no row is active any more the
+model's forward is abandoned.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from eecompile.runtime.survivors import Survivors
 from eecompile.runtime.timing import StageTimes
 
 
-class _NobodyLeft(BaseException):
-    """Ends the model's forward where nobody is in any more, or where the call is stopped.
+class _NoRowsLeft(BaseException):
+    """Ends the model's forward where no row is active any more, or where the call is stopped.
 
     Not an Exception, so that the model's own handlers let it through.
     """
@@ -147,7 +147,7 @@ class _Call:
         self.interrupted = False
         self.stopped: str | None = None
         self.open = sorted(i for i, _ in self.exits.values())
-        self.behind, self.started = -1, times.clock()  # the last exit, and when the work behind it began
+        self.passed, self.started = -1, times.clock()  # the last exit, and when the work after it began
 
     def outcome(self) -> Outcome:
         model = self.model.model
@@ -169,7 +169,7 @@ class _Call:
             with mode(model, False):
                 output = self.model.invoke(self.flat)
             leaves = self.end(output)
-        except _NobodyLeft:
+        except _NoRowsLeft:
             pass
         finally:
             for h in handles:
@@ -189,9 +189,9 @@ class _Call:
         if self.allowance.deadline is None:
             return None
         now = self.times.clock()
-        self.times.add((self.behind, exit_index), rows, now - self.started)
+        self.times.add((self.passed, exit_index), rows, now - self.started)
         nearest = next((k for k in self.open if k > exit_index), len(self.program.exits))
-        self.behind, self.started = exit_index, now
+        self.passed, self.started = exit_index, now
         if now + self.times.predict((exit_index, nearest), rows) > self.allowance.deadline:
             self.times.refused((exit_index, nearest))
             return "deadline"
@@ -233,7 +233,7 @@ class _Call:
         if at is not None:
             stay = self.decide(at[0], leaves[tap.primary])
             if stay is not None and stay.numel() == 0:
-                raise _NobodyLeft
+                raise _NoRowsLeft
         if rows is None:
             return None
         full = [spread(t, a, rows, self.in_.size) for t, a in zip(leaves, tap.outputs, strict=True)]
@@ -246,19 +246,19 @@ class _Call:
         branch = self.program.marked.get_submodule(e.head)
         sides = [self.side(n) for n in e.head_inputs[1:]] if branch.takes_mask else []
         logits = branch(h, *sides)
-        judged = logits
+        scored = logits
         if isinstance(logits, tuple):
             logits, score = logits
-            judged = score if e.criterion.learned else logits
+            scored = score if e.criterion.learned else logits
         if e.combine == "ensemble":
             logits, self.memory = ensemble(logits, self.memory)
-            judged = judged if e.criterion.learned else logits
+            scored = scored if e.criterion.learned else logits
         elif e.combine == "weighted":
             own = self.program.marked.get_submodule(COMBINATION)
             logits, self.memory = weighted_ensemble(logits, self.memory, own.weights, own.bias, index)  # type: ignore[arg-type]
-            judged = judged if e.criterion.learned else logits
+            scored = scored if e.criterion.learned else logits
         found, state = confidence_of(
-            judged if e.criterion.learned else yes_or_no(judged, e.criterion.multi_label),
+            scored if e.criterion.learned else yes_or_no(scored, e.criterion.multi_label),
             self.state if e.criterion.stateful else None,
             e.criterion.name,
             self.temperatures[index],
@@ -278,7 +278,7 @@ class _Call:
             if self.stopped is not None:
                 mine = logits if stay is None else logits.index_select(0, stay)
                 self.in_.finish(mine, found if stay is None else found.index_select(0, stay), at=index)
-                raise _NobodyLeft
+                raise _NoRowsLeft
         return stay
 
     def side(self, name: str) -> Tensor:

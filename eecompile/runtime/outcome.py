@@ -36,7 +36,7 @@ class Outcome:
         stopped: Why the call was stopped before every row was final: "deadline", "budget" or "interrupt".
         late: Whether the output came after the deadline, or costs more than the budget.
         closing: Where the call was timed: when the output began to be put together, on the executor's clock, and the rows of
-            the call. Whoever hands the output to the user ends that measurement.
+            the call. The caller that returns the output to the user ends that measurement.
         step_outputs: While probabilities of stopping are trained: prediction at every step but the last.
         step_scores: [B, K] those probabilities.
         reports: `program.choices.reports` by name, batch first; those for training from the marked graph only.

@@ -111,12 +111,12 @@ class AutocastCheck:
         )
 
     def _nothing_burned_in(self, dtype: torch.dtype) -> None:
-        """A graph without the model is right where no floating dtype is written in it."""
+        """Without its model a graph is right under autocast where no floating dtype is written in it."""
         for n in self.program.source.graph.nodes:
             written = [a for a in (*n.args, *n.kwargs.values()) if isinstance(a, torch.dtype) and a.is_floating_point]
             if n.op == "call_function" and written:
                 raise CaptureError(
-                    f"whether this program is right under autocast to {_name(dtype)} cannot be told without its model",
+                    f"whether this program is right under autocast to {_name(dtype)} cannot be checked without its model",
                     where=n.name,
                     got=f"{_name(written[0])}, written into the graph when it was captured",
                     hint=f"call the compiled model once under this autocast before it is saved, or compile and save "

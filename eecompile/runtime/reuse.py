@@ -5,7 +5,7 @@ dying operand moves less memory, and on the CPU it spares the pages that the all
 on a ResNet-20 at batch 64 are a third of the time. Numbers do not change: the same kernels run, with another target.
 
 A gated region writes what it gives over what goes past it. The open rows alone are written where that value dies there;
-else all of it is copied first, which is more than half of what a gate of a ResNet-20 costs besides its score.
+else all of it is copied first, which is more than half of a gate's overhead in a ResNet-20, its score excluded.
 
 An operand dies where it was freshly allocated by the operator that made it, has no other user and is no output of the
 segment. Inputs, parameters and views of anything are never written to. Only right without gradients: autograd may have

@@ -2,7 +2,7 @@
 
 An FX module looks every parameter up by its dotted path at every call, and an `OpOverload` parses its schema in the
 dispatcher's slow path. On a LeNet at batch 1 that is a tenth of the time. Without gradients, operators write over operands
-that nobody needs again (`runtime/reuse.py`). Numbers do not change: the same kernels run. Under autocast an operator may
+that nothing needs again (`runtime/reuse.py`). Numbers do not change: the same kernels run. Under autocast an operator may
 give another dtype than when it was captured, so nothing is written over there.
 """
 

@@ -15,7 +15,7 @@ class Anytime(ExitStrategy):
     """Classifiers all along the model, distilled from its own output.
 
     Streams, deadlines, budgets and interrupts work with every strategy that has exits; this one puts them close together.
-    Until it is calibrated next to nobody leaves by itself (threshold 1), and calibration leaves every exit open, since a
+    Until it is calibrated hardly any row leaves by itself (threshold 1), and calibration leaves every exit open, since a
     call may be stopped there.
     """
 

@@ -20,7 +20,7 @@ class Combined(Strategy):
     trunk is trained where any part asks for it.
 
     With a cascade of several models among the parts the others are put into each of its models: `Cascade() + Anytime()`
-    has heads inside the models besides the models' own predictions. All these exits share criterion, combination and
+    has heads inside the models in addition to the models' own predictions. All these exits share criterion, combination and
     loss weights; where the two parts differ, an option with its default value gives way.
 
     Args:
@@ -66,7 +66,7 @@ class Combined(Strategy):
         return {key: value for part in self.parts for key, value in part.together.items()}
 
     def recipe(self) -> Recipe:
-        """What goes into the graph; of a cascade of several models the exits behind them alone, since the models bring the
+        """What goes into the graph; of a cascade of several models the exits after them alone, since the models bring the
         rest along."""
         recipes = [part.recipe() for part in self.parts if self.within is None or over_models(part)]
         chosen = {kind: next((r for r in (getattr(o, kind) for o in recipes) if r is not None), None) for kind in PRIMITIVES}

@@ -127,7 +127,7 @@ def agreed(parts: Sequence[Strategy]) -> tuple[Strategy, ...]:
 
 
 def default(part: Strategy, option: str) -> Any:
-    """The value that an option has where nobody gives one."""
+    """The default value of an option."""
     given = next(f.default for f in fields(part) if f.name == option)
     return type(part)(**{option: given}).__dict__[option]
 

@@ -33,7 +33,7 @@ class Router:
     the heads only that one is computed for it. The router gives the probability that a row needs at most exit k, and the
     row goes to the first open exit where this reaches the exit's threshold, 0.5 unless calibrated.
 
-    To branches, a part of the model has further versions beside it; each row takes the most probable one, and each
+    To branches, a part of the model has alternative versions; each row takes the most probable one, and each
     version computes its own rows only. The model's own way is called "full" and is the last route. Branches have weights
     of their own, so the full way stays the model, bit for bit, whatever is trained.
 
@@ -43,7 +43,7 @@ class Router:
             left out evenly, its weights copied from the model; or a module called with the value where branches begin,
             which is copied too.
         over: Cuts where branches begin and end, "input" and "output" among them: `("input", "output")` for whole models
-            beside this one. None: from `at` to the end of the last block.
+            in addition to this one. None: from `at` to the end of the last block.
         unit: "auto", "conv" (maps and images), "linear" or "mlp".
         bias: Logit of the full way that training starts near.
         price: Loss that a full model's FLOPs must be worth.
@@ -107,7 +107,7 @@ class Router:
             raise StrategyError(
                 "a router with one route has nothing to choose",
                 got="to={}, so the full model alone",
-                wanted="a branch at least beside it",
+                wanted="at least one branch in addition",
                 hint='to={"light": 0.5}',
             )
         for name, what in self.to.items():
@@ -137,7 +137,7 @@ class Router:
 
     @property
     def training(self) -> tuple[tuple[str, float, str, dict[str, Any] | None], ...]:
-        """Stages: name, share of the epochs, how decisions are taken, and the objective beside the task's."""
+        """Stages: name, share of the epochs, how decisions are taken, and the objective added to the task's."""
         price = {"price": self.price, "target": self.target_cost, "balance": self.balance}
         if self.to_exits:
             warm = (("every exit", self.warm_up, "hard", None),) if self.warm_up else ()

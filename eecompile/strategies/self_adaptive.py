@@ -81,7 +81,7 @@ class SelfAdaptive(ExitStrategy):
             object.__setattr__(self, "always_on", (self.always_on,))
         for t in self.gate_threshold if isinstance(self.gate_threshold, tuple) else (self.gate_threshold,):
             if not (isinstance(t, int | float) and t >= 0):
-                raise StrategyError("a gate's threshold is 0 or more", got=self.gate_threshold, wanted="above 1 is shut")
+                raise StrategyError("a gate's threshold is 0 or more", got=self.gate_threshold, wanted="above 1 is closed")
         if not 0 < self.target_cost <= 1:
             raise StrategyError("target_cost= is a fraction of the model's cost", got=self.target_cost, wanted="0 to 1")
         check_widths(self.widths)
@@ -146,4 +146,4 @@ def check_widths(widths: Any) -> None:
     if any(b <= a for a, b in zip(widths, widths[1:], strict=False)):
         raise StrategyError("widths= ascend, and no two are equal", got=tuple(widths), wanted=wanted)
     if widths[-1] != 1 or len(widths) < 2:
-        raise StrategyError("widths= end with 1, the model as it was, behind smaller ones", got=tuple(widths), wanted=wanted)
+        raise StrategyError("widths= end with 1, the model as it was, after smaller ones", got=tuple(widths), wanted=wanted)

@@ -67,7 +67,9 @@ class SkipNet(Strategy):
             object.__setattr__(self, "always_on", (self.always_on,))
         for t in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
             if not (isinstance(t, int | float) and t >= 0):
-                raise StrategyError("a threshold is 0 or more", got=self.threshold, wanted="0 is always open, above 1 shut")
+                raise StrategyError(
+                    "a threshold is 0 or more", got=self.threshold, wanted="0 is always open, above 1 closed"
+                )
         if not 0 < self.target_cost <= 1:
             raise StrategyError("target_cost= is a fraction of the model's cost", got=self.target_cost, wanted="0 to 1")
         if self.min_open < 0:

@@ -87,8 +87,8 @@ def halting_curve(
             if threshold > 0:
                 fast.set_halting_threshold(threshold)
                 r = evaluate(fast, loader, metric=metric)
-                told = {"accuracy": r.accuracy, "cost": r.mean_cost, "steps": r.mean_steps}
-                found.append({"threshold": threshold, **told})
+                measured = {"accuracy": r.accuracy, "cost": r.mean_cost, "steps": r.mean_steps}
+                found.append({"threshold": threshold, **measured})
     finally:
         fast.set_halting_threshold(before)
     return found

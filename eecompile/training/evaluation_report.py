@@ -21,7 +21,7 @@ class ExitRow:
         open: Whether rows can leave there.
         cost: Of a row that leaves there, as a fraction of the full model's FLOPs.
         share: Share of the rows that leave there.
-        accuracy_leaving: Mean score of those that leave there; None where nobody does, or without labels.
+        accuracy_leaving: Mean score of those that leave there; None where no row does, or without labels.
         accuracy_if_all: Mean score if every row left there.
         agreement_if_all: Share of rows on which this exit agrees with the full model; None for a metric.
         mean_confidence: Over all rows; None where it is not finite.

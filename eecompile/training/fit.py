@@ -97,7 +97,7 @@ def fit(
         patience: Stop after this many epochs without a smaller validation loss, and keep the best epoch's
             parameters. Needs `val_loader`. With `two_stage`, for each stage.
         checkpoint_dir: Where checkpoints go. None: none are written.
-        checkpoint_every: Steps between checkpoints, besides one at the end of each epoch.
+        checkpoint_every: Steps between checkpoints, in addition to one at the end of each epoch.
         resume: True goes on from the newest checkpoint of `checkpoint_dir` if there is one; "must" insists
             on one; False starts anew, and old checkpoints go once a new one is whole. A run that is resumed
             after a kill at any step ends with the same parameters, bit for bit, as one that was never broken

@@ -27,7 +27,7 @@ class HaltRow:
 
     @classmethod
     def of(cls, sums: list[float] | None, rows: int) -> HaltRow | None:
-        """From what `halted` tells, summed over so many rows; None where nothing halts."""
+        """From what `halted` gives, summed over so many rows; None where nothing halts."""
         if not sums or not rows:
             return None
         return cls(*(s / rows for s in sums))
@@ -42,10 +42,10 @@ def halted(result: Result, objective: Objective, halts: bool) -> Tensor:
         steps = result.steps.double()
         return _sum(steps if steps.ndim == 1 else steps.mean(1))
     log_p = stopping(result.trace.step_scores.detach())
-    told = [(log_p.exp() * torch.arange(1, log_p.shape[1] + 1, device=log_p.device)).sum(1)]
+    sums = [(log_p.exp() * torch.arange(1, log_p.shape[1] + 1, device=log_p.device)).sum(1)]
     parts = objective.parts if isinstance(objective, Sum) else (objective,)
-    told += [part.divergence(log_p) for part in parts if isinstance(part, PonderNet)][:1]
-    return torch.cat([_sum(t) for t in told])
+    sums += [part.divergence(log_p) for part in parts if isinstance(part, PonderNet)][:1]
+    return torch.cat([_sum(t) for t in sums])
 
 
 def _sum(values: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The training loop behind `fit`: stages, epochs, steps, checkpoints, Ctrl-C.
+"""The training loop of `fit`: stages, epochs, steps, checkpoints, Ctrl-C.
 
 Between two steps the whole state is a `Position` (where in the data), the trained parameters and all
 buffers, the optimizer's and scheduler's state, and the random generators. That is what a checkpoint holds.
@@ -85,7 +85,7 @@ class Loop:
     def run(self, resume: bool | str) -> FitReport:
         started = time.perf_counter()
         random_before, mode = random_state(self.device), self.fast.training
-        for parameter in self.fast.parameters():  # gradients that somebody left are not part of the first step
+        for parameter in self.fast.parameters():  # gradients that are there already are not part of the first step
             parameter.grad = None
         try:
             with self.interrupt, Bar(self.plan, self.accelerator, length_of(self.loader)) as self.bar:
@@ -187,7 +187,7 @@ class Loop:
             if self.interrupt.requested:
                 self._interrupted()
             self._save()
-            self._tell(Event("step", stage.name, len(self.rows) + 1, self.at.batch, self.at.step, row.loss))
+            self._notify(Event("step", stage.name, len(self.rows) + 1, self.at.batch, self.at.step, row.loss))
 
     def _fitted_row(self, stage: StagePlan, choice: Choice, features: Features, started: float) -> None:
         loss, scores = choice.measured(features, False)
@@ -200,7 +200,7 @@ class Loop:
         self.at.next_epoch()
         self.at.stage_done = True
         self._save()
-        self._tell(Event("epoch", stage.name, row.epoch, 0, self.at.step, row.loss, row))
+        self._notify(Event("epoch", stage.name, row.epoch, 0, self.at.step, row.loss, row))
         if self.interrupt.requested:
             self._interrupted()
 
@@ -248,7 +248,7 @@ class Loop:
             if self.plan.checkpoint_every and self.at.step % self.plan.checkpoint_every == 0:
                 self._save()
             self.bar.step(self.at, loss)
-            self._tell(Event("step", stage.name, len(self.rows) + 1, self.at.batch, self.at.step, loss))
+            self._notify(Event("step", stage.name, len(self.rows) + 1, self.at.batch, self.at.step, loss))
         if self.at.batch == 0:
             raise empty_loader("the training loader")
         self._gather()
@@ -271,12 +271,12 @@ class Loop:
         self.at.next_epoch()
         self._watch(row)
         self._save()
-        self._tell(Event("epoch", stage.name, row.epoch, 0, self.at.step, row.loss, row))
+        self._notify(Event("epoch", stage.name, row.epoch, 0, self.at.step, row.loss, row))
         if self.interrupt.requested:
             self._interrupted()
 
     def _step(self, batch: Batch) -> float:
-        loss, *told = self.module(batch)
+        loss, *sums = self.module(batch)
         value = float(loss.detach())
         alone = self.accelerator.num_processes == 1  # otherwise every rank finds out from the common gradient
         if alone and not math.isfinite(value):
@@ -293,7 +293,7 @@ class Loop:
         if self.scheduler is not None:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.at.add(value, *told)
+        self.at.add(value, *sums)
         return value
 
     def _next(self, items: Any) -> Any:
@@ -316,7 +316,7 @@ class Loop:
             self.restored = None
 
     def _validate(self, loader: Iterable[Any], stage: StagePlan, row: EpochRow) -> None:
-        """Fills in what `row` tells of the validation data."""
+        """Fills in the validation figures of `row`."""
         seen = Position()
         for batch in batches(loader, self.device):
             where = f"batch {batch.index} of val_loader"
@@ -350,7 +350,7 @@ class Loop:
             if self.at.bad_epochs >= self.plan.patience:
                 self.at.stage_done = self.at.stopped_early = True
 
-    def _tell(self, event: Event) -> None:
+    def _notify(self, event: Event) -> None:
         for callback in self.plan.callbacks:
             try:
                 callback(event)

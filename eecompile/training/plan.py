@@ -1,4 +1,4 @@
-"""What a training run is to do, and where it is in doing it: plain data."""
+"""The plan of a training run and its position, as plain data."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Event:
-    """What a callback is told.
+    """What a callback gets.
 
     Attributes:
         kind: "step" after every optimizer step, or every head that was fitted on kept features; "epoch" after every epoch.
@@ -104,8 +104,8 @@ class Position:
         score_rows: Rows that have a label.
         gate_sums: Where there are gates: sum over the rows of the cost, of every gate's decision while training, and of its
             decision by threshold.
-        halt_sums: Where rows halt: what `halt_report.halted` tells, summed over the rows.
-        route_sums: Where there is a router: what `step.routed` tells, summed over the rows.
+        halt_sums: Where rows halt: what `halt_report.halted` gives, summed over the rows.
+        route_sums: Where there is a router: what `step.routed` gives, summed over the rows.
     """
 
     stage: int = 0

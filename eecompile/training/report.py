@@ -94,7 +94,7 @@ class GateRow:
     @property
     def stuck(self) -> dict[int, str]:
         """Gates that open for every row or for none, but for one in a hundred: they do not depend on the input."""
-        return {i: "open" if s > 0.5 else "shut" for i, s in enumerate(self.decided) if not STUCK <= s <= 1 - STUCK}
+        return {i: "open" if s > 0.5 else "closed" for i, s in enumerate(self.decided) if not STUCK <= s <= 1 - STUCK}
 
     @property
     def collapse(self) -> str | None:
@@ -105,7 +105,7 @@ class GateRow:
         count = ways.count("open")
         if count in (0, len(ways)):
             return f"all gates are {ways[0]} whatever the input is"
-        return f"no gate depends on the input: {count} always open, {len(ways) - count} always shut"
+        return f"no gate depends on the input: {count} always open, {len(ways) - count} always closed"
 
 
 STUCK = 0.01
@@ -233,7 +233,7 @@ class FitReport(Report):
 
     @property
     def stuck(self) -> dict[str, str]:
-        """Gates that no longer depended on the input by the end: "open" or "shut", by name."""
+        """Gates that no longer depended on the input by the end: "open" or "closed", by name."""
         last = (self.rows[-1].val_gates or self.rows[-1].gates) if self.rows else None
         return {} if last is None else {self.gates[i]: way for i, way in last.stuck.items()}
 

@@ -1,4 +1,4 @@
-"""Where a router sent rows: the load, the accuracy and the cost of every route, and whether it still tells rows apart."""
+"""Load, accuracy and cost of every route of a router, and whether its choice still depends on the row."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class RouteShare:
         to: "exit" or "branch".
         share: The load: share of all rows that took it.
         cost: Mean fraction of the full model's FLOPs spent on those.
-        accuracy: Their mean score; None where nobody took it, or without labels.
+        accuracy: Their mean score; None where no row took it, or without labels.
         full_accuracy: What the full model would have reached on them.
     """
 
@@ -111,8 +111,8 @@ def route_shares(
     found = []
     for k, (name, to) in kinds:
         mine = route == k
-        judged = mine & valid
-        mean = [None if s is None or not bool(judged.any()) else float(s[judged].mean()) for s in (score, full)]
+        labelled = mine & valid
+        mean = [None if s is None or not bool(labelled.any()) else float(s[labelled].mean()) for s in (score, full)]
         spent = float(cost[mine].mean()) if bool(mine.any()) else None
         found.append(RouteShare(name, to, float(mine.double().mean()), spent, mean[0], mean[1]))
     return found

@@ -33,7 +33,7 @@ class Step(nn.Module):
 
     def forward(self, batch: Batch) -> tuple[Tensor, ...]:
         """Loss (0-dim), summed scores `[E + 1]` float64 (empty without labels), `[rows, rows with a label]`, and what
-        `gated`, `routed` and `halted` tell."""
+        `gated`, `routed` and `halted` give."""
         result: Result = self.fast.run(*batch.args, **batch.kwargs)
         measured = self.objective.final if self.final_only else self.objective
         loss = measured(result, batch.labels, where=batch.where)
@@ -52,11 +52,11 @@ def gated(fast: CompiledModule, result: Result) -> Tensor:
     decision in this run, and of its score against its threshold."""
     if result.gates is None or result.trace.gate_scores is None or result.trace.end_cost is None:
         return torch.empty(0, dtype=torch.float64)
-    told = result.trace.end_cost.detach().double().sum().reshape(1)
+    cost = result.trace.end_cost.detach().double().sum().reshape(1)
     ran = result.gates.detach().double().sum(0)
     threshold = fast.gate_thresholds
     decided = (~(result.trace.gate_scores.detach().float() < threshold) & (threshold <= 1)).double().sum(0)
-    return torch.cat((told, ran, decided)).cpu()
+    return torch.cat((cost, ran, decided)).cpu()
 
 
 def routed(
@@ -89,11 +89,11 @@ def routed(
     cost = (
         (result.trace.end_cost if result.trace.end_cost is not None else fast.route_costs()[result.route]).detach().double()
     )
-    told = [cost.cpu().sum().reshape(1), took.sum(0), (took * ready).sum(0), (took * ready * score.unsqueeze(1)).sum(0)]
-    told.append(decided(fast, result).double().cpu())
+    sums = [cost.cpu().sum().reshape(1), took.sum(0), (took * ready).sum(0), (took * ready * score.unsqueeze(1)).sum(0)]
+    sums.append(decided(fast, result).double().cpu())
     p = result.trace.route_weights.detach().double().cpu()
-    told += [p.sum(0), p.square().sum(0)]
-    return torch.cat(told)
+    sums += [p.sum(0), p.square().sum(0)]
+    return torch.cat(sums)
 
 
 def decided(fast: CompiledModule, result: Result) -> Tensor:

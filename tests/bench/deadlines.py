@@ -1,4 +1,4 @@
-"""Single calls under deadlines, on an idle machine and beside a process that keeps one core busy: how many are late."""
+"""Single calls under deadlines, on an idle machine and next to a process that keeps one core busy: how many are late."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def run(context: Context) -> list[Figure]:
             "exits": len(fast.exits),
         }
         if not figure.met:
-            figure.cause = f"{late - beyond:.1%} of all calls were late at their first exit already, {beyond:.1%} behind it."
+            figure.cause = f"{late - beyond:.1%} of all calls were late at their first exit already, {beyond:.1%} after it."
         figures.append(figure)
     return figures
 

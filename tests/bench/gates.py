@@ -1,6 +1,6 @@
-"""Gated blocks: how much of what shut gates could save is saved, and what open gates cost.
+"""Gated blocks: how much of what closed gates could save is saved, and what open gates cost.
 
-A gate on every residual block; thresholds between the scores that the gates really give shut each for the same share of
+A gate on every residual block; thresholds between the scores that the gates really give close each for the same share of
 the rows. The ideal is the model's own modules in eager mode at the batch sizes that are left: no score, no decision, no
 copy.
 """
@@ -34,7 +34,7 @@ def run(context: Context) -> list[Figure]:
 def figures(subject: Subject, context: Context) -> list[Figure]:
     fast = subject.fast
     spread_out(subject)
-    settings = {0.0: [OPEN] * len(fast.gates)} | {share: shut(subject, share) for share in SHARES}
+    settings = {0.0: [OPEN] * len(fast.gates)} | {share: close(subject, share) for share in SHARES}
     calls: dict[str, Callable[[], Any]] = {"original": subject.original}
     for share, thresholds in settings.items():
         calls[_name(share)] = _set_and_run(subject, thresholds)
@@ -48,7 +48,7 @@ def figures(subject: Subject, context: Context) -> list[Figure]:
         figure = Figure(f"{subject.name}, {_name(share)}", value, "of the ideal saving", spread, target=AT_LEAST)
         made.append(with_times(figure, rounds))
         speed, _ = rounds.ratio("original", _name(share))
-        figure.detail = {"rows shut at each gate": count(subject, share), "against the original": speed}
+        figure.detail = {"rows skipped at each gate": count(subject, share), "against the original": speed}
     units, parts = alone(subject, settings[SHARES[0]], context)
     for figure in made:
         figure.detail |= {"gates": len(fast.gates), "unit": fast.gates[0].head_kind, **parts}
@@ -79,7 +79,7 @@ def alone(subject: Subject, thresholds: Sequence[float], context: Context) -> tu
 
 
 def _name(share: float) -> str:
-    return f"{share:.0%} shut"
+    return f"{share:.0%} closed"
 
 
 def _set_and_run(subject: Subject, thresholds: list[float]) -> Callable[[], Any]:
@@ -91,7 +91,7 @@ def _set_and_run(subject: Subject, thresholds: list[float]) -> Callable[[], Any]
 
 
 def count(subject: Subject, share: float) -> int:
-    """Rows that each gate shuts out."""
+    """Rows that each gate is closed for."""
     return round(share * subject.size)
 
 
@@ -104,8 +104,8 @@ def spread_out(subject: Subject, factor: float = 10.0) -> None:
             layer.bias.zero_()
 
 
-def shut(subject: Subject, share: float) -> list[float]:
-    """Thresholds at which every gate shuts for that share of the rows; each gate's decision moves the scores of the next."""
+def close(subject: Subject, share: float) -> list[float]:
+    """Thresholds that close every gate for that share of the rows; each gate's decision moves the scores of the next."""
     fast, k = subject.fast, count(subject, share)
     fast.set_gate_thresholds(OPEN)
     for i, gate in enumerate(fast.gates):  # in turn, since a call keeps the settings that it began with
@@ -118,7 +118,7 @@ def shut(subject: Subject, share: float) -> list[float]:
     assert gates is not None
     found = (~gates).sum(0).tolist()
     if found != [count(subject, share)] * len(thresholds):
-        raise ValueError(f"wanted {count(subject, share)} rows to be shut out at each gate, and {found} were")
+        raise ValueError(f"wanted {count(subject, share)} rows to be skipped at each gate, and {found} were")
     return thresholds
 
 

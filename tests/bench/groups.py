@@ -17,14 +17,14 @@ from tests.bench.record import BUSY, Figure
 
 GROUPS: dict[str, str] = {
     "closed": "all exits closed",
-    "nobody": "four open exits and nobody leaves",
+    "no-exit": "four open exits, no row leaves",
     "saving": "exit mix 50/25/25 over three exits",
     "by-hand": "the same mix, early exits written by hand as rivals",
-    "gates": "gated blocks, shut for 0, 30 and 60% of the rows",
-    "gates-bert": "gated blocks, shut for 0, 30 and 60% of the rows",
+    "gates": "gated blocks, closed for 0, 30 and 60% of the rows",
+    "gates-bert": "gated blocks, closed for 0, 30 and 60% of the rows",
     "compile": "time of eecompile() itself, step by step",
     "memory": "parameters and peak memory",
-    "deadlines": "calls under deadlines, idle and beside a busy process: late by more than 5%",
+    "deadlines": "calls under deadlines, idle and next to a busy process: late by more than 5%",
     "inductor": 'backend="inductor" against torch.compile of the original',
 }
 

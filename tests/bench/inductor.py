@@ -46,7 +46,7 @@ def measured(subject: models.Subject, context: Context) -> list[Figure]:
         return fast(**subject.inputs)
 
     figures = []
-    for name, thresholds in (("exits closed", models.CLOSED), ("exits open, nobody leaves", models.NOBODY)):
+    for name, thresholds in (("exits closed", models.CLOSED), ("exits open, no row leaves", models.NO_EXIT)):
         fast.set_thresholds(thresholds)
         seconds[name] = first_call(rewritten)
         rounds = context.measure(

@@ -33,7 +33,7 @@ def run(context: Context) -> list[Figure]:
 
 
 def peaks(subject: Subject, device: torch.device) -> Iterator[Figure]:
-    for name, thresholds in (("exits closed", models.CLOSED), ("exits open, nobody leaves", models.NOBODY)):
+    for name, thresholds in (("exits closed", models.CLOSED), ("exits open, no row leaves", models.NO_EXIT)):
         subject.fast.set_thresholds(thresholds)
         yield peak(f"{subject.name}, {name}", subject, device)
 

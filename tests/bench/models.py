@@ -25,7 +25,7 @@ from examples.models import LeNet, resnet20
 
 CPU = torch.device("cpu")
 CLOSED = 2.0
-NOBODY = 1.0  # open exits, and no head of random weights is that sure
+NO_EXIT = 1.0  # open exits, and no head of random weights is that sure
 EXAMPLE_ROWS = 4
 
 

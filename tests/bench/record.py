@@ -45,7 +45,7 @@ class Figure:
         target: None for figures that are only reported.
         cause: Why the target was missed, with what was measured about it.
         medians_ms: Time per call of everything that took part, by name.
-        others: Median share of the machine that other processes took; None where it cannot be told.
+        others: Median share of the machine that other processes took; None where it is unknown.
         detail: Further facts: exits, batch sizes that survived, page faults, ...
     """
 
@@ -89,7 +89,7 @@ def timed(
 
 
 def with_times(figure: Figure, rounds: Rounds) -> Figure:
-    """The figure with what was measured beside it."""
+    """The figure with what was measured in the same rounds."""
     figure.rounds = len(rounds.others)
     for name, times in rounds.times.items():
         median, spread = summary(times)
@@ -104,7 +104,7 @@ def with_times(figure: Figure, rounds: Rounds) -> Figure:
 
 
 def merge(path: Path, group: str, made: dict[str, Any]) -> dict[str, Any]:
-    """Puts one group's result into the file, beside those of the other groups; a reader never sees half a file."""
+    """Puts one group's result into the file, next to those of the other groups; a reader never sees half a file."""
     whole = read(path) if path.exists() else {"groups": {}}
     whole["groups"] = dict(sorted({**whole["groups"], group: made}.items()))
     path.parent.mkdir(parents=True, exist_ok=True)

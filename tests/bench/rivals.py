@@ -12,7 +12,7 @@ from tests.bench.models import Subject
 
 
 class ByHand:
-    """BERT's own modules, layer after layer, with a head and a Python `if` behind some of them.
+    """BERT's own modules, layer after layer, with a head and a Python `if` after some of them.
 
     The rows have no padding, so there is no mask to make. Heads, temperatures and thresholds are those of the compiled
     model; criterion by the same function.
@@ -36,7 +36,7 @@ class ByHand:
         logits: Tensor = self.classifier(self.pooler(hidden))
         return logits
 
-    def judged(self, depth: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def scored(self, depth: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         logits = self.branches[depth](hidden)
         found, _ = confidence_of(logits, None, self.criterion, self.temperatures[depth])
         return logits, found
@@ -50,7 +50,7 @@ class ByHand:
         for depth, layer in enumerate(self.layers):
             hidden = layer(hidden)
             if depth in self.branches:
-                logits, confidence = self.judged(depth, hidden)
+                logits, confidence = self.scored(depth, hidden)
                 if confidence.item() >= self.thresholds[depth]:
                     return logits
         return self.end(hidden)
@@ -63,7 +63,7 @@ class ByHand:
         for depth, layer in enumerate(self.layers):
             hidden = layer(hidden)
             if depth in self.branches:
-                logits, confidence = self.judged(depth, hidden)
+                logits, confidence = self.scored(depth, hidden)
                 new = (confidence >= self.thresholds[depth]) & ~sure
                 answers = logits if answers is None else torch.where(new[:, None], logits, answers)
                 sure = sure | new

@@ -65,8 +65,8 @@ def test_no_price_leaves_all_gates_open_and_says_so(trained):
 
 
 def test_collapse_is_told_from_gates_that_depend_on_the_input():
-    assert GateRow(0.4, [0.0, 0.0], [0.0, 0.005]).collapse == "all gates are shut whatever the input is"
-    assert GateRow(0.4, [1.0, 0.0], [1.0, 0.0]).collapse == "no gate depends on the input: 1 always open, 1 always shut"
+    assert GateRow(0.4, [0.0, 0.0], [0.0, 0.005]).collapse == "all gates are closed whatever the input is"
+    assert GateRow(0.4, [1.0, 0.0], [1.0, 0.0]).collapse == "no gate depends on the input: 1 always open, 1 always closed"
     half = GateRow(0.4, [1.0, 0.5], [1.0, 0.5])
     assert half.collapse is None
     assert half.stuck == {0: "open"}

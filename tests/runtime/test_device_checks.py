@@ -61,7 +61,7 @@ def test_lint_finds_what_cuda_would_refuse(bert):
     assert lint(program) == []
     first = next(i for i, n in enumerate(program.nodes) if isinstance(n, Decide))
     without = (*program.nodes[:first], *program.nodes[first + 1 :])
-    assert any("nobody has written" in what for what in lint(replace(program, nodes=without)))
+    assert any("nothing has written" in what for what in lint(replace(program, nodes=without)))
     empty = (*program.nodes, If("control.0", ()))
     assert any("empty body" in what for what in lint(replace(program, nodes=empty)))
     unknown = (*program.nodes, Copy("nothing", "output"))

@@ -254,4 +254,4 @@ def test_the_checker_knows_the_clock(bert):
     assert lint(program) == []
     assert any("clock, which is not known" in what for what in lint(replace(program, deadline=False)))
     assert program.describe().count("tick -> clock, ") == program.count(Tick) == 2
-    assert "everybody, clock, predicted -> " in program.describe()
+    assert "all_rows, clock, predicted -> " in program.describe()

@@ -18,7 +18,7 @@ from eecompile.program import Program
 from eecompile.runtime.device.emit import Emitter, Rows, mutates
 from eecompile.runtime.device.fuse import Decision, ended, fused, with_head
 from eecompile.runtime.device.nodes import (
-    EVERYBODY,
+    ALL_ROWS,
     Advance,
     Body,
     Buffer,
@@ -204,9 +204,9 @@ class _Builder:
             self.leaves[i] = f"leaf.{i}"
             self.emit.buffer(Buffer(f"leaf.{i}", self.shapes.shape(name), dtype, fill))
         for i, name in reports:
-            told = self.program.choices.reports[i].name
-            self.reports.append((told, f"report.{told}"))
-            self.emit.buffer(Buffer(f"report.{told}", self.shapes.shape(name), self.shapes.dtype(name), 0))
+            report = self.program.choices.reports[i].name
+            self.reports.append((report, f"report.{report}"))
+            self.emit.buffer(Buffer(f"report.{report}", self.shapes.shape(name), self.shapes.dtype(name), 0))
 
     def _outputs(self, code: StageCode) -> tuple[list[tuple[int, str]], list[tuple[int, str]], tuple[str, ...]]:
         """Output leaves and reports that a stage computes, with their names, and what it hands on."""
@@ -216,7 +216,7 @@ class _Builder:
         return leaves, reports, given[len(leaves) + len(reports) :]
 
     def _handed_on(self, code: StageCode, live: Sequence[Value]) -> list[Value]:
-        """The live values behind a stage, as the next one finds them."""
+        """The live values after a stage, as the next one finds them."""
         if code.number == len(self.segments) - 1:
             return []
         taken = dict(zip(code.parts.inputs, code.given(live), strict=True))
@@ -238,7 +238,7 @@ class _Builder:
                 self.emit.buffer(Buffer(buffer, self.shapes.shape(name), self.shapes.dtype(name)))
                 self.shapes.values[buffer] = self.shapes.values[name]
                 found.append(Value(buffer, axis, False))
-        if in_kernel and following is self.segments[-1]:  # where everybody leaves, the segment judges
+        if in_kernel and following is self.segments[-1]:  # where every row leaves, the segment scores
             self.shapes.put("state", (self.batch, 2), torch.int64)
             found += [Value("state", 0, True)] * following.takes_states
         return found
@@ -247,11 +247,11 @@ class _Builder:
         """A stage at one size, up to its decision.
 
         Args:
-            lives: Live values before each stage and behind the last.
+            lives: Live values before each stage and after the last.
         """
         k = code.number
         nodes: list[Node] = []
-        control = f"control.{k - 1}" if k else EVERYBODY
+        control = f"control.{k - 1}" if k else ALL_ROWS
         in_order = k == 0 or self.direct
         named: dict[str, str] = {}
         groups: dict[str, list[tuple[str, str, int]]] = {}
@@ -266,16 +266,16 @@ class _Builder:
             nodes.append(Gather(sources, targets, axes, index, control, rows))
         nodes += self.emit.parts(code.parts, named, Rows(rows, control))
         nodes += self._told(code, named, control)
-        result, judged = (named.get(n, n) for n in code.parts.outputs[:2])
+        result, scored = (named.get(n, n) for n in code.parts.outputs[:2])
         own = f"survivors.{k - 1}" if k else None
         if k == len(self.segments) - 1:
-            return (*nodes, *self._finish(result, judged, own, control))
+            return (*nodes, *self._finish(result, scored, own, control))
         state = "state" if code.decision.criterion == "patience" else None
         exit_index = code.segment.exit
         assert exit_index is not None
         nodes.append(
             Decide(
-                judged,
+                scored,
                 result,
                 own,
                 control,
@@ -310,17 +310,17 @@ class _Builder:
         return nodes
 
     def _finish(self, result: str, confidence: str, rows: str | None, control: str) -> list[Node]:
-        """Whoever is left takes what is there."""
+        """Rows that are left take what is there."""
         if rows is None:
             return [Copy(result, "output"), Copy(confidence, "confidence")]
         return [Scatter((result, confidence), ("output", "confidence"), (0, 0), rows, control)]
 
-    def _kept(self, code: StageCode, behind: Sequence[Value], named: dict[str, str], rows: int) -> list[Node]:
+    def _kept(self, code: StageCode, after: Sequence[Value], named: dict[str, str], rows: int) -> list[Node]:
         """What survives goes to the program's buffers: memory of one bucket's body is unknown to the next stage."""
         states = code.parts.outputs[2 : 2 + code.decision.gives_states]
         names = [*self._outputs(code)[2], *states]
         nodes: list[Node] = []
-        for value, name in zip(behind, names, strict=False):
+        for value, name in zip(after, names, strict=False):
             if value.name.startswith(f"live.{code.number}."):
                 nodes.append(Copy(named.get(name, name), value.name, value.axis, None if value.axis is None else rows))
         return nodes
@@ -328,15 +328,15 @@ class _Builder:
     # ------------------------------------------------------------------ structures
 
     def _nested(self, stages: Sequence[Sequence[Body]], k: int) -> Body:
-        """Stage k and those behind it, within the condition that anybody gets there."""
+        """Stage k and those after it, within the condition that a row gets there."""
         if k == len(stages):
             return ()
         control = f"control.{k - 1}"
-        behind = self._nested(stages, k + 1)
+        deeper = self._nested(stages, k + 1)
         if self.direct:
-            return (If(control, (*stages[k][0], *behind)),)
+            return (If(control, (*stages[k][0], *deeper)),)
         switch = Switch(control, tuple(stages[k]))
-        return (If(control, (switch, *behind)),) if behind else (switch,)  # nobody left is no bucket either
+        return (If(control, (switch, *deeper)),) if deeper else (switch,)  # no rows left: no bucket either
 
     def _machine(self, stages: Sequence[Sequence[Body]]) -> Body:
         """One loop over a switch of all stages and buckets."""
@@ -345,9 +345,9 @@ class _Builder:
         width, last = len(self.buckets), len(stages) - 1
         self.emit.buffer(Buffer("state_number", (1,), torch.int32))
 
-        def behind(k: int) -> Advance:
-            """Stage k + 1 comes next. Behind the last one, which decides nothing, any number of rows ends the loop."""
+        def advance(k: int) -> Advance:
+            """Stage k + 1 comes next. After the last one, which decides nothing, any number of rows ends the loop."""
             return Advance(f"control.{min(k, last - 1)}", "state_number", k * width, last * width)
 
-        bodies = tuple((*body, behind(k)) for k in range(1, last + 1) for body in stages[k])
-        return behind(0), While("state_number", last * width, (Switch("state_number", bodies, element=0),))
+        bodies = tuple((*body, advance(k)) for k in range(1, last + 1) for body in stages[k])
+        return advance(0), While("state_number", last * width, (Switch("state_number", bodies, element=0),))

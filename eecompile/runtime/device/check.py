@@ -2,7 +2,7 @@
 
 Two ways, because each sees what the other does not. Every node of every stage is looked at: operators that are known to wait
 for the device, to draw random numbers or to move data. Then every body of the program runs under fake tensors, which have
-no values: an operator that asks for one is caught there, whatever its name. Last, the program itself is held against what
+no values: an operator that asks for one is caught there, whatever its name. Last, the program itself is compared with what
 CUDA permits in bodies of conditional nodes.
 """
 
@@ -18,9 +18,9 @@ from torch import Tensor, fx
 from eecompile.ir.settings import BUFFERS
 from eecompile.passes import facts
 from eecompile.runtime.device.nodes import (
+    ALL_ROWS,
     BUCKETS,
     CLOCK,
-    EVERYBODY,
     PREDICTED,
     Body,
     DeviceProgram,
@@ -129,8 +129,8 @@ def _fills(n: fx.Node) -> bool:
 
 
 def lint(program: DeviceProgram) -> list[str]:
-    """What CUDA would refuse, or what reads memory that nobody wrote."""
-    known = {b.name for b in program.buffers} | set(program.inputs) | {BUCKETS, EVERYBODY}
+    """What CUDA would refuse, or what reads memory that nothing wrote."""
+    known = {b.name for b in program.buffers} | set(program.inputs) | {BUCKETS, ALL_ROWS}
     known |= set(BUFFERS)
     known |= {CLOCK, PREDICTED} if program.deadline else set()
     written = {b.name for b in program.buffers if b.fill is not None} | (known - {b.name for b in program.buffers})
@@ -143,7 +143,7 @@ def lint(program: DeviceProgram) -> list[str]:
 
 
 def _lint(body: Body, known: set[str], written: set[str], found: list[str], program: DeviceProgram) -> set[str]:
-    """Goes through a body; gives what is written behind it whatever was decided."""
+    """Checks a body; gives what is written after it whatever was decided."""
     known, written = set(known), set(written)
     for node in body:
         kind = type(node).__name__
@@ -151,7 +151,7 @@ def _lint(body: Body, known: set[str], written: set[str], found: list[str], prog
             if name not in known:
                 found.append(f"{kind} reads {name}, which is not known in its body")
             elif name not in written:
-                found.append(f"{kind} reads {name}, which nobody has written")
+                found.append(f"{kind} reads {name}, which nothing has written")
         lost = [name for name in writes(node) if name not in known]
         found += [f"{kind} writes {name}, which is not known in its body" for name in lost]
         known |= set(makes(node))
@@ -163,8 +163,8 @@ def _lint(body: Body, known: set[str], written: set[str], found: list[str], prog
         # has written: who reads comes only where it ran.
         size = len(program.buckets) if isinstance(node, Switch) and node.element == 0 else max(len(inner), 1)
         for start in range(0, len(inner), size):
-            behind = [_lint(b, known, written, found, program) for b in inner[start : start + size]]
-            written |= set.intersection(*behind)
+            written_by_each = [_lint(b, known, written, found, program) for b in inner[start : start + size]]
+            written |= set.intersection(*written_by_each)
         if isinstance(node, While) and not any(node.control in writes(n) for b in inner for n in _flat(b)):
             found.append(f"a loop on {node.control} never changes it")
     return written

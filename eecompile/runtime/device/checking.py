@@ -91,7 +91,7 @@ def check(program: Program, flat: Sequence[Tensor], options: Options) -> NoSync:
 
 
 def _add(report: NoSync, problem: Problem) -> None:
-    """Once for each node: what the list of operators has named need not be told again."""
+    """Once for each node: what the list of operators has named need not be reported again."""
     if problem.node not in {p.node for p in report.problems}:
         report.problems.append(problem)
 

@@ -47,7 +47,7 @@ WARM_UPS = 2  # the second finds what the first has loaded, tuned and allocated
 
 
 def sets_condition(node: Decide, following: Node | None) -> bool:
-    """Whether a decision's kernel sets the condition of the node behind it: one launch less."""
+    """Whether a decision's kernel sets the condition of the node after it: one launch less."""
     return isinstance(following, If) and following.control == node.control
 
 

@@ -25,7 +25,7 @@ def pieces(program: DeviceProgram) -> list[Piece]:
 
 
 def predictions(program: DeviceProgram, times: StageTimes) -> Tensor:
-    """[S - 1, K] int64, nanoseconds: the stage behind each decision in each bucket, and what comes after the last one."""
+    """[S - 1, K] int64, nanoseconds: the stage after each decision in each bucket, and what comes after the last one."""
     closing = times.predict(CLOSING, program.batch)
     table = [[round((times.predict(p, n) + closing) * 1e9) for n in program.buckets] for p in pieces(program)[1:]]
     return torch.tensor(table, dtype=torch.int64).view(len(table), len(program.buckets))

@@ -34,7 +34,7 @@ from eecompile.runtime.timing import StageTimes
 KEPT = 8
 """Programs that an executor keeps; the one that was not used for longest goes."""
 ROUNDS = 3
-"""How often stages are timed before the first deadline of a program, where nobody has called `measure_stages`."""
+"""How often stages are timed before the first deadline of a program, where `measure_stages` has not been called."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class DeviceExecutor:
     """
 
     name: str
-    hosted = True  # whether the host steps through programs, and tells them the time
+    hosted = True  # whether the host steps through programs, and reads the clock for them
 
     def __init__(self, program: Program, options: Options | None = None) -> None:
         if program.capture.front_end == "blocks":
@@ -216,14 +216,14 @@ class DeviceExecutor:
         dtypes = [leaf.dtype for leaf in signature.outputs]
         leaves = completed(self.program, given, flat, flat[0].device, dtypes)
         index, confidence = found["exit_index"], torch.nan_to_num(found["confidence"], nan=0.0)
-        reports = {told: found[buffer] for told, buffer in program.reports}
+        reports = {name: found[buffer] for name, buffer in program.reports}
         outcome = Outcome(leaves, index, confidence, reports=reports)
         outcome.reports = with_known(self.program, arms, reports, index)
         return outcome
 
     def _stopped(self, outcome: Outcome, last: int, thresholds: Tensor) -> None:
         """Which rows a budget stopped, without asking the device: a row is final where it was sure, and whether all were is
-        for whoever reads the reason."""
+        for callers that read the reason."""
         assert outcome.confidence is not None
         sure = outcome.confidence >= thresholds[last]
         outcome.final = (outcome.exit_index < last) | sure
@@ -286,7 +286,7 @@ class SimulateExecutor(DeviceExecutor):
     def _fresh(self, program: DeviceProgram, flat: Sequence[Tensor], read: dict[str, Tensor]) -> dict[str, Tensor]:
         device = flat[0].device
         memory = read | constants(program, device) | allocated(program.buffers, device)
-        for b in program.buffers:  # nobody may read what nobody wrote
+        for b in program.buffers:  # nothing may read what nothing wrote
             if b.fill is None:
                 memory[b.name].fill_(float("nan") if b.dtype.is_floating_point else -1)
         return memory
@@ -305,5 +305,5 @@ def stepped(machine: Hosted, flat: Sequence[Tensor], times: StageTimes, deadline
 
 
 def _call_key(now: Now, flat: Sequence[Tensor]) -> tuple[Any, ...]:
-    """What a device program is made for, besides limits."""
+    """What a device program is made for, limits excluded."""
     return (tuple((t.shape, t.stride(), t.dtype, t.device) for t in flat), now.open_exits, now.arms)

@@ -9,7 +9,7 @@ nobody is open who is not live. How many are open is not asked for: that number 
 arrive in time only where the host waits, and unlike survivors it rises again from region to region, so that an older one is
 no bound. So k branches cost up to k times one here, and with conditional nodes they do not.
 
-Only where there is a deadline the host waits, behind each decision: it tells the time, and what it launched in vain would
+Only where there is a deadline the host waits, after each decision: it reads the clock, and what it launched in vain would
 make the output late.
 """
 
@@ -41,7 +41,7 @@ class Mailbox(Protocol):
 
 
 class EventMailbox:
-    """Through pinned memory, with an event behind each copy."""
+    """Through pinned memory, with an event after each copy."""
 
     def __init__(self) -> None:
         self._sent: list[tuple[torch.cuda.Event, Tensor]] = []
@@ -92,7 +92,7 @@ class Bound(Hosted):
             self.opened[node.control] = node.capacity
 
     def new(self, like: Tensor, shape: tuple[int, ...]) -> Tensor:
-        """Zeros: where nobody is left nothing is copied here, and a stage may look numbers up in a table."""
+        """Zeros: where no row is left nothing is copied here, and a stage may look numbers up in a table."""
         return like.new_zeros(shape)
 
     def empty(self, node: Empty) -> Tensor:

@@ -162,12 +162,12 @@ def ended(segment: Segment, axis: int) -> Decision:
         if segment.exit is not None:  # stopped at an exit: nothing is handed on
             result, confidence = given[:2]
             at = segment.decision
-            told = given[at : at + len(segment.leaves) + len(segment.reports)]
+            reported = given[at : at + len(segment.leaves) + len(segment.reports)]
         else:
-            confidence, *told, result = given
+            confidence, *reported, result = given
             if axis:
                 result = graph.call_function(torch.ops.aten.movedim.int, (result, axis, 0))
-        graph.output((result, confidence, *told))
+        graph.output((result, confidence, *reported))
     return Decision(_module(segment, graph), GIVEN, 1, segment.takes_states, 0)
 
 

@@ -2,7 +2,7 @@
 
 Needs CUDA 12.8 or later, a driver of 570 or later, and `cuda.bindings`. torch captures the graph itself; what torch does not
 know (2.11 has no conditional nodes, later ones only IF) goes through the bindings: a node is added where the capture
-stands, the capture pauses, each body is captured into its own graph, the capture goes on behind the node.
+stands, the capture pauses, each body is captured into its own graph, the capture goes on after the node.
 
 Conditions lie in handles that a kernel sets. A body may hold kernels, copies, memory sets and further conditional nodes
 of one context; no host functions, no allocations, no events.

@@ -17,9 +17,9 @@ import eecompile.ops as ops
 from eecompile.errors import EecompileError
 from eecompile.kernels.clock import NEVER, NOW
 from eecompile.runtime.device.nodes import (
+    ALL_ROWS,
     BUCKETS,
     CLOCK,
-    EVERYBODY,
     PREDICTED,
     TEMPERATURES,
     THRESHOLDS,
@@ -67,10 +67,10 @@ def _fill(target: Tensor, buffer: Buffer) -> None:
 
 
 def constants(program: DeviceProgram, device: torch.device | str) -> dict[str, Tensor]:
-    """Numbers that the kernels read besides the program's buffers. A clock has no deadline at first."""
+    """Numbers that the kernels read in addition to the program's buffers. A clock has no deadline at first."""
     made = {
         BUCKETS: torch.tensor(program.buckets, dtype=torch.int32, device=device),
-        EVERYBODY: torch.tensor([program.batch], dtype=torch.int32, device=device),
+        ALL_ROWS: torch.tensor([program.batch], dtype=torch.int32, device=device),
     }
     if program.deadline:
         made[CLOCK] = torch.tensor([0, NEVER, -1, 0, 0], device=device)
@@ -104,7 +104,7 @@ class Machine:
                 _fill(self.values[b.name], b)
 
     def body(self, nodes: Body) -> None:
-        """Nodes in order. What a body makes is dropped behind it."""
+        """Nodes in order. What a body makes is dropped after it."""
         self.each(nodes)
         for node in nodes:
             for name in makes(node):
@@ -223,7 +223,7 @@ class Machine:
 
 
 class Hosted(Machine):
-    """A machine that the host steps through, and so tells the time.
+    """A machine that the host steps through, and so reads the clock.
 
     Args:
         clock: Seconds.

@@ -1,6 +1,6 @@
 """Times the stages of a device program one by one, at every bucket: what its predictions are made of.
 
-A stage runs on rows of the inputs that it is given, whoever would have left before; gated regions in it run on the rows
+A stage runs on rows of the inputs that it is given, whichever of them would have left before; gated regions run on the rows
 that are open.
 """
 

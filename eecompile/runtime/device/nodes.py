@@ -22,10 +22,10 @@ from eecompile.kernels._lists import ALIVE, BUCKET, LIVE
 from eecompile.kernels.clock import START
 
 Structure = Literal["nested", "machine"]
-THRESHOLDS, TEMPERATURES, BUCKETS, EVERYBODY = THRESHOLDS_BUFFER, TEMPERATURES_BUFFER, "buckets", "everybody"
-"""Names of what is there besides buffers and inputs: [E] and [E + 1] float32, [K] and [1] int32."""
+THRESHOLDS, TEMPERATURES, BUCKETS, ALL_ROWS = THRESHOLDS_BUFFER, TEMPERATURES_BUFFER, "buckets", "all_rows"
+"""Names of what is there in addition to buffers and inputs: [E] and [E + 1] float32, [K] and [1] int32."""
 CLOCK, PREDICTED = "clock", "predicted"
-"""And where there is a deadline: see `kernels/clock.py`; [S - 1, K] int64, nanoseconds of the stage behind each decision."""
+"""And where there is a deadline: see `kernels/clock.py`; [S - 1, K] int64, nanoseconds of the stage after each decision."""
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ class DeviceProgram:
         buckets: Ascending sizes that stages run at; the last is `batch`.
         structure: "nested": IF in IF, a SWITCH over buckets in each. "machine": one WHILE with a SWITCH over stages and
             buckets.
-        leaves: Buffer of each output leaf besides the prediction, None where it is not computed.
+        leaves: Buffer of each output leaf other than the prediction, None where it is not computed.
         prediction: Shape of the prediction, batch first.
         reports: Names of reports that are computed, each with its buffer.
         last: The exit that every row has left at; the number of exits for the model's own end.

@@ -171,18 +171,18 @@ def _choice(
     decided: Callable[..., Tensor],
     name: str,
     prefix: str,
-    besides: tuple[str, ...] = (),
+    more_inputs: tuple[str, ...] = (),
 ) -> Straight:
-    """Which rows take each of `run`; `besides` are names that `decided` is called with after what it reads."""
+    """Which rows take each of `run`; `more_inputs` are names that `decided` is called with after what it reads."""
     graph = fx.Graph()
     read = list(dict.fromkeys(asked))
     env = {n: graph.placeholder(n.name) for n in read}
     for n, made in env.items():
         made.meta = dict(n.meta)
-    more = [graph.placeholder(b) for b in besides]
+    more = [graph.placeholder(b) for b in more_inputs]
     graph.output(tuple(graph.call_function(decided, (k, *(env[n] for n in asked), *more)) for k in run))
     module = fx.GraphModule({}, graph, class_name="Choice")
-    return Straight(module, (*_names(read, prefix), *besides), tuple(f"{name}.is_{k}" for k in run))
+    return Straight(module, (*_names(read, prefix), *more_inputs), tuple(f"{name}.is_{k}" for k in run))
 
 
 def on_arm(k: int, index: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from eecompile.kernels._lists import LIVE
 from eecompile.runtime.device.machine import Machine
-from eecompile.runtime.device.nodes import EVERYBODY, Body, Decide, Gather, If, OpenRows, Scatter, Switch, While
+from eecompile.runtime.device.nodes import ALL_ROWS, Body, Decide, Gather, If, OpenRows, Scatter, Switch, While
 
 
 class Warm(Machine):
@@ -43,5 +43,5 @@ def pretend(values: Mapping[str, Tensor], body: Body, rows: int) -> None:
 def _say(values: Mapping[str, Tensor], index: str | None, control: str, rows: int) -> None:
     if index is not None:
         torch.arange(len(values[index]), out=values[index])
-    if control != EVERYBODY:
+    if control != ALL_ROWS:
         values[control][LIVE].fill_(rows)

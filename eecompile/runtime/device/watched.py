@@ -29,7 +29,7 @@ class HostValueError(UnsupportedModelError):
     Attributes:
         node: Its name.
         reason: What it asks for.
-        source: Line of the model's code, empty where nobody knows.
+        source: Line of the model's code, empty where unknown.
     """
 
     def __init__(self, node: fx.Node, error: BaseException) -> None:
@@ -64,7 +64,7 @@ class Watched(fx.Interpreter):
 
 
 def source_of(node: fx.Node) -> str:
-    """File and line of the model's code that made a node; empty where nobody knows."""
+    """File and line of the model's code that made a node; empty where unknown."""
     trace = node.meta.get("stack_trace") or ""
     lines = [line.strip() for line in str(trace).splitlines() if line.strip().startswith("File ")]
     return lines[-1].removeprefix("File ") if lines else ""

@@ -1,7 +1,7 @@
 """Which depth a row should have run to: targets made from what the model says at every depth (Elbayad et al. 2020).
 
 A result of gate mode "open" holds the prediction at depth n, with the first n of G gated blocks run and the others
-skipped, for n = 0 to G, beside the gates' scores. From the scores comes a distribution over depths,
+skipped, for n = 0 to G, and the gates' scores. From the scores comes a distribution over depths,
 
     multinomial (one choice up front):   s_i = P(depth > i),             P(n) = s_(n-1) - s_n
     geometric (one choice per block):    s_i = P(depth > i | depth >= i), P(n) = (1 - s_n) * product of s_i for i < n
@@ -44,7 +44,7 @@ class DepthTargets(Priced):
         targets: "oracle", "correctness" or "expected".
         distribution: "multinomial" or "geometric": what the scores mean.
         weights: Of the task's loss at every depth, as in `WeightedCrossEntropy`.
-        depth_weight: Of the choice's loss beside the task's.
+        depth_weight: Weight of the choice's loss, added to the task's.
         target: Mean share of the gated blocks that the targets are to have: the price is steered towards it. None keeps
             the price as it is. Correctness knows no price.
         price: Loss that running all gated blocks must be worth, to begin with.
@@ -121,9 +121,9 @@ def scores_of(result: Result, where: str) -> Tensor:
     opened = result.gates
     if opened is not None and opened.dtype != torch.bool and not bool((opened.detach() == 1).all()):
         raise EecompileError(
-            "a shut gate hides what the deeper blocks would have said",
+            "a closed gate hides what the deeper blocks would have given",
             where=where,
-            got="a result with shut gates",
+            got="a result with closed gates",
             wanted="every gate open",
             hint='fast.gate_mode = "open" while training',
         )

@@ -1,4 +1,4 @@
-"""What gates are trained by besides the task: a price on what they compute, and REINFORCE.
+"""Objectives of gates, added to the task's: a price on what they compute, and REINFORCE.
 
 Costs are fractions of the full model's FLOPs, so a gate counts by what its region costs. Both objectives read
 `Trace.end_cost`, the cost with every exit closed, so that exits in the same graph do not pay for the gates; they are
@@ -110,7 +110,7 @@ class Reinforce(Priced):
         advantage = reward - baseline
         loss      = -mean(advantage * log pi(gates)) - entropy * mean(H(scores))
 
-    Rows without a label have advantage 0. The sum is over the decisions that the score made: gates kept open or shut, or
+    Rows without a label have advantage 0. The sum is over the decisions that the score made: gates kept open or closed, or
     forced open by `min_open`, have no part in it. The baseline is a moving mean of the reward before this batch; in the
     first batch, that batch's mean without the row itself. Neither biases the gradient.
 

@@ -1,6 +1,6 @@
 """Where to stop as a distribution that is trained (Banino et al. 2021, PonderNet, arXiv:2107.05407).
 
-Behind step n of N a unit says with probability lambda_n that a row which got there stops,
+After step n of N a unit says with probability lambda_n that a row which got there stops,
 
     p_n = lambda_n * product of (1 - lambda_j) for j < n,      the last step takes what is left
     q_n = prior * (1 - prior)^(n - 1) / (1 - (1 - prior)^N)     the geometric distribution, truncated

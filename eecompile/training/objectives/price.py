@@ -8,7 +8,7 @@ With cost c as a fraction of the full model's FLOPs and target t, after every ba
     price = clamp(i + gain * e, 0, ceiling)
 
 which is dual ascent on the constraint E[c] <= t, with a proportional part against overshoot: a plain integral would go
-on rising until the gates shut at last, and then shut too many of them.
+on rising until the gates close at last, and then close too many of them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a router is trained by besides the task: the price of the routes, and an even load.
+"""Objectives of a router, added to the task's: the price of the routes, and an even load.
 
 Costs are fractions of the full model's FLOPs. Where it is known what every route does to a row (`route_exits`, since
 training computes every exit; `route_regret`, for which the model runs once more for every branch), choosing one is

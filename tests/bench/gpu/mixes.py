@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MIXES = ("nobody leaves", "50/25/25", "all at the first")
+MIXES = ("no row leaves", "50/25/25", "all at the first")
 SLACK = 0.1  # a threshold may stand this share of the rows to either side of where the mix wants it
-SURE = 0.98  # rows surer than this at an exit that nobody leaves at are not taken
+SURE = 0.98  # rows surer than this at an exit that no row leaves at are not taken
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Mix:
 
 def leaving(mix: str, n: int, exits: int) -> list[int]:
     """How many of `n` rows leave at each exit; the others reach the end."""
-    if mix == "nobody leaves":
+    if mix == "no row leaves":
         return [0] * exits
     if mix == "all at the first":
         return [n, *[0] * (exits - 1)]
@@ -93,7 +93,7 @@ def between(c: Tensor, share: float) -> float:
     at, slack = round(share * len(c)), max(1, int(SLACK * len(c)))
     low, high = max(1, at - slack), min(len(c) - 1, at + slack)
     if low > high:
-        raise ValueError(f"{len(c)} rows cannot be told apart")
+        raise ValueError(f"{len(c)} rows cannot be separated")
     i = low + int((ranked[low - 1 : high] - ranked[low : high + 1]).argmax())
     return float(ranked[i - 1] + ranked[i]) / 2
 

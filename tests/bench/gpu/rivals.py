@@ -32,7 +32,7 @@ def graphed(platform: Platform, function: Logits, x: Tensor) -> Logits:
 
 
 class HostBranch:
-    """DeeBERT's way (Xin et al. 2020): the modules as they are, a Python `if` behind every exit."""
+    """DeeBERT's way (Xin et al. 2020): the modules as they are, a Python `if` after every exit."""
 
     def __init__(self, subject: Subject, thresholds: Sequence[float]) -> None:
         self.subject, self.thresholds = subject, thresholds
@@ -42,7 +42,7 @@ class HostBranch:
         s, hidden = self.subject, self.subject.stem(x)
         for k in range(EXITS):
             hidden = s.segment(k, hidden)
-            logits, confidence = s.judged(k, hidden)
+            logits, confidence = s.scored(k, hidden)
             if confidence.item() >= self.thresholds[k]:
                 return logits
         return s.end(s.segment(EXITS, hidden))
@@ -53,7 +53,7 @@ class HostBranch:
         rows, out = torch.arange(len(x), device=x.device), None
         for k in range(EXITS):
             hidden = s.segment(k, hidden)
-            logits, confidence = s.judged(k, hidden)
+            logits, confidence = s.scored(k, hidden)
             out = torch.empty_like(logits) if out is None else out
             sure = confidence >= self.thresholds[k]
             if sure.any().item():
@@ -75,7 +75,7 @@ def settled(
 
 
 class GraphedBranch:
-    """The same, with every stage as a CUDA graph: the host only looks at one flag behind each, and launches the next.
+    """The same, with every stage as a CUDA graph: the host only looks at one flag after each, and launches the next.
 
     At batch 1 this is the host branch, at more it waits for the whole batch.
     """
@@ -88,7 +88,7 @@ class GraphedBranch:
 
         def stage(k: int, before: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             hidden = subject.segment(k, before[0] if before else subject.stem(self.own))
-            logits, confidence = subject.judged(k, hidden)
+            logits, confidence = subject.scored(k, hidden)
             sure = before[2] if before else torch.zeros(len(x), dtype=torch.bool, device=x.device)
             answers, sure = settled(logits, confidence, limits[k], before[1] if before else None, sure)
             return hidden, answers, sure, sure.all()

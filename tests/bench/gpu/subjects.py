@@ -36,7 +36,7 @@ class Subject:
         pool: Rows `[P, ...]` that inputs are chosen from.
         given: The argument that they are passed as.
         stem: Input to the first block's input; `end`: the last block's output to logits.
-        after: Numbers of the blocks that exits stand behind.
+        after: Numbers of the blocks that exits come after.
     """
 
     name: str
@@ -96,7 +96,7 @@ class Subject:
         return out if isinstance(out, Tensor) else out.logits
 
     def segment(self, k: int, hidden: Tensor) -> Tensor:
-        """The blocks between exit `k - 1` and exit `k`; those behind the last exit for `k = EXITS`."""
+        """The blocks between exit `k - 1` and exit `k`; those after the last exit for `k = EXITS`."""
         bounds = [0, *(i + 1 for i in self.after), len(self.blocks)]
         for block in self.blocks[bounds[k] : bounds[k + 1]]:
             out: Any = block(hidden)
@@ -107,7 +107,7 @@ class Subject:
         found: Tensor = self.fast.branch(self.fast.exits[k].name)(hidden)
         return found
 
-    def judged(self, k: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
+    def scored(self, k: int, hidden: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[n, C]` and confidence `[n]` of an exit, in plain torch."""
         logits = self.head(k, hidden)
         found, _ = confidence_of(logits, None, self.fast.exits[k].criterion.name, self.fast.temperatures[k])
@@ -172,7 +172,7 @@ BUILDERS = {"bert": bert, "resnet": resnet}
 
 
 def made(name: str, device: torch.device, small: bool, dtype: torch.dtype) -> Subject:
-    """A model whose heads tell the rows apart."""
+    """A model whose heads separate the rows."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         subject = BUILDERS[name](device, small, dtype)

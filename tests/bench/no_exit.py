@@ -1,4 +1,4 @@
-"""Four open exits and nobody leaves: the price of heads and decisions."""
+"""Four open exits, no row leaves: the price of heads and decisions."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from tests.bench.record import Figure, Target, timed
 def run(context: Context) -> list[Figure]:
     device = context.device
     if context.small:
-        return [nobody(models.lenet(8, 2, device), Target(10.0), context)]
+        return [price(models.lenet(8, 2, device), Target(10.0), context)]
     subjects = [(models.resnet(64, 4, device), 1.10), (models.bert(8, 128, 4, device, padded=True), 1.05)]
-    return [nobody(subject, Target(bound), context) for subject, bound in subjects]
+    return [price(subject, Target(bound), context) for subject, bound in subjects]
 
 
-def nobody(subject: Subject, target: Target, context: Context) -> Figure:
+def price(subject: Subject, target: Target, context: Context) -> Figure:
     fast = subject.fast
-    fast.set_thresholds(models.NOBODY)
+    fast.set_thresholds(models.NO_EXIT)
     taken = fast.run(**subject.inputs)
     assert bool((taken.exit_index == len(fast.exits)).all()), taken.exit_index
     heads = head_calls(subject)
