@@ -160,7 +160,7 @@ def _exported(path: Path) -> ExportedProgram:
 
 
 def _adapted(exported: ExportedProgram) -> bool:
-    """Whether the program was exported behind the flat adapter, whose one attribute is `m`."""
+    """Whether the program was exported through the flat adapter, whose one attribute is `m`."""
     names = list(exported.state_dict) + [str(k) for k in exported.constants]
     return all(n.startswith("m.") for n in exported.state_dict) and bool(names)
 

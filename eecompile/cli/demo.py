@@ -201,7 +201,7 @@ def measured(fast: CompiledModule, model: Any, images: Tensor) -> list[dict[str,
 
 
 def benchmark_table(times: list[dict[str, Any]]) -> Table:
-    """Time by batch size beside the cost in FLOPs, which the time would be if arithmetic were all."""
+    """Time by batch size against the cost in FLOPs, which the time would be if arithmetic were all."""
     import torch
     from rich.table import Table
     from rich.text import Text

@@ -32,7 +32,7 @@ class Found:
 
     Attributes:
         model: A module, a program, the path of a `.pt2` file, or a compiled module.
-        call: An example that is known without being told.
+        call: An example that is known without being given.
     """
 
     model: nn.Module | ExportedProgram | Path

@@ -77,7 +77,7 @@ StrategyOptions = Annotated[
     typer.Option(
         "--option",
         help="key=value for the strategy, repeatable; values are read as JSON: router=exits sends each row straight to one "
-        """exit, 'router={"at": "layer1", "to": {"light": 0.5}}' some rows through half of the blocks behind layer1.""",
+        """exit, 'router={"at": "layer1", "to": {"light": 0.5}}' some rows through half of the blocks after layer1.""",
         rich_help_panel=HOW_BUILT,
     ),
 ]

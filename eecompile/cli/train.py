@@ -39,7 +39,7 @@ def fit(
         typer.Option(
             metavar="DIR",
             help="Where checkpoints go and stay; a stopped run goes on from there.",
-            show_default="beside the program, removed when training is done",
+            show_default="next to the program, removed when training is done",
         ),
     ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,

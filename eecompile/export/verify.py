@@ -52,7 +52,7 @@ class ExportReport(Report):
         times: For each place that rows leave at: `rows` per call, `seconds` per call of the quickest round, `full_seconds`
             of the full model in the same runtime, their `ratio`, and the `cost` that the ratio would be if only FLOPs
             counted.
-        notes: What could not be told.
+        notes: What could not be verified.
     """
 
     title: ClassVar[str] = "exported program"

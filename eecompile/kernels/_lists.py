@@ -19,7 +19,7 @@ def write_lists(stay: Tensor, rows: Tensor, buckets: Tensor, survivors: Tensor, 
     """The definition: `positions` gets the indices of `stay` `[capacity]` in order, then -1.
 
     `survivors` gets `rows` there, then -1; `control` the count, the index of the smallest of the ascending
-    `buckets` that holds it (their number for nobody) and whether there is anybody. No value is needed on the
+    `buckets` that holds it (their number for no row) and whether there is a row. No value is needed on the
     host.
     """
     index = torch.arange(stay.shape[0], device=stay.device)

@@ -98,7 +98,7 @@ if HAVE_TRITON:
         return value, tl.where(usable, arg.to(tl.int64), -1), tl.where(usable, count, 0)
 
     @triton.jit
-    def judged(
+    def confidence_of_rows(
         logits,
         temperatures,
         state,

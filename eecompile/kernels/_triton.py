@@ -110,7 +110,7 @@ out:
 def extern_libs() -> dict[str, str]:
     """For `kernel[grid](..., extern_libs=extern_libs())` of a kernel that sets a condition (NVIDIA only).
 
-    Triton hashes the file whenever it compiles, so the path has to stay: it lies beside Triton's own cache.
+    Triton hashes the file whenever it compiles, so the path has to stay: it lies next to Triton's own cache.
     """
     path = Path(triton.knobs.cache.dir) / "eecompile_set_conditional.ll"
     if not path.exists() or path.read_text() != SET_CONDITIONAL:

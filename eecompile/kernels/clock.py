@@ -6,14 +6,14 @@
     clock[DEADLINE]  how long after that its output is wanted; NEVER for no deadline
     clock[STOPPED]   the exit that it was stopped at, -1 for none (see `decide`)
     clock[END]       when it was done
-    clock[NOW]       the time, where the host tells it
+    clock[NOW]       the time, where the host sets it
 
     tick     clock[element] = now; at START nothing is stopped: clock[STOPPED] = -1
     overdue  now - clock[START] + predicted[bucket] > clock[DEADLINE], where anybody is left
 
 "now" is clock[NOW] for programs that the host steps through (simulator, definitions, no conditional nodes), and else the
 GPU's own clock, PTX `%globaltimer`: nanoseconds since the driver started, in steps of about a microsecond. ROCm has no
-conditional nodes, so the host tells the time there.
+conditional nodes, so the host sets the time there.
 """
 # mypy: disable-error-code="no-untyped-def"
 # (arguments of device functions have no Python types)

@@ -84,23 +84,23 @@ def confidence(
     """
     check(logits, criterion, reduce, mask)
 
-    def judged(logits: Tensor) -> tuple[Tensor, Tensor]:
+    def measured(logits: Tensor) -> tuple[Tensor, Tensor]:
         if criterion == "patience":
             return _agreement(logits, state, patience, threshold, dtype)
         return _STATELESS[criterion](_scaled(logits, temperature, dtype)), logits.new_empty((0,), dtype=torch.int64)
 
-    return _over_positions(judged, logits, criterion, reduce, mask)
+    return _over_positions(measured, logits, criterion, reduce, mask)
 
 
 def _over_positions(
-    judged: Callable[[Tensor], tuple[Tensor, Tensor]], logits: Tensor, criterion: str, reduce: str, mask: Tensor | None
+    measured: Callable[[Tensor], tuple[Tensor, Tensor]], logits: Tensor, criterion: str, reduce: str, mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
-    """What `judged` gives for logits `[..., C]`: confidence `[...]`, reduced to `[n]`, and the new state."""
+    """What `measured` gives for logits `[..., C]`: confidence `[...]`, reduced to `[n]`, and the new state."""
     if reduce == "last" and logits.ndim == 3 and criterion != "patience":  # the others would be computed for nothing
         real, found = _last(logits, mask)
-        value, state = judged(real)
+        value, state = measured(real)
         return (value if found is None else value.masked_fill(~found, math.nan)), state
-    value, state = judged(logits)
+    value, state = measured(logits)
     return (value if logits.ndim == 2 else _reduce(value, reduce, mask)), state
 
 
@@ -273,7 +273,7 @@ def launch_confidence(
     """`confidence` with the kernel; positions are reduced by the definition."""
     check(logits, criterion, reduce, mask)
 
-    def judged(logits: Tensor) -> tuple[Tensor, Tensor]:
+    def measured(logits: Tensor) -> tuple[Tensor, Tensor]:
         flat = logits.flatten(0, -2)
         n, C = flat.shape
         value = torch.empty((n,), dtype=torch.float32, device=logits.device)
@@ -301,7 +301,7 @@ def launch_confidence(
         )
         return value.view(logits.shape[:-1]), new
 
-    return _over_positions(judged, logits, criterion, reduce, mask)
+    return _over_positions(measured, logits, criterion, reduce, mask)
 
 
 run_confidence = either(confidence, launch_confidence)

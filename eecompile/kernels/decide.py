@@ -8,7 +8,7 @@ There are n live rows, n = `count[0]` on the device, at most `capacity`; live ro
     output[rows[i]], exit_index[rows[i]], confidence[rows[i]] = result[i], exit, c_i   where leave_i
     positions  = the i of those who stay, in order, then -1
     survivors  = rows[positions], then -1
-    control    = how many stay, the smallest bucket that holds them (K for nobody), 1 if anybody stays
+    control    = how many stay, the smallest bucket that holds them (K for no row), 1 if any row stays
 
 Arithmetic in float32 whatever the dtype of the logits (float32, float16, bfloat16); results are copied bit
 for bit. Ties and NaN as in `confidence`; at the end a NaN confidence is reported as 0. Patience keeps its
@@ -18,9 +18,9 @@ they hold.
 With a `clock` (see `clock`) every live row's result and confidence are written, those that stay have the
 best output so far, NaN as 0; and where the next stage, at the bucket of the survivors, would be `overdue`,
 
-    clock[STOPPED] = exit;  control = 0, K, 0: nobody goes on
+    clock[STOPPED] = exit;  control = 0, K, 0: no row goes on
 
-The lists and `exit_index` are as ever: they tell who left here by itself and who was stopped.
+The lists and `exit_index` are as ever: they say which rows left here by themselves and which were stopped.
 """
 # mypy: disable-error-code="no-untyped-def"
 # (arguments of device functions have no Python types)
@@ -121,20 +121,20 @@ def decide(
     writer = torch.full((samples + 1,), -1, device=rows.device, dtype=torch.int64)
     writer.scatter_(0, torch.where(inside, rows, samples), index)
     writer, leaver = writer[:samples], torch.cat((leave, leave.new_zeros(1)))[writer[:samples]]
-    source, told = writer.clamp_min(0), leaver if clock is None else writer >= 0
+    source, written = writer.clamp_min(0), leaver if clock is None else writer >= 0
     if criterion == "patience" and state is not None:
         state.copy_(torch.where((writer >= 0)[:, None], new[source], state))
-    output.copy_(torch.where(told[:, None], result[source], output))
+    output.copy_(torch.where(written[:, None], result[source], output))
     exit_index.masked_fill_(leaver, exit)
-    confidence.copy_(torch.where(told, value.nan_to_num(nan=0.0)[source].float(), confidence))
+    confidence.copy_(torch.where(written, value.nan_to_num(nan=0.0)[source].float(), confidence))
     if final:
         return
     write_lists(inside & ~leave, rows, buckets, survivors, positions, control)
     if clock is not None and predicted is not None:
         late = overdue(clock, predicted, control[ALIVE], control[BUCKET])
         clock[STOPPED].masked_fill_(late, exit)
-        for element, nobody in ((LIVE, 0), (BUCKET, buckets.numel()), (ALIVE, 0)):
-            control[element].masked_fill_(late, nobody)
+        for element, none in ((LIVE, 0), (BUCKET, buckets.numel()), (ALIVE, 0)):
+            control[element].masked_fill_(late, none)
 
 
 def _check(
@@ -181,7 +181,7 @@ def _check(
 # --- kernel ---------------------------------------------------------------------------------------
 
 if HAVE_TRITON:
-    from eecompile.kernels._online import bucket_of, compact, judged, last_block_done
+    from eecompile.kernels._online import bucket_of, compact, confidence_of_rows, last_block_done
     from eecompile.kernels.clock import stop_if_overdue
 
     @triton.jit(do_not_specialize=["C", "W", "capacity", "K", "exit", "patience", "alive_handle", "bucket_handle"])
@@ -235,7 +235,7 @@ if HAVE_TRITON:
         if not FINAL:
             threshold = tl.zeros((R,), tl.float32) + tl.load(thresholds + exit)
             opened = live & ((threshold > 1.0) == 0)
-        value = judged(
+        value = confidence_of_rows(
             logits, temperatures, state, i, row, live, opened, stride_row, stride_column, C, exit, patience,
             CRITERION, R, BLOCK_C,
         )  # fmt: skip
@@ -243,18 +243,18 @@ if HAVE_TRITON:
             leave = live
         else:
             leave = live & (value >= threshold)  # an ordered comparison: false for NaN
-        told = leave
+        written = leave
         if CLOCK != "none":
-            told = live
-        if tl.max(told.to(tl.int32), 0) > 0:
+            written = live
+        if tl.max(written.to(tl.int32), 0) > 0:
             for start in range(0, W, BLOCK_W):
                 w = start + tl.arange(0, BLOCK_W)
-                mask = told[:, None] & (w < W)[None, :]
+                mask = written[:, None] & (w < W)[None, :]
                 w = w.to(tl.int64)[None, :]
                 x = tl.load(result + i[:, None] * result_row + w * result_column, mask=mask)
                 tl.store(output + row[:, None] * W + w, x, mask=mask)
         tl.store(exit_index + row, tl.zeros((R,), tl.int64) + exit, mask=leave)
-        tl.store(confidence + row, tl.where(value != value, 0.0, value), mask=told)
+        tl.store(confidence + row, tl.where(value != value, 0.0, value), mask=written)
         if not FINAL:
             tl.store(control + 4 + i, (live & (leave == 0)).to(tl.int32), mask=i < capacity)
             if last_block_done(control + 3, tl.num_programs(0)):

@@ -26,7 +26,7 @@ def packed_rnn(
     """The definition, by PyTorch's own operators.
 
     Args:
-        x: `[B, S, D]`, padded behind.
+        x: `[B, S, D]`, padded at the end.
         lengths: `[B]` integers, 1 to S.
         states: The hidden state before the first step `[1 or 2, B, H]`, and the cell state of an LSTM.
         weights: Of both directions, as `nn.RNNBase` has them.

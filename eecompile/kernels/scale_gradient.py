@@ -1,6 +1,6 @@
 """The identity, with a gradient that is multiplied by a number: only in training graphs, so there is no kernel.
 
-`y = x`, `dL/dx = factor * dL/dy`. The result is a copy, so that operators in place behind it do no harm.
+`y = x`, `dL/dx = factor * dL/dy`. The result is a copy, so that in-place operators after it do no harm.
 """
 # mypy: disable-error-code="no-untyped-call"
 

@@ -64,7 +64,7 @@ def shadow(module: nn.Module, forwards: Mapping[str, Callable[[nn.Module], Forwa
 
 
 def own_forward(twin: nn.Module) -> Forward:
-    """The forward that the module has by its class, or that somebody set on the instance."""
+    """The forward that the module has by its class, or that was set on the instance."""
     set_there: Forward | None = twin.__dict__.get("forward")
     return set_there or type(twin).forward.__get__(twin)
 

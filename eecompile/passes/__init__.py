@@ -15,7 +15,7 @@ from eecompile.passes.adopt_blocks import AdoptBlocks, StageBlocks
 from eecompile.passes.annotate import Annotate
 from eecompile.passes.base import Pass, PassResult, check_order, run_passes
 from eecompile.passes.carried import Brought
-from eecompile.passes.carried_gates import AdoptGates, AdoptHalting
+from eecompile.passes.carried_choices import AdoptChoices
 from eecompile.passes.equilibrium import Equilibrium
 from eecompile.passes.find_blocks import FindBlocks
 from eecompile.passes.find_cuts import FindCuts
@@ -77,11 +77,12 @@ def insertion(recipe: Recipe, captured: Captured, seed: int, brought: Brought | 
             InsertHalting(recipe.halting, seed=seed),
             *([FindTokenParts()] if recipe.halting.unit == "token" else []),
         ]
-    for gates in brought.gates:
-        passes += [AdoptGates(gates), InsertGates(gates.recipe, units=gates.units)]
-    for halts in brought.halts:
-        passes += [AdoptHalting(halts), InsertHalting(halts.recipe, units=halts.units)]
-        passes += [FindTokenParts()] if halts.recipe.unit == "token" else []
+    for one in brought.choices:
+        passes.append(AdoptChoices(one))
+        passes += [InsertGates(r, units=one.units) for r in one.choices.gate_recipes]
+        for halting in one.choices.halt_recipes:
+            passes.append(InsertHalting(halting, units=one.units))
+            passes += [FindTokenParts()] if halting.unit == "token" else []
     if recipe.routes is not None and recipe.routes.branches:  # exits come after them: they may not lie among the branches
         passes += [*([FindRegions()] if recipe.gates is None and recipe.halting is None else []), *routing]
         routing = []

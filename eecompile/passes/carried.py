@@ -14,7 +14,7 @@ from eecompile.heads import Branch
 from eecompile.ir.recipes import ExitRecipe
 from eecompile.ir.settings import EXITS, TEMPERATURES, Settings
 from eecompile.passes import facts
-from eecompile.passes.carried_gates import CarriedGates, CarriedHalts, carried_gates, carried_halts, originals
+from eecompile.passes.carried_choices import CarriedChoices, carried_choices, originals
 from eecompile.passes.split_tail import criterion_of
 from eecompile.program import Anchor, Cut, Exit, Place, Program
 
@@ -47,14 +47,12 @@ class Brought:
     Attributes:
         exits: In order, by the name of their cut in the composite.
         ends: Temperature of each compiled model's own prediction, by the model's name.
-        gates: Of each model that has some.
-        halts: Of each model that halts.
+        choices: Gates and halting chains of each compiled model.
     """
 
     exits: Mapping[str, Carried] = field(default_factory=dict)
     ends: Mapping[str, float] = field(default_factory=dict)
-    gates: tuple[CarriedGates, ...] = ()
-    halts: tuple[CarriedHalts, ...] = ()
+    choices: tuple[CarriedChoices, ...] = ()
 
     @property
     def places(self) -> tuple[Place, ...]:
@@ -71,7 +69,7 @@ def unwrapped(models: Mapping[str, nn.Module], plain: Sequence[bool]) -> tuple[d
         StrategyError: A compiled model that cannot be taken apart.
     """
     found, exits, ends = {}, dict[str, Carried](), {}
-    gates, halts = list[CarriedGates](), list[CarriedHalts]()
+    choices = list[CarriedChoices]()
     for (name, model), takes in zip(models.items(), plain, strict=True):
         program = getattr(model, "program", None)
         if not isinstance(program, Program):
@@ -85,8 +83,7 @@ def unwrapped(models: Mapping[str, nn.Module], plain: Sequence[bool]) -> tuple[d
         def moved(a: Anchor | None, name: str = name) -> Anchor | None:
             return None if a is None else within(name, a)
 
-        gates += [g for g in [carried_gates(name, fast, moved, takes)] if g is not None]
-        halts += [h for h in [carried_halts(name, fast, moved, takes)] if h is not None]
+        choices.append(carried_choices(name, fast, moved, takes))
         for k, e in enumerate(program.exits):
             one = _carried(name, program, e, takes)
             exits[one.place.name] = replace(
@@ -95,8 +92,8 @@ def unwrapped(models: Mapping[str, nn.Module], plain: Sequence[bool]) -> tuple[d
                 threshold=settings[EXITS][k],
                 temperature=settings[TEMPERATURES][k],
             )
-    _one_halting(halts)
-    return found, Brought(exits, ends, tuple(gates), tuple(halts))
+    _one_halting(choices)
+    return found, Brought(exits, ends, tuple(choices))
 
 
 def within(name: str, a: Anchor) -> Anchor:
@@ -104,18 +101,16 @@ def within(name: str, a: Anchor) -> Anchor:
     return replace(a, path=f"{name}.model.{a.path}" if a.path else f"{name}.model")
 
 
-def _one_halting(halts: Sequence[CarriedHalts]) -> None:
+def _one_halting(carried: Sequence[CarriedChoices]) -> None:
     """Scores of all chains in one program are scaled by one factor.
 
     Raises:
         StrategyError: Two compiled models halt in ways that one factor cannot give.
     """
-    for a, b in pairwise(halts):
-        if (a.recipe.threshold, bool(a.recipe.repeat)) != (b.recipe.threshold, bool(b.recipe.repeat)):
-            kinds = [
-                f"{h.model}: {'repeats a block' if h.recipe.repeat else 'over depth'}, {h.recipe.threshold:g}"
-                for h in (a, b)
-            ]
+    ways = [(c.model, r.threshold, bool(r.repeat)) for c in carried for r in c.choices.halt_recipes]
+    for a, b in pairwise(ways):
+        if a[1:] != b[1:]:
+            kinds = [f"{model}: {'repeats a block' if repeats else 'over depth'}, {t:g}" for model, t, repeats in (a, b)]
             raise StrategyError(
                 "two models of the cascade halt in different ways",
                 got=" and ".join(kinds),

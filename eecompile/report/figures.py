@@ -70,7 +70,7 @@ def _shares(found: Gathered, names: list[str], masks: list[torch.Tensor], about:
 
 
 def latency(found: Gathered) -> Any:
-    """Time of single rows by the exit that they left at, beside the original model."""
+    """Time of single rows by the exit that they left at, and of the original model."""
     figure, axes = _new()
     boxes = {name: [1e3 * s for s in seconds] for name, seconds in found.seconds.items()}
     if found.original_seconds:

@@ -76,15 +76,15 @@ def verdict(found: Gathered) -> tuple[bool, str]:
     e = found.evaluation
     assert e.accuracy is not None and e.full_accuracy is not None
     points = [(r.cost, r.accuracy_if_all) for r in e.rows if r.accuracy_if_all is not None]
-    beside = frontier([*points, (1.0, e.full_accuracy)], e.mean_cost)
+    by_chance = frontier([*points, (1.0, e.full_accuracy)], e.mean_cost)
     now = f"accuracy {e.accuracy:.2%} against {e.full_accuracy:.2%} of the full model, at {e.mean_cost:.1%} of its cost"
     if e.mean_cost >= 1:
         return False, f"Early exit does not pay here: {now}. Nothing is saved."
-    if beside is not None and beside >= e.accuracy:
-        return False, f"Early exit does not pay here: {now}. A random choice of exits of the same cost has {beside:.2%}."
-    if beside is None:
+    if by_chance is not None and by_chance >= e.accuracy:
+        return False, f"Early exit does not pay here: {now}. A random choice of exits of the same cost has {by_chance:.2%}."
+    if by_chance is None:
         return True, f"Early exit pays: {now}."
-    return True, f"Early exit pays: {now}. A random choice of exits of the same cost has {beside:.2%}."
+    return True, f"Early exit pays: {now}. A random choice of exits of the same cost has {by_chance:.2%}."
 
 
 def _svg(figure: Any) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
 
 from eecompile.errors import PassError, StrategyError
+from eecompile.ir.choices import ChoiceRecords
 from eecompile.ir.recipes import GateRecipe, HaltRecipe
 from eecompile.ir.settings import GATES as GATE_THRESHOLDS
 from eecompile.ir.settings import HALTING
@@ -18,7 +19,7 @@ from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.insert_gates import relocate_gates
 from eecompile.passes.insert_halting import relocate_halting
 from eecompile.passes.place_gates import GATES, site_of
-from eecompile.program import Anchor, Gate, Halt, Program
+from eecompile.program import Anchor, Program
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -27,27 +28,16 @@ NO_MASK = ""  # as a recipe's mask: no input marks padding, whatever names there
 
 
 @dataclass(frozen=True)
-class CarriedGates:
-    """The gates of one compiled model, as the cascade's graph will know them.
+class CarriedChoices:
+    """Gates or halting chains of one compiled model, as the cascade's graph will know them.
 
     Attributes:
-        recipe: What they were inserted by, with their present thresholds.
+        choices: Their records, with what they were inserted by at the present thresholds.
         units: Their units, shared with the compiled model, by the names that they have in the cascade.
     """
 
     model: str
-    recipe: GateRecipe
-    gates: tuple[Gate, ...]
-    units: Mapping[str, nn.Module]
-
-
-@dataclass(frozen=True)
-class CarriedHalts:
-    """The halting chains of one compiled model."""
-
-    model: str
-    recipe: HaltRecipe
-    halts: tuple[Halt, ...]
+    choices: ChoiceRecords
     units: Mapping[str, nn.Module]
 
 
@@ -60,59 +50,32 @@ def originals(program: Program) -> dict[str, str]:
     return found
 
 
-def carried_gates(
+def carried_choices(
     name: str, fast: CompiledModule, moved: Callable[[Anchor | None], Anchor | None], plain: bool
-) -> CarriedGates | None:
-    """What a model's gates are in the cascade; None without gates.
+) -> CarriedChoices:
+    """What decides inside a compiled model, for the cascade.
 
     Raises:
         StrategyError: A unit reads an input that is prepared for the model here.
     """
-    program: Program = fast.program
-    if not program.choices.gate_recipes:
-        return None
-    recipe = program.choices.gate_recipes[0]
-    mask = _mask(name, program, [g.region for g in program.choices.gates], recipe, plain)
-    recipe = replace(recipe, threshold=fast.live.wanted[GATE_THRESHOLDS], mask=mask)
-    gates = tuple(
-        replace(
-            g,
-            region=f"{name}.{g.region}",
-            unit=_unit(name, g.unit),
-            score="",
-            decision="",
-            needs="",
-            anchors=(moved(g.anchors[0]), moved(g.anchors[1])),
-        )
-        for g in program.choices.gates
+    choices = fast.program.choices
+
+    def place(one: Any) -> dict[str, Any]:
+        anchors = (moved(one.anchors[0]), moved(one.anchors[1]))
+        return {"region": f"{name}.{one.region}", "unit": _unit(name, one.unit), "anchors": anchors}
+
+    def recipe(one: Any, regions: list[str], threshold: Any) -> Any:
+        return replace(one, threshold=threshold, mask=_mask(name, fast.program, regions, one, plain))
+
+    settings, steps = fast.live.wanted, [s.region for h in choices.halts for s in h.steps]
+    gated = [g.region for g in choices.gates]
+    moved_choices = ChoiceRecords(
+        gates=tuple(replace(g, score="", decision="", needs="", **place(g)) for g in choices.gates),
+        halts=tuple(replace(h, steps=tuple(replace(s, **place(s)) for s in h.steps)) for h in choices.halts),
+        gate_recipes=tuple(recipe(r, gated, settings[GATE_THRESHOLDS]) for r in choices.gate_recipes),
+        halt_recipes=tuple(recipe(r, steps, settings[HALTING][0]) for r in choices.halt_recipes),
     )
-    return CarriedGates(name, recipe, gates, _units(name, fast))
-
-
-def carried_halts(
-    name: str, fast: CompiledModule, moved: Callable[[Anchor | None], Anchor | None], plain: bool
-) -> CarriedHalts | None:
-    """What a model's halting chains are in the cascade; None without any."""
-    program: Program = fast.program
-    if not program.choices.halt_recipes:
-        return None
-    recipe = program.choices.halt_recipes[0]
-    regions = [s.region for h in program.choices.halts for s in h.steps]
-    (threshold,) = fast.live.wanted[HALTING]
-    recipe = replace(recipe, threshold=threshold, mask=_mask(name, program, regions, recipe, plain))
-    halts = []
-    for h in program.choices.halts:
-        steps = tuple(
-            replace(
-                s,
-                region=f"{name}.{s.region}",
-                unit=_unit(name, s.unit),
-                anchors=(moved(s.anchors[0]), moved(s.anchors[1])),
-            )
-            for s in h.steps
-        )
-        halts.append(replace(h, steps=steps))
-    return CarriedHalts(name, recipe, tuple(halts), _units(name, fast))
+    return CarriedChoices(name, moved_choices, _units(name, fast))
 
 
 def _unit(model: str, unit: str) -> str:
@@ -148,56 +111,35 @@ def _mask(name: str, program: Program, wanted: list[str], recipe: GateRecipe | H
 
 
 @dataclass(frozen=True)
-class AdoptGates(Pass):
-    """Finds the places of a compiled model's gates in the cascade's graph; `insert_gates` follows."""
+class AdoptChoices(Pass):
+    """Finds the places of a compiled model's gates and chains in the cascade's graph; their insertion follows."""
 
-    name: ClassVar[str] = "adopt_gates"
+    name: ClassVar[str] = "adopt_choices"
     requires: ClassVar[frozenset[str]] = frozenset({"costs", "cuts"})
-    ensures: ClassVar[frozenset[str]] = frozenset({"gates placed"})
+    ensures: ClassVar[frozenset[str]] = frozenset({"gates placed", "halting placed"})
 
-    carried: CarriedGates
+    carried: CarriedChoices
 
     def run(self, program: Program) -> PassResult:
-        first = len(program.choices.gates)
-        gates = [replace(g, name=f"gate_{first + i}") for i, g in enumerate(self.carried.gates)]
-        depths = depths_of(program)
-        with _elsewhere(self.carried.model):
-            found = relocate_gates(program, tuple(gates))
-        moved = []
-        for g in found.choices.gates[first:]:
-            _its_own(found, self.carried.model, g.region, g.carries[0].y)
-            moved.append(replace(g, depth=depths[g.carries[0].x]))
-        done = found.replace(gates=(*program.choices.gates, *moved))
-        return PassResult(done, False, summary=f"{len(gates)} gates of {self.carried.model}")
-
-
-@dataclass(frozen=True)
-class AdoptHalting(Pass):
-    """Finds the places of a compiled model's halting chains in the cascade's graph; `insert_halting` follows."""
-
-    name: ClassVar[str] = "adopt_halting"
-    requires: ClassVar[frozenset[str]] = frozenset({"costs", "cuts"})
-    ensures: ClassVar[frozenset[str]] = frozenset({"halting placed"})
-
-    carried: CarriedHalts
-
-    def run(self, program: Program) -> PassResult:
-        first = len(program.choices.halts)
+        before, carried = program.choices, self.carried.choices
+        gates = [replace(g, name=f"gate_{i}") for i, g in enumerate(carried.gates, len(before.gates))]
         halts = []
-        for i, h in enumerate(self.carried.halts):
-            name = f"halt_{first + i}"
-            steps = tuple(replace(s, name=f"{name}_step_{k}") for k, s in enumerate(h.steps))
-            halts.append(replace(h, name=name, steps=steps))
+        for i, h in enumerate(carried.halts, len(before.halts)):
+            steps = tuple(replace(s, name=f"halt_{i}_step_{k}") for k, s in enumerate(h.steps))
+            halts.append(replace(h, name=f"halt_{i}", steps=steps))
         depths = depths_of(program)
         with _elsewhere(self.carried.model):
-            found = relocate_halting(program, tuple(halts))
-        moved = []
-        for h in found.choices.halts[first:]:
-            for y in h.ys:
-                _its_own(found, self.carried.model, h.name, y)
-            moved.append(replace(h, depth=depths[h.x]))
-        done = found.replace(halts=(*program.choices.halts, *moved))
-        return PassResult(done, False, summary=f"{len(halts)} chains of {self.carried.model}")
+            found = relocate_gates(program, tuple(gates)) if gates else program
+            found = relocate_halting(found, tuple(halts)) if halts else found
+        new_gates, new_halts = found.choices.gates[len(before.gates) :], found.choices.halts[len(before.halts) :]
+        values = [(g.region, g.carries[0].y) for g in new_gates] + [(h.name, y) for h in new_halts for y in h.ys]
+        for where, value in values:
+            _its_own(found, self.carried.model, where, value)
+        done = found.replace(
+            gates=(*before.gates, *(replace(g, depth=depths[g.carries[0].x]) for g in new_gates)),
+            halts=(*before.halts, *(replace(h, depth=depths[h.x]) for h in new_halts)),
+        )
+        return PassResult(done, False, summary=f"{len(gates)} gates, {len(halts)} chains of {self.carried.model}")
 
 
 def depths_of(program: Program) -> dict[str, float]:
