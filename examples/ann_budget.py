@@ -25,6 +25,7 @@ from examples._common import (
     Trunk,
     Variant,
     alternatives,
+    by_exit,
     fitted,
     main,
     observed,
@@ -93,8 +94,8 @@ def example(options: Options, record: Record) -> None:
         replay, val, test = together(fast, seen["val"], seen["test"])
         fast.set_thresholds(1.0)
         curves = {method: budget_curve(replay, val, test, budgets=BUDGETS, method=method) for method in ("search", "quota")}
-        by_exit = seen["test"].of(fast).evaluate(budgets=True).degradation
-        record.note(**{f"{balance}_curves": {"no image above": by_exit, **{m: c.to_dict() for m, c in curves.items()}}})
+        degraded = seen["test"].of(fast).evaluate(budgets=True).degradation
+        record.note(**{f"{balance}_curves": {"no image above": degraded, **{m: c.to_dict() for m, c in curves.items()}}})
         points = by_exit(fast, seen["test"].right().float().mean(0).tolist())
         names = [*(e.name for e in fast.exits), "model"]
         for point in curves["search"].points:
