@@ -267,7 +267,7 @@ class Wrong(nn.Module):
         (Router(at="blocks.9", to={"light": 0.5}), "no place has the name"),
         (Router(at="blocks.1", to={"light": 0.5}, over=OVER), "branches begin before the router"),
         (Router(at="blocks.2", to={"light": 0.5}, over=("blocks.2", "output")), "no light version of a part without blocks"),
-        (Router(at="blocks.0", to={"odd": Wrong()}, over=OVER), "hands on another value"),
+        (Router(at="blocks.0", to={"odd": Wrong()}, over=OVER), "gives another value"),
         (Router(at="blocks.0", to={"odd": nn.Linear(3, 3)}, over=OVER), "does not run on the value"),
         (Router(at="blocks.0", to={"light": 0.5}, over=("blocks.2", "blocks.0")), "is computed from it|begin before"),
         (Router(at="blocks.0", to={"light": 0.5}, unit="conv"), "does not fit the value"),

@@ -203,7 +203,7 @@ def test_a_saved_program_keeps_what_was_compared(tmp_path) -> None:
         fast(x)
         fast.save(tmp_path / "after")
         equal_bits(load(tmp_path / "after")(x), model(x))
-        with pytest.raises(CaptureError, match="cannot be told without its model"):
+        with pytest.raises(CaptureError, match="cannot be checked without its model"):
             load(tmp_path / "before")(x)
 
 
