@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import StrategyError
+from eecompile.plain import check_number
 from eecompile.result import Result
 from eecompile.runtime.limits import NAMES, Allowance, Limits, deepest, no_exit, own_names
 from eecompile.runtime.outcome import Outcome
@@ -110,8 +111,7 @@ def measure_stages(fast: CompiledModule, flat: Sequence[Tensor], rounds: int) ->
     Raises:
         StrategyError: In train mode, fewer than one round, or an executor without stages.
     """
-    if rounds < 1:
-        raise StrategyError("stages are measured at least once", got=rounds, wanted="1 or more rounds")
+    check_number("rounds", rounds, least=1, whole=True, error=StrategyError)
     with torch.no_grad():
         for _ in range(rounds):
             settings = fast.settings

@@ -13,6 +13,7 @@ from torch import Tensor
 from eecompile.capture.adapter import mode
 from eecompile.errors import EecompileError
 from eecompile.measuring import interleaved, rounds_of, summary
+from eecompile.plain import check_number
 from eecompile.training.report import Report, json_safe, table
 
 if TYPE_CHECKING:
@@ -102,8 +103,7 @@ def benchmark(
     Raises:
         EecompileError: Too few rounds, or an example of no known form.
     """
-    if rounds < 3:
-        raise EecompileError("too few rounds for a median", got=rounds, wanted="3 or more, 7 for a report")
+    check_number("rounds", rounds, least=3, whole=True)
     args, kwargs = as_call(example)
     model = original if original is not None else fast.original
     calls: dict[str, Callable[[], Any]] = {}
@@ -120,6 +120,8 @@ def benchmark(
     with torch.no_grad(), mode(fast, False), mode(model if model is not None else fast, False):
         result = fast.run(*args, **kwargs)
         device = result.exit_index.device
+        if not len(result.exit_index):
+            raise EecompileError("there is nothing to time", got="a batch of 0 rows", wanted="an example with rows")
         wait = (lambda: torch.cuda.synchronize(device)) if device.type == "cuda" else None
         measured = rounds_of(calls, rounds, wait=wait)
     base = measured.median("original")

@@ -115,7 +115,11 @@ def _untraced(fast: CompiledModule, args: tuple[Any, ...], kwargs: dict[str, Any
     return fast.forward(*args, **kwargs)
 
 
-untraced = torch.compiler.disable(_untraced)  # type: ignore[no-untyped-call]
+WHOLE = (
+    "a compiled module decides while it runs which rows go on, so torch.compile cannot take it as one graph: leave out "
+    "fullgraph=True, or compile its stages: fast.backend = 'inductor'"
+)
+untraced = torch.compiler.disable(_untraced, reason=WHOLE)  # type: ignore[no-untyped-call]
 
 
 def no_replicas() -> EecompileError:

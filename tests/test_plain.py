@@ -91,7 +91,7 @@ def test_compiling_fitting_and_calibrating():
     fast.calibrate([(x, y)], budget=np.float32(0.9))
     fast.budget_curve([(x, y)], budgets=np.array([0.5, 1.0]))
     fast.evaluate([(x, y)], curve=np.int64(3))
-    with pytest.raises(EecompileError, match="epochs must be a whole number"):
+    with pytest.raises(EecompileError, match="epochs is not a whole number"):
         fast.fit([(x, y)], epochs=np.float32(1.5))
 
 

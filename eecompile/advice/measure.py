@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from statistics import median
 from typing import Any
@@ -19,6 +18,7 @@ from eecompile.capture.adapter import mode
 from eecompile.errors import EecompileError, near
 from eecompile.measuring import Rounds, rounds_of
 from eecompile.module import CompiledModule
+from eecompile.plain import check_number
 from eecompile.training.batches import Batch
 
 DROPS = (0.01, 0.02)
@@ -103,8 +103,7 @@ def _checked(model: Any, minutes: Any, static: Any, only: Any) -> tuple[str, ...
         raise EecompileError("advise() takes a module", got=type(model).__name__, wanted="torch.nn.Module")
     if static is not None and not isinstance(static, nn.Module):
         raise EecompileError("static= is a smaller model", got=type(static).__name__, wanted="torch.nn.Module")
-    if isinstance(minutes, bool) or not isinstance(minutes, int | float) or not 0 < minutes < math.inf:
-        raise EecompileError("minutes is a positive number", got=repr(minutes))
+    check_number("minutes", minutes, above=0)
     if isinstance(only, str):
         raise EecompileError("only= is a list of names", got=repr(only), wanted=f"({only!r},)")
     for name in only or ():

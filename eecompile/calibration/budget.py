@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +17,7 @@ from eecompile.calibration.report import CalibrationReport
 from eecompile.calibration.solver import METHODS, Solver
 from eecompile.errors import CalibrationError, near
 from eecompile.ir.settings import EXITS
+from eecompile.plain import check_number
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -91,14 +91,7 @@ def check_method(method: str) -> None:
 
 
 def check_budget(budget: Any) -> None:
-    if isinstance(budget, bool) or not isinstance(budget, int | float) or not budget > 0 or math.isinf(budget):
-        raise CalibrationError(
-            "a budget is a positive fraction of the full model's cost", got=repr(budget), wanted="0.5 for half of it"
-        )
-    if budget > 2:
-        raise CalibrationError(
-            "a budget is a fraction of the full model's cost", got=budget, wanted="0.5 for half of it", hint="no percentage"
-        )
+    check_number("budget, a fraction of the full model's cost,", budget, above=0, most=2, error=CalibrationError)
 
 
 def budget_curve(

@@ -25,6 +25,7 @@ from torch import Tensor
 from eecompile.calibration.sequences import LowerBound, MeanAbove, mix_evidence, sparkline
 from eecompile.errors import CalibrationError, DriftWarning, near
 from eecompile.ir.settings import EXITS
+from eecompile.plain import check_number
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 from eecompile.training.scores import agreement, choice
 from eecompile.training.tasks import ANSWERS, own_task
@@ -58,12 +59,11 @@ class MonitorOptions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, low, high in (("max_drop", 0, 1), ("alpha", 0, 1), ("shadow", 0, 1), ("limit", 0, 1)):
-            value = getattr(self, name)
-            if value is None and name == "limit":
-                continue
-            if not isinstance(value, int | float) or not low < value <= high or (name == "alpha" and value == 1):
-                raise CalibrationError(f"{name} is out of range", got=repr(value), wanted="above 0, and below 1")
+        for name in ("max_drop", "shadow", "limit"):
+            if name != "limit" or self.limit is not None:
+                check_number(name, getattr(self, name), above=0, most=1, error=CalibrationError)
+        check_number("alpha", self.alpha, above=0, below=1, error=CalibrationError)
+        check_number("seed", self.seed, whole=True, error=CalibrationError)
         if self.react not in REACTIONS:
             raise CalibrationError("unknown reaction", got=repr(self.react), wanted=near(str(self.react), REACTIONS))
 
@@ -158,6 +158,21 @@ class MonitorState(Report):
         return stacked(table(self.title, ["exit", "leaving", "calibration"], cells), *lines)
 
 
+def column(name: str, values: Any) -> Tensor:
+    """Numbers that a user gave as float64 [n] on the CPU.
+
+    Raises:
+        CalibrationError: Something else, or NaN.
+    """
+    try:
+        found = torch.as_tensor(values).detach().flatten().double().cpu()
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise CalibrationError(f"{name}: these are no numbers", got=f"{values!r:.60}", wanted="a tensor or list") from error
+    if bool(found.isnan().any()):
+        raise CalibrationError(f"{name}: NaN is among the numbers", got=f"{int(found.isnan().sum())} of {len(found)}")
+    return found
+
+
 class Monitor:
     """Called like the compiled module. Several threads may call it.
 
@@ -219,6 +234,8 @@ class Monitor:
         fast = self.fast
         result = fast.run(*args, **kwargs)
         n = len(result.exit_index)
+        if ids is not None and len(ids) != n:
+            raise CalibrationError("ids= is one name for each row", got=f"{len(ids)} names", wanted=f"{n}")
         with self.lock:
             chosen = torch.rand(n, generator=self.generator) < self.state.options.shadow
         at, differ = chosen.nonzero()[:, 0], None
@@ -242,21 +259,27 @@ class Monitor:
         Raises:
             CalibrationError: Exits that this program does not have, or numbers out of range.
         """
-        index = torch.as_tensor(exit_index).flatten().long().cpu()
+        found = column("exit_index", exit_index)
+        index = found.long()
+        if not torch.equal(index.double(), found):
+            raise CalibrationError("exits are whole numbers", got=found[:5].tolist())
         ends = len(self.state.counts)
         if len(index) and not 0 <= int(index.min()) <= int(index.max()) < ends:
             raise CalibrationError(
                 "this is a log of another program", got=f"exit {int(index.max())}", wanted=f"0 to {ends - 1}"
             )
-        losses = [] if differ is None else [float(d) for d in torch.as_tensor(differ).flatten().tolist()]
+        losses = [] if differ is None else column("differ", differ).tolist()
         if not all(0 <= d <= 1 for d in losses):
             raise CalibrationError("differences leave [0, 1]", got=losses[:5])
+        sure = None if confidence is None else column("confidence", confidence)
+        if sure is not None and len(sure) != len(index):
+            raise CalibrationError("one confidence for each row", got=len(sure), wanted=len(index))
         counts = torch.bincount(index, minlength=ends).tolist()
         with self.lock:
             state = self.state
             state.counts = [a + b for a, b in zip(state.counts, counts, strict=True)]
-            if confidence is not None:
-                state.confidence += float(torch.as_tensor(confidence).double().sum())
+            if sure is not None:
+                state.confidence += float(sure.sum())
             if state.mix_alarm is None and state.mix >= -math.log(state.options.alpha):
                 state.mix_alarm = state.rows
                 warnings.warn(
@@ -272,8 +295,12 @@ class Monitor:
 
     def labels(self, given: Mapping[Any, int]) -> int:
         """Labels, by the `ids` of `run`, of rows that ran to the end; others are passed over. How many were taken."""
+        classes = {i: column(f"the label of {i!r}", label) for i, label in given.items()}
+        for i, label in classes.items():
+            if len(label) != 1 or not float(label).is_integer():
+                raise CalibrationError("a late label is the class of one row", where=repr(i), got=label.tolist())
         with self.lock:
-            found = [(self.waiting.pop(i), int(label)) for i, label in given.items() if i in self.waiting]
+            found = [(self.waiting.pop(i), int(label)) for i, label in classes.items() if i in self.waiting]
             self.state.drop.add([float(full == label) - float(early == label) for (early, full), label in found])
             if found:
                 self._react(self.state.drop, "drop against labels:")
@@ -364,6 +391,12 @@ class Monitor:
         return f"calibrated again with delta {delta:g}: expected cost {percent(report.expected_cost, 1)}"
 
     # ------------------------------------------------------------------ state
+
+    def __reduce__(self) -> Any:
+        raise CalibrationError(
+            "a monitor cannot be pickled or copied: its threads share a lock",
+            hint="save(path) keeps its state, and fast.monitor(path=path) goes on from there",
+        )
 
     def save(self, path: str | Path) -> None:
         """Writes the state as JSON, in one step."""

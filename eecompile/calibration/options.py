@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from eecompile.calibration.risk import rows_needed
 from eecompile.errors import CalibrationError, near
+from eecompile.plain import check_number
 from eecompile.training.full import skips
 from eecompile.training.scores import Metric
 from eecompile.training.tasks import ANSWERS, no_choice
@@ -89,10 +90,10 @@ class Options:
                 "there are no exits, gates, branches or halting thresholds to calibrate",
                 hint="compile with a strategy that inserts exits or gates, or that halts",
             )
-        if not (0 <= self.max_drop < 1):
-            raise CalibrationError("max_drop is out of range", got=self.max_drop, wanted="0 <= max_drop < 1, 0.01 for 1%")
-        if self.delta is not None and not (0 < self.delta < 1):
-            raise CalibrationError("delta is out of range", got=self.delta, wanted="0 < delta < 1, or None for no guarantee")
+        check_number("max_drop", self.max_drop, least=0, below=1, error=CalibrationError)
+        if self.delta is not None:
+            check_number("delta", self.delta, above=0, below=1, error=CalibrationError)
+        check_number("seed", self.seed, whole=True, error=CalibrationError)
         if self.target not in TARGETS:
             raise CalibrationError("unknown target", got=repr(self.target), wanted=near(str(self.target), TARGETS))
         if self.metric is not None and self.target == "agreement":

@@ -154,7 +154,9 @@ def _content(container: Any, names: frozenset[str] | None) -> dict[Any, Any]:
         except ValueError:  # nothing is assigned yet
             return {}
     entries = vars(container) if isinstance(container, type) else container
-    return dict(entries) if names is None else {n: entries[n] for n in names if n in entries}
+    if names is not None:
+        return {n: entries[n] for n in names if n in entries}
+    return dict(dict.items(entries) if isinstance(entries, dict) else entries)  # what it holds, not what it would import
 
 
 def _set(container: Any, name: Any, value: Any) -> None:

@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from eecompile import anytime
 from eecompile.errors import EecompileError, StrategyError
 from eecompile.passes import facts
+from eecompile.plain import check_number
 from eecompile.runtime.limits import Limits
 from eecompile.serving.metrics import Metrics
 
@@ -97,13 +98,13 @@ class RowServer:
         max_queue: int = 1024,
         metrics: Metrics | None = None,
     ) -> None:
-        for name, value, least in (
-            ("max_batch", max_batch, 1),
-            ("max_wait_ms", max_wait_ms, 0),
-            ("max_queue", max_queue, 1),
-        ):
-            if not value >= least:
-                raise StrategyError(f"{name}= is too small", got=value, wanted=f"at least {least}")
+        if not hasattr(fast, "program"):
+            raise StrategyError(
+                "a server runs compiled modules", got=type(fast).__name__, wanted="what eecompile(model, ...) gives"
+            )
+        check_number("max_batch", max_batch, least=1, whole=True, error=StrategyError)
+        check_number("max_wait_ms", max_wait_ms, least=0, error=StrategyError)
+        check_number("max_queue", max_queue, least=1, whole=True, error=StrategyError)
         if fast.program.capture.front_end == "blocks":
             raise StrategyError(
                 "rows cannot be answered at their exits here", got='capture="blocks"', wanted='capture="export"'

@@ -6,7 +6,6 @@ A plain PyTorch loop on Hugging Face `accelerate`: one process by default, sever
 
 from __future__ import annotations
 
-import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from eecompile.errors import EecompileError, near
+from eecompile.plain import check_number
 from eecompile.result import Result
 from eecompile.training.batches import length_of, require_repeatable
 from eecompile.training.checkpoint import Checkpoints
@@ -193,12 +193,12 @@ LEAST = {"epochs": 1, "seed": 0, "cache_mb": 0, "draws": 1, "patience": 1, "chec
 
 def _check_numbers(counts: Mapping[str, int], positive: Mapping[str, float | None], weight_decay: float | None) -> None:
     for name, count in counts.items():
-        whole(name, count, LEAST[name])
-    for name, number in positive.items():
-        if number is not None and not (math.isfinite(number) and number > 0):
-            raise EecompileError(f"{name} must be a positive number", got=number)
-    if weight_decay is not None and not (math.isfinite(weight_decay) and weight_decay >= 0):
-        raise EecompileError("weight_decay must be 0 or more", got=weight_decay)
+        check_number(name, count, least=LEAST[name], whole=True)
+    for name, value in positive.items():
+        if value is not None:
+            check_number(name, value, above=0)
+    if weight_decay is not None:
+        check_number("weight_decay", weight_decay, least=0)
 
 
 def _check_scheduler(scheduler: Any, loader: Iterable[Any]) -> None:
@@ -234,8 +234,3 @@ def loss_of(fast: CompiledModule, result: Result, labels: Any) -> Tensor:
         kept[mode] = chosen
     loss: Tensor = kept[mode](result, labels)
     return loss
-
-
-def whole(name: str, value: Any, least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise EecompileError(f"{name} must be a whole number of at least {least}", got=repr(value))

@@ -109,7 +109,11 @@ def groups_of(groups: Any, batch: Batch, start: int, n: int) -> list[Any]:
         found = groups(inputs, batch.labels)
     else:
         found = groups[start : start + n]
-    found = found.tolist() if hasattr(found, "tolist") else list(found)
+    found = found.tolist() if hasattr(found, "tolist") else found
+    if not isinstance(found, Sequence) or isinstance(found, str):
+        raise EecompileError(
+            "groups= gives no labels", where=batch.where, got=type(found).__name__, wanted=f"a label for each of {n} rows"
+        )
     if len(found) != n:
         raise EecompileError(
             "groups= has another number of labels than the loader has rows", where=batch.where, got=len(found), wanted=n

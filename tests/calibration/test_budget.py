@@ -178,11 +178,11 @@ def test_a_curve_rises_with_the_budget_and_is_judged_on_other_rows():
 @pytest.mark.parametrize(
     ("budget", "options", "message"),
     [
-        (0, {}, "a budget is a positive fraction"),
-        (-1.0, {}, "a budget is a positive fraction"),
-        (float("nan"), {}, "a budget is a positive fraction"),
-        (float("inf"), {}, "a budget is a positive fraction"),
-        (50, {}, "a budget is a fraction of the full model's cost"),
+        (0, {}, "budget, .* is out of range"),
+        (-1.0, {}, "budget, .* is out of range"),
+        (float("nan"), {}, "budget, .* is not a number"),
+        (float("inf"), {}, "budget, .* is out of range"),
+        (50, {}, "a fraction of the full model's cost, is out of range"),
         (0.01, {}, "does not pay for the cheapest answers"),
         (0.5, {"method": "greedy"}, "unknown method"),
         (0.01, {"method": "quota"}, "does not pay for the cheapest"),

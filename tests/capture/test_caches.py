@@ -63,6 +63,28 @@ def in_default(length: int, kept: dict[int, Tensor] = {}) -> Tensor:  # noqa: B0
     return kept.setdefault(length, table(length))
 
 
+class Lazy(dict[str, Any]):
+    """As the mappings of a library that are filled when asked, and not all of whose entries can be made."""
+
+    def keys(self) -> Any:
+        return ["missing"]
+
+    def __getitem__(self, key: str) -> Any:
+        if key == "missing":
+            raise ValueError("this entry cannot be made")
+        return super().__getitem__(key)
+
+
+LAZY = Lazy()
+
+
+def lazily(length: int) -> Tensor:
+    if "table" not in LAZY:
+        LAZY["table"] = table(length)
+    found: Tensor = LAZY["table"]
+    return found
+
+
 class Positions:
     """No module: keeps its table on itself, and all of them on the class."""
 
@@ -117,6 +139,7 @@ KINDS: dict[str, Callable[[], Callable[[int], Tensor]]] = {
     "closure": enclosed,
     "default argument": lambda: in_default,
     "object and class": Positions,
+    "a dict that makes its values": lambda: lazily,
 }
 
 
@@ -125,6 +148,7 @@ def _forgotten() -> None:
     global LATEST
     LATEST = None
     TABLES.clear()
+    LAZY.clear()
     Positions.every.clear()
     remembered.cache_clear()
     bounded.cache_clear()
