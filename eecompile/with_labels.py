@@ -34,7 +34,7 @@ class NamedForward:
         if fast is None:
             return self.function
         if torch.compiler.is_compiling():  # a trace needs no signature, and would follow this object into itself
-            return self.function.__get__(fast, owner)  # type: ignore[attr-defined]
+            return self.function.__get__(fast, owner)
         return Named(self.function, fast)
 
 
