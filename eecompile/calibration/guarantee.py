@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -103,10 +104,20 @@ def _digest(fast: CompiledModule, parameters: list[nn.Parameter]) -> str:
     return fast.digest[1]
 
 
+def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
+    """The tensors that a quantized one is made of; a plain one by itself."""
+    made_of: Any = tensor
+    if not is_traceable_wrapper_subclass(made_of):
+        return [tensor]
+    names, _ = made_of.__tensor_flatten__()
+    return [t for name in names for t in _plain(getattr(made_of, name))]
+
+
 def _digest_of(parameters: list[nn.Parameter]) -> str:
     each = sorted(
-        hashlib.blake2b(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
+        hashlib.blake2b(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
         for p in parameters
+        for t in _plain(p)
     )
     return hashlib.blake2b(b"".join(each), digest_size=16).hexdigest()
 

@@ -80,6 +80,9 @@ class Program:
             if got is None or got.ndim != len(i["shape"]) or str(got.dtype) != i["dtype"]:
                 found = "nothing" if got is None else f"{got.dtype} {list(got.shape)}"
                 raise ValueError(f"input {i['name']}: got {found}, wanted {i['dtype']} {i['shape']}")
+        exits = {s["exit_name"] for s in self.data["stages"] if s["exit"] is not None}
+        if set(self.thresholds) != exits:
+            raise ValueError(f"thresholds: got {self.thresholds}, wanted one number for each of {sorted(exits)}")
         if self.data["stateful"] and max(self.thresholds.values(), default=0) > 1:
             raise ValueError(
                 "an exit that counts towards later ones is closed by exporting again, not by a threshold above 1"

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +68,20 @@ def _runtime_errors(what: str, where: str | None = None) -> Iterator[None]:
     except EecompileError:
         raise
     except Exception as error:  # every runtime has errors of its own
-        raise ExportError(what, where=where, got=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}") from error
+        text = " ".join(str(error).split())
+        if re.search(r"IR version: \d|official released onnx opset", text):
+            what, text = "the runtime is too old for this file", text[-200:]
+        hint = None if where is None else f"{_versions()}; what a newer version wrote may need that version"
+        raise ExportError(what, where=where, got=f"{type(error).__name__}: {text[:400]}", hint=hint) from error
+
+
+def _versions() -> str:
+    """The runtimes that are here, with their versions."""
+    found = {"torch": str(torch.__version__)}
+    for name in ("onnxruntime", "openvino"):
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return "installed: " + ", ".join(f"{name} {v}" for name, v in found.items())
 
 
 def _open_pt2(path: Path) -> Opened:

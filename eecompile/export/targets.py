@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -38,7 +39,7 @@ class Target:
     write: Callable[[Program, Settings, Description, Path], None]
 
 
-def export(program: Program, settings: Settings, path: Any, target: str = "pt2") -> Path:
+def export(program: Program, settings: Settings, path: Any, target: Any = "pt2") -> Path:
     """Writes the program for a runtime, with its exits, and gives the path.
 
     Args:
@@ -50,8 +51,10 @@ def export(program: Program, settings: Settings, path: Any, target: str = "pt2")
             such form; the message says what and why.
         MissingDependencyError: The target needs packages that are not installed.
     """
-    if target not in TARGETS:
+    if not isinstance(target, str) or target not in TARGETS:
         raise ExportError("unknown target", got=repr(target), wanted=near(str(target), TARGETS))
+    if not isinstance(path, str | os.PathLike):
+        raise ExportError("this is no path", got=repr(path), wanted="the name of a file to write")
     found, place = TARGETS[target], Path(path)
     if place.suffix != found.suffix:
         raise ExportError(

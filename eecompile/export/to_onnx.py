@@ -19,7 +19,8 @@ from eecompile.ir.settings import BUFFERS, Settings
 from eecompile.passes.lower_cond import lower_cond
 from eecompile.program import Program
 
-OPSET = 20
+OPSET, IR = 20, 9
+"""What the files need of a runtime; the oldest ONNX Runtime with both is 1.17."""
 EXTERNAL = 1_900_000_000
 """Bytes of weights from which they go to a file of their own: one file holds less than 2 GB."""
 
@@ -85,7 +86,7 @@ def convert(
             given.const_value = onnx_ir.tensor(defaults[given.name].numpy(), name=given.name)
             model.graph.register_initializer(given)
     model.metadata_props[KEY] = description.to_json()
-    model.producer_name = "eecompile"
+    model.producer_name, model.ir_version = "eecompile", IR
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
     onnx_ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL else None)
     try:

@@ -1,9 +1,12 @@
 """Lowers the schedule to one exported program of plain ATen: savings that survive outside of Python.
 
-After each stage stands its decision and `torch.cond(is a row left, deeper, stop)`. Inside `deeper` the surviving rows are
-found and gathered, the next stage runs, and its results are scattered back to `[B, ...]`, so that no data-dependent size
-leaves a branch. The condition is one scalar: an exit saves at every batch size, not at batch 1 alone. Gates, widths, halting
-steps and branches have the same form, "does a row take this arm".
+Before each stage after the first stands `torch.cond(is a row left, deeper, stop)`. Inside `deeper` the surviving rows are
+found and gathered, the stage runs, and its results are scattered back to `[B, ...]`, so that no data-dependent size leaves a
+branch. The condition is one scalar: an exit saves at every batch size, not at batch 1 alone. Gates, widths, halting steps
+and branches have the same form, "does a row take this arm".
+
+The conditions of the stages stand one after the other. Nested, they would spare the scatter, but torch's tracers, and the
+ONNX exporter most of all, go through a nested branch two times or more at every level: eleven exits would take hours.
 
 Both sides of a condition give equal ranks and dtypes, and neither gives an input back as it is: what passes through is
 cloned. Weights are operands of the conditions, not constants of their graphs, so that each is stored once.
@@ -16,9 +19,13 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
+from torch.utils._sympy.interp import sympy_interp
+from torch.utils._sympy.reference import PythonReferenceAnalysis
 
 import eecompile.ops as ops
 from eecompile.errors import EecompileError, ExportError
@@ -30,11 +37,22 @@ from eecompile.passes.lower import Schedule, Segment, schedule
 from eecompile.passes.partition import Partition
 from eecompile.passes.regions import possible
 from eecompile.program import Program
+from eecompile.signature import Signature
+
+
+def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, *args: Any, **kwargs: Any) -> Tensor:
+    """Attention whose mask has the rows of the query: where it has one row, torch asks how many rows survive."""
+    if mask is not None and mask.ndim == query.ndim and free_unbacked_symbols(query.shape[0]):
+        mask = mask.expand(query.shape[0], *mask.shape[1:])
+    aten = torch.ops.aten.scaled_dot_product_attention.default
+    return aten(query, key, value, mask, *args, **kwargs)  # type: ignore[no-any-return]
+
 
 # Operators, and definitions that may launch a kernel, by their definitions in plain torch.
 PLAIN: dict[Any, Callable[..., Any]] = {
     ops.confidence: confidence.confidence,
     ops.halt: halt.halt,
+    torch.ops.aten.scaled_dot_product_attention.default: attention,
     torch.ops.eecompile.choose.default: choose.choose,
     torch.ops.eecompile.confidence.default: confidence.confidence,
     torch.ops.eecompile.gate.default: gate.gate,
@@ -226,28 +244,42 @@ class ConditionalProgram(Holder):
 
     def _run(self, flat: Sequence[Tensor], settings: dict[Any, Tensor]) -> tuple[Tensor, ...]:
         tensors = self.tensors(without=tuple(settings)) | settings
-        at = self.program.prediction.index or 0
-        blanks = {i: self._blank(i, flat) for s in self.schedule.segments[1:] for i in s.leaves}
-        prediction, index, sure, *rest = self._from(0, flat, (), blanks, tensors)
-        axis = self.program.signature.outputs[at].batch_axis
-        scores = prediction.movedim(0, axis) if axis else prediction
-        given = dict(zip(self._leaves_from(0), rest, strict=True)) | {at: scores}
-        later = () if self.program.prediction.tail is None else self.program.prediction.tail.slots
+        signature, at = self.program.signature, self.program.prediction.index or 0
+        first, *later = self.schedule.segments
+        pool: dict[Any, Tensor] = dict(zip((v.node for v in first.inputs), flat, strict=True))
+        pool |= dict(zip(_gives(first, signature), self._stage(first, flat, tensors), strict=True))
+        sure = pool[CONFIDENCE]
+        index, stay = torch.full_like(sure, self._place(first), dtype=torch.int64), torch.ones_like(sure, dtype=torch.bool)
+        for before, segment in zip(self.schedule.segments, later, strict=False):
+            stay = stay & ~(sure >= self._threshold(before, tensors))
+            pool |= self._later(segment, pool, stay, flat, tensors)
+            sure = pool[CONFIDENCE]
+            index = torch.where(stay, torch.full_like(index, self._place(segment)), index)
+        axis = signature.outputs[at].batch_axis
+        scores = pool[PREDICTION].movedim(0, axis) if axis else pool[PREDICTION]
+        slots = () if self.program.prediction.tail is None else self.program.prediction.tail.slots
         leaves = [
-            given[i] if i in given else scores if i in later else self._blank(i, flat)
-            for i in range(len(self.program.signature.outputs))
+            pool[i] if i in pool else scores if i == at or i in slots else self._blank(i, flat)
+            for i in range(len(signature.outputs))
         ]
         if self.program.prediction.tail is not None:
             values = Traced(self.program.prediction.tail.module, tensors).run(scores, *flat)
-            for i, value in zip(self.program.prediction.tail.slots, values, strict=True):
+            for i, value in zip(slots, values, strict=True):
                 leaves[i] = value
         return (*leaves, index, torch.nan_to_num(sure, nan=0.0))
 
-    def _leaves_from(self, k: int) -> list[int]:
-        return [i for s in self.schedule.segments[k:] for i in s.leaves]
+    def _inputs(self) -> list[fx.Node]:
+        return facts.placeholders(self.schedule.segments[0].module)
+
+    def _place(self, segment: Segment) -> int:
+        return len(self.program.exits) if segment.exit is None else segment.exit
+
+    def _threshold(self, segment: Segment, tensors: Tensors) -> Tensor:
+        assert segment.exit is not None  # that is the last one
+        return tensors[THRESHOLDS_BUFFER][segment.exit]
 
     def _blank(self, i: int, flat: Sequence[Tensor]) -> Tensor:
-        """Output leaf `i` where no row reached it: NaN, or 0 where its dtype has none."""
+        """Output leaf `i` where no segment gives it: NaN, or 0 where its dtype has none."""
         leaf = self.program.signature.outputs[i]
         inputs = self.program.signature.inputs
         named = {n: t.shape[a] for t, x in zip(flat, inputs, strict=True) for a, n in enumerate(x.shape)}
@@ -256,101 +288,109 @@ class ConditionalProgram(Holder):
                 "an output has a size that is computed, and no row may reach it", where=leaf.path, got=leaf.describe()
             )
         shape = [s if isinstance(s, int) else named[s] for s in leaf.shape]
-        fill = float("nan") if leaf.dtype.is_floating_point else 0
-        return torch.full(shape, fill, dtype=leaf.dtype, device=flat[0].device)
+        return torch.full(shape, _nothing(leaf.dtype), dtype=leaf.dtype, device=flat[0].device)
 
     # -------------------------------------------------------------- stages
 
-    def _from(
-        self, k: int, live: Sequence[Tensor], states: Sequence[Tensor], blanks: Mapping[int, Tensor], tensors: Tensors
-    ) -> tuple[Tensor, ...]:
-        """Segment `k` and all after it, on n rows.
-
-        Args:
-            blanks: Leaves [n, ...] of later segments, as they are where no row gets there.
-
-        Returns:
-            Prediction [n, ...], exit index [n], confidence [n], and the leaves of these segments in order.
-        """
-        segment, signature = self.schedule.segments[k], self.program.signature
-        wanted = signature.outputs[self.program.prediction.index or 0]
-        values = Traced(segment.module, tensors).run(*live, *states[: segment.takes_states])
+    def _stage(self, segment: Segment, taken: Sequence[Tensor], tensors: Tensors) -> list[Tensor]:
+        """One segment on n rows: live values and states to what `_gives` names, in order."""
+        wanted = self.program.prediction_leaf
+        values = list(Traced(segment.module, tensors).run(*taken))
         if segment.exit is None:
-            sure, *leaves, prediction = values
-            rows = prediction.movedim(wanted.batch_axis, 0) if wanted.batch_axis else prediction
-            index = torch.full_like(sure, len(self.program.exits), dtype=torch.int64)
-            return (rows.to(wanted.dtype), index, sure, *leaves)
-        at = segment.decision
-        leaves, rest = values[at : at + len(segment.leaves)], values[at + len(segment.leaves) :]
-        handed, reads = rest[: len(segment.outputs)], rest[len(segment.outputs) :]
-        sure = values[0] if segment.head is not None else values[1]
-        stay = ~(sure >= self._threshold(segment.exit, tensors))
-        scores = values[0] if segment.head is None else self._sent(segment, ~stay, reads, tensors)
-        scores = scores.to(wanted.dtype)
-        after = self._after(k, handed, values[2:at], stay, scores, sure, blanks, tensors)
-        return (*after[:3], *leaves, *after[3:])
-
-    def _threshold(self, exit_index: int, tensors: Tensors) -> Tensor:
-        return tensors[THRESHOLDS_BUFFER][exit_index]
+            sure, *leaves, scores = values
+            rows = scores.movedim(wanted.batch_axis, 0) if wanted.batch_axis else scores
+            return [rows.to(wanted.dtype), sure, *leaves]
+        if segment.head is None:
+            return [values[0].to(wanted.dtype), *values[1:]]
+        sure, *rest = values
+        count = len(segment.leaves) + len(segment.outputs)
+        scores = self._sent(segment, sure >= self._threshold(segment, tensors), rest[count:], tensors)
+        return [scores.to(wanted.dtype), sure, *rest[:count]]
 
     def _sent(self, segment: Segment, leaves: Tensor, reads: Sequence[Tensor], tensors: Tensors) -> Tensor:
         """The head of an exit that a router sends rows to, for those rows; zeros for the others."""
         assert segment.head is not None
-        nodes = zip(facts.placeholders(segment.head), reads, strict=True)
-        into = _zeros(facts.output_leaves(segment.head)[0], nodes, 0, leaves)
+        sizes = _sizes(facts.placeholders(segment.head), reads)
+        into = _zeros(facts.output_leaves(segment.head)[0], 0, leaves, sizes)
         return run_arm(leaves, (into,), segment.head, reads, segment.head_axes, (0,), tensors)[0]
 
-    def _after(
-        self,
-        k: int,
-        live: Sequence[Tensor],
-        states: Sequence[Tensor],
-        stay: Tensor,
-        scores: Tensor,
-        sure: Tensor,
-        blanks: Mapping[int, Tensor],
-        tensors: Tensors,
-    ) -> tuple[Tensor, ...]:
-        """What every row has, some from the exit of segment `k` and the others from later segments."""
-        segments, outputs = self.schedule.segments, self.program.signature.outputs
-        later = self._leaves_from(k + 1)
-        exit_index = segments[k].exit
-        assert exit_index is not None
-        axes = [v.batch_axis for v in segments[k].outputs]
-        keys: dict[Any, Any] = dict(tensors_of(*(g for s in segments[k + 1 :] for g in (s.module, s.head))))
-        keys |= {} if segments[k + 1].exit is None else {THRESHOLDS_BUFFER: None}
-        data = (stay, scores, sure, *live, *states, *(blanks[i] for i in later))
-        n_live, n_states = len(live), len(states)
+    def _later(
+        self, segment: Segment, pool: Mapping[Any, Tensor], stay: Tensor, flat: Sequence[Tensor], tensors: Tensors
+    ) -> dict[Any, Tensor]:
+        """A segment after the first: what it gives by name, for the rows that `stay` [B] marks, in tensors of all rows.
 
-        def parts(operands: Sequence[Tensor]) -> tuple[Any, ...]:
-            stay, scores, sure, *more = operands[: len(data)]
-            live, states, blank = more[:n_live], more[n_live : n_live + n_states], more[n_live + n_states :]
-            return stay, scores, sure, live, states, dict(zip(later, blank, strict=True))
+        The other rows keep their prediction, confidence and states; of all else they have zeros, and NaN of an output leaf.
+        """
+        gives = _gives(segment, self.program.signature)
+        takes: list[tuple[Any, int | None]] = [(v.node, v.batch_axis) for v in segment.inputs]
+        takes += [(("state", j), 0) for j in range(segment.takes_states)]
+        names = [*(n for n, _ in takes), PREDICTION, CONFIDENCE]
+        # what a segment hands on as it took it stays where it is
+        new = [n for n in gives if n not in pool or isinstance(n, tuple)]
+        lives = facts.placeholders(segment.module)[: len(segment.inputs)]
+        known = {e for n in lives for e in facts.shape(n)}
+        missing = _symbols(gives[n][1] for n in new if not isinstance(n, tuple)) - known
+        sized = [(n, t) for n, t in zip(self._inputs(), flat, strict=True) if missing & _symbols([n])]
+        keys: dict[Any, Any] = dict(tensors_of(segment.module, segment.head))
+        keys |= {} if segment.head is None else {THRESHOLDS_BUFFER: None}
+        data = (stay, *(pool[n] for n in names), *(t for _, t in sized))
+
+        def parts(operands: Sequence[Tensor]) -> tuple[dict[Any, Tensor], dict[Any, list[Any]]]:
+            """What comes in by name, and the shapes of what is new."""
+            before, sources = dict(zip(names, operands[1:], strict=False)), operands[1 + len(names) : len(data)]
+            sizes = _sizes([n for n, _ in sized], sources) | _sizes(lives, [before[v.node] for v in segment.inputs])
+            shapes = {n: _shape(gives[n][1], gives[n][0], operands[0], sizes) for n in new if not isinstance(n, tuple)}
+            return before, {n: list(before[n].shape) if isinstance(n, tuple) else shapes[n] for n in new}
+
+        def filled(name: Any, shape: Sequence[Any]) -> Tensor:
+            dtype = facts.value(gives[name][1]).dtype
+            fill = _nothing(dtype) if isinstance(name, int) else 0
+            return torch.full(shape, fill, dtype=dtype, device=stay.device)
 
         def deeper(*operands: Tensor) -> tuple[Tensor, ...]:
-            stay, scores, sure, live, states, blank = parts(operands)
-            rows = positions(stay)
-            taken = [t if a is None else t.index_select(a, rows) for t, a in zip(live, axes, strict=True)]
-            surviving = [s.index_select(0, rows) for s in states]
-            below = {i: b if (a := outputs[i].batch_axis) is None else b.index_select(a, rows) for i, b in blank.items()}
-            inner = dict(zip(keys, operands[len(data) :], strict=True))
-            prediction, index, surest, *leaves = self._from(k + 1, taken, surviving, below, inner)
-            done = [
-                scores.index_copy(0, rows, prediction),
-                torch.full_like(stay, exit_index, dtype=torch.int64).index_copy(0, rows, index),
-                sure.index_copy(0, rows, surest),
-            ]
-            for i, leaf in zip(later, leaves, strict=True):
-                axis = outputs[i].batch_axis
-                done.append(leaf.clone() if axis is None else blank[i].index_copy(axis, rows, leaf))
+            before, shapes = parts(operands)
+            rows = positions(operands[0])
+            taken = [before[n] if a is None else before[n].index_select(a, rows) for n, a in takes]
+            values = self._stage(segment, taken, dict(zip(keys, operands[len(data) :], strict=True)))
+            done = []
+            for (name, (axis, _)), value in zip(gives.items(), values, strict=True):
+                if name not in shapes:
+                    continue
+                if axis is None:
+                    done.append(value.clone())
+                else:
+                    into = before[name] if isinstance(name, tuple) else filled(name, shapes[name])
+                    done.append(into.index_copy(axis, rows, value))
             return tuple(done)
 
         def stop(*operands: Tensor) -> tuple[Tensor, ...]:
-            stay, scores, sure, _, _, blank = parts(operands)
-            index = torch.full_like(stay, exit_index, dtype=torch.int64)
-            return (scores.clone(), index, sure.clone(), *(b.clone() for b in blank.values()))
+            before, shapes = parts(operands)
+            return tuple(before[n].clone() if isinstance(n, tuple) else filled(n, s) for n, s in shapes.items())
 
-        return either(stay.any(), deeper, stop, (*data, *(tensors[key] for key in keys)))
+        _, shapes = parts(data)
+        found = either(stay.any(), deeper, stop, (*data, *(tensors[key] for key in keys)), list(shapes.values()))
+        return dict(zip(new, found, strict=True))
+
+
+PREDICTION, CONFIDENCE = ("prediction",), ("confidence",)
+
+
+def _gives(segment: Segment, signature: Signature) -> dict[Any, tuple[int | None, fx.Node]]:
+    """What a segment gives, in order, each with its batch axis and the node that has its shape.
+
+    Its names: `PREDICTION` with its rows first, `CONFIDENCE`, states as `("state", j)`, output leaves by their index, live
+    values by their node.
+    """
+    nodes = facts.output_leaves(segment.module)
+    names: list[tuple[Any, int | None]] = [(PREDICTION, 0), (CONFIDENCE, 0)]
+    names += [(("state", j), 0) for j in range(segment.gives_states)]
+    names += [(i, signature.outputs[i].batch_axis) for i in segment.leaves]
+    names += [(v.node, v.batch_axis) for v in segment.outputs]
+    if segment.exit is None:
+        nodes = [nodes[-1], *nodes[:-1]]
+    elif segment.head is not None:
+        nodes = [*facts.output_leaves(segment.head), *nodes[: len(names) - 1]]
+    return {name: (axis, node) for (name, axis), node in zip(names, nodes, strict=True)}
 
 
 def either(
@@ -358,17 +398,40 @@ def either(
     if_true: Callable[..., tuple[Tensor, ...]],
     if_false: Callable[..., tuple[Tensor, ...]],
     operands: Sequence[Tensor],
+    shapes: Sequence[Sequence[Any]],
 ) -> tuple[Tensor, ...]:
-    """`torch.cond`; an operand that stands there twice is handed over once, as its graphs need distinct inputs."""
+    """`torch.cond` with outputs of these shapes.
+
+    Its graphs need distinct inputs: an operand that stands there twice is handed over once, and one that shares memory with
+    an earlier one, as a view does, is copied. It cannot see that both sides have equal strides where these depend on a size
+    that is computed: such an axis comes first.
+    """
+    first = [next((i for i, s in enumerate(shape) if _is_computed(s)), 0) for shape in shapes]
     distinct = list({id(t): t for t in operands}.values())
     place = {id(t): i for i, t in enumerate(distinct)}
+    seen: set[Any] = set()
+    for i, t in enumerate(distinct):
+        memory = t.untyped_storage()._cdata
+        distinct[i] = t.clone() if memory in seen else t
+        seen.add(memory)
     order = [place[id(t)] for t in operands]
 
     def spread(branch: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:
-        return lambda *given: branch(*(given[i] for i in order))
+        def run(*given: Tensor) -> tuple[Tensor, ...]:
+            values = branch(*(given[i] for i in order))
+            return tuple(
+                v.movedim(i, 0).clone(memory_format=torch.contiguous_format) if i else v
+                for v, i in zip(values, first, strict=True)
+            )
 
-    found: tuple[Tensor, ...] = torch.ops.higher_order.cond(condition, spread(if_true), spread(if_false), tuple(distinct))
-    return found
+        return run
+
+    found = torch.ops.higher_order.cond(condition, spread(if_true), spread(if_false), tuple(distinct))
+    return tuple(v.movedim(0, i) if i else v for v, i in zip(found, first, strict=True))
+
+
+def _is_computed(size: Any) -> bool:
+    return isinstance(size, torch.SymInt) and not size.node.expr.is_Atom
 
 
 def positions(mask: Tensor) -> Tensor:
@@ -398,9 +461,9 @@ class Traced(fx.Interpreter):
         arms = zip(module.arms, module.graphs(), module.takes, strict=True)
         result: tuple[Tensor, ...] | None = past
         if result is None:
-            given = [(a, self.env[a]) for a in n.all_input_nodes]
+            sizes = _sizes(n.all_input_nodes, (self.env[a] for a in n.all_input_nodes))
             items = sorted(n.users, key=lambda item: int(str(item.args[1])))
-            result = tuple(_zeros(item, given, axis, index) for item, axis in zip(items, module.out_axes, strict=True))
+            result = tuple(_zeros(item, axis, index, sizes) for item, axis in zip(items, module.out_axes, strict=True))
         for k, body, takes in arms:
             taken, axes = [inputs[i] for i in takes], [module.axes[i] for i in takes]
             mask = index == k if index.dtype == torch.int64 else is_open(index) if k else ~is_open(index)
@@ -446,22 +509,44 @@ def run_arm(
     def keep(*operands: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.clone() for x in operands[1 : 1 + count])
 
-    return either(mask.any(), run, keep, (mask, *into, *inputs, *(tensors[key] for key in keys)))
+    operands = (mask, *into, *inputs, *(tensors[key] for key in keys))
+    return either(mask.any(), run, keep, operands, [x.shape for x in into])
 
 
-def _zeros(like: fx.Node, given: Iterable[tuple[fx.Node, Any]], axis: int, rows: Tensor) -> Tensor:
-    """Zeros in the shape that `like` has for the `rows` [n]; its other dynamic sizes are those of given tensors."""
-    value = facts.value(like)
-    sizes: dict[Any, Any] = {}
-    for node, tensor in given:
+def _sizes(nodes: Iterable[fx.Node], given: Iterable[Any]) -> dict[Any, Any]:
+    """The dynamic sizes of nodes, as they are in the tensors that are given for them."""
+    found: dict[Any, Any] = {}
+    for node, tensor in zip(nodes, given, strict=True):
         if isinstance(tensor, Tensor):
-            sizes |= dict(zip(facts.shape(node), tensor.shape, strict=False))
-    shape: list[Any] = []
-    for i, e in enumerate(facts.shape(like)):
-        if i != axis and not e.is_Integer and e not in sizes:
-            raise ExportError("a branch gives a size that none of its inputs has", where=like.name, got=str(e))
-        shape.append(rows.shape[0] if i == axis else int(e) if e.is_Integer else sizes[e])
-    return torch.zeros(shape, dtype=value.dtype, device=rows.device)
+            found |= {e: size for e, size in zip(facts.shape(node), tensor.shape, strict=True) if not e.is_Integer}
+    return found
+
+
+def _symbols(nodes: Iterable[fx.Node]) -> set[Any]:
+    return {symbol for n in nodes for e in facts.shape(n) for symbol in e.free_symbols}
+
+
+def _shape(like: fx.Node, axis: int | None, rows: Tensor, sizes: Mapping[Any, Any]) -> list[Any]:
+    """The shape that `like` has for the `rows` [n] along `axis`."""
+    return [
+        rows.shape[0] if i == axis else int(e) if e.is_Integer else sizes[e] if e in sizes else _computed(e, like, sizes)
+        for i, e in enumerate(facts.shape(like))
+    ]
+
+
+def _zeros(like: fx.Node, axis: int | None, rows: Tensor, sizes: Mapping[Any, Any]) -> Tensor:
+    return torch.zeros(_shape(like, axis, rows, sizes), dtype=facts.value(like).dtype, device=rows.device)
+
+
+def _computed(size: sympy.Expr, like: fx.Node, sizes: Mapping[Any, Any]) -> Any:
+    """A size that is computed from others."""
+    if not size.free_symbols <= sizes.keys():
+        raise ExportError("a branch gives a size that none of its inputs has", where=like.name, got=str(size))
+    return sympy_interp(PythonReferenceAnalysis, {e: sizes[e] for e in size.free_symbols}, size)
+
+
+def _nothing(dtype: torch.dtype) -> float:
+    return float("nan") if dtype.is_floating_point else 0
 
 
 # ------------------------------------------------------------------ tensors
@@ -507,10 +592,10 @@ def _bodies(module: nn.Module) -> list[fx.GraphModule]:
 
 
 def example_of(program: Program) -> list[Tensor]:
-    """Inputs to trace with; their values are never read."""
+    """Inputs to trace with; their values are never read. Lengths are long: one that a stage shrinks to 1 would be fixed."""
     chosen = {}
     for k, (name, (low, high)) in enumerate(program.signature.dynamic.items()):
-        size = max(low, 5 + 2 * k)
+        size = max(low, 5 + 128 * k)
         chosen[name] = low if low == high else max(size, 2) if high is None else min(max(size, 2), high)
     device = facts.device_of(program.graph_module)
     found = []

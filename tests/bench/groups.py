@@ -25,6 +25,7 @@ GROUPS: dict[str, str] = {
     "compile": "time of eecompile() itself, step by step",
     "memory": "parameters and peak memory",
     "deadlines": "calls under deadlines, idle and next to a busy process: late by more than 5%",
+    "export": "programs in ONNX Runtime: LeNet at batch 1, BERT with exits closed, an exit mix",
     "inductor": 'backend="inductor" against torch.compile of the original',
 }
 

@@ -11,12 +11,16 @@ from torch import Tensor
 
 from eecompile import CompiledModule
 from eecompile.ir.settings import BRANCHES, EXITS, GATES, HALTING
-from tests.kinds import Kind
+from tests.kinds import Call
 from tests.support import CLOSED, close, neutral, random_settings, run_by
 
 SIZES = (1, 2, 5, 64)
 Run = Callable[[Sequence[Tensor], dict[str, Tensor]], Sequence[Any]]
 """Outputs from the model's inputs, and from the settings by the name of their tensor."""
+
+
+MakeCall = Callable[[int, int], Call]
+"""Arguments of a call from the batch size and a seed."""
 
 
 def undecided(fast: CompiledModule) -> None:
@@ -40,11 +44,11 @@ def put(fast: CompiledModule, name: str, args: Any, kwargs: Any) -> None:
         random_settings(fast, args, kwargs, random.Random(int(name.split()[1])))
 
 
-def same_as_reference(fast: CompiledModule, kind: Kind, run: Run, sizes: Sequence[int] = SIZES) -> set[int]:
+def same_as_reference(fast: CompiledModule, call: MakeCall, run: Run, sizes: Sequence[int] = SIZES) -> set[int]:
     """Compares outputs, exits and confidences at every batch size and setting; gives the exits that were taken."""
     taken: set[int] = set()
     for size in sizes:
-        args, kwargs = kind.call(size, 3)
+        args, kwargs = call(size, 3)
         for name in draws(fast, args, kwargs):
             put(fast, name, args, kwargs)
             want = run_by("reference", fast, *args, **kwargs)

@@ -9,7 +9,7 @@ import pytest
 from torch import Tensor
 
 from eecompile import ExportError, MissingDependencyError
-from eecompile.export import description, targets, to_onnx
+from eecompile.export import description, runtimes, targets, to_onnx
 from eecompile.ir.settings import THRESHOLDS_BUFFER
 from tests.export.cases import same_as_reference, undecided
 from tests.export.test_pt2 import REFUSED
@@ -46,7 +46,7 @@ def test_a_file_is_the_reference_at_every_batch_size(name: str, tmp_path: Path) 
     fast = kind.build().fast
     undecided(fast)
     path = fast.export(tmp_path / "net.onnx", target="onnx")
-    taken = same_as_reference(fast, kind, runner(path))
+    taken = same_as_reference(fast, kind.call, runner(path))
     if fast.exits:
         assert len(taken) > 1
     size = sum(p.numel() * p.element_size() for p in fast.parameters())
@@ -62,7 +62,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
 
 def test_onnx_runtime_gives_what_the_reference_gives(written: tuple[Program, Path]) -> None:
     program, path = written
-    assert len(same_as_reference(program.fast, program.kind, runner(path))) > 1
+    assert len(same_as_reference(program.fast, program.kind.call, runner(path))) > 1
     program.fast.set_thresholds(0.5)
 
 
@@ -104,6 +104,21 @@ def test_the_runtime_refuses_other_shapes(written: tuple[Program, Path], given: 
         session(written[1]).run(None, {n: np.full(s, 0.5, np.float32) for n, s in given.items()})
 
 
+@pytest.mark.parametrize(("field", "says"), [("ir_version", "IR version: 99"), ("opset", "opset")])
+def test_a_runtime_that_is_too_old_is_named(written: tuple[Program, Path], tmp_path: Path, field: str, says: str) -> None:
+    model = onnx.load(written[1])
+    assert model.ir_version == to_onnx.IR, "the lowest that the opset has, so that older runtimes read it"
+    if field == "opset":
+        model.opset_import[0].version = 99
+    else:
+        model.ir_version = 99
+    onnx.save(model, tmp_path / "net.onnx")
+    with pytest.raises(ExportError, match="the runtime is too old") as refused:
+        runtimes.opened(tmp_path / "net.onnx")
+    assert says in str(refused.value)
+    assert f"onnxruntime {ort.__version__}" in str(refused.value)
+
+
 @pytest.mark.nightly
 def test_weights_that_do_not_fit_into_one_file_lie_beside_it(
     written: tuple[Program, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -128,17 +143,22 @@ def test_a_package_that_is_missing_is_named(written: tuple[Program, Path], monke
     ("name", "target", "says"),
     [
         ("net.onnx", "onxx", "unknown target"),
+        ("net.onnx", ["onnx"], "unknown target"),
+        (3, "onnx", "this is no path"),
         ("net.pt2", "onnx", "does not fit the target"),
         ("net.onnx", "pt2", "does not fit the target"),
         ("nowhere/net.pt2", "pt2", "could not be written"),
         ("taken.pt2", "pt2", "could not be written"),
+        ("file/net.onnx", "onnx", "could not be written"),
+        ("file", "stages", "could not be written"),
     ],
 )
-def test_what_cannot_be_written(written: tuple[Program, Path], tmp_path: Path, name: str, target: str, says: str) -> None:
+def test_what_cannot_be_written(written: tuple[Program, Path], tmp_path: Path, name: Any, target: Any, says: str) -> None:
     (tmp_path / "taken.pt2").mkdir()
+    (tmp_path / "file").write_text("mine")
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(ExportError, match=says):
-        written[0].fast.export(tmp_path / name, target=target)
+        written[0].fast.export(tmp_path / name if isinstance(name, str) else name, target=target)
     assert sorted(tmp_path.rglob("*")) == before, "something half-written stays"
 
 

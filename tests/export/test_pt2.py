@@ -11,11 +11,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eecompile import ExportError, eecompile
-from eecompile.passes.lower_cond import input_names
+from eecompile import ExportError, eecompile, strategies
+from eecompile.export.runtimes import opened
+from eecompile.passes.lower_cond import input_names, lower_cond
 from tests.export.cases import same_as_reference, tensors_of, undecided
 from tests.kinds import KINDS, Program
-from tests.support import CLOSED, run_by
+from tests.support import CLOSED, close, compiled, run_by
 
 REFUSED = {"captured as blocks": "captured as blocks", "halting per position": "halting at each position"}
 QUICK = ("exits by energy", "patience", "gates", "router to branches")
@@ -40,7 +41,7 @@ def test_a_file_is_the_reference_at_every_batch_size(name: str, tmp_path: Path) 
                 getattr(module, n).copy_(settings[n])
             return module(flat[0]) if len(flat) == 1 else module(**dict(zip(names, flat, strict=True)))
 
-    taken = same_as_reference(fast, kind, run)
+    taken = same_as_reference(fast, kind.call, run)
     if fast.exits:
         assert len(taken) > 1
 
@@ -86,6 +87,50 @@ def test_a_closed_exit_is_not_in_it(exits: Program, tmp_path: Path) -> None:
     assert sizes == {False: 2, True: 1}
     fast.set_thresholds(CLOSED)
     assert not [m for m in graphs(torch.export.load(fast.export(tmp_path / "net.pt2"))) if "cond" in str(m.graph)]
+
+
+def test_conditions_of_stages_are_not_nested() -> None:
+    """Tracers go through a nested branch several times at each level: many exits could not be exported."""
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(5)]
+    strategy = strategies.Branchy(exits=tuple("0123"), head="linear", max_head_share=99.0)
+    fast = compiled(nn.Sequential(*blocks, nn.Linear(4, 2)).eval(), strategy, example_inputs=(torch.randn(4, 4),))
+    fast.set_thresholds(0.5)
+    program = lower_cond(fast.program, fast.settings)
+    conds = [sum(n.target is torch.ops.higher_order.cond for n in m.graph.nodes) for m in graphs(program)]
+    assert sorted(conds) == [*[0] * 8, 4]
+
+
+class Halving(nn.Module):
+    """Each block halves a length that is free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(9, 4)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(4, 4), nn.ReLU()) for _ in range(3))
+        self.head = nn.Linear(4, 3)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.embedding(ids)
+        for block in self.blocks:
+            x = block(x[:, torch.arange(0, x.shape[1], 2)])
+        return self.head(x.mean(1))
+
+
+@pytest.mark.parametrize("target", ["pt2", pytest.param("onnx", marks=pytest.mark.nightly)])
+def test_what_survives_may_have_a_size_that_is_computed(target: str, tmp_path: Path) -> None:
+    if target == "onnx":
+        pytest.importorskip("onnxruntime")
+    strategy = strategies.Branchy(exits=2, head="linear", max_head_share=99.0)
+    fast = compiled(Halving().eval(), strategy, example_inputs=(torch.randint(9, (4, 20)),))
+    fast.set_thresholds([float(c.median()) for c in fast.observe(torch.randint(9, (16, 33))).confidences[:-1]])
+    run = opened(fast.export(tmp_path / f"net.{target}", target=target)).run
+    for length in (20, 33, 64):
+        ids = torch.randint(9, (16, length), generator=torch.Generator().manual_seed(length))
+        output, index, _ = run([ids])
+        want = run_by("reference", fast, ids)
+        assert torch.equal(index, want.exit_index)
+        close(output, want.output)
 
 
 def test_weights_are_there_once(exits: Program, tmp_path: Path) -> None:

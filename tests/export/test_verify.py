@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import time
+import zipfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +27,13 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Program, Path]:
     confidences = program.fast.observe(x).confidences
     program.fast.set_thresholds([float(c.quantile(0.6)) + 1e-4 for c in confidences[:-1]])
     return program, program.fast.export(tmp_path_factory.mktemp("pt2") / "net.pt2")
+
+
+@pytest.fixture(autouse=True)
+def times_say_nothing(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    """Calls of small models on a busy machine."""
+    if "every_branch" not in request.node.name:
+        monkeypatch.setattr(verify, "QUICK", 1e9)
 
 
 def loader(program: Program) -> list[Any]:
@@ -84,7 +93,7 @@ def test_another_output_is_a_problem(written: tuple[Program, Path], monkeypatch:
 def test_a_runtime_that_computes_every_branch_is_named(
     written: tuple[Program, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretending(monkeypatch, lambda out: time.sleep(0.05))
+    pretending(monkeypatch, lambda out: time.sleep(0.15))
     report = written[0].fast.verify_export(written[1], loader(written[0]), rounds=3)
     assert [p for p in report.problems if p.startswith("the runtime computes every branch")]
 
@@ -117,6 +126,21 @@ def test_a_program_of_torch_alone_is_refused(written: tuple[Program, Path], tmp_
     torch.export.save(exported, tmp_path / "net.pt2")
     with pytest.raises(ExportError, match="no exported program of eecompile"):
         written[0].fast.verify_export(tmp_path / "net.pt2", loader(written[0]))
+
+
+def test_another_rank_is_refused(written: tuple[Program, Path]) -> None:
+    with pytest.raises(ExportError, match="could not run"):
+        runtimes.opened(written[1]).run([torch.randn(2, 9, 1)])
+
+
+def test_a_newer_file_than_torch_reads_is_refused(written: tuple[Program, Path], tmp_path: Path) -> None:
+    with zipfile.ZipFile(written[1]) as old, zipfile.ZipFile(tmp_path / "net.pt2", "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            new.writestr(name, re.sub(rb'("schema_version": ?\{"major": ?)\d+', rb"\g<1>99", data))
+    with pytest.raises(ExportError, match="could not load the program") as refused:
+        runtimes.opened(tmp_path / "net.pt2")
+    assert f"torch {torch.__version__}" in str(refused.value)
 
 
 @pytest.mark.nightly

@@ -1,0 +1,122 @@
+"""Programs in ONNX Runtime, with and without exits: LeNet at batch 1, BERT-base with its exits closed, and an exit mix.
+
+The original goes there by the same exporter. The ideal of the mix is the original at the batch sizes that survive, each for
+the share of the layers that it runs.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eecompile.export.description import Description
+from eecompile.export.to_onnx import convert
+from eecompile.measuring import summary
+from tests.bench import models, saving
+from tests.bench.groups import Context
+from tests.bench.record import Figure, Target, timed, with_times
+
+LEAVING = (16, 3)
+"""Of 20 rows, one at a time: at the first exit and at the second."""
+ROWS = 20
+
+
+def run(context: Context) -> list[Figure]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder)
+        figures = row_by_row(context, path)
+        return figures if context.small else [*figures, closed(context, path), mixed(context, path)]
+
+
+def row_by_row(context: Context, folder: Path) -> list[Figure]:
+    subject = models.lenet(ROWS, 2)
+    models.spread_out(subject)
+    models.force_mix(subject, LEAVING)
+    rows = [{"x": row[None]} for row in subject.inputs["x"]]
+    own = original(subject, folder / "original.onnx")
+    exits = session(subject.fast.export(folder / "exits.onnx", target="onnx"))
+    calls: dict[str, Callable[[dict[str, Any]], Any]] = {
+        "original": lambda row: subject.model(**row),
+        "rewritten": lambda row: subject.fast(**row),
+        "original in ONNX Runtime": own,
+        "exits in ONNX Runtime": exits,
+    }
+    rounds = context.measure({name: lambda call=call: [call(row) for row in rows] for name, call in calls.items()})
+    figures = [
+        timed(
+            "LeNet at 1, against the original in eager mode",
+            rounds,
+            "exits in ONNX Runtime",
+            "original",
+            Target(3, "at least"),
+            inverse=True,
+        ),
+        timed(
+            "LeNet at 1, against the original in ONNX Runtime",
+            rounds,
+            "exits in ONNX Runtime",
+            "original in ONNX Runtime",
+            Target(1.5, "at least"),
+            inverse=True,
+        ),
+    ]
+    cost = float(subject.fast.run(**subject.inputs).cost.mean())
+    for figure in figures:
+        figure.detail = {"rows that leave": LEAVING, "of": ROWS, "cost in FLOPs": cost}
+    return figures
+
+
+def closed(context: Context, folder: Path) -> Figure:
+    subject = models.bert(8, 128, 3)
+    subject.fast.set_thresholds(models.CLOSED)
+    own = original(subject, folder / "original.onnx")
+    exits = session(subject.fast.export(folder / "closed.onnx", target="onnx"))
+    calls = {"original": lambda: own(subject.inputs), "rewritten": lambda: exits(subject.inputs)}
+    return timed(f"{subject.name}, exits closed", context.measure(calls), "rewritten", "original", Target(1.03))
+
+
+def mixed(context: Context, folder: Path) -> Figure:
+    subject = saving.subject(context)
+    own = original(subject, folder / "original.onnx")
+    exits = session(subject.fast.export(folder / "mix.onnx", target="onnx"))
+    sizes = [sum(saving.LEAVING[k:]) for k in range(len(saving.LEAVING))]
+    calls: dict[str, Callable[[], Any]] = {"rewritten": lambda: exits(subject.inputs)}
+    for size in sizes:
+        part = {name: t[:size] for name, t in subject.inputs.items()}
+        calls[f"original at {size}"] = lambda part=part: own(part)
+    rounds = context.measure(calls)
+    full = rounds.times[f"original at {sizes[0]}"]
+    ideal = [
+        sum(times) / 4 for times in zip(*(rounds.times[f"original at {s}"] for s in sizes), strict=True)
+    ]  # 3 of 12 layers
+    saved = [(o - r) / (o - i) for o, r, i in zip(full, rounds.times["rewritten"], ideal, strict=True)]
+    value, spread = summary(saved)
+    figure = Figure(f"{subject.name}, realised saving", value, "of the ideal saving", spread, target=Target(0.9, "at least"))
+    figure.detail = {"exits": saving.EXITS, "leaving": saving.LEAVING, "batch sizes": sizes}
+    return with_times(figure, rounds)
+
+
+def original(subject: models.Subject, path: Path) -> Callable[[dict[str, Any]], Any]:
+    """The model itself by the same exporter."""
+    inputs = dict(subject.inputs)
+    free = {name: {0: torch.export.Dim.DYNAMIC} for name in inputs}
+    with torch.no_grad():
+        exported = torch.export.export(subject.model, (), inputs, dynamic_shapes=free, strict=False)
+    shapes = [("batch", *t.shape[1:]) for t in inputs.values()]
+    convert(exported, path, Description("onnx", tuple(inputs), ("output",), ()), shapes, {})
+    return session(path)
+
+
+def session(path: Path) -> Callable[[dict[str, Any]], Any]:
+    """Runs a file in ONNX Runtime with as many threads as torch has."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.intra_op_num_threads = torch.get_num_threads()
+    made = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    return lambda inputs: made.run(None, {name: t.numpy() for name, t in inputs.items()})
