@@ -231,22 +231,36 @@ class Monitor:
         Args:
             ids: A name for each row, by which `labels` may be given later.
         """
-        fast = self.fast
-        result = fast.run(*args, **kwargs)
+        result = self.fast.run(*args, **kwargs)
+        self.watch(result, args, kwargs, ids=ids)
+        return result
+
+    def watch(
+        self, result: Any, args: Sequence[Any], kwargs: Mapping[str, Any], *, rows: Any = None, ids: Any = None
+    ) -> None:
+        """Rows that were answered already; some of them run to the end too.
+
+        Args:
+            result: Of the compiled module for these arguments.
+            rows: Which rows count, int64 [b]; all by default.
+            ids: As for `run`.
+        """
         n = len(result.exit_index)
         if ids is not None and len(ids) != n:
             raise CalibrationError("ids= is one name for each row", got=f"{len(ids)} names", wanted=f"{n}")
+        rows = torch.arange(n) if rows is None else rows
         with self.lock:
-            chosen = torch.rand(n, generator=self.generator) < self.state.options.shadow
-        at, differ = chosen.nonzero()[:, 0], None
+            chosen = torch.rand(len(rows), generator=self.generator) < self.state.options.shadow
+        at, differ = rows[chosen], None
+        device = result.exit_index.device
         if len(at):
-            early = fast.prediction_of(result.output)[at.to(result.exit_index.device)].detach()
+            early = self.fast.prediction_of(result.output)[at.to(device)].detach()
             full = self._full(args, kwargs, at)
             differ = self._differ(early, full)
             if ids is not None:
                 self._remember([ids[i] for i in at.tolist()], early, full)
-        self.take(result.exit_index, result.confidence, differ)
-        return result
+        rows = rows.to(device)
+        self.take(result.exit_index[rows], result.confidence[rows], differ)
 
     def take(self, exit_index: Any, confidence: Any = None, differ: Any = None) -> None:
         """Rows that were answered elsewhere, such as by an exported program.

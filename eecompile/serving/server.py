@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
@@ -22,6 +23,7 @@ from eecompile.runtime.limits import Limits
 from eecompile.serving.metrics import Metrics
 
 if TYPE_CHECKING:
+    from eecompile.calibration.monitor import Monitor
     from eecompile.module import CompiledModule
     from eecompile.result import Result
 
@@ -84,6 +86,8 @@ class RowServer:
         max_wait_ms: How long the first row of a batch waits for others.
         max_queue: Most rows that wait; further ones are refused with `ServerBusy`.
         metrics: Prometheus metrics to keep, see `eecompile.serving.metrics.Metrics`; None for none.
+        monitor: A `fast.monitor(...)` of this module. It sees every row that left by itself, after its answer; shadow rows
+            run to the end before the next batch begins. Where it fails, it warns, and serving goes on without it.
 
     Raises:
         StrategyError: The module cannot pause between exits (`capture="blocks"`), or a number is out of range.
@@ -97,6 +101,7 @@ class RowServer:
         max_wait_ms: float = 2.0,
         max_queue: int = 1024,
         metrics: Metrics | None = None,
+        monitor: Monitor | None = None,
     ) -> None:
         if not hasattr(fast, "program"):
             raise StrategyError(
@@ -109,7 +114,11 @@ class RowServer:
             raise StrategyError(
                 "rows cannot be answered at their exits here", got='capture="blocks"', wanted='capture="export"'
             )
-        self.fast, self.metrics = fast, metrics
+        if monitor is not None and monitor.fast is not fast:
+            raise StrategyError(
+                "the monitor watches another module", wanted="fast.monitor(...) of the module that is served"
+            )
+        self.fast, self.metrics, self.monitor = fast, metrics, monitor
         self.max_batch, self.max_wait, self.max_queue = max_batch, max_wait_ms / 1e3, max_queue
         self._queue: deque[_Request] = deque()
         self._running: list[_Request] = []
@@ -265,6 +274,7 @@ class RowServer:
         names = [*(e.name for e in self.fast.exits), "model"]
         left = dict(enumerate(batch))
         last, at = time.perf_counter(), -1
+        by_itself: list[int] = []
         with torch.no_grad():
             for result in self.fast.stream(*args, **kwargs):
                 now = time.perf_counter()
@@ -277,13 +287,24 @@ class RowServer:
                     why = None if final[i] else self._why_now(request, following, at, len(batch), now)
                     if final[i] or why is not None:
                         del left[i]
+                        by_itself += [i] if final[i] else []
                         request.future.set_result(self._answer(request, result, i, names, final[i], why))
                         if self.metrics is not None:
                             self.metrics.answered(names[int(result.exit_index[i])], now - request.arrived)
                 if not left:
-                    return
+                    break
         for i, request in left.items():  # the stream ended with rows that are not final: interrupted
             request.future.set_result(self._answer(request, result, i, names, False, "interrupt"))
+        self._watch(result, args, kwargs, by_itself)
+
+    def _watch(self, result: Result, args: Any, kwargs: Any, rows: list[int]) -> None:
+        if self.monitor is None or not rows:
+            return
+        try:
+            self.monitor.watch(result, args, kwargs, rows=torch.tensor(rows))
+        except Exception as e:  # noqa: BLE001 (these rows are answered: a monitor must not end the server)
+            self.monitor = None
+            warnings.warn(f"the monitor failed and is off: {type(e).__name__}: {e}", RuntimeWarning, stacklevel=2)
 
     def _learn(self, key: tuple[int, int], seconds: float) -> None:
         before = self._stage_s.get(key)
