@@ -1,6 +1,6 @@
 """What the examples share: the command line, keeping what was trained, judging, timing, the record in JSON.
 
-An example is one function; all that takes long is kept, so a second run only judges and measures:
+An example is one function; all that takes long is kept, so a second run only evaluates and measures:
 
     def example(options: Options, record: Record) -> None:
         trunk = resnet_trunk(quick=options.quick, seed=options.seed)            # examples/trunks.py, kept
@@ -8,7 +8,7 @@ An example is one function; all that takes long is kept, so a second run only ju
         fitted(fast, train, "branchy-resnet", options, trunk, epochs=4)         # kept, resumes; sets the weights
         record.done("train")                                                    # ends here with --until train
         seen = observed(fast, {"val": val, "test": test})                       # one pass each, kept
-        variants = judged(fast, seen, record, "CIFAR-10", trunk.accuracy)       # calibrates on val, judges on test
+        variants = judged(fast, seen, record, "CIFAR-10", trunk.accuracy)       # calibrates on val, evaluates on test
         record.done("judge")
         timed(record, trunk.model, rows_of(test, 4), variants, (1, 32, 256))    # interleaved with the original
 
@@ -104,7 +104,7 @@ def fitted(
     settings["data"] = [rows_in(loader), loader.batch_size, loader.collate_fn.__qualname__]
     settings["exits"] = [[record.cut, record.head_kind] for record in fast.exits]
     path = runs_root() / f"{name}-{digest(settings)}.safetensors"
-    fast.kept_as = path  # observations are kept beside it
+    fast.kept_as = path  # observations are kept next to it
     found = _kept(path, fast)
     if found is not None:
         return found
@@ -151,7 +151,7 @@ def _state(fast: Any) -> dict[str, Tensor]:
 
 
 def _kept(path: Path, fast: Any) -> dict[str, Any] | None:
-    """Sets heads and tensors kept at ``path`` and gives the record beside them; None where nothing is kept."""
+    """Sets heads and tensors kept at ``path`` and gives the record next to them; None where nothing is kept."""
     if not path.exists():
         return None
     try:
@@ -166,9 +166,9 @@ def _kept(path: Path, fast: Any) -> dict[str, Any] | None:
 
 
 def observed(fast: Any, loaders: Mapping[str, DataLoader[Any]]) -> dict[str, Observed]:
-    """Every exit's output on every row of each loader: one pass, kept beside the weights of `fitted`.
+    """Every exit's output on every row of each loader: one pass, kept next to the weights of `fitted`.
 
-    Thresholds are then chosen and judged from it in seconds, however often; the test part is run once.
+    Thresholds are then chosen and evaluated from it in seconds, however often; the test part is run once.
     """
     found = {}
     for part, loader in loaders.items():
@@ -209,7 +209,7 @@ def judged(
     original_accuracy: float,
     promises: Mapping[str, Mapping[str, Any]] = PROMISES,
 ) -> list[Variant]:
-    """Calibrates on ``seen["val"]`` with each promise and judges on ``seen["test"]``: a row and a variant each."""
+    """Calibrates on ``seen["val"]`` with each promise and evaluates on ``seen["test"]``: a row and a variant each."""
     variants = []
     for promise, options in promises.items():
         report = seen["val"].of(fast).calibrate(**options)

@@ -1,4 +1,4 @@
-"""What a depth-adaptive program says at every depth, kept: thresholds are chosen and judged without running it again."""
+"""What a depth-adaptive program says at every depth, kept: thresholds are chosen and evaluated without running it again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every exit's output on a data set, kept: thresholds are chosen and judged from it without running the model again."""
+"""Every exit's output on a data set, kept: thresholds are chosen and evaluated from it without running the model again."""
 
 from __future__ import annotations
 

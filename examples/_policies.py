@@ -1,4 +1,4 @@
-"""What the self-adaptive examples share: a program with a policy and exits, judged as it runs, and the figures kept."""
+"""What the self-adaptive examples share: a program with a policy and exits, evaluated as it runs, and the figures kept."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def told(fast: Any, parts: Mapping[str, Any], record: Record, label: str, origin
     """The policy as trained with closed exits, and policy and exits as calibrated: a row and a variant each.
 
     Thresholds are chosen on ``parts["val"]``, so that at most `ALLOWED` is lost there; ``parts["test"]`` is run once
-    for each line. All figures are kept beside the weights of `fitted`, so that a second run only measures.
+    for each line. All figures are kept next to the weights of `fitted`, so that a second run only measures.
     """
     path = fast.kept_as.with_suffix(".judged.json")
     if not path.exists():

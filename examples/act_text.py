@@ -1,6 +1,6 @@
 """Adaptive computation time over depth (Graves 2016): MiniLM-L6 on IMDB stops block by block, per review and per token.
 
-A halting unit behind each block says how likely the state is good enough; what the classifier reads is the mean of the
+A halting unit after each block says how likely the state is good enough; what the classifier reads is the mean of the
 states, weighted by those probabilities. The fine-tuned trunk and the units are trained together, with a price on steps, on
 reviews that the trunk has not seen: once with one score for each review, once with one for each of its tokens, where a
 token that has halted keeps its state and is still attended to. Halting thresholds are chosen on the validation part: 1, as
@@ -8,7 +8,7 @@ trained, and the cheapest that loses at most 1% there against it. The test part 
 
 Reviews learn nothing about stopping, and all take six steps still; probably, which was not tested, because the price reaches
 the units through the remainder alone.
-Of the tokens all but the first, which the classifier reads, learn to stop behind one or two blocks. That leaves 38% of the
+Of the tokens all but the first, which the classifier reads, learn to stop after one or two blocks. That leaves 38% of the
 FLOPs and loses five points against the trunk: the other blocks have only what the first ones say of each token to read.
 """
 

@@ -2,7 +2,7 @@
 
 Heads are put everywhere that pays and fitted to labels and to the model's own output; the model stays as it is. How the
 exits answer, each for itself or together, is chosen on the validation part. Then, on the test part: how the answer gets
-better along a stream and when each comes; and a sweep over deadlines, one image a call, on an idle machine and beside a
+better along a stream and when each comes; and a sweep over deadlines, one image a call, on an idle machine and next to a
 second process that keeps one core busy: accuracy, how far calls get, how late they are.
 """
 

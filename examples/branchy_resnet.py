@@ -1,4 +1,4 @@
-"""B-ResNet (Teerapittayanon et al. 2016): ResNet-20 on CIFAR-10 with branches behind blocks of all three stages.
+"""B-ResNet (Teerapittayanon et al. 2016): ResNet-20 on CIFAR-10 with branches after blocks of all three stages.
 
 Early feature maps are fine and know little of the whole image, so a branch halves the map and doubles the channels as
 the trunk's own stages do, down to 8 x 8, before it averages (`Branch`). Exits may stand closer than any one choice of

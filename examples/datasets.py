@@ -143,8 +143,8 @@ def _standin(name: str) -> Tensors:
         else:
             inputs = []
             for label in labels.tolist():
-                told = rng.choices(_GOOD if label else _BAD, k=rng.randint(1, 6))
-                words = told + rng.choices(_OTHER, k=rng.randint(8, 80))
+                chosen = rng.choices(_GOOD if label else _BAD, k=rng.randint(1, 6))
+                words = chosen + rng.choices(_OTHER, k=rng.randint(8, 80))
                 rng.shuffle(words)
                 inputs.append(" ".join(words))
         out |= _pack(part, inputs, labels.to(torch.uint8))

@@ -1,11 +1,11 @@
 """Depth-adaptive Transformer (Elbayad et al. 2020): MiniLM-L6 on IMDB, where each review runs its first blocks only.
 
 The model is the encoder of the fine-tuned trunk, frozen, with a classifier on the mean of its last states: a first token
-has seen little of the others in an early block. The classifier is trained to read every depth, beside a choice of depth
-made once behind the first block; a second program then learns to stop block by block. Thresholds are chosen on the
+has seen little of the others in an early block. The classifier learns to read every depth, together with a choice of depth
+made once after the first block; a second program then learns to stop block by block. Thresholds are chosen on the
 validation part: 0.5, as trained; the shallowest that loses at most 1% with 95% confidence; the shallowest that loses at
-most 1% on those rows. The test part is judged once. The trunk's accuracy is the one that it was kept with, with the pooler
-and classifier that it was fine-tuned with.
+most 1% on those rows. The test part is evaluated once. The trunk's accuracy is the one that it was kept with, with the
+pooler and classifier that it was fine-tuned with.
 """
 
 from __future__ import annotations

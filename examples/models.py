@@ -57,7 +57,7 @@ class LeNet(nn.Module):
 
 
 class BasicBlock(nn.Module):
-    """Two 3 x 3 convolutions beside a shortcut, which is projected where the shape changes.
+    """Two 3 x 3 convolutions and a shortcut, which is projected where the shape changes.
 
     [B, channels, H, W] to [B, out, H / stride, W / stride].
     """
@@ -143,7 +143,7 @@ def _conv_bn_relu6(channels: int, out: int, kernel: int, stride: int = 1, groups
 
 
 class InvertedResidual(nn.Module):
-    """Widen, filter each channel, narrow; beside a shortcut where the shape stays (Sandler et al., 2018)."""
+    """Widen, filter each channel, narrow; with a shortcut where the shape stays (Sandler et al., 2018)."""
 
     def __init__(self, channels: int, out: int, stride: int, expand: int) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""Dynamic routing: ResNet-20 on CIFAR-10, with a router behind its first stage that estimates how hard an image is.
+"""Dynamic routing: ResNet-20 on CIFAR-10, with a router after its first stage that estimates how hard an image is.
 
 To a light version: easy images skip every block of the last two stages that can be skipped, in a copy of those stages
 that is fine-tuned for it; the others take the model's own way, whose weights never change. To exits: each image is sent
 straight to one of three answers, and only that one's head is computed for it. Rows are grouped by route.
 
 An epoch is a fresh draw of rows from the training part, so that training takes minutes. Whether the router knows easy
-rows from hard ones is told by comparing with a router that knows nothing: `by_chance` is what sending as many rows to
+rows from hard ones is seen by comparing with a router that knows nothing: `by_chance` is what sending as many rows to
 each route at random would reach on the same rows, `random` what the best mixture of two routes at the same cost would.
 """
 
@@ -35,7 +35,7 @@ EPOCHS = {"light": 32, "exits": 24}
 def strategies(quick: bool) -> dict[str, Branchy]:
     """The two ways to route, by what the router sends rows to."""
     at, end, exits = (AT_QUICK, END_QUICK, EXITS_QUICK) if quick else (AT, END, EXITS)
-    # ResNet-8 has no block to leave out behind its first stage: there the branches begin at the input
+    # ResNet-8 has no block to leave out after its first stage: there the branches begin at the input
     light = {"at": "input", "over": ("input", end), "unit": "linear"} if quick else {"at": at}
     branches = Router(to={"light": 0.01}, price=0.3, target_cost=0.8, warm_up=0.5, **light)  # type: ignore[arg-type]
     return {

@@ -1,6 +1,6 @@
 """Self-adaptive inference (BlockDrop, Wu et al. 2018): ResNet-20 on CIFAR-10, where each image runs its own blocks.
 
-A policy reads the state behind the first block once and says which of the other blocks run that keep their shape; two
+A policy reads the state after the first block once and says which of the other blocks run that keep their shape; two
 branches let images leave before the end. Trunk, policy and branches are trained together, the last blocks free to be
 dropped first. Thresholds of policy and branches are chosen on the validation part, the policy's among a dozen settings that
 are run; the test part is run once for each line.

@@ -1,6 +1,6 @@
 """Self-adaptive inference (AdaViT, Meng et al. 2022): MiniLM-L6 on IMDB, where each review runs its own halves of blocks.
 
-A policy reads the state behind the first block once and says which attention and MLP halves of the other five run; two
+A policy reads the state after the first block once and says which attention and MLP halves of the other five run; two
 classifiers let reviews leave before the end. The fine-tuned trunk, policy and classifiers are trained together on reviews
 that the trunk has not seen, the last halves free to be dropped first. Thresholds are chosen on the validation part, the
 policy's among a dozen settings that are run; the test part is run once for each line.

@@ -5,7 +5,7 @@ hard gates and then by REINFORCE, then again with hard gates from where that end
 towards the target cost. A quarter of the rows of each batch run every block: else a block that nearly every row skips is
 trained for no other, and the full model, which calibration compares with, is ruined. An epoch is a fresh draw of rows from
 the training part. The trunk as it was before is the original, and it was not trained to the end; so its training here,
-5 passes over the data, is the gated model's gain too. What the gates alone cost is told against the full model.
+5 passes over the data, is the gated model's gain too. What the gates alone cost is compared with the full model.
 """
 
 from __future__ import annotations

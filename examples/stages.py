@@ -33,7 +33,7 @@ class Resize(nn.Module):
 
 
 class Prepared(nn.Module):
-    """A model behind its preparation, for training alone; in a cascade the two are given apart."""
+    """A model after its preparation, for training alone; in a cascade the two are given apart."""
 
     def __init__(self, prepare: nn.Module, model: nn.Module) -> None:
         super().__init__()

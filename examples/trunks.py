@@ -303,7 +303,7 @@ def _batches(inputs: Inputs, labels: Tensor, size: int = 256) -> Iterator[tuple[
 
 # ---- the trunks of the examples
 
-ROWS_OF_REVIEWS = 1_000  # of validation and of test that the trunk is judged on
+ROWS_OF_REVIEWS = 1_000  # of validation and of test that the trunk is evaluated on
 
 
 def image_data(name: str, standin: bool) -> Callable[[str, int | None], tuple[Tensor, Tensor]]:
@@ -372,8 +372,8 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     for name in options.names or TRUNKS:
         got = TRUNKS[name](quick=options.quick, seed=options.seed)
-        told = f"test {got.accuracy:.4f}, validation {got.val_accuracy:.4f}, trained in {got.seconds:.0f} s"
-        print(f"{got.recipe.name}: {told}", flush=True)
+        figures = f"test {got.accuracy:.4f}, validation {got.val_accuracy:.4f}, trained in {got.seconds:.0f} s"
+        print(f"{got.recipe.name}: {figures}", flush=True)
         if options.ship:
             ship(got, f"python -m examples.trunks {name} --seed {options.seed} --threads {options.threads}")
 

@@ -27,10 +27,10 @@ class Spec:
     Attributes:
         kind: What comes in: `[B, 8]`, `[B, 3, 12, 12]`, `[B, S, 8]`, ids `[B, S]`, or `[S, B, 8]`.
         blocks: What each block does.
-        side: Whether a second input `[B, 6]` is added behind every second block.
+        side: Whether a second input `[B, 6]` is added after every second block.
         masked: Whether there is a padding mask `[B, S]`.
         positions: Whether it predicts per position.
-        further: Whether it gives a dictionary with the state of the middle besides the scores.
+        further: Whether it gives a dictionary with the state of the middle with the scores.
     """
 
     kind: str
@@ -98,7 +98,7 @@ class RandomModel(nn.Module):
         self.stem = stem.get(spec.kind) or nn.Linear(channels, WIDTH)
         make = MapBlock if spec.kind == "map" else VectorBlock if spec.kind == "vector" else SequenceBlock
         self.blocks = nn.ModuleList(make(what) for what in spec.blocks)
-        self.beside = nn.Linear(SIDE, WIDTH) if spec.side else None
+        self.second = nn.Linear(SIDE, WIDTH) if spec.side else None
         self.out = nn.Linear(WIDTH, CLASSES)
 
     def forward(self, x: Tensor, side: Tensor | None = None, mask: Tensor | None = None) -> Any:
@@ -106,9 +106,9 @@ class RandomModel(nn.Module):
         middle = h
         for k, block in enumerate(self.blocks):
             h = block(h, mask) if mask is not None else block(h)
-            if self.beside is not None and k % 2 == 0:
+            if self.second is not None and k % 2 == 0:
                 assert side is not None
-                h = h + self.wide(self.beside(side))
+                h = h + self.wide(self.second(side))
             if k == len(self.blocks) // 2:
                 middle = h * 1.0
         scores = self.out(self.pooled(h, mask))

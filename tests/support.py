@@ -167,7 +167,7 @@ def spreading_thresholds(confidences: Sequence[Tensor]) -> list[float]:
         ranked = c[left].sort().values
         share = len(left) / (len(confidences) - k + 1)
         gaps = [i for i in range(1, len(left)) if ranked[i] - ranked[i - 1] >= GAP]
-        assert gaps, f"exit {k} cannot tell {len(left)} rows apart: {ranked.tolist()}"
+        assert gaps, f"exit {k} cannot separate {len(left)} rows: {ranked.tolist()}"
         at = min(gaps, key=lambda i: (abs(len(left) - i - share), i))
         found.append(float((ranked[at] + ranked[at - 1]) / 2))
         left = left[c[left] < found[-1]]
@@ -314,7 +314,7 @@ def watch(call: Callable[[], Any]) -> Watch:
 
 
 def gelu_of(seen: Watch) -> list[tuple[int, ...]]:
-    """Shapes of every GELU that ran, in order; a block has one. Written in place where nobody needs its input."""
+    """Shapes of every GELU that ran, in order; a block has one. Written in place where nothing needs its input."""
     return seen.shapes.get("gelu", []) + seen.shapes.get("gelu_", [])
 
 

@@ -92,25 +92,25 @@ def test_costs_are_the_flops_that_run(packs):
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model(cascades.Grey()(*args) if name == "lenet" else args[0])
         spent.append(counter.get_total_flops())
-    for shut in ((), (0,), (1,), (0, 1)):
-        is_open = [k not in shut for k in range(2)]
+    for closed in ((), (0,), (1,), (0, 1)):
+        is_open = [k not in closed for k in range(2)]
         want = [sum(spent[j] for j in range(k + 1) if j == k or is_open[j]) / spent[-1] for k in range(2)]
         want.append(1.0 + sum(s for s, o in zip(spent, is_open, strict=False) if o) / spent[-1])
         torch.testing.assert_close(pack.fast.costs(is_open), torch.tensor(want), atol=2e-4, rtol=0)
     assert pack.fast.program.total_flops == pytest.approx(spent[-1] / 4)
 
 
-@pytest.mark.parametrize("shut", [(), (0,), (1,), (0, 1)])
-def test_a_closed_model_does_not_run(packs, shut):
+@pytest.mark.parametrize("closed", [(), (0,), (1,), (0, 1)])
+def test_a_closed_model_does_not_run(packs, closed):
     """Convolutions are counted (LeNet has 2, the residual net 7, VGG 6), and rectifiers."""
     pack = packs["images"]
     args, _ = pack.herd.inputs(5, 4)
-    pack.fast.set_thresholds([CLOSED if k in shut else 1.0 + 1e-9 for k in range(2)])
-    pack.fast.set_thresholds([CLOSED if k in shut else 1.0 for k in range(2)])  # open, but nobody is that sure
+    pack.fast.set_thresholds([CLOSED if k in closed else 1.0 + 1e-9 for k in range(2)])
+    pack.fast.set_thresholds([CLOSED if k in closed else 1.0 for k in range(2)])  # open, but no row is that sure
     seen = watch(lambda: pack.fast(*args))
-    assert seen.ops["convolution"] == sum(c for k, c in enumerate((2, 7, 6)) if k not in shut)
+    assert seen.ops["convolution"] == sum(c for k, c in enumerate((2, 7, 6)) if k not in closed)
     # in-place ones, as VGG has, are never dead code to FX
-    assert seen.ops["relu"] + seen.ops["relu_"] == sum(c for k, c in enumerate((4, 7, 7)) if k not in shut)
+    assert seen.ops["relu"] + seen.ops["relu_"] == sum(c for k, c in enumerate((4, 7, 7)) if k not in closed)
 
 
 def test_later_models_see_only_the_rows_that_are_left(packs):

@@ -143,7 +143,7 @@ def test_options_that_do_not_fit():
 
 
 def test_inputs_by_name():
-    """Each model takes the inputs that it names, or those that it is told; the last one's output type is kept."""
+    """Each model takes the inputs that it names, or those that are given for it; the last one's output type is kept."""
     small, pair = Net().eval(), Pair(3, 16).eval()
     scale = torch.rand(6, 1) + 0.5
     call = {"x": X, "scale": scale}
@@ -154,7 +154,7 @@ def test_inputs_by_name():
         fast.set_thresholds(0.0)
         left = fast.run(**call)
         equal_bits(left.output["scores"], small(X))
-        equal_bits(left.output["hidden"], small(X) + 1)  # computed from the scores, whoever gave them
+        equal_bits(left.output["hidden"], small(X) + 1)  # computed from the scores, wherever they come from
         same_result(*both(fast, **call))
     renamed = strategies.Cascade(inputs=[{"x": "image"}, {"x": "image", "scale": "scale"}])
     call = {"image": X, "scale": scale}

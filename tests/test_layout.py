@@ -170,7 +170,7 @@ def test_every_file_says_which_question_it_answers() -> None:
 # The records of one kind of choice, and who may know them: what places, writes, saves and prices them. All others, lowering
 # and executors first of all, read `program.choices`.
 KINDS = {"Carry", "Gate", "Halt", "HaltStep", "Route", "Way", "Width"}
-KNOW_KINDS = {"artifact.write", "costs", "ir.choices", "passes.find_token_parts", "passes.stage", "program", "runtime.known"}
+KNOW_KINDS = {"costs", "ir.choices", "passes.find_token_parts", "passes.stage", "program", "runtime.known"}
 
 
 def test_few_files_know_kinds_of_choices() -> None:

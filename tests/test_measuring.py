@@ -1,4 +1,4 @@
-"""Measuring in turns: order, repeats, ratios round by round, and rounds that somebody else disturbed."""
+"""Interleaved timing: order, repeats, ratios round by round, and rounds that other processes disturbed."""
 
 from __future__ import annotations
 

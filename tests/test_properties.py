@@ -123,7 +123,7 @@ def test_whatever_the_model(
 @bounded(5)
 @given(spec=specs(), luck=st.integers(0, 999))
 def test_every_criterion_at_every_exit_of_one_model(spec: Spec, luck: int) -> None:
-    """Many programs of one capture: what one of them sets is nobody else's."""
+    """Many programs of one capture: what one of them sets is its own."""
     _, first = compiled(spec, strategies.Branchy(exits="blocks.*", max_head_share=1e9, head="linear"))
     rng = random.Random(luck)
     first.set_thresholds(0.125)

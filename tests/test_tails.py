@@ -1,4 +1,4 @@
-"""What rows that left early get where the prediction is no logits, and beside it: what the model makes of logits."""
+"""What rows that left early get where the prediction is no logits, and next to it: what the model makes of logits."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ENDS: dict[str, Make] = {
     "sigmoid in place": lambda z, x: z.sigmoid_(),
     "softmax, detached": lambda z, x: z.softmax(-1).detach().clone(),
     "probabilities and class": lambda z, x: {"logits": z, "probs": z.softmax(-1), "label": z.argmax(-1)},
-    "class alone beside": lambda z, x: (z, z.argmax(-1)),
+    "class alone next to them": lambda z, x: (z, z.argmax(-1)),
     "softmax and class": lambda z, x: {"logits": z.softmax(-1), "label": z.argmax(-1)},
     "top two": lambda z, x: (z, *z.topk(2)),
     "margin, masked by the input": lambda z, x: {"logits": z, "kept": z.masked_fill(x[:, :4] > 0, -1.0).amax(-1)},

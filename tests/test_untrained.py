@@ -1,4 +1,4 @@
-"""A compiled model that nobody has trained answers like the model, says so, and opens once it is trained or set."""
+"""A compiled model that is not trained answers like the model, says so, and opens once it is trained or set."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Residual(nn.Module):
 
 
 def data(rows: int = 32) -> tuple[Tensor, Tensor]:
-    """Features that nobody has scaled, 0 to 255: untrained heads are sure of them."""
+    """Features that are not scaled, 0 to 255: untrained heads are sure of them."""
     g = torch.Generator().manual_seed(1)
     return torch.randint(0, 256, (rows, 8), generator=g).float(), torch.randint(0, 4, (rows,), generator=g)
 

@@ -19,7 +19,7 @@ from eecompile.errors import ArtifactError
 from eecompile.gates import describe as describe_unit
 from eecompile.heads import Branch, describe
 from eecompile.passes import facts
-from eecompile.program import Exit, Way
+from eecompile.program import Exit
 from eecompile.public_records import router_of
 from eecompile.routers import describe as describe_router
 
@@ -96,8 +96,9 @@ def _put_all(fast: CompiledModule, directory: Path, heads: dict[str, Any], entri
     }
     tensors |= {f"gates.{name}": t.detach().cpu().contiguous() for name, t in fast.gate_units.state_dict().items()}
     tensors |= {f"combination.{n}": t.detach().cpu() for n, t in fast.combination.state_dict().items()}
+    customs = {w.module.rpartition(".")[2]: w for r in program.choices.routes for w in r.ways if w.custom}
     for name, t in fast.route_units.state_dict().items():
-        if not _way(program, name.split(".")[0]).custom:
+        if name.split(".")[0] not in customs:
             tensors[f"routes.{name}"] = t.detach().cpu().contiguous()
     weights = {name: t.clone() for name, t in tensors.items()}  # shared storage has no place in a safetensors file
     entries["heads"] = files.put(directory, "heads", ".safetensors", lambda p: save_file(weights, p))
@@ -109,10 +110,9 @@ def _put_all(fast: CompiledModule, directory: Path, heads: dict[str, Any], entri
             branch = fast.branch(e.name)
             entries[f"head {e.name}"] = files.put(directory, f"head_{e.name}", ".pt2", partial(_custom, branch, fast))
 
-    for way in (w for r in program.choices.routes for w in r.ways if w.custom):
-        entries[f"branch {way.name}"] = files.put(
-            directory, f"branch_{way.name}", ".pt2", partial(_custom_branch, fast, way)
-        )
+    for way in customs.values():
+        name, put = f"branch_{way.name}", partial(_custom_branch, fast, way.name, way.module)
+        entries[f"branch {way.name}"] = files.put(directory, name, ".pt2", put)
 
 
 def _choices(fast: CompiledModule) -> dict[str, Any]:
@@ -124,13 +124,6 @@ def _choices(fast: CompiledModule) -> dict[str, Any]:
         "units": {name: describe_unit(unit) for name, unit in fast.gate_units.named_children()},
         "router": None if recipe is None else describe_router(router_of(fast.program)),
     }
-
-
-def _way(program: Any, name: str) -> Way:
-    """The branch with this attribute of the module; the router's unit counts as one that is no module of the user's."""
-    ways = (w for r in program.choices.routes for w in r.ways if w.module.rpartition(".")[2] == name)
-    found: Way = next(ways, Way(name, "", "", (), (), 0.0))
-    return found
 
 
 def _exit(e: Exit) -> dict[str, Any]:
@@ -174,14 +167,14 @@ def _custom(branch: Branch, fast: CompiledModule, path: Path) -> None:
     _exported(branch.head, live.shape, live.batch_axis, node.meta["val"].dtype, "head", e.name, path)
 
 
-def _custom_branch(fast: CompiledModule, way: Way, path: Path) -> None:
+def _custom_branch(fast: CompiledModule, name: str, module: str, path: Path) -> None:
     """A user's branch: exported as a user's head is."""
     (route,) = fast.program.choices.routes
     node = next(n for n in fast.program.source.graph.nodes if n.name == route.x)
     batch = facts.Batch(fast.program.source, fast.program.signature)
     axis = batch.axis(node)
-    module = fast.graph_module.get_submodule(way.module)
-    _exported(module, batch.sizes(node), axis, node.meta["val"].dtype, "branch", way.name, path)
+    branch = fast.graph_module.get_submodule(module)
+    _exported(branch, batch.sizes(node), axis, node.meta["val"].dtype, "branch", name, path)
 
 
 def _exported(module: nn.Module, sizes: Any, batch_axis: Any, dtype: torch.dtype, kind: str, where: str, path: Path) -> None:

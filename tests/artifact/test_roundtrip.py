@@ -82,13 +82,13 @@ def test_another_process_gives_equal_results(saved, tmp_path):
         assert torch.equal(got.pop("cost"), result.cost), name
         leaves = fast.program.signature.flatten_output(result.output)
         equal_bits([got[f"leaf{i}"] for i in range(len(got))], leaves)
-        told = said[name]
-        assert told["type"] == type(result.output).__name__
+        shown = said[name]
+        assert shown["type"] == type(result.output).__name__
         now = [[e.name, e.cut, e.threshold, e.temperature, e.head_kind, e.criterion.name] for e in fast.exits]
-        assert told["exits"] == now
-        assert told["executor"] == "compact"
-        assert "loaded program" in told["repr"]
-        assert told["notes"][:-1] == list(fast.notes)
+        assert shown["exits"] == now
+        assert shown["executor"] == "compact"
+        assert "loaded program" in shown["repr"]
+        assert shown["notes"][:-1] == list(fast.notes)
 
 
 def environment() -> dict[str, str]:

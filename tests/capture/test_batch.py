@@ -67,7 +67,7 @@ class Recurrent(Net):
 
 
 class Squeezed(Net):
-    """Views and squeezes between the blocks, as old vision models have them behind a pooling layer."""
+    """Views and squeezes between the blocks, as old vision models have them after a pooling layer."""
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self.blocks:

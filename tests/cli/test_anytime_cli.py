@@ -64,8 +64,8 @@ def test_a_budget_and_a_deadline(saved: str) -> None:
 
 def test_limits_that_make_no_sense(saved: str) -> None:
     assert "a budget is a fraction" in call("run", saved, "--data", "digits:test", "--budget", "50", code=2).output
-    shut = ("run", saved, "--data", "digits:test", "--threshold", "2", "--deadline-ms", "5")
-    assert "every exit is closed" in call(*shut, code=2).output
+    closed = ("run", saved, "--data", "digits:test", "--threshold", "2", "--deadline-ms", "5")
+    assert "every exit is closed" in call(*closed, code=2).output
     late = ("run", saved, "--data", "digits:test", "--executor", "reference", "--deadline-ms", "5")
     assert "cannot keep a deadline" in call(*late, code=2).output
     alone = ("run", saved, "--data", "digits:test", "--executor", "simulate", "--stream")

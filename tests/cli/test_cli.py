@@ -205,7 +205,7 @@ def test_several_models_are_rewritten_as_a_cascade(tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_three_models_and_a_sum_of_strategies(tmp_path: Path) -> None:
-    """`rewrite A B C --strategy cascade`, and heads inside of the models besides."""
+    """`rewrite A B C --strategy cascade`, and heads inside of the models in addition."""
     (tmp_path / "nets.py").write_text(
         MODEL + "\ndef sized(width, seed):\n"
         "    torch.manual_seed(seed)\n"

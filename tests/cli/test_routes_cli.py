@@ -6,7 +6,7 @@ from pathlib import Path
 
 from tests.cli.shell import call, found
 
-# blocks.1 to blocks.4 without every other block, for the rows that a router behind blocks.0 picks
+# blocks.1 to blocks.4 without every other block, for the rows that a router after blocks.0 picks
 ROUTER = '{"at": "blocks.0", "to": {"light": 0.5}, "unit": "linear", "warm_up": 0.5}'
 
 
@@ -22,8 +22,8 @@ def test_a_light_version(model: str, tmp_path: Path) -> None:
     ran = found("run", out, "--data", "digits:test", "--rows", "3")
     assert {row["route"] for row in ran["rows"]} <= {"light", "full"}
     assert all(row["why"] == f"the router sent it to {row['route']}" for row in ran["rows"])
-    judged = found("evaluate", out, "--data", "digits:test")
-    assert [r["name"] for r in judged["routes"]] == ["light", "full"]
+    evaluated = found("evaluate", out, "--data", "digits:test")
+    assert [r["name"] for r in evaluated["routes"]] == ["light", "full"]
     calibrated = found("calibrate", out, "--data", "digits:val", "--max-drop", "0.5", "--no-guarantee")
     assert [r["name"] for r in calibrated["routes"]] == ["light", "full"]
     shown = call("inspect", out).stdout

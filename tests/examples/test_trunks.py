@@ -1,4 +1,4 @@
-"""What the examples share besides data: their models, trunks that are trained once, options and results."""
+"""What the examples share apart from data: their models, trunks that are trained once, options and results."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ WIDTH = 32
 
 
 class Residual(nn.Module):
-    """Layer norm and two layers beside a shortcut."""
+    """Layer norm and two layers with a shortcut."""
 
     def __init__(self) -> None:
         super().__init__()

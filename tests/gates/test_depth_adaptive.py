@@ -16,7 +16,7 @@ from tests.zoo import ZOO
 
 RECIPES = {
     "up front": DepthAdaptive(min_depth=0),
-    "behind one block": DepthAdaptive(targets="correctness"),
+    "after one block": DepthAdaptive(targets="correctness"),
     "halting": DepthAdaptive("halting", min_depth=0, unit="linear", open_bias=0.0),
     "gates": DepthAdaptive("gates", unit="linear", open_bias=0.0),
 }
@@ -41,7 +41,7 @@ def at_every_depth(fast, args, kwargs) -> Result:
     """What a training run says at each depth is what rows get that run so far; gives that run's result."""
     count = len(fast.gates)
     fast.train_trunk, fast.gate_mode = False, "open"
-    fast.set_gate_thresholds(CLOSED)  # not even this shuts them while training
+    fast.set_gate_thresholds(CLOSED)  # not even this closes them while training
     fast.train()
     with torch.no_grad():
         every = fast.run(*args, **kwargs)
@@ -56,7 +56,7 @@ def at_every_depth(fast, args, kwargs) -> Result:
     return every
 
 
-@pytest.mark.parametrize("recipe", ["up front", "behind one block", "halting"])
+@pytest.mark.parametrize("recipe", ["up front", "after one block", "halting"])
 def test_the_prediction_at_a_depth_is_what_a_row_of_that_depth_gets(zoo, recipe):
     fast = again(zoo("bert").fast, RECIPES[recipe])
     args, kwargs = ZOO["bert"].inputs(3, seed=2)
@@ -72,7 +72,7 @@ def test_the_prediction_at_a_depth_is_what_a_row_of_that_depth_gets(zoo, recipe)
 def test_each_row_runs_its_first_blocks_only(zoo):
     args, kwargs = ZOO["bert"].inputs(6, seed=3)
     fast = again(zoo("bert").fast, DepthAdaptive())
-    found = scores(fast, args, kwargs).sort(0).values  # behind one block three gates
+    found = scores(fast, args, kwargs).sort(0).values  # after one block three gates
     fast.set_gate_thresholds([float(found[cut - 1, i] + found[cut, i]) / 2 for i, cut in enumerate((1, 3, 5))])
     ran = activations(fast, args, kwargs)
     result = fast.run(*args, **kwargs)

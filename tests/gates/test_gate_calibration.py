@@ -25,7 +25,7 @@ from tests.support import nightly
 
 
 class OneGate(nn.Module):
-    """A row is [u, v]: u the gate's score, v uniform. Open it answers 1; shut it answers wrongly where v < 0.4 u.
+    """A row is [u, v]: u the gate's score, v uniform. Open it answers 1; closed it answers wrongly where v < 0.4 u.
 
     So at threshold t the accuracy drops by 0.2 t^2, and the mean cost is 1 - t / 2.
     """

@@ -103,10 +103,10 @@ def test_free_decisions(trained):
     fast = compiled(trained, min_open=2)
     count = len(fast.gates)
     fast.set_gate_thresholds({"gate_0": 0.0, "gate_1": 2.0})
-    shut = torch.zeros(1, count)
-    shut[0, 0] = 1  # always open; with that and one more of the last two, min_open is kept
-    shut[0, count - 1] = 1
-    free = fast.cost_model.gates_free(fast.settings, shut)[0].tolist()
+    closed = torch.zeros(1, count)
+    closed[0, 0] = 1  # always open; with that and one more of the last two, min_open is kept
+    closed[0, count - 1] = 1
+    free = fast.cost_model.gates_free(fast.settings, closed)[0].tolist()
     assert free == [False, False, *[True] * (count - 3), False]
 
 

@@ -116,7 +116,7 @@ def test_thresholds_out_of_range(zoo):
 
 
 def test_exits_read_the_same_state_in_the_training_capture():
-    """Inside a chain what the rows keep, behind it the weighted state: in both captures of a model without dropout."""
+    """Inside a chain what the rows keep, after it the weighted state: in both captures of a model without dropout."""
     torch.manual_seed(0)
     model = Net().eval()
     x = torch.randn(6, 16)

@@ -113,15 +113,15 @@ def ponders():
 def test_on_a_real_network(ponders):
     fast, data = ponders
     report = fast.calibrate(data, max_drop=0.2, delta=None)
-    judged = fast.evaluate(data)
-    assert report.qualified and judged.drop <= 0.2
-    assert judged.mean_cost == pytest.approx(report.expected_cost, abs=1e-5) and report.expected_cost < 0.9
-    assert judged.mean_steps == pytest.approx(report.halting[0].steps) and "steps in the mean" in str(judged)
+    evaluated = fast.evaluate(data)
+    assert report.qualified and evaluated.drop <= 0.2
+    assert evaluated.mean_cost == pytest.approx(report.expected_cost, abs=1e-5) and report.expected_cost < 0.9
+    assert evaluated.mean_steps == pytest.approx(report.halting[0].steps) and "steps in the mean" in str(evaluated)
     within = fast.calibrate(data, budget=0.6)
-    judged = fast.evaluate(data)
-    assert judged.mean_cost == pytest.approx(within.expected_cost, abs=1e-5) and within.expected_cost <= 0.6
+    evaluated = fast.evaluate(data)
+    assert evaluated.mean_cost == pytest.approx(within.expected_cost, abs=1e-5) and within.expected_cost <= 0.6
     best = min(p["drop"] for p in within.curve if p["cost"] <= 0.6)
-    assert judged.drop == pytest.approx(best) and "at most 60.0%" in within.guarantee
+    assert evaluated.drop == pytest.approx(best) and "at most 60.0%" in within.guarantee
     before = fast.halting_threshold
     with pytest.raises(CalibrationError, match="no setting keeps the budget"):
         fast.calibrate(data, budget=0.1)

@@ -22,8 +22,8 @@ def fast():
 
 def test_explain_lists_chains_and_their_steps(fast):
     fast.set_halting_threshold(0.5)
-    told = fast.explain().to_dict()
-    (chain,) = told["halts"]
+    shown = fast.explain().to_dict()
+    (chain,) = shown["halts"]
     assert (chain["rule"], chain["threshold"], chain["repeated"]) == ("stop", 0.5, False)
     assert [s["region"] for s in chain["steps"]] == [f"blocks.{i}" for i in range(4)]
     assert {s["unit"] for s in chain["steps"]} == {"linear"}
@@ -34,7 +34,7 @@ def test_explain_lists_chains_and_their_steps(fast):
     assert "blocks.2: 24." in text and "a step, linear unit of" in text
     assert "halt_0_step_3" in to_text(fast, "table")
     x, labels, _ = rows(32, seed=2)
-    assert told["mean_steps"] is None
+    assert shown["mean_steps"] is None
     measured = fast.evaluate([(x, labels)]).mean_steps
     assert fast.explain().to_dict()["mean_steps"] == measured
     assert f"{measured:.3g} of 4 steps in the mean" in str(fast) and f"{measured:.3g} of 4 steps" in to_text(fast, "table")
@@ -73,8 +73,8 @@ def test_the_command_line(tmp_path):
     assert fitted["rows"][0]["halts"]["divergence"] >= 0
     calibrated = found("calibrate", place, "--data", "digits:val", "--max-drop", "0.5", "--no-guarantee")
     assert calibrated["halting"][0]["most"] == 2
-    judged = found("evaluate", place, "--data", "digits:val", "--curve", "3")
-    assert 1 <= judged["mean_steps"] <= 2 and [p["threshold"] for p in judged["curve"]] == [0.5, 1.0]
+    evaluated = found("evaluate", place, "--data", "digits:val", "--curve", "3")
+    assert 1 <= evaluated["mean_steps"] <= 2 and [p["threshold"] for p in evaluated["curve"]] == [0.5, 1.0]
     ran = found("run", place, "--data", "digits:test", "--rows", "3")
     assert all(1 <= row["steps"] <= 2 for row in ran["rows"])
     shown = call("inspect", place).stdout

@@ -53,7 +53,7 @@ class Stack(nn.Module):
 
 
 class Cells(nn.Module):
-    """LSTMs one after the other, or beside shortcuts."""
+    """LSTMs one after the other, or with shortcuts."""
 
     def __init__(self, residual: bool = False) -> None:
         super().__init__()
@@ -125,7 +125,7 @@ RECURRENT = {
     "a list of LSTMs": Cells,
 }
 RESIDUAL: dict[str, tuple[Callable[[], nn.Module], str]] = {  # and the names of their regions
-    "LSTMs beside shortcuts": (lambda: Cells(residual=True), "layers.{}"),
+    "LSTMs with shortcuts": (lambda: Cells(residual=True), "layers.{}"),
     "temporal convolutions": (Temporal, "convs.{}"),
     "a ResNet with SiLU in place": (lambda: Activated(nn.SiLU(inplace=True)), "blocks.{}:branch"),
     "a ResNet with Hardswish": (lambda: Activated(nn.Hardswish()), "blocks.{}:branch"),
@@ -259,7 +259,7 @@ def test_states_of_the_caller_go_to_their_layers():
 
 def test_one_layer_is_left_as_it_is():
     model = Stack(nn.GRU, "last", num_layers=1)
-    assert normalized(model).history["normalize"].summary == "1 dead nodes"  # the final state, which nobody reads
+    assert normalized(model).history["normalize"].summary == "1 dead nodes"  # the final state, which nothing reads
 
 
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])

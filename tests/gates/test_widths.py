@@ -160,8 +160,8 @@ def test_gradients_reach_the_channels_that_ran(mode):
     assert float(fast.gate_units.policy.score.weight.grad[:2].abs().sum()) > 0
     assert not bool(result.trace.gates_free[:, [2, 5]].any())
     if mode == "hard":
-        shut = result.gates[:, 0] == 0
-        assert not bool(result.trace.gates_free[shut, 1].any())
+        closed = result.gates[:, 0] == 0
+        assert not bool(result.trace.gates_free[closed, 1].any())
 
 
 @pytest.mark.parametrize("estimator", ["gumbel", nightly("reinforce")])
@@ -192,8 +192,8 @@ def test_widths_are_shown():
     x, _, _ = rows(4)
     fast = eecompile(tower(2), adaptive(parts="every-block", always_on=("blocks.0",)), example_inputs=(x,))
     assert [g.region for g in fast.gates] == [f"blocks.1 at {w}%" for w in (25, 50, 75, 100)]
-    told = fast.explain().to_dict()
-    assert told["widths"][0]["channels"] == [[16, 32, 48, 64]]
+    shown = fast.explain().to_dict()
+    assert shown["widths"][0]["channels"] == [[16, 32, 48, 64]]
     assert "blocks.1: skip/25/50/75/100% of 64 channels" in str(fast)
     fast.set_gate_thresholds([0.0, 0.0, 2.0, 2.0])
     seen = where(fast, x)
@@ -222,9 +222,9 @@ def test_options_are_checked(options, says):
 
 def test_a_model_without_such_layers_is_refused():
     net = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2)).eval()
-    with pytest.raises(StrategyError, match="no part of the model has a width") as told:
+    with pytest.raises(StrategyError, match="no part of the model has a width") as caught:
         eecompile(net, adaptive(parts=()), example_inputs=(torch.randn(3, 4),))
-    assert "another one" in str(told.value)
+    assert "another one" in str(caught.value)
 
 
 def test_parts_that_cannot_be_narrowed_say_why(zoo):

@@ -69,7 +69,7 @@ def branch(platform: Platform, graph: Any, numbers: Tensor, element: int, body: 
 
 @probe
 def if_node(platform: Platform) -> list[float]:
-    """A body runs where its condition says, and what comes behind it runs always."""
+    """A body runs where its condition says, and what comes after it runs always."""
     numbers, y = numbers_of(platform, 0), torch.zeros(4, device=platform.device)
 
     def fill(graph: Any) -> None:
@@ -238,7 +238,7 @@ def a_model_in_a_body(platform: Platform) -> dict[str, Any]:
 
 @probe
 def replays_queue_without_the_host(platform: Platform) -> dict[str, float]:
-    """Ten replays behind a long kernel, each of which changes what the next one decides."""
+    """Ten replays after a long kernel, each of which changes what the next one decides."""
     numbers, y = numbers_of(platform, 1), torch.zeros(1, device=platform.device)
 
     def fill(graph: Any) -> None:

@@ -67,7 +67,7 @@ def conv() -> CompiledModule:
 
 @pytest.fixture(scope="session")
 def bert() -> CompiledModule:
-    """Eight layers with two exits, so that a long run of layers lies behind the last."""
+    """Eight layers with two exits, so that a long run of layers lies after the last."""
     transformers = pytest.importorskip("transformers")
     config = transformers.BertConfig(
         vocab_size=90,

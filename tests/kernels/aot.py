@@ -224,7 +224,7 @@ def compile_case(case: Case, target: str) -> Figures:
     elif "CONDITION" in constants:
         constants["CONDITION"] = False  # ROCm has no conditional nodes
     if not nvidia and constants.get("CLOCK") == clock.DEVICE:
-        constants["CLOCK"] = clock.HOST  # for the same reason the host tells the time there
+        constants["CLOCK"] = clock.HOST  # for the same reason the host sets the time there
     signature = {name: case.types.get(name, "constexpr") for name in case.function.arg_names}
     signature = {k: v.removesuffix(":16") if isinstance(v, str) else v for k, v in signature.items()}
     source = ASTSource(case.function, signature, constexprs=constants, attrs=_divisible(case.function, case.types))

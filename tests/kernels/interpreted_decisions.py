@@ -43,7 +43,7 @@ def decided(run: Any, criterion: str, n: int, capacity: int, C: int, kind: torch
         torch.tensor([9.0, 1.5, 1.5]), 1, criterion, 2, state if criterion == "patience" else None, BUCKETS,
         *buffers.values(), final=final, **options,
     )  # fmt: skip
-    buffers["control"] = buffers["control"][:4]  # behind that lies scratch of the kernel
+    buffers["control"] = buffers["control"][:4]  # after that lies scratch of the kernel
     return {**buffers, "state": state}
 
 
@@ -114,7 +114,7 @@ def test_decide_by_a_deadline(criterion: str, n: int, spare: int | None) -> None
     assert got["clock"][clock.STOPPED] == (1 if stopped else -1)
     assert got["control"].tolist()[:3] == ([0, len(BUCKETS), 0] if stopped or not stay else [stay, got["control"][1], 1])
     assert (got["exit_index"] == 1).sum() == n - stay  # who left by itself
-    assert (~got["output"].isnan()).all(1).sum() == n  # the best so far of everybody
+    assert (~got["output"].isnan()).all(1).sum() == n  # the best so far of every row
     assert got["confidence"].isfinite().sum() == n
 
 

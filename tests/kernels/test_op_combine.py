@@ -11,7 +11,7 @@ from eecompile.errors import StrategyError
 from eecompile.kernels.combine import check_combination, ensemble, keep_best, weighted_ensemble
 
 ops = torch.ops.eecompile
-OPEN, SHUT = torch.tensor(0.5), torch.tensor(2.0)
+OPEN, CLOSED = torch.tensor(0.5), torch.tensor(2.0)
 
 
 def logits(shape, seed=0, dtype=torch.float32):
@@ -41,12 +41,12 @@ def test_ensemble_is_the_geometric_mean(shape, dtype):
 def test_a_closed_exit_is_no_part_of_the_ensemble():
     a, b, c = (logits((6, 4), s) for s in range(3))
     _, held = ops.ensemble(a, None, OPEN)
-    _, skipped = ops.ensemble(b, held, SHUT)
+    _, skipped = ops.ensemble(b, held, CLOSED)
     assert torch.equal(skipped, held)
     got, _ = ops.ensemble(c, skipped, OPEN)
     want, _ = ops.ensemble(c, held, OPEN)
     assert torch.equal(got, want)
-    _, nothing = ops.ensemble(a, None, SHUT)
+    _, nothing = ops.ensemble(a, None, CLOSED)
     assert torch.equal(ops.ensemble(b, nothing, OPEN)[0], b), "the first open exit answers for itself"
 
 
@@ -98,8 +98,8 @@ def test_the_surest_of_unreadable_and_closed_exits():
     out, surest, _ = ops.keep_best(b, torch.zeros(3), state)
     assert torch.equal(out, b)
     assert surest.tolist() == [0, 0, 0]
-    _, _, shut = ops.keep_best(a, torch.ones(3), None, SHUT)
-    out, surest, _ = ops.keep_best(b, torch.full((3,), 0.25), shut, OPEN)
+    _, _, skipped = ops.keep_best(a, torch.ones(3), None, CLOSED)
+    out, surest, _ = ops.keep_best(b, torch.full((3,), 0.25), skipped, OPEN)
     assert torch.equal(out, b)
     assert surest.tolist() == [0.25] * 3
 
@@ -168,7 +168,7 @@ def test_closed_exits_and_logits_that_are_no_numbers_do_not_enter_the_weighted_e
     a, b, c = (logits((3, 4), s) for s in range(3))
     log_w, log_b = weights(3, 4)
     _, held = ops.weighted_ensemble(a, None, log_w, log_b, 0, OPEN)
-    _, skipped = ops.weighted_ensemble(b, held, log_w, log_b, 1, SHUT)
+    _, skipped = ops.weighted_ensemble(b, held, log_w, log_b, 1, CLOSED)
     assert torch.equal(skipped, held)
     b[1, 2] = math.nan
     out, state = ops.weighted_ensemble(b, held, log_w, log_b, 1, OPEN)

@@ -138,8 +138,8 @@ def test_state_is_kept_and_taken_up_again(fast, tmp_path):
     again = fast.monitor(shadow=0.5, path=path)
     assert again.state == watch.state and read_state(path) == watch.state
     assert [p.name for p in tmp_path.iterdir()] == ["watch.json"]
-    told = found("monitor", str(path))
-    assert told["counts"] == watch.state.counts
+    shown = found("monitor", str(path))
+    assert shown["counts"] == watch.state.counts
     path.write_text('{"format": "something"}')
     with pytest.raises(CalibrationError, match="no state of a monitor"):
         fast.monitor(path=path)

@@ -86,7 +86,7 @@ def test_bottlenecks_of_a_model_without_blocks(lenet: Source) -> None:
     program = lenet.upto("find_cuts")
     assert not any(c.is_block for c in program.structure.cuts)
     assert all(c.dominates and len(c.live) == 1 for c in program.structure.cuts)
-    # one place for every amount of work: behind the pooling, where the fewest numbers cross
+    # one place for every amount of work: after the pooling, where the fewest numbers cross
     shapes = [next(v.shape for v in c.live if v.node == c.value) for c in program.structure.cuts]
     assert shapes == [("batch", 6, 12, 12), ("batch", 256), ("batch", 120), ("batch", 84)]
     none = run_passes(lenet.upto("find_blocks"), [FindCuts(bottlenecks=False)])
@@ -109,7 +109,7 @@ class Parallel(nn.Module):
 def test_inside_parallel_branches_there_is_no_bottleneck() -> None:
     program = source(built(Parallel), (noise(4, 8),)).upto("find_cuts")
     shapes = {c.value: next(v.shape[1] for v in c.live if v.node == c.value) for c in program.structure.cuts}
-    assert list(shapes.values()) == [8, 16]  # behind the stem and behind the join
+    assert list(shapes.values()) == [8, 16]  # after the stem and after the join
     assert not any("tanh" in name for name in shapes)
 
 
@@ -197,7 +197,7 @@ def test_twice_is_once(masked: Source) -> None:
 
 
 def stretched(s: Source, blocks: int) -> Program:
-    """A graph of so many blocks, made by copying the last block of a captured model behind itself."""
+    """A graph of so many blocks, made by copying the last block of a captured model after itself."""
     gm = s.upto("annotate").graph_module
     first, final = run_passes(s.upto("annotate"), [FindBlocks()]).structure.blocks[-2:]
     graph = fx.Graph()

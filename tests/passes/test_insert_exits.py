@@ -1,4 +1,4 @@
-"""`insert_exits`: the marked graph computes everything, selects, and shares what it is told to share."""
+"""`insert_exits`: the marked graph computes everything, selects, and shares what it is given to share."""
 
 from __future__ import annotations
 
@@ -203,7 +203,7 @@ def test_one_threshold_for_each_or_one_for_all(resnet: Source) -> None:
 
 
 class InPlace(nn.Module):
-    """The block's own value is overwritten right behind it."""
+    """The block's own value is overwritten right after it."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -162,7 +162,7 @@ def test_a_size_that_is_free_stays_open() -> None:
 
 
 class Wasteful(nn.Module):
-    """A branch that nobody reads, which an in-place operator ends; and writes that somebody does read."""
+    """A branch that nothing reads, which an in-place operator ends; and writes that are read."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -52,7 +52,7 @@ def test_more_exits_than_places_gives_all_places_and_says_so(lenet: Source) -> N
 
 def test_every_block(resnet: Source) -> None:
     program = placed(resnet, "every-block", head="linear")
-    assert cuts(program) == LAYERS[:-1]  # behind the last there is nothing left to save
+    assert cuts(program) == LAYERS[:-1]  # after the last there is nothing left to save
     assert "leaving here saves" in reasons(program)["layer3.1"]
 
 

@@ -51,7 +51,7 @@ class Folded(nn.Module):
 
 SLOPES = torch.tensor([0.5, 0.25])
 FOLDS = {
-    "heads beside rows": lambda m: (SLOPES.view(1, -1, 1, 1) * m[:, None, None, :]).reshape(-1, 1, m.shape[1]),
+    "heads next to rows": lambda m: (SLOPES.view(1, -1, 1, 1) * m[:, None, None, :]).reshape(-1, 1, m.shape[1]),
     "rows repeated": lambda m: m.repeat_interleave(HEADS, 0).unsqueeze(1) * 0.5,
     "flattened and negated": lambda m: -m.unsqueeze(1).expand(-1, HEADS, -1).flatten(0, 1).unsqueeze(1).tanh(),
 }

@@ -1,4 +1,4 @@
-"""Routers are trained: rows whose difficulty is known go where they should, prices are paid, collapse is told."""
+"""Routers are trained: rows whose difficulty is known go where they should, prices are paid, collapse is reported."""
 
 from __future__ import annotations
 
@@ -71,8 +71,8 @@ def test_hard_rows_go_to_a_later_exit(model):
     assert found.routes[0].accuracy > 0.95
     assert found.to_dict()["routes"][0]["share"] == found.routes[0].share
     assert "Routes" in str(found)
-    told = fast.explain().to_dict()["routes"]
-    assert told["last_evaluated"][0]["name"] == "exit_0"
+    shown = fast.explain().to_dict()["routes"]
+    assert shown["last_evaluated"][0]["name"] == "exit_0"
     assert "of the rows evaluated last" in str(fast)
     assert all(torch.equal(p, q) for p, q in zip(before, model.parameters(), strict=True))
 
@@ -170,7 +170,7 @@ def test_the_regret_is_that_of_ways_run_by_themselves(model):
 
 
 def test_the_likeliest_route_has_the_least_expected_loss():
-    """Of rows that the router cannot tell apart; three routes."""
+    """Of rows that the router cannot distinguish; three routes."""
     losses = torch.tensor([[0.0, 1.0, 0.2], [2.0, 0.1, 1.0], [0.1, 3.0, 0.4], [0.9, 0.0, 0.3]])
     logits = torch.zeros(3, requires_grad=True)
     labels = torch.zeros(4, dtype=torch.long)

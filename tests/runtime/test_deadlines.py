@@ -87,7 +87,7 @@ def test_a_deadline_before_the_first_exit_gives_its_output_and_says_late(zoo, de
 
 
 def test_the_first_call_of_all_judges_by_work(zoo):
-    """Nothing was measured: the time of the first stage and the FLOPs of the others tell."""
+    """Nothing was measured: the time of the first stage and the FLOPs of the others decide."""
     animal = zoo("bert")
     fast = animal.fast
     args, kwargs = call(animal)
@@ -131,7 +131,7 @@ def test_a_slow_consumer_uses_up_the_deadline(zoo):
 
 @pytest.mark.parametrize("sudden", [False, True], ids=["busy from the start", "suddenly busy"])
 def test_few_calls_are_late_on_a_busy_machine(small, sudden):
-    """Stage times as beside a process that keeps a core busy: slower, and now and then a time slice is lost."""
+    """Stage times as next to a process that keeps a core busy: slower, and now and then a time slice is lost."""
     fast, x = small
     rng = random.Random(5)
     busy = [not sudden]

@@ -69,7 +69,7 @@ def test_a_budget_ends_the_program_early(bert):
     program = bert.engine.executor("simulate").device_program(
         bert.program.signature.flatten((), kwargs), bert.settings, last=0
     )[0]
-    assert program.count(Switch) == program.count(If) == 0  # nothing behind the first exit is there
+    assert program.count(Switch) == program.count(If) == 0  # nothing after the first exit is there
 
 
 def test_a_budget_that_stops_nobody_is_no_reason(bert):
@@ -88,10 +88,10 @@ def asked(fast, name: str, kwargs):
         return fast.run(**kwargs, budget=0.6)
 
 
-TOLD = ["ann + self_adaptive", "branchy + act", nightly("branchy + skipnet")]
+REPORTED = ["ann + self_adaptive", "branchy + act", nightly("branchy + skipnet")]
 
 
-@pytest.mark.parametrize("kind", [*TOLD, "router"])
+@pytest.mark.parametrize("kind", [*REPORTED, "router"])
 def test_a_result_is_told_without_the_host(bert, kind, monkeypatch):
     """Cost, steps and widths of a call come from what is on the device: nothing is read and nothing is sent there."""
     light = strategies.Router(at="bert.embeddings", to={"light": 0.5})
@@ -110,9 +110,9 @@ def test_a_result_is_told_without_the_host(bert, kind, monkeypatch):
             for name in ("item", "__bool__", "__float__", "__int__", "__index__"):
                 patched.setattr(torch.Tensor, name, forbidden)
             patched.setattr(torch, "tensor", forbidden)
-            told, there = torch.Tensor.tolist, {t.data_ptr() for t in fast.graph_module.buffers()}
+            plain, there = torch.Tensor.tolist, {t.data_ptr() for t in fast.graph_module.buffers()}
             patched.setattr(
-                torch.Tensor, "tolist", lambda t: forbidden() if not t.ndim or t.data_ptr() in there else told(t)
+                torch.Tensor, "tolist", lambda t: forbidden() if not t.ndim or t.data_ptr() in there else plain(t)
             )
             got = fast.result_of(outcome, fast.settings, flat)
         assert torch.equal(got.cost, want.cost)

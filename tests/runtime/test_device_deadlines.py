@@ -1,4 +1,4 @@
-"""Deadlines of device programs: on a clock that moves only as told, the simulator stops where the compact executor does."""
+"""Deadlines of device programs: on a clock that moves only as set, the simulator stops where the compact executor does."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def in_both(fast, deadlines, seconds=lambda stop: 0.010, budgets=(None,), **kwar
 def test_the_simulator_stops_where_compact_does(bert, batch, structure):
     bert.device_options = Options(structure=structure)
     kwargs = ZOO["bert"].inputs(batch, seed=4)[1]
-    bert.set_thresholds(1.0)  # open, and nobody leaves
+    bert.set_thresholds(1.0)  # open, and no row leaves
     results = in_both(bert, (0, 5, 10.5, 19.9, 20.1, 30.1, 39.9, 40.1), **kwargs)
     assert [r.exit_index[0].item() for r in results] == [0, 0, 0, 0, 1, 2, 2, 3]
     assert [r.late for r in results] == [True, True, *[False] * 6]
@@ -182,7 +182,7 @@ def test_without_conditional_nodes_the_host_tells_the_time(bert, delay):
         machine = Bound(program, memory, calls, Late(delay), executor.times.clock)
         found = stepped(machine, flat, executor.times, executor.now[0] + 0.025)
     assert want.stopped == "deadline"
-    assert torch.equal(found["exit_index"].clamp(max=1), want.exit_index)  # stopped behind the second exit
+    assert torch.equal(found["exit_index"].clamp(max=1), want.exit_index)  # stopped after the second exit
     torch.testing.assert_close(found["output"], want.leaves[0], atol=1e-5, rtol=1e-5)
 
 

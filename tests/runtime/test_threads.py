@@ -20,8 +20,8 @@ THREADS = 4
 PATIENCE = 120  # seconds until a thread counts as hanging
 
 
-def in_threads(work: Callable[[int], None], beside: Callable[[threading.Event], None] | None = None) -> None:
-    """`work(seed)` in every thread, `beside(done)` in one more; the first error is raised here."""
+def in_threads(work: Callable[[int], None], also: Callable[[threading.Event], None] | None = None) -> None:
+    """`work(seed)` in every thread, `also(done)` in one more; the first error is raised here."""
     errors: list[BaseException] = []
     done = threading.Event()
 
@@ -33,7 +33,7 @@ def in_threads(work: Callable[[int], None], beside: Callable[[threading.Event], 
             errors.append(error)
 
     threads = [threading.Thread(target=guarded, args=(lambda s=s: work(s),)) for s in range(THREADS)]
-    extra = [] if beside is None else [threading.Thread(target=guarded, args=(lambda: beside(done),))]
+    extra = [] if also is None else [threading.Thread(target=guarded, args=(lambda: also(done),))]
     for t in (*threads, *extra):
         t.start()
     for t in threads:
@@ -99,7 +99,7 @@ def test_calls_under_any_deadline_with_interrupts(small, calls):
 
 
 def programs(zoo, name: str) -> CompiledModule:
-    """A model of the zoo for an executor: exits, with gates or halting besides where asked."""
+    """A model of the zoo for an executor: exits, with gates or halting in addition where asked."""
     animal = zoo("bert")
     args, kwargs = animal.entry.inputs(4)
     exits = strategies.Branchy(exits=3, criterion="max_probability")
@@ -190,8 +190,8 @@ def test_a_running_call_keeps_whatever_is_set(zoo, name, executor_name, monkeypa
             SETTERS[name](fast, high)
             answers[high] = fast.run(**call)
         old, new = answers[False], answers[True]
-        told = {"gates": "gates", "halting": "steps", "temperatures": "confidence"}[name]
-        assert not torch.equal(getattr(old, told), getattr(new, told)), "nothing depends on what is set"
+        field = {"gates": "gates", "halting": "steps", "temperatures": "confidence"}[name]
+        assert not torch.equal(getattr(old, field), getattr(new, field)), "nothing depends on what is set"
         kept = [id(m) for m in fast.engine.chosen._kept.values()] if executor_name == "simulate" else []
         if executor_name == "compact":
             stream = fast.stream(**call)
@@ -211,5 +211,5 @@ def test_a_running_call_keeps_whatever_is_set(zoo, name, executor_name, monkeypa
         after = fast.run(**call)
         assert executor_name == "compact" or kept == [id(m) for m in fast.engine.chosen._kept.values()], "built again"
     for result, want in ((got, old), (after, new)):
-        torch.testing.assert_close(getattr(result, told), getattr(want, told))
+        torch.testing.assert_close(getattr(result, field), getattr(want, field))
         torch.testing.assert_close(fast.prediction_of(result.output), fast.prediction_of(want.output), atol=1e-6, rtol=1e-5)

@@ -22,7 +22,7 @@ def test_a_prediction_is_exceeded_by_few():
 
 
 def test_a_machine_that_has_just_become_slow_is_believed_at_once():
-    """The quantile of 256 measurements knows nothing yet: the last ones, of whatever piece, tell."""
+    """The quantile of 256 measurements knows nothing yet: the last ones, of whatever piece, count."""
     t = times()
     for _ in range(60):
         for piece in ((-1, 0), (0, 1), (1, 2)):

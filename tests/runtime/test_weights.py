@@ -1,4 +1,4 @@
-"""Weights have one truth: whoever replaces them, in the compiled module or in the original, the next call uses them."""
+"""Weights have one truth: wherever they are replaced, in the compiled module or in the original, the next call uses them."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def test_random_models_follow_random_changes(spec, change: str, seed: int) -> No
 
 
 class Adapter(nn.Module):
-    """A linear layer with a low-rank update beside it or merged into its weight, as PEFT has."""
+    """A linear layer with a low-rank update next to it or merged into its weight, as PEFT has."""
 
     def __init__(self, base: nn.Linear) -> None:
         super().__init__()

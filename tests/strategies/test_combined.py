@@ -111,9 +111,9 @@ def test_exits_and_gates_are_trained_calibrated_and_saved_together(tmp_path):
     (gates,) = found.before
     assert gates.rows == found.rows == 24  # batches take turns
     assert gates.max_drop == 0.15
-    judged = fast.evaluate(data)
-    assert judged.full_accuracy == 1.0
-    assert judged.mean_cost <= 1.05
+    evaluated = fast.evaluate(data)
+    assert evaluated.full_accuracy == 1.0
+    assert evaluated.mean_cost <= 1.05
     fast.save(tmp_path / "program")
     back = load(tmp_path / "program")
     assert back.strategy == both

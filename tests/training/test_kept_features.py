@@ -73,7 +73,7 @@ def model(kind: type[nn.Module] = Text, **options: Any) -> nn.Module:
 
 
 def texts(where: str = "middle", rows: int = ROWS, padding: int = 0, seed: int = 1) -> tuple[dict[str, Tensor], Tensor]:
-    """Three tokens 2 to 4 say the class, or the first one; behind, padding that looks like another class."""
+    """Three tokens 2 to 4 say the class, or the first one; after them, padding that looks like another class."""
     g = torch.Generator().manual_seed(seed)
     labels = torch.randint(0, CLASSES, (rows,), generator=g)
     ids = torch.randint(10, 40, (rows, LENGTH), generator=g)
