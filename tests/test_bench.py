@@ -75,6 +75,16 @@ def test_a_group_runs_and_is_merged(tmp_path, capsys, group):
             assert 0 < f["value"] < 50
 
 
+@pytest.mark.nightly
+@pytest.mark.parametrize("group", ["serving", "advice"])
+def test_groups_of_servers_and_advice(tmp_path, group):
+    out = tmp_path / "cpu.json"
+    assert program.main(["--only", group, "--small", "--rounds", "3", "--threads", "1", "--out", str(out)]) == 0
+    whole = json.loads(out.read_text())
+    check(whole)
+    assert all(0 < f["value"] < 5 for f in whole["groups"][group]["figures"])
+
+
 def test_gates_are_shut_for_the_rows_that_are_asked_for(tmp_path):
     out = tmp_path / "cpu.json"
     assert program.main(["--only", "gates", "--small", "--rounds", "3", "--threads", "1", "--out", str(out)]) == 0

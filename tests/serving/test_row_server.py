@@ -9,6 +9,7 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future
+from statistics import median
 from typing import Any
 
 import pytest
@@ -18,41 +19,10 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from eecompile import CompiledModule, eecompile, strategies
-from eecompile.errors import CaptureError, StrategyError, UntrainedWarning
+from eecompile.errors import CaptureError, StrategyError
 from eecompile.serving import Answer, RowServer, ServerBusy, ServerClosed
-
-
-class Slow(nn.Module):
-    """A layer that can be made to wait or to raise, as an operator that export keeps."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.relu(self.linear(x))
-
-
-@pytest.fixture(scope="module")
-def fast(rows: Tensor) -> CompiledModule:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = nn.Sequential(*[Slow() for _ in range(4)], nn.Linear(8, 3)).eval()
-        made = eecompile(
-            model, strategies.Branchy(exits=("0", "2"), criterion="max_probability"), example_inputs=(torch.randn(4, 8),)
-        )
-    with pytest.warns(UntrainedWarning):
-        made.set_thresholds([1.0, 1.0])
-    sure = made.observe(rows).confidences
-    assert sure is not None
-    first = float(sure[0].median())
-    made.set_thresholds([first, float(sure[1][sure[0] < first].median())])  # a half leaves at each
-    return made
-
-
-@pytest.fixture(scope="module")
-def rows() -> Tensor:
-    return torch.randn(64, 8, generator=torch.Generator().manual_seed(1)) * 3
+from tests.serving.conftest import Slow
+from tests.serving.whole import WholeBatches, paced
 
 
 def same(fast: CompiledModule, rows: Tensor, answers: list[Answer]) -> None:
@@ -96,6 +66,36 @@ def test_rows_that_leave_early_are_answered_while_others_go_on(fast: CompiledMod
     assert order == ["early", "late"]
 
 
+def test_rows_at_their_exits_have_a_lower_p50_at_equal_throughput(
+    fast: CompiledModule, rows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stages that take a fixed time for each row that reaches them, whatever else the machine does."""
+    index = fast.run(rows).exit_index
+    mix = torch.cat([(index == k).nonzero()[:n, 0] for k, n in ((0, 8), (1, 4), (2, 4))])
+    stream, ended = fast.stream, [0.25, 0.5]
+
+    def slowed(*args: Any, **kwargs: Any) -> Iterator[Any]:
+        left, done = 16, 0.0
+        for result in stream(*args, **kwargs):
+            reached = int(result.exit_index.max())
+            share = ended[reached] if reached < 2 else 1.0
+            time.sleep(0.03 * left * (share - done))
+            left, done = int((~result.final).sum()), share
+            yield result
+
+    monkeypatch.setattr(fast, "stream", slowed)
+    burst = [{"input": rows[i : i + 1]} for i in mix.tolist()]
+    p50, seconds = {}, {}
+    for kind in (RowServer, WholeBatches):
+        with kind(fast, max_batch=16, max_wait_ms=500) as server:
+            p50[kind] = median(paced(server, burst, 2, 0.6))
+            began = time.perf_counter()
+            paced(server, burst, 2, 0.0)
+            seconds[kind] = time.perf_counter() - began
+    assert p50[RowServer] <= 0.7 * p50[WholeBatches]
+    assert seconds[RowServer] <= 1.1 * seconds[WholeBatches]
+
+
 def test_a_caller_may_write_to_its_tensor_after_submit(fast: CompiledModule, rows: Tensor) -> None:
     with RowServer(fast, max_batch=2, max_wait_ms=50) as server:
         mine = rows[:1].clone()
@@ -104,20 +104,23 @@ def test_a_caller_may_write_to_its_tensor_after_submit(fast: CompiledModule, row
         same(fast, rows[:1], [future.result(30)])
 
 
-def test_many_threads_lose_nothing(fast: CompiledModule, rows: Tensor) -> None:
+@pytest.mark.parametrize("each", [100, pytest.param(1250, marks=pytest.mark.nightly)])
+def test_many_threads_lose_nothing(fast: CompiledModule, rows: Tensor, each: int) -> None:
     found: dict[int, Answer] = {}
     with RowServer(fast, max_batch=32, max_queue=10_000) as server:
 
         def ask(first: int) -> None:
-            waiting = [(i, server.submit(rows[i % 64][None])) for i in range(first, first + 100)]
+            waiting = [(i, server.submit(rows[i % 64][None])) for i in range(first, first + each)]
             found.update((i, f.result(60)) for i, f in waiting)
 
-        threads = [threading.Thread(target=ask, args=(100 * t,)) for t in range(8)]
+        threads = [threading.Thread(target=ask, args=(each * t,)) for t in range(8)]
         for t in threads:
             t.start()
         for t in threads:
             t.join()
-    same(fast, rows.repeat(13, 1)[:800], [found[i] for i in range(800)])
+    count = 8 * each
+    assert len(found) == count
+    same(fast, rows.repeat(count // 64 + 1, 1)[:count], [found[i] for i in range(count)])
 
 
 class Sequence(nn.Module):
