@@ -167,7 +167,7 @@ def test_eight_threads(fast):
         ({"alpha": 1}, "alpha is out of range"),
         ({"alpha": 0}, "alpha is out of range"),
         ({"shadow": 0}, "shadow is out of range"),
-        ({"shadow": math.nan}, "shadow is out of range"),
+        ({"shadow": math.nan}, "shadow is not a number"),
         ({"react": "clos"}, "did you mean close"),
         ({"react": "recalibrate"}, "rows with labels"),
         ({"limit": 1.5}, "limit is out of range"),
