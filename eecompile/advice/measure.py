@@ -1,4 +1,4 @@
-"""`advise`: probes of every strategy that can be tried over the frozen model, timed beside what else there is."""
+"""`advise`: probes of every strategy that can be tried over the frozen model, timed together with the alternatives."""
 
 from __future__ import annotations
 

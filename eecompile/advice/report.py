@@ -41,7 +41,7 @@ class Option:
 
 @dataclass
 class Advice(Report):
-    """What early exit is likely to give, beside what else there is.
+    """What early exit is likely to give, compared with the alternatives.
 
     Attributes:
         pays: Whether early exit is likely to pay here.

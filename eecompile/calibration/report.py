@@ -42,7 +42,7 @@ class CalibratedExit(Part):
         nll_before: Negative log likelihood at the old temperature, in nats; None where it was not fitted.
         nll_after: At the new one.
         gap: Drop among the rows that leave there or before; None where none does.
-        auroc: How well the confidence tells rows that the full model has right and this exit wrong: the probability that
+        auroc: How well the confidence separates rows that the full model has right and this exit wrong: the probability that
             such a row is less sure than another. None where there is none.
     """
 

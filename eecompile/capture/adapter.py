@@ -1,7 +1,7 @@
 """The flat-tensor adapter: tensors in, the original call inside.
 
 `torch.export` cannot give dynamic shapes to what lands in `**kwargs`, and burns Python values in anyway; so the
-model is exported behind a module that takes tensors only.
+model is exported inside a module that takes tensors only.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ def batch_size(call: FlatCall, axes: Sequence[int | None]) -> int:
     size = sizes.pop()
     if size < 2:
         raise CaptureError(
-            "the example has a batch of 1, from which a batch axis cannot be told apart",
+            "the example has a batch of 1, in which a batch axis cannot be recognised",
             got=shapes(call),
             wanted="at least 2 different rows, better 4",
             hint="pass several real inputs at once in example_inputs or example_kwargs",

@@ -1,7 +1,7 @@
 """Cascades: several models run once to compare them, put in order, and captured into a single graph.
 
-The graph gives the last model's own output, whatever its type, and behind it the predictions of the models before it.
-What is not asked for is dead code: a model whose prediction nobody reads does not run.
+The graph gives the last model's own output, whatever its type, and after it the predictions of the models before it.
+What is not asked for is dead code: a model whose prediction is not read does not run.
 """
 
 from __future__ import annotations
@@ -197,7 +197,7 @@ def capture_cascade(
 ) -> Captured:
     """The composite as one graph, under the calling convention of a single model.
 
-    The signature has the output of the last model; the graph gives the predictions of the others behind it.
+    The signature has the output of the last model; the graph gives the predictions of the others after it.
     """
     captured = capture_export(composite, args, kwargs, batch_axis=batch_axis, dynamic=dynamic, training=training)
     signature = captured.signature

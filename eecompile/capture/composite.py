@@ -1,4 +1,4 @@
-"""Several models behind one call: which inputs each takes, what prepares them, and the module that runs them in turn."""
+"""Several models in one module: which inputs each takes, what prepares them, and the module that runs them in turn."""
 
 from __future__ import annotations
 
@@ -118,7 +118,7 @@ class Composite(nn.Module):
 
 
 def _named(call: Callable[..., Any], parameters: Sequence[Parameter]) -> Callable[..., Any]:
-    """`call` under the arguments of the cascade, for whoever inspects `forward`."""
+    """`call` under the arguments of the cascade, for code that inspects `forward`."""
     bound = functools.partial(call)
     kinds = [inspect.Parameter(p.name, inspect._ParameterKind(p.kind), default=None) for p in parameters]
     bound.__signature__ = inspect.Signature(kinds)  # type: ignore[attr-defined]

@@ -418,7 +418,7 @@ def from_exported(
     training: bool,
     model: nn.Module | None = None,
 ) -> Captured:
-    """A captured graph from a program that was exported behind the flat adapter."""
+    """A captured graph from a program that was exported through the flat adapter."""
     graph_module = flat_graph(exported, "m", call.paths, model, training)
     if not training:
         check.writes_nothing(graph_module)

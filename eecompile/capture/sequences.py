@@ -2,9 +2,9 @@
 
     pack_padded_sequence(x, lengths)   gives what holds x [B, S, D] and lengths [B] as they are
     nn.LSTM, nn.GRU, nn.RNN            run `torch.ops.eecompile.packed_rnn`, layer by layer
-    pad_packed_sequence(packed)        puts the padding value behind each row
+    pad_packed_sequence(packed)        puts the padding value after each row
 
-The code of these functions is another one for the time of a trace, so whoever imported them by name gets it too.
+The code of these functions is another one for the time of a trace, so code that imported them by name gets it too.
 """
 
 from __future__ import annotations
@@ -147,7 +147,7 @@ def check_trimmed(
             raise UnsupportedModelError(
                 "an answer depends on the longest row of its batch, so rows may not leave a batch early",
                 where=where,
-                got="pad_packed_sequence without total_length, and a forward that reads the padding behind a row",
+                got="pad_packed_sequence without total_length, and a forward that reads the padding after a row",
                 wanted="answers that depend on the row alone",
                 hint=hint,
             )

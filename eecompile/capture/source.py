@@ -115,7 +115,7 @@ def _line(guard: Any) -> str:
 
 
 def _reason(error: BaseException) -> str:
-    """The first sentence of torch's message, and the one behind it where that says which constraint failed."""
+    """The first sentence of torch's message, and the one after it where that says which constraint failed."""
     lines = [x.strip() for x in str(error).splitlines() if x.strip()]
     first = lines[0].partition(" For more information")[0] if lines else ""
     if len(lines) > 1 and lines[1].startswith("- "):
@@ -178,7 +178,7 @@ def capture_failed(model: nn.Module, error: BaseException, attempts: list[str]) 
 
 
 def strip(name: str, prefix: str) -> str:
-    """`m.bert.weight` as `bert.weight`: the adapter is nobody's business."""
+    """`m.bert.weight` as `bert.weight`: the adapter is no part of the model."""
     if not prefix:
         return name
     return "" if name == prefix else name.removeprefix(prefix + ".")

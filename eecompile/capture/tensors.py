@@ -1,4 +1,4 @@
-"""Parameters and buffers of a graph are those of its model: one entry for each, whoever replaces it.
+"""Parameters and buffers of a graph are those of its model: one entry for each, wherever it is replaced.
 
 Every graph of a program reads the same entries as the user's modules. So weights that are loaded with `assign=True`, swapped
 by `torch.func.functional_call`, moved or quantized are seen by the next call, in whichever of them they were replaced.

@@ -58,7 +58,7 @@ def export(
 
 
 def _bytes(path: Path) -> int:
-    """With the files beside it that hold its weights."""
-    beside = (path.with_suffix(".bin"), path.with_name(f"{path.name}.data"))
-    files = path.rglob("*") if path.is_dir() else (path, *beside)
+    """With the files next to it that hold its weights."""
+    weights = (path.with_suffix(".bin"), path.with_name(f"{path.name}.data"))
+    files = path.rglob("*") if path.is_dir() else (path, *weights)
     return sum(p.stat().st_size for p in files if p.is_file())

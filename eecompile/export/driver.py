@@ -1,6 +1,6 @@
 """Runs a program that was exported in stages, with NumPy and ONNX Runtime alone: the conditions stand here, on the host.
 
-`export` puts a copy of this file beside the stages. `python run.py INPUTS.npz OUTPUTS.npz` runs one batch; in a program:
+`export` puts a copy of this file next to the stages. `python run.py INPUTS.npz OUTPUTS.npz` runs one batch; in a program:
 
     outputs = Program("folder")({"x": x})
 

@@ -17,7 +17,7 @@ FOLDER = "program.json"
 
 @contextlib.contextmanager
 def placing(path: Path) -> Iterator[Path]:
-    """A path to write to, in a directory of its own beside `path`; what lies there in the end is moved into place.
+    """A path to write to, in a directory of its own next to `path`; what lies there in the end is moved into place.
 
     Raises:
         ExportError: The place cannot be written to.

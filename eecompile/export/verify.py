@@ -230,7 +230,7 @@ class _Check:
             return
         if before < QUICK:
             self.report.notes.append(
-                f"a call takes {1e3 * before:.2f} ms at {first['rows']} rows: too short to tell whether the runtime "
+                f"a call takes {1e3 * before:.2f} ms at {first['rows']} rows: too short to see whether the runtime "
                 "computes every branch"
             )
         elif 1 - first["seconds"] / before < SAVED * expected:

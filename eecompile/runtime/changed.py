@@ -101,7 +101,7 @@ class ModelWatch:
 
 
 def _first_floating(program: Program) -> list[tuple[dict[str, Any], str, torch.dtype]]:
-    """One parameter whose dtype tells that the model was converted (`model.half()` changes parameters where they are)."""
+    """One parameter whose dtype shows that the model was converted (`model.half()` changes parameters where they are)."""
     for target, parameter in program.source.named_parameters():
         if parameter.is_floating_point():
             return [(*entry(program.source, target), parameter.dtype)]
