@@ -87,7 +87,7 @@ def _own_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _seeded() -> Iterator[Callable[[], str]]:
-    """The same random numbers each time, put back afterwards; gives what says whose numbers other than torch's were drawn."""
+    """The same random numbers each time, put back afterwards; names what other than torch was drawn from."""
     numpy: Any = sys.modules.get("numpy")
     states = random.getstate(), None if numpy is None else numpy.random.get_state()
     random.seed(0)

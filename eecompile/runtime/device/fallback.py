@@ -5,7 +5,7 @@ memory; the host looks only whether a copy has arrived, and runs the next stage 
 knows. Kernels mask with the true number. What is computed in vain is what had left since that number was true.
 
 A region within a stage (a gated one, a width, a branch) runs at the newest number of the stage's own rows: it holds, since
-no row is open that is not live. How many are open is not asked for: that number is made just before it is needed, so it would
+no row is open that is not live. How many are open is not asked for: that number is made just before it is needed, and would
 arrive in time only where the host waits, and unlike survivors it rises again from region to region, so that an older one is
 no bound. So k branches cost up to k times one here, and with conditional nodes they do not.
 
