@@ -70,7 +70,7 @@ def advise(
     names = _checked(model, minutes, static, only)
     clock, say = Clock(60 * minutes), progress or (lambda _: None)
     skipped = dict(NOT_PROBED)
-    with mode(model, False), torch.random.fork_rng(devices=[]):
+    with mode(model, False), mode(model if static is None else static, False), torch.random.fork_rng(devices=[]):
         say("read a sample")
         taken = sample(model, loader, clock)
         options = {"prediction": prediction, "seed": seed}
@@ -151,7 +151,7 @@ def _advice(
         options=options,
         skipped=skipped,
         rows=taken.rows,
-        batch=len(next(iter(taken.held[0].kwargs.values()), *taken.held[0].args[:1])),
+        batch=taken.batch,
         accuracy=accuracy(plain(model, fast.prediction_of), taken.held),
         seconds=clock.spent,
         by_name=isinstance(taken.fit[0][0], dict),

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from eecompile.advice.sample import Clock
-from eecompile.capture.adapter import mode
 from eecompile.errors import EecompileError
 from eecompile.export.runtimes import opened
 from eecompile.ir.settings import EXITS
@@ -71,9 +70,8 @@ def smaller(model: nn.Module, static: nn.Module, held: list[Batch], read: Callab
     Args:
         read: The class scores within an output.
     """
-    with mode(static, False):
-        drop = accuracy(plain(model, read), held) - accuracy(plain(static, read), held)
-        return Rival(STATIC, lambda b: static(*b.args, **b.kwargs), drop, _flops(static, held[0]) / _flops(model, held[0]))
+    drop = accuracy(plain(model, read), held) - accuracy(plain(static, read), held)
+    return Rival(STATIC, lambda b: static(*b.args, **b.kwargs), drop, _flops(static, held[0]) / _flops(model, held[0]))
 
 
 def plain(model: nn.Module, read: Callable[[Any], Tensor]) -> Callable[[Batch], Tensor]:

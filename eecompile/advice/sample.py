@@ -54,6 +54,11 @@ class Sample:
         return [_item(batch) for batch in self.held]
 
     @property
+    def batch(self) -> int:
+        """Rows of a batch."""
+        return _rows(self.fit[0][0])
+
+    @property
     def rows(self) -> tuple[int, int]:
         """Rows of the two halves."""
         return sum(_rows(inputs) for inputs, _ in self.fit), sum(_rows(inputs) for inputs, _ in self.held_items)

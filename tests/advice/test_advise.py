@@ -132,12 +132,13 @@ def test_where_no_head_can_know_nothing_is_advised() -> None:
 
 def test_a_smaller_model_begins_a_cascade_and_is_compared_with(easy: tuple[nn.Module, list[Any]]) -> None:
     model, loader = easy
-    small = nn.Sequential(nn.Linear(64, 2))
+    small = nn.Sequential(nn.Linear(64, 2), nn.BatchNorm1d(2, affine=False))
     with torch.no_grad():
         small[0].weight.copy_(model.out.weight)  # type: ignore[union-attr, operator]
         small[0].bias.copy_(model.out.bias)  # type: ignore[union-attr, operator]
     found = advise(model, loader, minutes=1, static=small, only=["cascade"])
     assert small.training
+    assert torch.equal(small[1].running_mean, torch.zeros(2)), "it is run in eval mode, and its statistics stay"  # type: ignore[arg-type]
     (rival,) = (o for o in found.options if o.kind == "rival")
     assert rival.name == rivals.STATIC and rival.cost < 0.1 and 0 < rival.drop < 0.3
     assert [o.name for o in found.options if o.kind == "strategy"] == ["cascade", "cascade"]
