@@ -266,7 +266,7 @@ class ConditionalProgram(Holder):
             values = Traced(self.program.prediction.tail.module, tensors).run(scores, *flat)
             for i, value in zip(slots, values, strict=True):
                 leaves[i] = value
-        return (*leaves, index, torch.nan_to_num(sure, nan=0.0))
+        return (*leaves, index, torch.where(sure.isnan(), torch.zeros_like(sure), sure))
 
     def _inputs(self) -> list[fx.Node]:
         return facts.placeholders(self.schedule.segments[0].module)
@@ -592,10 +592,13 @@ def _bodies(module: nn.Module) -> list[fx.GraphModule]:
 
 
 def example_of(program: Program) -> list[Tensor]:
-    """Inputs to trace with; their values are never read. Lengths are long: one that a stage shrinks to 1 would be fixed."""
+    """Inputs to trace with; their values are never read.
+
+    Lengths are short enough for tables of positions, and long enough that no stage shrinks one to 1, which would be fixed.
+    """
     chosen = {}
     for k, (name, (low, high)) in enumerate(program.signature.dynamic.items()):
-        size = max(low, 5 + 128 * k)
+        size = max(2 * low, 5 + 12 * k)
         chosen[name] = low if low == high else max(size, 2) if high is None else min(max(size, 2), high)
     device = facts.device_of(program.graph_module)
     found = []
