@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -34,7 +35,7 @@ class NamedForward:
         if fast is None:
             return self.function
         if torch.compiler.is_compiling():  # a trace needs no signature, and would follow this object into itself
-            return self.function.__get__(fast, owner)
+            return partial(self.function, fast)
         return Named(self.function, fast)
 
 

@@ -7,6 +7,7 @@ import io
 import pickle
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -19,7 +20,7 @@ from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from eecompile import EecompileError, load, strategies
+from eecompile import CaptureError, EecompileError, load, strategies
 from tests.random_models import specs
 from tests.support import CLOSED, Fingerprint, both, equal_bits, executor, same_result, spreading_thresholds
 from tests.support import compiled as eecompile
@@ -365,6 +366,88 @@ def test_a_module_that_is_replaced_is_refused() -> None:
         model.last = replace(model.last)
         with pytest.raises(EecompileError, match=r"has changed since it was compiled[\s\S]*last"):
             fast(x)
+
+
+SCALE = 1.0
+
+
+@dataclass
+class Setup:
+    shift: float = 1.0
+
+
+class Reads(nn.Module):
+    """[B, 8] -> [B, 3]: reads all kinds of state that is neither a parameter nor a buffer."""
+
+    factor = 1.0
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.weight = nn.Parameter(torch.randn(8))
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.second.weight = self.first.weight
+        self.out = nn.Linear(8, 3)
+        self.setup = Setup()
+        self.offset = torch.zeros(8)
+        self.version, self.table = -1, torch.empty(0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.version != self.weight._version:
+            self.version, self.table = self.weight._version, self.weight.softmax(0).detach()
+        x = x * self.factor * SCALE * self.table + self.setup.shift + self.offset
+        out: Tensor = self.out(self.second(self.first(x).relu()).relu())
+        return out
+
+
+def _global(model: nn.Module) -> None:
+    global SCALE
+    SCALE = 2.0
+
+
+def _assigned(model: nn.Module) -> None:
+    model.load_state_dict({n: t * (1 + i) for i, (n, t) in enumerate(model.state_dict().items())}, assign=True)
+
+
+PYTHON: dict[str, Callable[[Any], Any]] = {
+    "an attribute of the class, set on the model": lambda m: setattr(m, "factor", 2.0),
+    "an attribute of a config": lambda m: setattr(m.setup, "shift", 2.0),
+    "a tensor that is no buffer": lambda m: setattr(m, "offset", torch.ones(8)),
+    "a global": _global,
+    "a hook": lambda m: m.first.register_forward_hook(lambda _, given, out: 2 * out),
+    "a forward of its own": lambda m: setattr(m.first, "forward", lambda x: x),
+    "a table made of weights": lambda m: m.weight.data.mul_(2) and m.weight.add_(torch.ones(8)),
+    "weights that were shared": lambda m: setattr(m.second, "weight", nn.Parameter(torch.ones(8, 8))),
+    "shared weights that were assigned": _assigned,
+}
+
+
+@pytest.mark.parametrize("copied", [False, True], ids=["", "copied"])
+@pytest.mark.parametrize("name", PYTHON)
+def test_other_state_that_python_reads_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, copied: bool) -> None:
+    monkeypatch.setitem(globals(), "SCALE", 1.0)
+    model = Reads().eval()
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        model(x)  # its table is made
+        fast = eecompile(model, strategies.Branchy(exits=1), example_inputs=(x,))
+        fast = copy.deepcopy(fast) if copied else fast
+        running: Any = fast.original
+        equal_bits(fast(x), running(x))
+        PYTHON[name](running)
+        with pytest.raises(CaptureError, match="has changed since it was compiled"):
+            fast(x)
+
+
+def test_an_attribute_that_is_deleted_and_a_hook_that_only_looks_are_let_pass() -> None:
+    model = Reads().eval()
+    model.nothing = 3
+    x, seen = torch.randn(4, 8), list[Tensor]()
+    with torch.no_grad():
+        fast = eecompile(model, strategies.Branchy(exits=1), example_inputs=(x,))
+        del model.nothing
+        model.first.register_forward_hook(lambda _, given, out: seen.append(out))
+        equal_bits(fast(x), model(x))
 
 
 def test_attributes_that_change_nothing_are_let_pass() -> None:
