@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from operator import attrgetter, is_, itemgetter
 from types import FunctionType, ModuleType
 from typing import Any
@@ -37,69 +36,59 @@ class Values:
 
     Args:
         path: What error messages call their owner.
-        owner: A dict, or an object where `by_attribute`.
+        owner: An object.
+        names: Those in its `__dict__`; with `by_attribute` those that its class may have.
     """
 
     def __init__(self, path: str, owner: Any, names: Sequence[str], by_attribute: bool = False) -> None:
-        self.path, self.owner, self.names = path, owner, tuple(names)
+        self.path, self.owner, self.names, self.by_attribute = path, owner, tuple(names), by_attribute
         self.get: Callable[[Any], Any] = (attrgetter if by_attribute else itemgetter)(names[0], *names)  # always a tuple
-        self.seen = self.now()
+        self.held: Any = owner if by_attribute else vars(owner)
+        self.seen = tuple(map(_copied, self.get(self.held)))
 
-    def __reduce__(self) -> Any:
-        if isinstance(self.owner, ModuleType):  # a copy of a compiled module reads the same globals
-            return _of_globals, (self.path, self.names, self.seen)
-        return super().__reduce__()
-
-    def now(self) -> Any:
-        try:
-            return tuple(map(_copied, self.get(self.owner)))
-        except (KeyError, AttributeError):  # one was deleted
-            return None
-
-    @property
-    def same(self) -> bool:
-        try:
-            return bool(self.get(self.owner) == self.seen)
-        except (KeyError, AttributeError):
-            return False
+    def __reduce__(self) -> Any:  # a copy reads what its own owner has, and the same globals
+        owner = self.path if isinstance(self.owner, ModuleType) else self.owner
+        return _values_again, (self.path, owner, self.names, self.by_attribute, self.seen)
 
     def moved(self) -> list[str]:
-        return [n for n in self.names if not Values.of_one(self, n)]
-
-    def of_one(self, name: str) -> bool:
-        """Whether one of them is what it was."""
-        before = self.seen[self.names.index(name) + 1]
-        owner = self.owner
-        now = owner.get(name, _GONE) if isinstance(owner, Mapping) else getattr(owner, name, _GONE)
-        return now is before or (_plain(now) and type(now) is type(before) and now == before)
+        """Names whose values are others than before, or gone."""
+        now = [getattr(self.owner, n, _GONE) for n in self.names]
+        return [n for n, v, old in zip(self.names, now, self.seen[1:], strict=True) if not _plain(v) or v != old]
 
     def kept(self, names: Sequence[str]) -> Values:
-        return Values(self.path, self.owner, names, not isinstance(self.owner, Mapping))
+        return Values(self.path, self.owner, names, self.by_attribute)
+
+
+def _values_again(path: str, owner: Any, names: Sequence[str], by_attribute: bool, seen: Any) -> Values:
+    found = object.__new__(Values)
+    owner = importlib.import_module(path) if isinstance(owner, str) else owner
+    found.path, found.owner, found.names, found.by_attribute = path, owner, tuple(names), by_attribute
+    found.get = (attrgetter if by_attribute else itemgetter)(names[0], *names)
+    found.held, found.seen = owner if by_attribute else vars(owner), seen
+    return found
 
 
 _GONE = object()
 
 
-def _of_globals(path: str, names: Sequence[str], seen: Any) -> Values:
-    found = Values(path, importlib.import_module(path), names, True)
-    found.seen = seen
-    return found
-
-
-@dataclass
 class Objects:
-    """Entries of dicts that must stay the same objects, or stay away."""
+    """Entries of dicts, or of the `__dict__` of modules, that must stay the same objects, or stay away."""
 
-    dicts: list[dict[str, Any]] = field(default_factory=list)
-    names: list[str] = field(default_factory=list)
-    values: list[Any] = field(default_factory=list)
-    paths: list[str] = field(default_factory=list)
+    def __init__(self) -> None:
+        self.owners: list[Any] = []
+        self.names: list[str] = []
+        self.values: list[Any] = []
+        self.paths: list[str] = []
+        self.dicts: list[dict[str, Any]] = []
 
-    def add(self, held: dict[str, Any], name: str, path: str) -> None:
-        self.dicts.append(held)
-        self.names.append(name)
-        self.values.append(held.get(name))
-        self.paths.append(path)
+    def add(self, owner: Any, name: str, path: str) -> None:
+        held = owner if isinstance(owner, dict) else vars(owner)
+        for items, item in zip(vars(self).values(), (owner, name, held.get(name), path, held), strict=True):
+            items.append(item)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.dicts = [o if isinstance(o, dict) else vars(o) for o in self.owners]  # a copied module has another one
 
     @property
     def same(self) -> bool:
@@ -144,7 +133,7 @@ class ModelWatch:
             if path and path in used:
                 self._modules.add(model.get_submodule(parent)._modules, name, path)
             self._hooks += [getattr(module, hooks) for hooks in HOOKS]
-            self._objects.add(module.__dict__, "forward", f"{path}.forward".lstrip("."))
+            self._objects.add(module, "forward", f"{path}.forward".lstrip("."))
             self._tied(path, module, shared)
         self._read_values(model)
         if any(f"{CONSTANTS}.{p.replace('.', '_')}" in targets for p in self._objects.paths):
@@ -180,17 +169,17 @@ class ModelWatch:
     def _read_values(self, model: nn.Module) -> None:
         """Attributes of the modules and their classes, of objects that they hold, and globals that their code names."""
         globals_: dict[str, set[str]] = {}
-        held: dict[int, tuple[str, dict[str, Any]]] = {}
+        held: dict[int, tuple[str, Any]] = {}
         for path, module in model.named_modules():
             if type(module).__module__.startswith("torch."):
                 continue
             mine = {n: v for n, v in module.__dict__.items() if n not in OWN}
-            self._look_at(path, module.__dict__, [n for n, v in mine.items() if _plain(v)])
+            self._look_at(path, module, [n for n, v in mine.items() if _plain(v)])
             for n, v in mine.items():
                 if isinstance(v, Tensor):
-                    self._objects.add(module.__dict__, n, f"{path}.{n}".lstrip("."))
+                    self._objects.add(module, n, f"{path}.{n}".lstrip("."))
                 elif _records(v):
-                    held.setdefault(id(v), (f"{path}.{n}".lstrip("."), vars(v)))
+                    held.setdefault(id(v), (f"{path}.{n}".lstrip("."), v))
             of_class: set[str] = set()
             for kind in type(module).__mro__:
                 if kind.__module__.startswith("torch.") or kind is object:
@@ -201,12 +190,11 @@ class ModelWatch:
                         found.update(name for name in v.__code__.co_names if _plain(v.__globals__.get(name, _GONE)))
                         of_class.update(name for name in v.__code__.co_names if name not in mine)
             self._look_at(path, module, [n for n in sorted(of_class) if _of_class(module, n)], by_attribute=True)
-        for path, entries in held.values():
-            self._look_at(path, entries, [n for n, v in entries.items() if _plain(v)])
+        for path, owner in held.values():
+            self._look_at(path, owner, [n for n, v in vars(owner).items() if _plain(v)])
         for name, names in globals_.items():
-            owner = sys.modules.get(name)
-            there = [n for n in sorted(names) if not n.startswith("__") and hasattr(owner, n)]
-            self._look_at(name, owner, there, by_attribute=True)
+            there = [n for n in sorted(names) if not n.startswith("__") and hasattr(sys.modules.get(name), n)]
+            self._look_at(name, sys.modules.get(name), there, by_attribute=True)
 
     def _look_at(self, path: str, owner: Any, names: Sequence[str], by_attribute: bool = False) -> None:
         if names:
@@ -220,10 +208,20 @@ class ModelWatch:
 
     def _follow(self, values: list[Values]) -> None:
         """The present state is what later calls are compared with."""
-        self._values = values
-        self._reads, self._seen = [(v.get, v.owner) for v in values], [v.seen for v in values]
+        self._reads_of(values)
         self._objects.follow()
         self._counts, self._versions = self._hooked(), self._versioned()
+
+    def _reads_of(self, values: list[Values]) -> None:
+        self._values = values
+        self._reads, self._seen = [(v.get, v.held) for v in values], [v.seen for v in values]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name not in ("_reads", "_seen")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reads_of(self._values)
 
     def _hooked(self) -> int:
         return sum(map(len, self._hooks))
@@ -240,7 +238,7 @@ class ModelWatch:
         rows = few_rows(self.program, flat)
         args, kwargs = FlatCall(signature.parameters, (), (), signature.constants, signature.in_spec).arguments(rows)
         moved = [path for path, _, _ in self._objects.moved()]
-        moved += [f"{v.path}.{n}".lstrip(".") for v in self._values if not v.same for n in v.moved()]
+        moved += [f"{v.path}.{n}".lstrip(".") for v in self._values for n in v.moved()]
         moved += ["a hook"] if self._hooked() != self._counts else []
         moved += ["weights that a table was computed from"] if self._versioned() != self._versions else []
         with torch.no_grad(), untouched(model), mode(model, False):
@@ -249,8 +247,8 @@ class ModelWatch:
         worst = max(difference(a, b) for a, b in zip(got, want, strict=True))
         if worst > LOOSE:
             raise _changed(", ".join(moved[:5]), f"other attributes, and outputs that differ by {worst:.2g}")
-        still = [(v, [n for n in v.names if n not in v.moved()]) for v in self._values]
-        self._follow([v.kept(names) for v, names in still if names])
+        still = [(v, v.moved()) for v in self._values]
+        self._follow([v.kept([n for n in v.names if n not in gone]) for v, gone in still if len(gone) < len(v.names)])
 
 
 def _first_floating(program: Program) -> list[tuple[dict[str, Any], str, torch.dtype]]:

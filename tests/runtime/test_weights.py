@@ -416,7 +416,7 @@ PYTHON: dict[str, Callable[[Any], Any]] = {
     "a global": _global,
     "a hook": lambda m: m.first.register_forward_hook(lambda _, given, out: 2 * out),
     "a forward of its own": lambda m: setattr(m.first, "forward", lambda x: x),
-    "a table made of weights": lambda m: m.weight.data.mul_(2) and m.weight.add_(torch.ones(8)),
+    "a table made of weights": lambda m: m.weight.add_(torch.arange(8.0)),
     "weights that were shared": lambda m: setattr(m.second, "weight", nn.Parameter(torch.ones(8, 8))),
     "shared weights that were assigned": _assigned,
 }
