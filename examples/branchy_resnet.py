@@ -1,8 +1,10 @@
 """B-ResNet (Teerapittayanon et al. 2016): ResNet-20 on CIFAR-10 with branches after blocks of all three stages.
 
 Early feature maps are fine and know little of the whole image, so a branch halves the map and doubles the channels as
-the trunk's own stages do, down to 8 x 8, before it averages (`Branch`). Exits may stand closer than any one choice of
-thresholds needs: a closed exit costs nothing, and calibration opens those that pay.
+the trunk's own stages do, down to 4 x 4, before it averages (`Branch`). Exits may stand closer than any one choice of
+thresholds needs: a closed exit costs nothing, and calibration opens those that pay. The trunk, trained as usual before,
+stays as it is; branches learn labels and the trunk's own output, each alone. Trained on together with its branches for 3
+passes, a trunk of 89.2% ended at 87.6% and saved no more.
 """
 
 from __future__ import annotations
@@ -21,13 +23,13 @@ SIZES = (1, 32, 256)
 
 
 class Branch(nn.Module):
-    """[B, C, H, W] to [B, classes]: 3 x 3 convolutions of stride 2 down to 8 x 8, the mean, one linear layer."""
+    """[B, C, H, W] to [B, classes]: 3 x 3 convolutions of stride 2 down to 4 x 4, the mean, one linear layer."""
 
     def __init__(self, site: Site) -> None:
         super().__init__()
         channels, side = site.width, int(site.sizes[2])
         layers: list[nn.Module] = []
-        while side > 8:
+        while side > 4:
             layers += [nn.Conv2d(channels, 2 * channels, 3, 2, 1, bias=False), nn.BatchNorm2d(2 * channels), nn.ReLU()]
             channels, side = 2 * channels, -(-side // 2)
         self.convolutions = nn.Sequential(*layers)
@@ -46,7 +48,7 @@ def example(options: Options, record: Record) -> None:
     train = datasets.loader("cifar10:train", batch_size=batch, standin=quick, seed=options.seed, augmented=not quick)
     held_out = {part: datasets.loader(f"cifar10:{part}", standin=quick) for part in ("val", "test")}
     x: Tensor = next(iter(held_out["val"]))[0][:8]
-    strategy = Branchy(exits=EXITS_QUICK if quick else EXITS, head=Branch, trunk=True, distillation=0.5)
+    strategy = Branchy(exits=EXITS_QUICK if quick else EXITS, head=Branch, distillation=0.5)
     fast = eecompile(trunk.model, strategy, example_inputs=(x,))
     fit = fitted(
         fast,
@@ -54,9 +56,8 @@ def example(options: Options, record: Record) -> None:
         "branchy-resnet",
         options,
         trunk,
-        epochs=2,
+        epochs=2 if quick else 3,
         lr=3e-3,
-        trunk_lr=1e-3,
         scheduler="cosine",
         bf16=not quick,
     )

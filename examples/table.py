@@ -32,10 +32,10 @@ SHORT_COLUMNS = ("", "strategy", "full", "early", "cost", "faster at 32", "comma
 # The README's: one for each use, the last one a loss. Strategy, record, row.
 SHORT = (
     ("`branchy`", "branchy_lenet", 0),
+    ("`branchy`", "branchy_resnet", 0),
     ("`mebert`", "mebert_imdb", 0),
     ("`cascade`", "cascade_text", 0),
-    ("`depth_adaptive`", "depth_adaptive_text", 4),
-    ("`branchy`", "branchy_resnet", 0),
+    ("`act`", "act_recurrent", 0),
 )
 
 

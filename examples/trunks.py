@@ -375,7 +375,7 @@ def main() -> None:
         figures = f"test {got.accuracy:.4f}, validation {got.val_accuracy:.4f}, trained in {got.seconds:.0f} s"
         print(f"{got.recipe.name}: {figures}", flush=True)
         if options.ship:
-            ship(got, f"python -m examples.trunks {name} --seed {options.seed} --threads {options.threads}")
+            ship(got, f"python -m examples.trunks {name} --ship --seed {options.seed} --threads {options.threads}")
 
 
 if __name__ == "__main__":
