@@ -140,14 +140,11 @@ def _advice(
     best, most, why = decide(options, DROPS)
     needed = Options(max_drop=most).rows_needed
     notes = [f"A guarantee at {most:.0%} takes at least {needed} rows of calibration, and more careful thresholds."]
-    others_share = median([share for share in times.others if share is not None] or [0.0])
-    if others_share > BUSY:
-        notes.append(f"Other processes took {others_share:.0%} of the machine meanwhile: measure again when it is idle.")
     return Advice(
         pays=best is not None,
         strategy=None if best is None else best.name,
         max_drop=most,
-        why=why,
+        why=[*why, *_doubts(times)],
         options=options,
         skipped=skipped,
         rows=taken.rows,
@@ -157,6 +154,13 @@ def _advice(
         by_name=isinstance(taken.fit[0][0], dict),
         notes=notes,
     )
+
+
+def _doubts(times: Rounds) -> list[str]:
+    """Why times mean little; empty where they were measured on an idle machine."""
+    share = median([share for share in times.others if share is not None] or [0.0])
+    text = f"Other processes took {share:.0%} of the machine, so times mean little: measure again on an idle one."
+    return [text] if share > BUSY else []
 
 
 def _options(probes: list[Probe], others: list[Rival]) -> tuple[list[Option], dict[str, Callable[[Batch], Any]]]:

@@ -13,11 +13,13 @@ from torch import Tensor, nn
 
 from eecompile import EecompileError, advise, eecompile
 from eecompile.advice import rivals
+from eecompile.advice.measure import _doubts
 from eecompile.advice.probe import _constant, _front, _point
 from eecompile.advice.report import Advice, Option, decide
 from eecompile.advice.sample import Clock, sample
 from eecompile.calibration.evidence import Evidence
 from eecompile.ir.settings import EXITS
+from eecompile.measuring import Rounds
 
 
 class Deep(nn.Module):
@@ -179,6 +181,11 @@ def test_what_is_decided(options: list[Option], strategy: str | None, said: list
     assert (best.name if best else None) == strategy
     assert most == 0.01
     assert all(part in " ".join(why) for part in said)
+
+
+@pytest.mark.parametrize(("others", "said"), [([0.0, 0.02, 0.9], False), ([0.5, 0.6, None], True), ([None], False)])
+def test_times_of_a_busy_machine_are_doubted(others: list[float | None], said: bool) -> None:
+    assert bool(_doubts(Rounds({}, others))) == said
 
 
 def test_points_against_the_definition() -> None:
