@@ -183,11 +183,6 @@ class Costs:
     seconds: Mapping[str, float] = field(default_factory=dict)
     full_flops: float | None = None
 
-    @property
-    def total(self) -> float:
-        """FLOPs of the unmodified model; of a cascade's last model alone."""
-        return float(sum(self.flops.values())) if self.full_flops is None else self.full_flops
-
 
 @dataclass(frozen=True)
 class Structure:
@@ -257,7 +252,8 @@ class Program:
     @property
     def total_flops(self) -> float:
         """Cost of the unmodified model for one row; of a cascade's last model alone."""
-        return self.costs.total
+        full = self.costs.full_flops
+        return float(sum(self.costs.flops.values())) if full is None else full
 
     def restore(self, leaves: Sequence[torch.Tensor], flat: Sequence[torch.Tensor]) -> Any:
         """The model's own output type around what a graph gave for these flat inputs."""
