@@ -28,7 +28,7 @@ from eecompile.module import CompiledModule
 from eecompile.options import CompileOptions
 from eecompile.passes import analysis, insertion, run_passes
 from eecompile.passes.carried import Brought, unwrapped
-from eecompile.prediction import find_prediction
+from eecompile.prediction import check_scores, find_prediction
 from eecompile.program import Capture, Prediction, Program
 from eecompile.runtime.origin import Origin
 from eecompile.signature import Signature
@@ -121,6 +121,10 @@ def _compile(
         capture=Capture(captured.front_end, captured.models, subject.brought.places),
         prediction=Prediction(find_prediction(captured.signature.outputs, subject.prediction)),
     )
+    if captured.front_end == "blocks" and chosen.recipe().exits is not None and captured.flat_example is not None:
+        with torch.no_grad():
+            found = program.source(*captured.flat_example)[program.prediction.index or 0]
+        check_scores(found, type(model).__name__)
     program = run_passes(program, analysis(captured, options.measure, options.blocks), progress)
     program = run_passes(program, insertion(chosen.recipe(), captured, options.seed, subject.brought), progress)
     origin = Origin(

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from eecompile.errors import StrategyError, near
 from eecompile.signature import Leaf
+
+LEAST_TO_TELL = 8  # scores between 0 and 1, by which a sigmoid is told from logits
 
 
 def find_prediction(leaves: Sequence[Leaf], wanted: str | int | None, where: str | None = None) -> int:
@@ -43,6 +48,37 @@ def find_prediction(leaves: Sequence[Leaf], wanted: str | int | None, where: str
         wanted="one floating-point output [B, C] or [B, S, C]",
         hint="pass prediction= with its name or index",
     )
+
+
+def check_scores(scores: Tensor, where: str | None = None) -> None:
+    """Refuses probabilities of a model whose end is not in a graph: rows that exit early would be given logits.
+
+    Args:
+        scores: What the model predicts for an example, [B, C] or [B, S, C].
+
+    Raises:
+        StrategyError: They look like the output of a softmax, a log-softmax or, from 8 scores on, a sigmoid.
+    """
+    z = scores.detach().float()
+    if not z.numel() or not bool(z.isfinite().all()):
+        return
+    one = torch.ones(z.shape[:-1], device=z.device)
+    several = z.shape[-1] > 1
+    end = None
+    if several and bool((z >= 0).all()) and torch.allclose(z.sum(-1), one, atol=1e-3):
+        end = "softmax"
+    elif several and bool((z <= 0).all()) and torch.allclose(z.exp().sum(-1), one, atol=1e-3):
+        end = "log-softmax"
+    elif z.numel() >= LEAST_TO_TELL and bool(((z > 0) & (z < 1)).all()):
+        end = "sigmoid"
+    if end is not None:
+        raise StrategyError(
+            "the prediction looks like probabilities, and rows that exit early would be given logits",
+            where=where,
+            got=f'what a {end} gives, captured with capture="blocks", where the model\'s end is in no graph',
+            wanted="logits",
+            hint='return the logits, or prediction= that names them; capture="export" follows the end of the model',
+        )
 
 
 def _checked(leaves: Sequence[Leaf], index: int, where: str | None) -> int:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
-from eecompile import ArtifactError, CaptureError, StrategyError, load
+from eecompile import ArtifactError, CaptureError, StrategyError, load, strategies
 from tests.capture.nets import WIDTH, Answer, Net, compiled, made, rows
 from tests.support import close, equal_bits
 from tests.support import compiled as eecompile
@@ -175,3 +177,34 @@ def test_a_prediction_that_is_none(kind, prediction, said):
 def test_a_model_that_returns_no_tensor():
     with pytest.raises(CaptureError, match="no tensor"):
         eecompile(made(Nothing), example_inputs=(rows(4),))
+
+
+class Residual(nn.Module):
+    """[B, 8] -> [B, 4] in four repeated blocks, and whatever end."""
+
+    def __init__(self, end: Any) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(4))
+        self.out, self.end = nn.Linear(8, 4), end
+
+    def forward(self, x: Tensor) -> Any:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.end(self.out(x))
+
+
+@pytest.mark.parametrize("end", ["softmax", "log_softmax", "sigmoid", None])
+def test_probabilities_of_a_model_captured_as_blocks_are_refused(end: str | None) -> None:
+    ends: dict[str | None, Any] = {
+        "softmax": lambda z: z.softmax(-1),
+        "log_softmax": lambda z: z.log_softmax(-1),
+        "sigmoid": torch.sigmoid,
+        None: lambda z: z,
+    }
+    model, x = Residual(ends[end]).eval(), torch.randn(6, 8, generator=torch.Generator().manual_seed(0))
+    if end is None:
+        assert eecompile(model, strategies.Branchy(exits=1), example_inputs=(x,), capture="blocks").exits
+        return
+    with pytest.raises(StrategyError, match="looks like probabilities"):
+        eecompile(model, strategies.Branchy(exits=1), example_inputs=(x,), capture="blocks")
