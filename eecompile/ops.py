@@ -5,7 +5,7 @@ one and it can run. The names below are the plain torch definitions, which copy 
 executors call directly; `confidence` and `halt` are their kernels where those can run.
 
 `decide`, `tick`, `gather`, `scatter` and `open_rows` are what executors are made of: they write into buffers and have no
-gradient.
+gradient; nor has `head_confidence`, with which a draft head proposes tokens.
 """
 
 from eecompile.kernels.blank import blank
@@ -17,6 +17,7 @@ from eecompile.kernels.decide import decide
 from eecompile.kernels.gate import gate
 from eecompile.kernels.gather import gather, scatter
 from eecompile.kernels.halt import run_halt as halt
+from eecompile.kernels.head_confidence import head_confidence
 from eecompile.kernels.open_rows import open_rows
 from eecompile.kernels.packed_rnn import packed_rnn
 from eecompile.kernels.select import select
@@ -30,6 +31,7 @@ __all__ = [
     "gate",
     "gather",
     "halt",
+    "head_confidence",
     "keep_best",
     "open_rows",
     "packed_rnn",

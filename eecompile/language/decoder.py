@@ -160,7 +160,9 @@ class CompiledDecoder(nn.Module):
         )  # fmt: skip
         options = DraftOptions(self.threshold, self.max_draft, self.strategy.lookup, self.strategy.kv == "verify")
         split = Split(self.model, self.blocks, self.exit)
-        return Generation(split, self._head(split), options, choosing, config.max_length)
+        head = self.draft_head
+        best = head.best if isinstance(head, DraftHead) else None
+        return Generation(split, self._head(split), options, choosing, config.max_length, best)
 
     @property
     def draft_head(self) -> DraftHead | None:

@@ -11,6 +11,7 @@ from rich.console import RenderableType
 from torch import Tensor, nn
 from torch.nn import functional
 
+import eecompile.ops  # noqa: F401 (registers the operator)
 from eecompile.errors import StrategyError
 from eecompile.language.split import own_forward, shadow
 from eecompile.training.report import Report, json_safe
@@ -41,6 +42,15 @@ class DraftHead(nn.Module):
         """[..., D] to [..., V']"""
         logits: Tensor = self.up(self.down(self.norm(hidden)))
         return logits
+
+    def best(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        """The likeliest token [n] of hidden states [n, D] and its probability [n]; the kernel of a large vocabulary on CUDA,
+        which writes no logits.
+        """
+        down = self.down(self.norm(hidden))
+        one = torch.ones((), device=hidden.device)
+        sure, best, _ = torch.ops.eecompile.head_confidence(down, self.up.weight, None, one)
+        return self.vocabulary[best.clamp(min=0)], sure
 
 
 @dataclass

@@ -126,13 +126,18 @@ class Choosing:
 
 
 class Generation:
-    """The state of one call of `generate`."""
+    """The state of one call of `generate`.
+
+    Args:
+        head: Logits of the draft head from ids [B, 1] and hidden states [B, 1, D], and its vocabulary.
+        best: The likeliest tokens [B] and their probabilities from hidden states [B, D]: a shorter way for greedy decoding.
+    """
 
     def __init__(
         self, split: Split, head: Callable[[Tensor, Tensor], tuple[Tensor, Tensor | None]], options: DraftOptions,
-        choosing: Choosing, capacity: int | None
+        choosing: Choosing, capacity: int | None, best: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     ) -> None:  # fmt: skip
-        self.split, self.head, self.options, self.choosing = split, head, options, choosing
+        self.split, self.head, self.options, self.choosing, self.best = split, head, options, choosing, best
         self.cache = SlotCache(split.count, None if capacity is None else capacity + options.max_draft)
         self.counts = Counts()
         self.rows: list[Row] = []
@@ -218,15 +223,22 @@ class Generation:
         if not going or self.options.threshold > 1:
             return []
         last = torch.stack([queue[b][-1] for b in going])[:, None]  # [B', 1, D]
-        logits, vocabulary = self.head(ids[going, :1], last)
         on = []
-        for b, scores in zip(going, logits[:, 0].float(), strict=True):
-            token = self._drafted(b, scores, vocabulary)
+        for b, token in zip(going, self._proposed(going, ids[going, :1], last), strict=True):
             if token is not None:
                 self.rows[b].drafts.append((token, False))
                 self.counts.drafted += 1
                 on.append(b)
         return on
+
+    def _proposed(self, going: list[int], ids: Tensor, last: Tensor) -> list[int | None]:
+        """A token for each of these rows, None where the draft head is not sure enough; `last` [B', 1, D]."""
+        if self.best is not None and self.choosing.seed is None:
+            tokens, sure = self.best(last[:, 0].float())
+            pairs = zip(tokens.tolist(), sure.tolist(), strict=True)
+            return [token if p >= self.options.threshold else None for token, p in pairs]  # NaN is never sure
+        logits, vocabulary = self.head(ids, last)
+        return [self._drafted(b, s, vocabulary) for b, s in zip(going, logits[:, 0].float(), strict=True)]
 
     def _drafted(self, b: int, scores: Tensor, vocabulary: Tensor | None) -> int | None:
         """The draft head's token, None where it is not sure enough."""

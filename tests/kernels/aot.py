@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eecompile.kernels import choose, clock, condition, confidence, decide, gather, halt, open_rows
+from eecompile.kernels import choose, clock, condition, confidence, decide, gather, halt, head_confidence, open_rows
 from eecompile.kernels._triton import extern_libs, triton
 
 TARGETS = {
@@ -171,6 +171,31 @@ def _halt(dtype: str, first: bool, last: bool) -> Case:
     return Case("halt", label, halt.halt_kernel, types, constants)
 
 
+def _head(dtype: str, criterion: str, aligned: bool = True) -> Case:
+    multiple = "i32:16" if aligned else "i32"
+    types = {
+        **_pointers(f"*{dtype}", "hidden weight bias"),
+        **_pointers("*fp32", "temperature partial value margin"),
+        **_pointers("*i32", "partial_index counters"),
+        "top1": "*i64",
+        **_pointers(multiple, "hidden_row weight_row D"),
+        "padded": "i32:16",
+        **_pointers("i32", "n V splits tiles"),
+    }
+    block_v, block_d, warps = head_confidence.blocks(dtype == "fp32", aligned)
+    constants = {
+        "CRITERION": criterion,
+        "BIAS": True,
+        "WIDEN": False,
+        "N": head_confidence.ROWS,
+        "BLOCK_V": block_v,
+        "BLOCK_D": block_d,
+        "SPLITS": 1024 // head_confidence.ROWS,
+    }
+    label = f"{criterion} {dtype}" + ("" if aligned else " unaligned")
+    return Case("head_confidence", label, head_confidence.head_kernel, types, constants, warps)
+
+
 def cases() -> list[Case]:
     """Every kernel in the shapes that matter: few and many classes, a vocabulary, the three dtypes."""
     return [
@@ -195,6 +220,10 @@ def cases() -> list[Case]:
         _condition(compare=True),
         _halt("bf16", first=False, last=False),
         _halt("fp32", first=True, last=False),
+        _head("bf16", "max_probability"),
+        _head("fp16", "entropy", aligned=False),
+        _head("fp32", "margin"),
+        _head("fp32", "energy", aligned=False),
     ]
 
 

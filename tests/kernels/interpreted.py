@@ -9,7 +9,7 @@ import contextlib
 import pytest
 import torch
 
-from eecompile.kernels import choose, confidence, gather, halt, open_rows
+from eecompile.kernels import choose, confidence, gather, halt, head_confidence, open_rows
 from eecompile.kernels._lists import COUNTER, control_size
 from tests.kernels.interpreting import BUCKETS, DTYPES, INF, NAN, NIGHTLY, close, launched, logits, seeded
 
@@ -184,3 +184,38 @@ def test_halt(shape: tuple[int, ...], D: tuple[int, ...], dtype: torch.dtype) ->
         assert torch.equal(running, still)
     assert not running.any()
     assert weighted.isfinite().all()
+
+
+# --- head_confidence ------------------------------------------------------------------------------
+
+
+def eighths(*shape: int, generator: torch.Generator) -> torch.Tensor:
+    return (torch.randn(shape, generator=generator) * 8).round() / 8
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("n", "D", "V", "splits"),
+    [(1, 7, 1, None), (5, 33, 63, 2), pytest.param(1, 16, 1023, 3, marks=NIGHTLY), (20, 65, 300, None)],
+)
+def test_head_confidence(n: int, D: int, V: int, splits: int | None, dtype: torch.dtype) -> None:
+    g = seeded(V)
+    # Eighths: every sum is exact in float32, in whatever order it is added, so that a tie is a tie on every processor.
+    hidden = eighths(n, 2 * D, generator=g).to(dtype)[:, ::2]
+    weight = eighths(V, D, generator=g).to(dtype)
+    bias = eighths(V, generator=g).to(dtype)
+    if V > 60:
+        weight[-1], bias[-1] = weight[3], bias[3]
+        hidden[0] = weight[3] * 2  # a tie across tiles: the lower class wins
+        bias[5] = -INF
+    if n > 3:
+        hidden[1, 0], hidden[2, 0] = NAN, INF
+    for criterion in head_confidence.CRITERIA:
+        for b in (None, bias):
+            with launched("head_confidence"):
+                got = head_confidence.launch_head_confidence(hidden, weight, b, torch.tensor(2.0), criterion, splits)
+            wanted = head_confidence.head_confidence(hidden, weight, b, torch.tensor(2.0), criterion, dtype=torch.float64)
+            for x, y in zip(got, wanted, strict=True):
+                torch.testing.assert_close(x.double(), y.double(), rtol=1e-4, atol=1e-5, equal_nan=True)
+    if V > 60:
+        assert got[1][0] == 3

@@ -21,6 +21,7 @@ KERNELS = [
     "open_rows",
     "condition",
     "halt",
+    "head_confidence",
 ]
 
 
@@ -75,7 +76,7 @@ class Named:  # a driver that can only say what it would compile for
     class utils: pass
 
 driver.set_active(Named())
-from eecompile.kernels import choose, clock, condition, confidence, decide, gather, halt, open_rows
+from eecompile.kernels import choose, clock, condition, confidence, decide, gather, halt, head_confidence, open_rows
 compiled = []
 plain = JITFunction.run
 def warm(self, *args, grid, warmup, **options):
@@ -111,6 +112,7 @@ for n in (1, 5):  # Triton makes constants of ones
     open_rows.launch_open_rows(torch.ones(n), i32(1, n), i32(1, 1), i64(n), i32(n + 4))
     w, ledger, _ = halt.launch_halt(torch.zeros(n), torch.zeros(n), None, None)
     halt.launch_halt(torch.zeros(n), torch.zeros(n), w, ledger)
+    head_confidence.launch_head_confidence(torch.zeros(n, 48), torch.zeros(n * 300 - 299, 48), None, one)
 print(" ".join(sorted({name for name, _ in compiled})))
 """
 

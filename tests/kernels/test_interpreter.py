@@ -27,6 +27,7 @@ KERNELS = [
     "choose",
     "open_rows",
     "halt",
+    "head_confidence",
 ]
 
 pytestmark = pytest.mark.skipif(not HAVE_TRITON, reason="no Triton on this platform")

@@ -258,6 +258,7 @@ def samples() -> dict[str, tuple[Any, ...]]:
         "gather": ([torch.randn(4, 3)], [torch.zeros(8, 3)], rows, i32, [0]),
         "scatter": ([torch.randn(4, 3)], [torch.zeros(8, 3)], rows, i32, [0]),
         "open_rows": (c[0], i32, buckets, torch.zeros(4).long(), torch.zeros(8, dtype=torch.int32)),
+        "head_confidence": (torch.randn(4, 3), torch.randn(9, 3), None, torch.ones(())),
     }  # fmt: skip
 
 
@@ -267,7 +268,7 @@ def test_operator(name: str) -> None:
     torch.library.opcheck(getattr(OPS, name).default, samples()[name])
 
 
-@pytest.mark.parametrize("name", ["decide", "tick", "gather", "scatter", "open_rows"])
+@pytest.mark.parametrize("name", ["decide", "tick", "gather", "scatter", "open_rows", "head_confidence"])
 def test_executors_operators_need_no_value_on_the_host(name: str) -> None:
     """Their definitions too: under fake tensors a value that is read on the host raises."""
     from torch._subclasses.fake_tensor import FakeTensorMode

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from eecompile import eecompile, strategies
 from eecompile.errors import EecompileError, StrategyError, UnsupportedModelError
 from eecompile.language.decoder import CompiledDecoder
+from eecompile.language.draft import DraftHead
 from eecompile.language.lookup import lookup
 from tests.language.decoders import DECODERS, V, decoder, prompts
 
@@ -293,6 +294,18 @@ def test_a_trained_head_drafts_and_calibration_chooses(llama: Any) -> None:
     with pytest.raises(StrategyError, match="does not pay"):
         fast.calibrate(texts, positions=100, min_speed=1e6)
     assert (fast.exit, fast.threshold, fast.max_draft) == before
+
+
+def test_the_best_token_of_a_draft_head_is_that_of_its_logits() -> None:
+    torch.manual_seed(0)
+    for rank in (0, 4):
+        head, hidden = DraftHead(16, torch.tensor([3, 5, 8, 13, 21]), rank), torch.randn(7, 16)
+        hidden[2] = float("nan")
+        tokens, sure = head.best(hidden)
+        real = torch.arange(7) != 2
+        wanted = head(hidden).softmax(-1).max(-1)
+        assert torch.equal(tokens[real], head.vocabulary[wanted.indices][real])
+        torch.testing.assert_close(sure, wanted.values.detach(), equal_nan=True)
 
 
 @pytest.mark.parametrize(
