@@ -48,10 +48,16 @@ def attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = N
     return aten(query, key, value, mask, *args, **kwargs)  # type: ignore[no-any-return]
 
 
+def average_pool(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Adaptive pooling of one axis; to a single value it is a mean, and torch does not ask how many rows survive."""
+    return x.mean(-1, keepdim=True) if list(size) == [1] else torch.ops.aten.adaptive_avg_pool1d.default(x, size)
+
+
 # Operators, and definitions that may launch a kernel, by their definitions in plain torch.
 PLAIN: dict[Any, Callable[..., Any]] = {
     ops.confidence: confidence.confidence,
     ops.halt: halt.halt,
+    torch.ops.aten.adaptive_avg_pool1d.default: average_pool,
     torch.ops.aten.scaled_dot_product_attention.default: attention,
     torch.ops.eecompile.choose.default: choose.choose,
     torch.ops.eecompile.confidence.default: confidence.confidence,

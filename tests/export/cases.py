@@ -55,7 +55,7 @@ def same_as_reference(fast: CompiledModule, call: MakeCall, run: Run, sizes: Seq
             *leaves, index, confidence = map(torch.as_tensor, run(fast.flatten(args, kwargs), tensors_of(fast)))
             assert torch.equal(index, want.exit_index), (size, name)
             assert index.dtype == torch.int64
-            torch.testing.assert_close(confidence, want.confidence, atol=1e-5, rtol=0)
+            torch.testing.assert_close(confidence, want.confidence, atol=5e-5, rtol=0)
             for got, wanted in zip(leaves, fast.program.signature.flatten_output(want.output), strict=True):
                 close(got, wanted)
             taken |= set(index.tolist())
