@@ -22,6 +22,7 @@ from eecompile.capture.axes import BatchAxis
 from eecompile.capture.cascade import capture_cascade, ready
 from eecompile.capture.composite import several
 from eecompile.capture.export import capture_export
+from eecompile.capture.untouched import untouched
 from eecompile.errors import CaptureError, EecompileError, MissingDependencyError, PassError, StrategyError
 from eecompile.members import compiled_members
 from eecompile.module import CompiledModule
@@ -122,7 +123,7 @@ def _compile(
         prediction=Prediction(find_prediction(captured.signature.outputs, subject.prediction)),
     )
     if captured.front_end == "blocks" and chosen.recipe().exits is not None and captured.flat_example is not None:
-        with torch.no_grad():
+        with untouched(model), torch.no_grad():
             found = program.source(*captured.flat_example)[program.prediction.index or 0]
         check_scores(found, type(model).__name__)
     program = run_passes(program, analysis(captured, options.measure, options.blocks), progress)
