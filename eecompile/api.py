@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -122,11 +123,9 @@ def _compile(
         capture=Capture(captured.front_end, captured.models, subject.brought.places),
         prediction=Prediction(find_prediction(captured.signature.outputs, subject.prediction)),
     )
-    if captured.front_end == "blocks" and chosen.recipe().exits is not None and captured.flat_example is not None:
-        with untouched(model), torch.no_grad():
-            found = program.source(*captured.flat_example)[program.prediction.index or 0]
-        check_scores(found, type(model).__name__)
     program = run_passes(program, analysis(captured, options.measure, options.blocks), progress)
+    if chosen.recipe().exits is not None and program.prediction.tail is None and not captured.models:
+        _check_scores(model, captured, program)
     program = run_passes(program, insertion(chosen.recipe(), captured, options.seed, subject.brought), progress)
     origin = Origin(
         model=subject.original,
@@ -139,6 +138,15 @@ def _compile(
     fast = CompiledModule(program, chosen, executor=options.executor, backend=options.backend, origin=origin)
     fast.live.hold_back()
     return fast
+
+
+def _check_scores(model: Any, captured: Captured, program: Program) -> None:
+    """Refuses a prediction that looks like probabilities where the model's end was not recognised."""
+    if captured.flat_example is not None:
+        guard = untouched(model) if isinstance(model, nn.Module) else nullcontext()
+        with guard, torch.no_grad():
+            found = captured.graph_module(*captured.flat_example)[program.prediction.index or 0]
+        check_scores(found, captured.front_end, type(model).__name__)
 
 
 def same_outputs(evaluated: Signature, trained: Signature, model: nn.Module | None) -> None:

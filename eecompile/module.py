@@ -25,7 +25,7 @@ from eecompile.calibration.monitor import Monitor, MonitorOptions
 from eecompile.capture.adapter import mode
 from eecompile.costs import CostModel
 from eecompile.criteria import MaxProbability
-from eecompile.errors import CaptureError, EecompileError, StrategyError
+from eecompile.errors import CaptureError, EecompileError, StrategyError, near
 from eecompile.export import ExportReport, export, stage_inputs, verify_export
 from eecompile.heads import Branch, Head
 from eecompile.ir import settings as families
@@ -55,6 +55,7 @@ from eecompile.training.evaluate import evaluate
 from eecompile.training.fit import fit, loss_of
 from eecompile.training.graphs import TrainingGraphs
 from eecompile.training.objectives import Objective
+from eecompile.training.tasks import TASKS
 from eecompile.with_labels import LABELS, NamedForward, takes_labels, with_loss
 
 
@@ -90,7 +91,6 @@ class CompiledModule(nn.Module):
         train_mode: What train mode trains, and how gates decide in it.
         guarantee: Of the last `calibrate`; `explain` says whether it still holds.
         digest: Of the weights, with what they were then, for the guarantee.
-        task: What the model is for, as `fit` found it last or the user set it; see `eecompile.training.tasks`.
     """
 
     accepts_loss_kwargs = False  # of transformers.Trainer: `num_items_in_batch` among the arguments
@@ -119,7 +119,7 @@ class CompiledModule(nn.Module):
         self.train_mode = TrainMode(trunk=strategy.joint)
         self.training_graphs = TrainingGraphs(program, self.origin, strategy.recipe().equilibrium)
         self.objectives: dict[str, Objective] = {}
-        self.task: str | None = None
+        self._task: str | None = None
         self.guarantee: Guarantee | None = None
         self.digest: tuple[list[Any], str] | None = None
         self.seen = Seen()
@@ -536,6 +536,17 @@ class CompiledModule(nn.Module):
         One objective for all calls: some keep means, and the price of a FLOP moves on.
         """
         return loss_of(self, result, labels)
+
+    @property
+    def task(self) -> str | None:
+        """What the model is for, one of `eecompile.training.tasks.TASKS`, as labels said or as it was set; None: unknown."""
+        return self._task
+
+    @task.setter
+    def task(self, task: str | None) -> None:
+        if task is not None and task not in TASKS:
+            raise StrategyError("unknown task", got=repr(task), wanted=near(str(task), TASKS))
+        self._task = task
 
     @property
     def train_trunk(self) -> bool:

@@ -50,14 +50,15 @@ def find_prediction(leaves: Sequence[Leaf], wanted: str | int | None, where: str
     )
 
 
-def check_scores(scores: Tensor, where: str | None = None) -> None:
-    """Refuses probabilities of a model whose end is not in a graph: rows that exit early would be given logits.
+def check_scores(scores: Tensor, front_end: str, where: str | None = None) -> None:
+    """Refuses probabilities of a model whose end was not recognised: rows that exit early would be given logits.
 
     Args:
         scores: What the model predicts for an example, [B, C] or [B, S, C].
+        front_end: With "blocks", where the end is in no graph, 8 scores between 0 and 1 count as those of a sigmoid.
 
     Raises:
-        StrategyError: They look like the output of a softmax, a log-softmax or, from 8 scores on, a sigmoid.
+        StrategyError: They look like the output of a softmax, a log-softmax or a sigmoid.
     """
     z = scores.detach().float()
     if not z.numel() or not bool(z.isfinite().all()):
@@ -69,15 +70,16 @@ def check_scores(scores: Tensor, where: str | None = None) -> None:
         end = "softmax"
     elif several and bool((z <= 0).all()) and torch.allclose(z.exp().sum(-1), one, atol=1e-3):
         end = "log-softmax"
-    elif z.numel() >= LEAST_TO_TELL and bool(((z > 0) & (z < 1)).all()):
+    elif front_end == "blocks" and z.numel() >= LEAST_TO_TELL and bool(((z > 0) & (z < 1)).all()):
         end = "sigmoid"
     if end is not None:
         raise StrategyError(
             "the prediction looks like probabilities, and rows that exit early would be given logits",
             where=where,
-            got=f'what a {end} gives, captured with capture="blocks", where the model\'s end is in no graph',
+            got=f"what a {end} gives, by an end of the model that was not recognised (capture={front_end!r})",
             wanted="logits",
-            hint='return the logits, or prediction= that names them; capture="export" follows the end of the model',
+            hint='return the logits, or prediction= that names them; capture="export" follows an end that is softmax, '
+            "log_softmax or sigmoid",
         )
 
 

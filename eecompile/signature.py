@@ -49,10 +49,16 @@ class Leaf:
 
 @dataclass(frozen=True)
 class Parameter:
-    """One argument of the model's `forward`: its name and the kind that `inspect` gives it."""
+    """One argument of the model's `forward`.
+
+    Attributes:
+        kind: As `inspect` gives it.
+        default: A one-element tuple with its default where that is a plain value, else None.
+    """
 
     name: str
     kind: int
+    default: tuple[Any] | None = None
 
 
 def path_of(keys: Sequence[Any]) -> str:
@@ -65,7 +71,9 @@ def path_of(keys: Sequence[Any]) -> str:
 
 
 def parameters_of(forward: Callable[..., Any]) -> tuple[Parameter, ...]:
-    return tuple(Parameter(p.name, int(p.kind)) for p in inspect.signature(forward).parameters.values())
+    found = inspect.signature(forward).parameters.values()
+    plain = (bool, int, float, str)
+    return tuple(Parameter(p.name, int(p.kind), (p.default,) if type(p.default) in plain else None) for p in found)
 
 
 def arguments_by_name(parameters: Sequence[Parameter], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,6 +109,10 @@ def arguments_by_name(parameters: Sequence[Parameter], args: Sequence[Any], kwar
             )
         named[name] = value
     return {k: named[k] for k in sorted(named) if named[k] is not None}
+
+
+def _is(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and bool(value == default)
 
 
 def in_order(value: Any, like: Any) -> Any:
@@ -214,6 +226,9 @@ class Signature:
         constant_names = {k for k, v in wanted.items() if all(type(x) is not object for x in pytree.tree_leaves(v))}
         for name in constant_names - named.keys():  # burned in once, need not be said again
             named[name] = wanted[name]
+        for p in self.parameters:  # a default that the example left out, said after all
+            if p.default is not None and p.name in named and p.name not in wanted and _is(named[p.name], p.default[0]):
+                del named[p.name]
         if named.keys() != wanted.keys():
             self._other_call(named)
         leaves, spec = pytree.tree_flatten({k: in_order(v, wanted[k]) for k, v in sorted(named.items())})
@@ -383,7 +398,7 @@ class Signature:
             }
 
         return {
-            "parameters": [[p.name, p.kind] for p in self.parameters],
+            "parameters": [[p.name, p.kind, *(p.default or ())] for p in self.parameters],
             "inputs": [leaf(x) for x in self.inputs],
             "outputs": [leaf(x) for x in self.outputs],
             "in_spec": dump_spec(self.in_spec),
@@ -405,7 +420,7 @@ class Signature:
             return Leaf(d["path"], tuple(d["shape"]), dtype, d["batch_axis"])
 
         return Signature(
-            parameters=tuple(Parameter(n, k) for n, k in data["parameters"]),
+            parameters=tuple(Parameter(n, k, tuple(default) or None) for n, k, *default in data["parameters"]),
             inputs=tuple(leaf(x) for x in data["inputs"]),
             outputs=tuple(leaf(x) for x in data["outputs"]),
             in_spec=load_spec(data["in_spec"]),

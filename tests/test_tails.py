@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eecompile import CompiledModule, eecompile, load, strategies
+from eecompile import CompiledModule, StrategyError, eecompile, load, strategies
 from tests.support import equal_bits, tensors
 
 Make = Callable[[Tensor, Tensor], Any]
@@ -113,3 +113,15 @@ def test_a_value_that_the_prediction_does_not_give_is_unknown_and_listed() -> No
     listed = {o["output"]: o["known_from"] for o in fast.explain().to_dict()["unknown_early"]}
     assert listed == {"hidden": "exit_1", "weighed": "model"}
     assert "NaN for rows that leave before model" in str(fast)
+
+
+@pytest.mark.parametrize(
+    "end", [lambda z: z.softmax(-1).log(), lambda z: z.exp() / z.exp().sum(-1, keepdim=True)], ids=["log", "quotient"]
+)
+def test_probabilities_by_an_end_that_is_not_recognised_are_refused(end: Any) -> None:
+    class Odd(Ending):
+        def forward(self, x: Tensor) -> Tensor:
+            return end(self.fc(self.body(x)))  # type: ignore[no-any-return]
+
+    with pytest.raises(StrategyError, match="looks like probabilities"):
+        eecompile(Odd(ENDS["softmax"]).eval(), strategies.Branchy(exits=2), example_inputs=torch.randn(8, 8))

@@ -176,9 +176,10 @@ class _Check:
                 report.problems.append(f"{leaf.path} differs by {off:.1e} of its largest value at batch size {size}")
 
     def _near(self, want: Outcome) -> Tensor:
-        """Rows [B] with a confidence or a gate's score next to its threshold."""
+        """Rows [B] with a confidence or a gate's score next to its threshold; what is counted, as patience is, is exact."""
         assert want.confidences is not None
-        pairs = [(c, t) for c, t in zip(want.confidences, self.settings[EXITS], strict=False) if t <= 1]
+        exits = zip(self.program.exits, want.confidences, self.settings[EXITS], strict=False)
+        pairs = [(c, t) for e, c, t in exits if t <= 1 and not e.criterion.stateful]
         scores = (
             (want.reports.get(f"{g.name}.score"), t)
             for g, t in zip(self.program.choices.gates, self.settings[GATES], strict=True)

@@ -81,12 +81,22 @@ def split(item: Any, index: int, device: torch.device | None = None) -> Batch:
             hint="wrap several inputs in a tuple: ((a, b), labels)" if length else None,
         )
     inputs = move(inputs, device)
-    labels = move(labels, device)
+    labels = move(_tensor(labels), device)
     if isinstance(inputs, Mapping):
         return Batch((), {str(key): value for key, value in inputs.items()}, labels, index)
     if isinstance(inputs, (tuple, list)):
         return Batch(tuple(inputs), {}, labels, index)
     return Batch((inputs,), {}, labels, index)
+
+
+def _tensor(labels: Any) -> Any:
+    """Labels of NumPy (or pandas) as a tensor; others as they are."""
+    if isinstance(labels, torch.Tensor) or not hasattr(labels, "__array__"):
+        return labels
+    try:
+        return torch.as_tensor(labels.__array__())
+    except TypeError:  # strings and objects
+        return labels
 
 
 def move(value: Any, device: torch.device | None) -> Any:

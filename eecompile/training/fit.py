@@ -222,7 +222,12 @@ def objective_of(fast: CompiledModule, spec: str | Mapping[str, Any] | Objective
 
 
 def loss_of(fast: CompiledModule, result: Result, labels: Any) -> Tensor:
-    """The strategy's objective for the present gate mode, kept from call to call; a new one takes over the others' state."""
+    """The strategy's objective for the present gate mode, kept from call to call; a new one takes over the others' state.
+
+    What the first labels say of the task stays with the module, as `fit` does it.
+    """
+    if fast.task is None:
+        fast.task = task_of(fast, labels)
     kept, mode = fast.objectives, fast.train_mode.gates
     if mode not in kept:
         stages = (stage.objective for stage in fast.strategy.stages if stage.gate_mode == mode)

@@ -73,3 +73,10 @@ def test_one_shot_iterators_are_refused_for_a_second_pass():
 def test_not_iterable():
     with pytest.raises(EecompileError, match="cannot be iterated"):
         list(batches(3))
+
+
+def test_labels_of_numpy_are_tensors() -> None:
+    labels = torch.tensor([1, 0, 2])
+    found = split((torch.zeros(3, 2), labels.numpy()), 0).labels
+    assert torch.equal(found, labels)
+    assert split((torch.zeros(1, 2), ["a"]), 0).labels == ["a"]

@@ -202,3 +202,15 @@ def test_classes_still_agree() -> None:
     fast.fit([(X, torch.arange(32) % 4)], epochs=1, progress=False)
     fast.calibrate([(X, None)], target="agreement", max_drop=0.0, delta=None)
     assert torch.equal(fast(X).argmax(1), fast.full(X).argmax(1))
+
+
+def test_a_task_is_checked_and_an_own_loop_says_it_too() -> None:
+    x = torch.randn(32, 8, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    fast = eecompile(model, strategies.Branchy(exits=1, max_head_share=9.0), example_inputs=(x[:4],))
+    with pytest.raises(StrategyError, match="did you mean multi_label"):
+        fast.task = "multilabel"
+    assert fast.task is None
+    fast.train()
+    fast.loss(fast.run(x), (x[:, :3] > 0).float())
+    assert fast.task == "multi_label"
