@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from operator import attrgetter, is_, itemgetter
 from types import FunctionType, ModuleType
 from typing import Any
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from eecompile.capture.adapter import FlatCall, mode
 from eecompile.capture.check import LOOSE, difference
-from eecompile.capture.tensors import CONSTANTS, entry, path_in_model
+from eecompile.capture.tensors import CONSTANTS, ROOT, entry, path_in_model
 from eecompile.capture.untouched import untouched
 from eecompile.errors import CaptureError
 from eecompile.program import Program
@@ -27,8 +27,11 @@ from eecompile.runtime.precision import few_rows
 
 PLAIN = (bool, int, float, str, type(None))
 MOST_ITEMS = 16  # of a container that is looked at
+MOST_ROWS = 32  # of a call, to compare graph and model on
+EQUAL = 3  # comparisons on different calls after which a change has no meaning
 OWN = frozenset(nn.Module().__dict__)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HOOK, TABLE = "a hook", "weights that a table was computed from"
 
 
 class Values:
@@ -50,13 +53,28 @@ class Values:
         owner = self.path if isinstance(self.owner, ModuleType) else self.owner
         return _values_again, (self.path, owner, self.names, self.by_attribute, self.seen)
 
-    def moved(self) -> list[str]:
-        """Names whose values are others than before, or gone."""
-        now = [getattr(self.owner, n, _GONE) for n in self.names]
-        return [n for n, v, old in zip(self.names, now, self.seen[1:], strict=True) if not _plain(v) or v != old]
+    def now(self, name: str) -> Any:
+        return getattr(self.owner, name, _GONE) if self.by_attribute else vars(self.owner).get(name, _GONE)
 
-    def kept(self, names: Sequence[str]) -> Values:
-        return Values(self.path, self.owner, names, self.by_attribute)
+    def path_of(self, name: str) -> str:
+        return f"{self.path}.{name}".lstrip(".")
+
+    def moved(self) -> dict[str, Any]:
+        """Present values, by path, that are others than before, or gone."""
+        now = [(n, self.now(n), old) for n, old in zip(self.names, self.seen[1:], strict=True)]
+        return {self.path_of(n): v for n, v, old in now if not _plain(v) or v != old}
+
+    def follow(self, paths: Collection[str], left: Collection[str]) -> Values | None:
+        """The same with the present values at some paths and without those at others; None where nothing is left."""
+        seen = {
+            n: _copied(self.now(n)) if self.path_of(n) in paths else old
+            for n, old in zip(self.names, self.seen[1:], strict=True)
+            if self.path_of(n) not in left and (self.path_of(n) not in paths or _plain(self.now(n)))
+        }
+        first = list(seen.values())[:1]
+        return (
+            _values_again(self.path, self.owner, list(seen), self.by_attribute, (*first, *seen.values())) if seen else None
+        )
 
 
 def _values_again(path: str, owner: Any, names: Sequence[str], by_attribute: bool, seen: Any) -> Values:
@@ -100,8 +118,13 @@ class Objects:
             if held.get(name) is not before:
                 yield path, held.get(name), before
 
-    def follow(self) -> None:
-        self.values = list(map(dict.get, self.dicts, self.names))
+    def follow(self, paths: Collection[str], left: Collection[str]) -> None:
+        """The present objects at some paths are the ones to keep; those at others are not looked at again."""
+        old, self.__dict__ = self.__dict__, Objects().__dict__
+        for owner, name, value, path, held in zip(*old.values(), strict=True):
+            if path not in left:
+                self.add(owner, name, path)
+                self.values[-1] = held.get(name) if path in paths else value
 
 
 class ModelWatch:
@@ -114,48 +137,72 @@ class ModelWatch:
 
     def __init__(self, program: Program, model: nn.Module | None) -> None:
         self.program, self.model = program, model
+        self._left: set[str] = set()  # paths of what varies without a meaning
+        self._note(None if program.capture.front_end != "export" or program.capture.models else model)
+
+    def _note(self, model: nn.Module | None) -> None:
+        """The present state is what calls are compared with."""
         self._modules, self._objects = Objects(), Objects()
+        self._children: list[tuple[str, dict[str, Any]]] = []
         self._values: list[Values] = []
         self._hooks: list[Any] = []
         self._ties: list[tuple[dict[str, Any], str, dict[str, Any], str, str]] = []
         self._weights: list[tuple[dict[str, Any], str]] = []
-        self._converted: list[tuple[dict[str, Any], str, torch.dtype]] = []
-        self._follow([])
-        if model is None or program.capture.front_end != "export" or program.capture.models:
-            return
-        targets = [str(n.target) for n in program.source.graph.nodes if n.op == "get_attr"]
-        paths = {path_in_model(t).rpartition(".")[0] for t in targets}
-        self._converted = _first_floating(program)
-        used = {".".join(t.split(".")[: i + 1]) for t in paths for i in range(t.count(".") + 1)}
-        shared: dict[int, tuple[dict[str, Any], str]] = {}
-        for path, module in model.named_modules(remove_duplicate=False):
-            parent, _, name = path.rpartition(".")
-            if path and path in used:
-                self._modules.add(model.get_submodule(parent)._modules, name, path)
-            self._hooks += [getattr(module, hooks) for hooks in HOOKS]
-            self._objects.add(module, "forward", f"{path}.forward".lstrip("."))
-            self._tied(path, module, shared)
-        self._read_values(model)
-        if any(f"{CONSTANTS}.{p.replace('.', '_')}" in targets for p in self._objects.paths):
-            self._weights = list(shared.values())  # a tensor that a module keeps may have been made of them
-        self._follow(self._values)
+        self._used = Used([] if model is None else _tensors_of(self.program))
+        self._equal: dict[str, tuple[int, Any, bool]] = {}  # by path: comparisons, the value then, whether it varied
+        if model is not None:
+            shared: dict[int, tuple[dict[str, Any], str]] = {}
+            for path, module in model.named_modules():
+                self._children.append((path, module._modules))
+                for name in module._modules:
+                    self._modules.add(module._modules, name, f"{path}.{name}".lstrip("."))
+                self._hooks += [getattr(module, hooks) for hooks in HOOKS]
+                self._objects.add(module, "forward", f"{path}.forward".lstrip("."))
+            for path, module in model.named_modules(remove_duplicate=False):
+                self._tied(path, module, shared)
+            self._read_values(model)
+            targets = {target for target, _, _ in _tensors_of(self.program)}
+            if any(f"{CONSTANTS}.{p.replace('.', '_')}" in targets for p in self._objects.paths):
+                self._weights = list(shared.values())  # a tensor that a module keeps may have been made of them
+        self._objects.follow((), self._left)
+        self._keep()
+        self._counts, self._sizes, self._versions = self._hooked(), self._sized(), self._versioned()
 
     def __call__(self, flat: Sequence[Tensor]) -> None:
-        """Raises `CaptureError` where a module was replaced, or where graph and model differ after another change."""
-        if not self._modules.same:
-            path, now, before = next(self._modules.moved())
-            raise _changed(path, f"{type(now).__name__} in the place of {type(before).__name__}")
-        for entries, name, dtype in self._converted:
-            if entries[name].dtype != dtype:
-                raise _changed(name, f"{entries[name].dtype} in the place of {dtype}: the dtype of capture is kept")
+        """Raises `CaptureError` where weights went, or where graph and model differ after another change."""
+        others = self.weights()
+        if others or not self._objects.same or (self._weights and self._versioned() != self._versions) or (
+            self._hooked() != self._counts or not self._reads_same()
+        ):  # fmt: skip
+            self._compare(flat, others)
+
+    def weights(self) -> dict[str, Any]:
+        """Modules in the place of others, by path.
+
+        Raises:
+            CaptureError: These have weights, or weights of the graph went, were converted, or are no longer shared.
+        """
+        others: dict[str, Any] = {}
+        if not self._modules.same or self._sized() != self._sizes:
+            for path, now, before in self._replaced():
+                if _weighted(now) or _weighted(before):
+                    raise _changed(path, f"{_kind(now)} in the place of {_kind(before)}")
+                others[path] = now
+        if not self._used.same:
+            raise _changed(*self._used.moved())
         for one, name, other, alias, path in self._ties:
             if one.get(name) is not other.get(alias):
                 raise _changed(path, "a tensor of its own in the place of one that was shared")
-        if not self._objects.same or (self._weights and self._versioned() != self._versions) or (
-            sum(map(len, self._hooks)) != self._counts or not self._reads_same()
-        ):  # fmt: skip
-            self._compare(flat)
-            return
+        return others
+
+    def _replaced(self) -> Iterator[tuple[str, Any, Any]]:
+        """Path of a module, the present one, the one before."""
+        yield from self._modules.moved()
+        known = {(id(held), name) for held, name in zip(self._modules.dicts, self._modules.names, strict=True)}
+        for path, entries in self._children:
+            for name, module in entries.items():
+                if (id(entries), name) not in known:
+                    yield f"{path}.{name}".lstrip("."), module, None
 
     def _tied(self, path: str, module: nn.Module, shared: dict[int, tuple[dict[str, Any], str]]) -> None:
         for entries in (module._parameters, module._buffers):
@@ -203,14 +250,13 @@ class ModelWatch:
     def _reads_same(self) -> bool:
         try:
             return [get(owner) for get, owner in self._reads] == self._seen
-        except (KeyError, AttributeError):  # one was deleted
+        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError):  # deleted, or an array now
             return False
 
-    def _follow(self, values: list[Values]) -> None:
-        """The present state is what later calls are compared with."""
-        self._reads_of(values)
-        self._objects.follow()
-        self._counts, self._versions = self._hooked(), self._versioned()
+    def _keep(self, due: Collection[str] = ()) -> None:
+        """Follows the present values at some paths, and leaves what varies alone."""
+        followed = [values.follow(due, self._left) for values in self._values]
+        self._reads_of([values for values in followed if values is not None])
 
     def _reads_of(self, values: list[Values]) -> None:
         self._values = values
@@ -223,40 +269,135 @@ class ModelWatch:
         self.__dict__.update(state)
         self._reads_of(self._values)
 
-    def _hooked(self) -> int:
-        return sum(map(len, self._hooks))
+    def _hooked(self) -> list[int]:
+        return list(map(len, self._hooks))
+
+    def _sized(self) -> list[int]:
+        return [len(entries) for _, entries in self._children]
 
     def _versioned(self) -> list[tuple[int, int]]:
         """Which tensors the weights are, and how often each was written to."""
         found = (entries.get(name) for entries, name in self._weights)
         return [(id(t), 0 if t is None or t.is_inference() else t._version) for t in found]
 
-    def _compare(self, flat: Sequence[Tensor]) -> None:
-        """Refuses where graph and model differ; what changes without a meaning is not looked at again."""
+    def _compare(self, flat: Sequence[Tensor], others: dict[str, Any]) -> None:
+        """Refuses where graph and model differ; counts where they are equal on rows that could show it."""
         assert self.model is not None
         signature, model = self.program.signature, self.model
-        rows = few_rows(self.program, flat)
+        if signature.batch_size(flat) == 0:
+            return
+        rows = few_rows(self.program, flat, MOST_ROWS)
         args, kwargs = FlatCall(signature.parameters, (), (), signature.constants, signature.in_spec).arguments(rows)
-        moved = [path for path, _, _ in self._objects.moved()]
-        moved += [f"{v.path}.{n}".lstrip(".") for v in self._values for n in v.moved()]
-        moved += ["a hook"] if self._hooked() != self._counts else []
-        moved += ["weights that a table was computed from"] if self._versioned() != self._versions else []
+        moved = others | {path: now for path, now, _ in self._objects.moved()}
+        for values in self._values:
+            moved |= values.moved()
+        moved |= {} if self._hooked() == self._counts else {HOOK: self._hooked()}
+        moved |= {} if self._versioned() == self._versions else {TABLE: self._versioned()}
+        where = ", ".join(list(moved)[:5])
         with torch.no_grad(), untouched(model), mode(model, False):
-            want = signature.flatten_output(model(*args, **kwargs))
-            got = list(self.program.source(*rows))[: len(want)]
+            got = list(self.program.source(*rows))[: len(signature.outputs)]
+            try:
+                want = signature.flatten_output(model(*args, **kwargs))
+            except Exception as error:  # the user's code may raise anything
+                raise _changed(where, f"a model that fails: {type(error).__name__}: {_first_line(error)}") from error
+        if len(got) != len(want):
+            raise _changed(where, f"{len(want)} tensors in its output in the place of {len(got)}")
         worst = max(difference(a, b) for a, b in zip(got, want, strict=True))
         if worst > LOOSE:
-            raise _changed(", ".join(moved[:5]), f"other attributes, and outputs that differ by {worst:.2g}")
-        still = [(v, v.moved()) for v in self._values]
-        self._follow([v.kept([n for n in v.names if n not in gone]) for v, gone in still if len(gone) < len(v.names)])
+            raise _changed(where, f"other attributes, and outputs that differ by {worst:.2g}")
+        batched = [
+            (t, leaf.batch_axis) for t, leaf in zip(rows, signature.inputs, strict=True) if leaf.batch_axis is not None
+        ]
+        if all(bool(t.isfinite().all()) for t in (*rows, *got)) and _rows_differ(batched):
+            self._count(moved, others)
+
+    def _count(self, moved: dict[str, Any], others: dict[str, Any]) -> None:
+        """Follows what was equal often enough: a value that stays is the one to keep, one that varies is left alone."""
+        due = set()
+        for path, value in moved.items():
+            times, last, varied = self._equal.get(path, (0, value, False))
+            varied = varied or not _alike(value, last)
+            self._equal[path] = (times + 1, _copied(value) if _plain(value) else value, varied)
+            if times + 1 >= EQUAL:
+                due.add(path)
+                self._left |= {path} if varied else set()
+        if others:
+            if len(due) == len(moved):
+                self._note(self.model)
+            due -= others.keys()
+        for path in due:
+            self._equal.pop(path, None)
+        self._objects.follow(due, self._left)
+        for values in self._values:
+            for n in values.names:
+                path = values.path_of(n)
+                if isinstance(values.owner, ModuleType) or path not in due - self._left or _plain(values.now(n)):
+                    continue
+                if n in vars(values.owner):
+                    self._objects.add(values.owner, n, path)  # an array or object now, which must stay the same one
+        self._keep(due)
+        self._counts = self._hooked() if HOOK in due else self._counts
+        self._versions = self._versioned() if TABLE in due else self._versions
 
 
-def _first_floating(program: Program) -> list[tuple[dict[str, Any], str, torch.dtype]]:
-    """One parameter whose dtype shows that the model was converted (`model.half()` changes parameters where they are)."""
-    for target, parameter in program.source.named_parameters():
-        if parameter.is_floating_point():
-            return [(*entry(program.source, target), parameter.dtype)]
-    return []
+class Used:
+    """The parameters and buffers that a graph reads: they must be there, in the dtypes of capture.
+
+    Args:
+        tensors: Names in the graph, the entries that each stands in, and its name there.
+    """
+
+    def __init__(self, tensors: Sequence[tuple[str, dict[str, Any], str]]) -> None:
+        self.targets = [target for target, _, _ in tensors]
+        self.entries, self.names = [held for _, held, _ in tensors], [name for _, _, name in tensors]
+        self.dtypes = [held[name].dtype for _, held, name in tensors]
+
+    @property
+    def same(self) -> bool:
+        try:
+            return list(map(_DTYPE, map(dict.get, self.entries, self.names))) == self.dtypes
+        except AttributeError:  # there is none
+            return False
+
+    def moved(self) -> tuple[str, str]:
+        """The first one that is not as it was, and what it is now."""
+        for target, held, name, dtype in zip(self.targets, self.entries, self.names, self.dtypes, strict=True):
+            path, now = path_in_model(target).removeprefix(f"{ROOT}."), held.get(name)
+            if now is None:
+                return path, "no such parameter or buffer: it was removed, pruned or parametrized"
+            if now.dtype != dtype:
+                return path, f"{now.dtype} in the place of {dtype}: the dtype of capture is kept"
+        raise AssertionError("every tensor is as it was")
+
+
+_DTYPE = attrgetter("dtype")
+
+
+def _tensors_of(program: Program) -> list[tuple[str, dict[str, Any], str]]:
+    targets = dict.fromkeys(str(n.target) for n in program.source.graph.find_nodes(op="get_attr"))
+    found = [(target, *entry(program.source, target)) for target in targets]
+    return [(target, held, name) for target, held, name in found if held.get(name) is not None]
+
+
+def _weighted(module: Any) -> bool:
+    return module is not None and any(True for kind in (module.parameters(), module.buffers()) for _ in kind)
+
+
+def _kind(module: Any) -> str:
+    return "no module" if module is None else type(module).__name__
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0]
+
+
+def _alike(a: Any, b: Any) -> bool:
+    return bool(a == b) if _plain(a) and _plain(b) else a is b
+
+
+def _rows_differ(batched: Sequence[tuple[Tensor, int]]) -> bool:
+    """Whether rows could show a change: two at least, and not all the same."""
+    return any(t.shape[axis] > 1 and not torch.equal(t, t.narrow(axis, 0, 1).expand_as(t)) for t, axis in batched)
 
 
 def _changed(where: str, got: str) -> CaptureError:

@@ -38,6 +38,7 @@ class Entry:
         try:
             flat = self.signature.flatten(args, kwargs)
         except OtherDtypes as error:
+            self.watch.weights()  # a model that was converted gets inputs of its own dtype
             flat = self.dtypes(error)
         self.watch(flat)
         if any_autocast():

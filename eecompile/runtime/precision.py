@@ -124,10 +124,10 @@ class AutocastCheck:
                 )
 
 
-def few_rows(program: Program, flat: Sequence[Tensor]) -> list[Tensor]:
+def few_rows(program: Program, flat: Sequence[Tensor], most: int = ROWS) -> list[Tensor]:
     """The first rows of a call's inputs."""
     return [
-        t.detach() if leaf.batch_axis is None else t.detach().narrow(leaf.batch_axis, 0, min(ROWS, t.shape[leaf.batch_axis]))
+        t.detach() if leaf.batch_axis is None else t.detach().narrow(leaf.batch_axis, 0, min(most, t.shape[leaf.batch_axis]))
         for t, leaf in zip(flat, program.signature.inputs, strict=True)
     ]
 

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
 from eecompile import CaptureError, EecompileError, load, strategies
@@ -461,4 +462,125 @@ def test_a_model_in_another_dtype_afterwards_is_refused() -> None:
     fast, model, x = made()
     model.half()
     with pytest.raises(EecompileError, match="dtype"):
+        fast(x)
+
+
+class Plain(nn.Module):
+    """[B, 8] -> [B, 4]: an activation without weights, and attributes that may change."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.act: Any = nn.ReLU()
+        self.drop: Any = nn.Dropout()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2))
+        self.last = nn.Linear(8, 4)
+        self.scale, self.clip, self.unused, self.width, self.both = 1.0, 1e3, 0, 8, False
+        self.table: Any = None
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls += 1
+        x = self.drop(self.act(x[:, : self.width] * self.scale)).clamp(-self.clip, self.clip)
+        for block in self.blocks:
+            x = block(x)
+        return (self.last(x), x) if self.both else self.last(x)
+
+
+@pytest.fixture(scope="module")
+def of_plain() -> Any:
+    return eecompile(Plain().eval(), strategies.Branchy(exits=1), example_inputs=(torch.randn(8, 8),))
+
+
+@pytest.fixture
+def plain(of_plain: Any) -> tuple[Any, Any, Tensor]:
+    """A compiled module with its thresholds closed, its model, and inputs `[8, 8]` within +-1 but for the last row."""
+    fast = copy.deepcopy(of_plain)
+    fast.set_thresholds(CLOSED)
+    x = torch.linspace(-1, 1, 64).reshape(8, 8)
+    return fast, fast.original, torch.cat([x[:-1], 3 * x[-1:]])
+
+
+REFUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a module without weights is replaced": (lambda m: setattr(m, "act", nn.Tanh()), "act"),
+    "one in a container is replaced": (lambda m: m.blocks[1].__setitem__(1, nn.Tanh()), r"blocks\.1\.1"),
+    "a block is appended": (lambda m: m.blocks.append(nn.Linear(8, 8)), r"blocks\.2"),
+    "a module without weights is appended": (lambda m: m.blocks[1].append(nn.Tanh()), r"blocks\.1\.2"),
+    "a module is removed": (lambda m: m.blocks.pop(1), r"blocks\.1"),
+    "an attribute that counts in the last row alone": (lambda m: setattr(m, "clip", 2.0), "clip"),
+    "another output": (lambda m: setattr(m, "both", True), "both[\\s\\S]*2 tensors"),
+    "the model fails": (lambda m: setattr(m, "width", 4), "width[\\s\\S]*a model that fails"),
+    "weight norm": (lambda m: parametrizations.weight_norm(m.blocks[0][0]), r"blocks\.0\.0"),
+    "spectral norm": (lambda m: parametrizations.spectral_norm(m.last), "last"),
+    "pruned": (lambda m: prune.l1_unstructured(m.blocks[0][0], "weight", 0.7), r"blocks\.0\.0\.weight"),
+    "no bias": (lambda m: setattr(m.last, "bias", None), r"last\.bias"),
+    "one layer is converted": (lambda m: m.last.double(), r"last\.weight[\s\S]*float64"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_model_that_is_another_one_is_refused(plain: tuple[Any, Any, Tensor], name: str) -> None:
+    fast, model, x = plain
+    equal_bits(fast(x), model(x))
+    change, where = REFUSED[name]
+    change(model)
+    with pytest.raises(CaptureError, match=rf"has changed since it was compiled[\s\S]*{where}"):
+        fast(x)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_a_converted_model_with_inputs_of_its_dtype_is_refused(plain: tuple[Any, Any, Tensor], dtype: torch.dtype) -> None:
+    fast, model, x = plain
+    model.to(dtype)
+    with pytest.raises(CaptureError, match=r"has changed since it was compiled[\s\S]*dtype of capture"):
+        fast(x.to(dtype))
+
+
+UNINFORMATIVE: dict[str, Callable[[Tensor], Tensor]] = {
+    "no row": lambda x: x[:0],
+    "one row": lambda x: x[:1] * 0,
+    "zeros": lambda x: x * 0,
+    "a NaN": lambda x: torch.where(torch.arange(8) == 0, float("nan"), x),
+}
+
+
+@pytest.mark.parametrize("name", UNINFORMATIVE)
+def test_calls_that_cannot_show_a_change_end_no_watch(plain: tuple[Any, Any, Tensor], name: str) -> None:
+    fast, model, x = plain
+    model.scale = 3.0
+    for _ in range(4):
+        fast(UNINFORMATIVE[name](x))
+    with pytest.raises(CaptureError, match="scale"):
+        fast(x)
+
+
+def test_a_change_that_few_calls_do_not_show_is_refused_later(plain: tuple[Any, Any, Tensor]) -> None:
+    fast, model, x = plain
+    model.clip = 2.0
+    for _ in range(2):
+        equal_bits(fast(0.5 * x), model(0.5 * x))
+    with pytest.raises(CaptureError, match="clip"):
+        fast(x)
+
+
+ALIKE: dict[str, Callable[[Any], Any]] = {
+    "nothing that is an array now": lambda m: setattr(m, "table", torch.arange(8).numpy()),
+    "a number that is a tensor now": lambda m: setattr(m, "unused", torch.arange(3)),
+    "a dropout that is removed": lambda m: setattr(m, "drop", nn.Identity()),
+}
+
+
+@pytest.mark.parametrize("name", ALIKE)
+def test_what_is_equal_often_enough_is_followed(
+    plain: tuple[Any, Any, Tensor], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    fast, model, x = plain
+    ALIKE[name](model)
+    for _ in range(4):  # `calls` is another one from the second on
+        equal_bits(fast(x), model(x))
+    monkeypatch.setattr(type(fast.entry.watch), "_compare", None)  # from here on nothing is compared
+    equal_bits(fast(x), model(x))
+    monkeypatch.undo()
+    model.act = nn.Tanh()
+    with pytest.raises(CaptureError, match="act"):
         fast(x)
