@@ -112,7 +112,7 @@ class CompiledModule(nn.Module):
         self.program = program
         self.strategy = strategy
         self.origin = origin or Origin()
-        self.entry = Entry(program, self.origin.running, self.origin.autocast)
+        self.entry = Entry(program, self.origin.running, self.origin.captured, self.origin.autocast)
         self.live = LiveSettings(program)
         self.cost_model = CostModel(program)
         self.engine = Engine(program, executor, backend)
@@ -590,7 +590,7 @@ class CompiledModule(nn.Module):
 
     def follow_graphs(self) -> None:
         """Makes anew what was built from the program's graphs, which read other weights now."""
-        self.entry = Entry(self.program, self.origin.running)
+        self.entry = Entry(self.program, self.origin.running, self.origin.captured)
         self.training_graphs.reset()
         self.engine.rebuild()
 

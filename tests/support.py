@@ -255,7 +255,7 @@ def again(fast: CompiledModule, strategy: Strategy, prediction: int | None = Non
     at = fast.program.prediction.index if prediction is None else prediction
     program = Program(source, source, captured.signature, prediction=Prediction(at))
     program = run_passes(program, [*analysis(captured), *insertion(strategy.recipe(), captured, seed=0)])
-    return CompiledModule(program, strategy, origin=Origin(fast.original, fast.example))
+    return CompiledModule(program, strategy, origin=Origin(fast.original, example=fast.example))
 
 
 @contextmanager

@@ -132,13 +132,13 @@ class ModelWatch:
 
     Args:
         program: A captured program.
-        model: The user's model; None where there is none any more.
+        model: What was captured: the user's model, or all models of a cascade; None where there is none any more.
     """
 
     def __init__(self, program: Program, model: nn.Module | None) -> None:
         self.program, self.model = program, model
         self._left: set[str] = set()  # paths of what varies without a meaning
-        self._note(None if program.capture.front_end != "export" or program.capture.models else model)
+        self._note(None if program.capture.front_end != "export" else model)
 
     def _note(self, model: nn.Module | None) -> None:
         """The present state is what calls are compared with."""
@@ -295,7 +295,8 @@ class ModelWatch:
         moved |= {} if self._versioned() == self._versions else {TABLE: self._versioned()}
         where = ", ".join(list(moved)[:5])
         with torch.no_grad(), untouched(model), mode(model, False):
-            got = list(self.program.source(*rows))[: len(signature.outputs)]
+            got = list(self.program.source(*rows))
+            got = got if self.program.capture.models else got[: len(signature.outputs)]  # a cascade's, of every model
             try:
                 want = signature.flatten_output(model(*args, **kwargs))
             except Exception as error:  # the user's code may raise anything

@@ -20,14 +20,17 @@ class Entry:
     Args:
         program: What is called.
         model: The user's model, which what was captured is compared with; None for a loaded program.
+        captured: What was captured: that model, or all models of a cascade.
         autocast: Names of dtypes under whose autocast the graph was found to be the model, as a saved program says.
     """
 
-    def __init__(self, program: Program, model: nn.Module | None, autocast: Sequence[str] = ()) -> None:
+    def __init__(
+        self, program: Program, model: nn.Module | None, captured: nn.Module | None, autocast: Sequence[str] = ()
+    ) -> None:
         self.signature = program.signature
         self.autocast = AutocastCheck(program, model, autocast)
         self.dtypes = DtypeCheck(program, model)
-        self.watch = ModelWatch(program, model)
+        self.watch = ModelWatch(program, captured)
 
     def __call__(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a call in graph order.

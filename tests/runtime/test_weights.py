@@ -584,3 +584,45 @@ def test_what_is_equal_often_enough_is_followed(
     model.act = nn.Tanh()
     with pytest.raises(CaptureError, match="act"):
         fast(x)
+
+
+OF_CASCADE: dict[str, tuple[Callable[[Any, Any], Any], str]] = {
+    "the small model's attribute": (lambda small, large: setattr(small, "k", 2.0), r"small\.model\.k"),
+    "the large model's attribute": (lambda small, large: setattr(large, "scale", 3.0), r"large\.model\.scale"),
+    "a module": (lambda small, large: setattr(large, "act", nn.Tanh()), r"large\.model\.act"),
+    "a hook": (lambda small, large: large.act.register_forward_hook(lambda _, given, out: 2 * out), "a hook"),
+    "a dtype": (lambda small, large: large.last.double(), r"large\.model\.last\.weight"),
+}
+
+
+class Small(nn.Module):
+    """[B, 8] -> [B, 4]."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc, self.k = nn.Linear(8, 4), 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.fc(x) * self.k
+        return y
+
+
+@pytest.fixture(scope="module")
+def of_cascade() -> Any:
+    models = {"small": Small().eval(), "large": Plain().eval()}
+    return eecompile(models, strategies.Cascade(), example_inputs=(torch.randn(8, 8),))
+
+
+@pytest.mark.parametrize("name", OF_CASCADE)
+def test_every_model_of_a_cascade_is_watched(of_cascade: Any, name: str) -> None:
+    fast = copy.deepcopy(of_cascade)
+    fast.set_thresholds(CLOSED)
+    x = torch.linspace(-1, 1, 64).reshape(8, 8)
+    models = fast.origin.captured
+    small, large = models.small.model, models.large.model
+    for _ in range(4):  # `calls` counts on
+        equal_bits(fast(x), large(x))
+    change, where = OF_CASCADE[name]
+    change(small, large)
+    with pytest.raises(CaptureError, match=rf"has changed since it was compiled[\s\S]*{where}"):
+        fast(x)
