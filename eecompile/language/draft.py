@@ -111,14 +111,13 @@ def gathered(model: nn.Module, blocks: str, exit: int, loader: Iterable[Any], mo
     def watching(twin: nn.Module) -> Any:
         forward = own_forward(twin)
 
-        def watch(*args: Any, **kwargs: Any) -> Any:
-            output = forward(*args, **kwargs)
-            captured.append(output[0] if isinstance(output, tuple) else output)
-            return output
+        def watch(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            captured.append(hidden_states)
+            return forward(hidden_states, *args, **kwargs)
 
         return watch
 
-    twin = shadow(model, {f"{blocks}.{exit - 1}": watching})
+    twin = shadow(model, {f"{blocks}.{exit}": watching})
     for ids, mask in text_batches(loader):
         captured.clear()
         logits = twin(input_ids=ids, attention_mask=mask, use_cache=False).logits

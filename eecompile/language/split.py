@@ -7,6 +7,7 @@ some blocks is another one there. So the user's model can be called, also by ano
 from __future__ import annotations
 
 import inspect
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -63,6 +64,11 @@ def shadow(module: nn.Module, forwards: Mapping[str, Callable[[nn.Module], Forwa
     return twin
 
 
+def without_hooks(twin: nn.Module, *names: str) -> None:
+    for name in names:
+        twin.__dict__[name] = OrderedDict()
+
+
 def own_forward(twin: nn.Module) -> Forward:
     """The forward that the module has by its class, or that was set on the instance."""
     set_there: Forward | None = twin.__dict__.get("forward")
@@ -84,7 +90,8 @@ class Split:
         self._hidden: Tensor | None = None
         self._tuple = False  # whether blocks return tuples; known after the first lower pass
         paths = [f"{blocks}.{i}" for i in range(self.count)]
-        self._lower = shadow(model, {paths[exit - 1]: self._stopping})
+        # The lower part ends where the next block begins, after all that hooks do to what is handed on.
+        self._lower = shadow(model, {paths[exit - 1]: self._noting, paths[exit]: self._stopping})
         handed = dict.fromkeys(paths[:exit], self._passing) | {paths[exit]: self._injecting}
         self._upper = shadow(model, handed)
         self._head = shadow(model, dict.fromkeys(paths[:-1], self._passing) | {paths[-1]: self._giving})
@@ -101,23 +108,32 @@ class Split:
 
     # ------------------------------------------------------------------ forwards of blocks in a shadow
 
-    def _stopping(self, twin: nn.Module) -> Forward:
+    def _noting(self, twin: nn.Module) -> Forward:
         forward = own_forward(twin)
 
-        def stop(*args: Any, **kwargs: Any) -> Any:
+        def note(*args: Any, **kwargs: Any) -> Any:
             output = forward(*args, **kwargs)
             self._tuple = isinstance(output, tuple)
-            raise _Reached(output[0] if self._tuple else output)
+            return output
+
+        return note
+
+    def _stopping(self, twin: nn.Module) -> Forward:
+        def stop(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            raise _Reached(hidden_states)
 
         return stop
 
     def _passing(self, twin: nn.Module) -> Forward:
+        without_hooks(twin, "_forward_hooks", "_forward_pre_hooks")
+
         def passing(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             return (hidden_states, None) if self._tuple else hidden_states
 
         return passing
 
     def _injecting(self, twin: nn.Module) -> Forward:
+        without_hooks(twin, "_forward_pre_hooks")  # they ran in the lower part
         forward = own_forward(twin)
 
         def inject(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -126,6 +142,8 @@ class Split:
         return inject
 
     def _giving(self, twin: nn.Module) -> Forward:
+        without_hooks(twin, "_forward_hooks", "_forward_pre_hooks")
+
         def give(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
             return (self._hidden, None) if self._tuple else self._hidden
 

@@ -220,6 +220,25 @@ def test_new_weights_are_followed(llama: Any) -> None:
     assert torch.equal(got, llama.generate(**prompts(), max_new_tokens=8, do_sample=False))
 
 
+@pytest.mark.parametrize("at", range(4))
+def test_hooks_on_blocks_are_followed(at: int) -> None:
+    model = decoder("llama")
+    fast = compiled(model, prompts(), threshold=0.0, lookup=0)
+    block = model.model.layers[at]
+    block.register_forward_hook(lambda module, args, output: (output[0] if isinstance(output, tuple) else output) * 1.5)
+    block.register_forward_pre_hook(lambda module, args: (args[0] + 0.3, *args[1:]))
+    calls = []
+    block.register_forward_hook(lambda module, args, output: calls.append(1))
+    wanted = model.generate(**prompts(), max_new_tokens=10, do_sample=False)
+    calls.clear()
+    trace = fast.run_generate(**prompts(), max_new_tokens=10, do_sample=False)
+    assert torch.equal(trace.output, wanted)
+    passes = trace.counts.full + (trace.counts.lower if at < 2 else trace.counts.upper)
+    assert len(calls) == passes, "once for each pass of the part that the block is in"
+    fast.fit([prompts(8, 20)["input_ids"]], epochs=1, rank=4)
+    assert torch.equal(fast.generate(**prompts(), max_new_tokens=10, do_sample=False), wanted)
+
+
 def test_as_a_decoding_method_of_the_model(fast: CompiledDecoder) -> None:
     options = {"max_new_tokens": 8, "do_sample": False}
     got = fast.model.generate(**prompts(), custom_generate=fast.decoder(), **options)
