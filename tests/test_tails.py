@@ -125,3 +125,24 @@ def test_probabilities_by_an_end_that_is_not_recognised_are_refused(end: Any) ->
 
     with pytest.raises(StrategyError, match="looks like probabilities"):
         eecompile(Odd(ENDS["softmax"]).eval(), strategies.Branchy(exits=2), example_inputs=torch.randn(8, 8))
+
+
+def test_outputs_that_are_computed_from_the_inputs_are_known() -> None:
+    class Beside(Ending):
+        def forward(self, x: Tensor) -> Any:
+            scaled = x * 2
+            h = self.body(scaled)
+            found = {"logits": self.fc(h), "scaled": scaled, "mean": x.mean(1), "arg": x.argmax(1), "cut": x[:, :2]}
+            return {**found, "mixed": found["logits"] + x[:, :1], "hidden": h}
+
+    x = torch.randn(8, 8)
+    model = Beside(ENDS["softmax"]).eval()
+    fast = eecompile(model, strategies.Branchy(exits=2), example_inputs=x, prediction="logits")
+    fast.set_thresholds(0.0)
+    for executor in ("compact", "reference"):
+        fast.executor = executor
+        found, wanted = fast(x), model(x)
+        for name in ("scaled", "mean", "arg", "cut"):
+            equal_bits(found[name], wanted[name])
+        torch.testing.assert_close(found["mixed"], found["logits"] + x[:, :1])
+        assert found["hidden"].isnan().all()

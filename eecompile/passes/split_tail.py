@@ -130,9 +130,9 @@ class _Reader:
 
     def reads_scores_alone(self, leaf: fx.Node) -> bool:
         """Whether a leaf is computed from the scores, the model's inputs and constants, without the model's weights."""
-        if leaf not in self.after:
-            return False
         own = self._own([leaf])
+        if leaf.op == "placeholder" or (leaf not in self.after and own.isdisjoint(self.inputs)):
+            return False
         learned = any(n in self.trunk or self._is_parameter(n) for n in own if n not in self.after)
         return not learned and not any(self._written(n) for n in (*own, self.z))
 
