@@ -147,6 +147,25 @@ def save_program(exported: ExportedProgram, path: Path) -> None:
             raise remembered.error
 
 
+def save(directory: Path, manifest: Mapping[str, Any], put_all: Callable[[dict[str, Any]], None]) -> None:
+    """Makes the directory where it is missing, writes the files, then the manifest; a save that fails leaves none of them.
+
+    Args:
+        put_all: Writes every file but the manifest; adds its entry, as `put` gives it, to the dict that it is called with.
+    """
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArtifactError("the directory cannot be made", where=str(directory), got=str(error)) from error
+    entries: dict[str, Any] = {}
+    try:
+        put_all(entries)
+        commit(directory, {**manifest, "files": entries})
+    except ArtifactError:
+        discard(directory, entries)
+        raise
+
+
 def discard(directory: Path, entries: Mapping[str, Mapping[str, Any]]) -> None:
     """Removes the files of a save that failed, unless the program that is there has the very same ones."""
     try:

@@ -73,17 +73,7 @@ def write(fast: CompiledModule, path: str | Path) -> None:
         "notes": list(fast.notes),
         "autocast": sorted(str(d).removeprefix("torch.") for d in fast.entry.autocast.verified),
     }
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtifactError("the directory cannot be made", where=str(directory), got=str(error)) from error
-    entries: dict[str, Any] = {}
-    try:
-        _put_all(fast, directory, heads, entries)
-        files.commit(directory, {**manifest, "files": entries})
-    except ArtifactError:
-        files.discard(directory, entries)
-        raise
+    files.save(directory, manifest, partial(_put_all, fast, directory, heads))
 
 
 def _put_all(fast: CompiledModule, directory: Path, heads: dict[str, Any], entries: dict[str, Any]) -> None:

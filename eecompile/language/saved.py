@@ -55,32 +55,26 @@ def write(decoder: SavedDecoder, path: Any) -> None:
         )
     directory = files.free_place(Path(path))
     heads = {f"{exit}.{n}": t.detach().cpu() for exit, h in decoder.draft_heads.items() for n, t in h.state_dict().items()}
-    try:
-        directory.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ArtifactError("the directory cannot be made", where=str(directory), got=str(error)) from error
-    entries: dict[str, Any] = {}
-    try:
+    manifest = {
+        "format": files.FORMAT,
+        "version": files.VERSION,
+        "kind": KIND,
+        "class": name,
+        "config": model.config.to_dict(),
+        "generation_config": model.generation_config.to_dict(),
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "strategy": asdict(decoder.strategy),
+        "blocks": decoder.blocks,
+        "exit": decoder.exit,
+        "threshold": decoder.threshold,
+        "max_draft": decoder.max_draft,
+    }
+
+    def put_all(entries: dict[str, Any]) -> None:
         entries["weights"] = files.put(directory, "weights", ".safetensors", lambda p: save_model(model, str(p)))
         entries["heads"] = files.put(directory, "heads", ".safetensors", lambda p: save_file(heads, p))
-        manifest = {
-            "format": files.FORMAT,
-            "version": files.VERSION,
-            "kind": KIND,
-            "class": name,
-            "config": model.config.to_dict(),
-            "generation_config": model.generation_config.to_dict(),
-            "dtype": str(model.dtype).removeprefix("torch."),
-            "strategy": asdict(decoder.strategy),
-            "blocks": decoder.blocks,
-            "exit": decoder.exit,
-            "threshold": decoder.threshold,
-            "max_draft": decoder.max_draft,
-        }
-        files.commit(directory, {**manifest, "files": entries})
-    except ArtifactError:
-        files.discard(directory, entries)
-        raise
+
+    files.save(directory, manifest, put_all)
 
 
 def read(directory: Path, manifest: dict[str, Any]) -> SavedDecoder:
