@@ -8,9 +8,9 @@ from typing import Any
 import torch
 
 from eecompile.calibration.baselines import Point, constant, mixed
+from eecompile.ir.settings import CLOSED
 from eecompile.training.batches import batches
 
-CLOSED = 2.0
 Constant = tuple[str, float, float]  # name, cost, accuracy
 
 
@@ -18,7 +18,7 @@ def alternatives(points: Iterable[Constant], cost: float) -> dict[str, Any]:
     """For a row of a record: the best of ``points`` at this cost or less, and the best mixture of two at this mean cost.
 
     Args:
-        points: Constant choices, on the rows that the example is judged on.
+        points: Constant choices, on the rows that the example is measured on.
         cost: Mean cost of the example.
     """
     drops = [Point(name, cost, -accuracy) for name, cost, accuracy in points]
@@ -44,7 +44,7 @@ def by_gates(fast: Any, val: Iterable[Any], test: Iterable[Any]) -> list[Constan
     exits, gates = fast.thresholds.tolist(), fast.gate_thresholds.tolist()
     fast.set_thresholds([CLOSED] * len(exits))
 
-    def judge(closed: Sequence[int], loader: Iterable[Any]) -> tuple[float, float]:
+    def measured(closed: Sequence[int], loader: Iterable[Any]) -> tuple[float, float]:
         fast.set_gate_thresholds([CLOSED if k in closed else 0.0 for k in range(len(gates))])
         right, costs = [], []
         with torch.no_grad():
@@ -55,11 +55,11 @@ def by_gates(fast: Any, val: Iterable[Any], test: Iterable[Any]) -> list[Constan
         return float(torch.cat(costs).mean()), float(torch.cat(right).float().mean())
 
     closed: list[int] = []
-    points = [("all gates open", *judge(closed, test))]
+    points = [("all gates open", *measured(closed, test))]
     while len(closed) < len(gates):
         left = [k for k in range(len(gates)) if k not in closed]
-        closed.append(max(left, key=lambda k: judge([*closed, k], val)[1]))
-        points.append((f"closed: {', '.join(fast.gates[k].region for k in closed)}", *judge(closed, test)))
+        closed.append(max(left, key=lambda k: measured([*closed, k], val)[1]))
+        points.append((f"closed: {', '.join(fast.gates[k].region for k in closed)}", *measured(closed, test)))
     fast.set_thresholds(exits)
     fast.set_gate_thresholds(gates)
     return points

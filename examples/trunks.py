@@ -166,13 +166,13 @@ def fit_trunk(
     inputs: Inputs,
     labels: Tensor,
     recipe: Recipe,
-    judge: Callable[[], float] | None = None,
+    validate: Callable[[], float] | None = None,
     save_every_s: float = 60.0,
 ) -> tuple[float, list[dict[str, float]]]:
     """Train ``model`` in place; gives the seconds and the curve, a row for each epoch.
 
     A checkpoint is written next to ``recipe.path`` every ``save_every_s`` seconds and after each epoch. After a stop
-    the next call goes on from it, with the batches, the augmentation and the dropout of an unbroken run. ``judge``
+    the next call goes on from it, with the batches, the augmentation and the dropout of an unbroken run. ``validate``
     is called after each epoch for the accuracy on the validation part.
     """
     state_path = recipe.path.with_suffix(".resume")
@@ -229,8 +229,8 @@ def fit_trunk(
                         save()
                         saved = time.perf_counter()
                 row = {"epoch": epoch + 1, "loss": round(loss_sum / steps, 5)}
-                if judge is not None:
-                    row["val_accuracy"] = judge()
+                if validate is not None:
+                    row["val_accuracy"] = validate()
                 row["seconds"] = round(seconds + time.perf_counter() - start, 1)
                 curve.append(row)
                 loss_sum = 0.0

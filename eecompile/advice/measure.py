@@ -129,9 +129,9 @@ def _advice(
         raise EecompileError("no strategy could be tried on this model", got=reasons or "no strategy was asked for")
     fast = probes[0].fast
     say("measure what else there is")
-    with rivals(model, fast, taken.held, names, clock, skipped.__setitem__) as others:
+    with rivals(model, fast, taken.val, names, clock, skipped.__setitem__) as others:
         if static is not None:
-            others.append(smaller(model, static, taken.held, fast.prediction_of))
+            others.append(smaller(model, static, taken.val, fast.prediction_of))
         options, calls = _options(probes, others)
         say("time")
         times = _timed({"model": lambda b: model(*b.args, **b.kwargs), **calls}, taken, clock)
@@ -149,7 +149,7 @@ def _advice(
         skipped=skipped,
         rows=taken.rows,
         batch=taken.batch,
-        accuracy=accuracy(plain(model, fast.prediction_of), taken.held),
+        accuracy=accuracy(plain(model, fast.prediction_of), taken.val),
         seconds=clock.spent,
         by_name=isinstance(taken.fit[0][0], dict),
         notes=notes,
@@ -199,13 +199,13 @@ def _call(p: Probe, point: Point) -> Callable[[Batch], Any]:
 def _timed(calls: dict[str, Callable[[Batch], Any]], taken: Sample, clock: Clock) -> Rounds:
     """All calls in turns on the same batches, in as many rounds as the time allows."""
     one, seconds = taken.seconds * len(calls), max(clock.left, TIMING * clock.seconds)
-    count = max(1, min(TIMED, len(taken.held), int(seconds / (one * (ROUNDS + 2)))))
+    count = max(1, min(TIMED, len(taken.val), int(seconds / (one * (ROUNDS + 2)))))
     rounds = max(LEAST_ROUNDS, min(ROUNDS, int(seconds / (one * count)) - 2))
-    held = taken.held[:count]
+    val = taken.val[:count]
 
     def over(call: Callable[[Batch], Any]) -> Callable[[], None]:
         def run() -> None:
-            for batch in held:
+            for batch in val:
                 call(batch)
 
         return run

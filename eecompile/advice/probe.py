@@ -1,7 +1,7 @@
 """A strategy tried on a sample: heads fitted over the frozen model, and the cheapest thresholds for a drop.
 
-Intervals are percentiles over draws of the held rows with replacement (the bootstrap); each draw chooses its own thresholds
-among those on the front of drop against cost.
+Intervals are percentiles over draws of the validation rows with replacement (the bootstrap); each draw chooses its own
+thresholds among those on the front of drop against cost.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ INTERVAL = (0.05, 0.95)
 
 @dataclass(frozen=True)
 class Point:
-    """Settings of a probe, and what they do on the held rows.
+    """Settings of a probe, and what they do on the validation rows.
 
     Attributes:
         max_drop: Most that may be lost.
@@ -78,7 +78,7 @@ def probe(name: str, models: Any, sample: Sample, drops: tuple[float, ...], opti
         raise StrategyError("no exit fits", where=name)
     if isinstance(models, nn.Module):
         fast.fit(sample.fit, trunk=False, cached=True, progress=False, seed=options["seed"])
-    exits = Exits(fast, sample.held_items, fast.settings, Options(delta=None, seed=options["seed"]))
+    exits = Exits(fast, sample.val_items, fast.settings, Options(delta=None, seed=options["seed"]))
     data, evidence = exits.evidence(exits.collected(True), math.inf)
     found = replace(evidence, loss=data.score[:, -1:] - data.score)
     names = [e.name for e in fast.exits]

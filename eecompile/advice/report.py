@@ -22,7 +22,7 @@ class Option:
         kind: "strategy", "constant" or "rival".
         max_drop: Most that thresholds may lose; None where there is nothing to choose.
         cost: Fraction of the model's FLOPs, with an interval of 90%.
-        drop: Mean score lost on the held rows.
+        drop: Mean score lost on the validation rows.
         time: Measured time over the model's, with half the interquartile range of the rounds.
         exits: Names of the exits that are open.
     """

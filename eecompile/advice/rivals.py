@@ -43,7 +43,7 @@ class Rival:
 
     Attributes:
         call: Runs a batch.
-        drop: Mean score lost against the model, on the held rows.
+        drop: Mean score lost against the model, on the validation rows.
         cost: Fraction of the model's FLOPs.
     """
 
@@ -53,25 +53,25 @@ class Rival:
     cost: float = 1.0
 
 
-def accuracy(call: Callable[[Batch], Tensor], held: list[Batch]) -> float:
+def accuracy(call: Callable[[Batch], Tensor], val: list[Batch]) -> float:
     """Mean score of predictions `[B, C]` or `[B, S, C]` over rows with a label."""
     total, count = 0.0, 0
     with torch.no_grad():
-        for batch in held:
+        for batch in val:
             found = call(batch)
             score, real = right(found, check_labels(found, batch.labels, batch.where))
             total, count = total + float(score[real].sum()), count + int(real.sum())
     return total / max(count, 1)
 
 
-def smaller(model: nn.Module, static: nn.Module, held: list[Batch], read: Callable[[Any], Tensor]) -> Rival:
+def smaller(model: nn.Module, static: nn.Module, val: list[Batch], read: Callable[[Any], Tensor]) -> Rival:
     """A smaller model for the same task.
 
     Args:
         read: The class scores within an output.
     """
-    drop = accuracy(plain(model, read), held) - accuracy(plain(static, read), held)
-    return Rival(STATIC, lambda b: static(*b.args, **b.kwargs), drop, _flops(static, held[0]) / _flops(model, held[0]))
+    drop = accuracy(plain(model, read), val) - accuracy(plain(static, read), val)
+    return Rival(STATIC, lambda b: static(*b.args, **b.kwargs), drop, _flops(static, val[0]) / _flops(model, val[0]))
 
 
 def plain(model: nn.Module, read: Callable[[Any], Tensor]) -> Callable[[Batch], Tensor]:
@@ -88,7 +88,7 @@ def _flops(model: nn.Module, batch: Batch) -> float:
 def rivals(
     model: nn.Module,
     fast: CompiledModule,
-    held: list[Batch],
+    val: list[Batch],
     names: tuple[str, ...],
     clock: Clock,
     skip: Callable[[str, str], None],
@@ -97,9 +97,9 @@ def rivals(
     found = []
     with tempfile.TemporaryDirectory() as folder:
         makers: dict[str, Callable[[], Rival]] = {
-            INT8: lambda: _int8(model, held, fast.prediction_of),
-            ONNX: lambda: _onnx(fast, held, Path(folder)),
-            COMPILE: lambda: _compiled(model, held, clock),
+            INT8: lambda: _int8(model, val, fast.prediction_of),
+            ONNX: lambda: _onnx(fast, val, Path(folder)),
+            COMPILE: lambda: _compiled(model, val, clock),
         }
         for name in (n for n in makers if n in names):
             try:
@@ -117,30 +117,30 @@ def rivals(
         yield found
 
 
-def _compiled(model: nn.Module, held: list[Batch], clock: Clock) -> Rival:
+def _compiled(model: nn.Module, val: list[Batch], clock: Clock) -> Rival:
     if not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
         raise Skipped("no C++ compiler is installed")
     if clock.left < COMPILING:
         raise Skipped(f"compiling cannot be stopped, and less than {COMPILING:.0f} seconds are left")
     optimised = torch.compile(model)
     with torch.no_grad():
-        for batch in held[:2]:
+        for batch in val[:2]:
             optimised(*batch.args, **batch.kwargs)
     return Rival(COMPILE, lambda b: optimised(*b.args, **b.kwargs), 0.0)
 
 
-def _int8(model: nn.Module, held: list[Batch], read: Callable[[Any], Tensor]) -> Rival:
+def _int8(model: nn.Module, val: list[Batch], read: Callable[[Any], Tensor]) -> Rival:
     if any(p.device.type != "cpu" for p in model.parameters()):
         raise Skipped("dynamic int8 is for CPUs")
     if not any(type(m) is nn.Linear for m in model.modules()):
         raise Skipped("the model has no linear layers")
     quantize: Any = torch.ao.quantization.quantize_dynamic
     small = quantize(copy.deepcopy(model).eval(), {nn.Linear}, dtype=torch.qint8)
-    drop = accuracy(plain(model, read), held) - accuracy(plain(small, read), held)
+    drop = accuracy(plain(model, read), val) - accuracy(plain(small, read), val)
     return Rival(INT8, lambda b: small(*b.args, **b.kwargs), drop)
 
 
-def _onnx(fast: CompiledModule, held: list[Batch], folder: Path) -> Rival:
+def _onnx(fast: CompiledModule, val: list[Batch], folder: Path) -> Rival:
     before = fast.settings
     fast.settings = before.neutral(EXITS)
     try:
@@ -153,5 +153,5 @@ def _onnx(fast: CompiledModule, held: list[Batch], folder: Path) -> Rival:
     def call(b: Batch) -> list[Tensor]:
         return run(fast.flatten(b.args, b.kwargs))
 
-    full = accuracy(lambda b: fast.prediction_of(fast.full(*b.args, **b.kwargs)), held)
-    return Rival(ONNX, call, full - accuracy(lambda b: call(b)[at], held))
+    full = accuracy(lambda b: fast.prediction_of(fast.full(*b.args, **b.kwargs)), val)
+    return Rival(ONNX, call, full - accuracy(lambda b: call(b)[at], val))

@@ -41,17 +41,17 @@ class Sample:
 
     Attributes:
         fit: Every other batch, from the first on, as a loader would give them.
-        held: The others.
+        val: The others, for validation.
         seconds: Time of the model for one batch.
     """
 
     fit: list[tuple[Any, Any]]
-    held: list[Batch]
+    val: list[Batch]
     seconds: float
 
     @property
-    def held_items(self) -> list[tuple[Any, Any]]:
-        return [_item(batch) for batch in self.held]
+    def val_items(self) -> list[tuple[Any, Any]]:
+        return [_item(batch) for batch in self.val]
 
     @property
     def batch(self) -> int:
@@ -61,7 +61,7 @@ class Sample:
     @property
     def rows(self) -> tuple[int, int]:
         """Rows of the two halves."""
-        return sum(_rows(inputs) for inputs, _ in self.fit), sum(_rows(inputs) for inputs, _ in self.held_items)
+        return sum(_rows(inputs) for inputs, _ in self.fit), sum(_rows(inputs) for inputs, _ in self.val_items)
 
 
 def sample(model: nn.Module, loader: Iterable[Any], clock: Clock) -> Sample:
@@ -88,7 +88,7 @@ def sample(model: nn.Module, loader: Iterable[Any], clock: Clock) -> Sample:
     if not found:
         raise empty_loader()
     made = Sample([_item(b) for b in found[::2]], found[1::2], seconds)
-    if not made.held or made.rows[1] < LEAST:
+    if not made.val or made.rows[1] < LEAST:
         raise EecompileError(
             "too few rows for advice",
             got=f"{rows} rows in {len(found)} batches",

@@ -231,8 +231,8 @@ def test_a_sample_fits_the_budget() -> None:
             return endless()
 
     taken = sample(Slow(), Endless(), Clock(1.0))
-    assert 1 <= len(taken.held) <= len(taken.fit) <= 5
-    assert taken.rows == (64 * len(taken.fit), 64 * len(taken.held))
+    assert 1 <= len(taken.val) <= len(taken.fit) <= 5
+    assert taken.rows == (64 * len(taken.fit), 64 * len(taken.val))
 
 
 @pytest.mark.parametrize(
@@ -276,7 +276,7 @@ def test_what_does_not_work_here_is_skipped_with_the_reason(
     monkeypatch.setattr(rivals.shutil, "which", lambda _: None)
     monkeypatch.setattr(rivals, "opened", lambda _: 1 / 0)
     skipped: dict[str, str] = {}
-    with rivals.rivals(model, fast, taken.held, rivals.AGAINST, Clock(600), skipped.__setitem__) as found:
+    with rivals.rivals(model, fast, taken.val, rivals.AGAINST, Clock(600), skipped.__setitem__) as found:
         assert [r.name for r in found] == [rivals.INT8]
         assert abs(found[0].drop) < 0.05
         assert fast.thresholds.tolist() == eecompile(model, "branchy", example_inputs=loader[0][:1]).thresholds.tolist()
