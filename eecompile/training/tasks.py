@@ -91,10 +91,12 @@ def task_of(fast: CompiledModule, labels: Any, error: type[EecompileError] = Eec
     real = labels[labels != IGNORE]
     if not bool(((real == 0) | (real == 1)).all()):
         return _numbers(labels, error) if labels.is_floating_point() else None
-    if scores[-1] != 1 and (known == CLASSES or bool((labels.sum(-1) == 1).all())):
+    one_hot = bool((labels.sum(-1) == 1).all())
+    if scores[-1] != 1 and (known == CLASSES or one_hot):
+        why = "with a single 1 in every row of the first batch" if one_hot else f"for a model whose task is {CLASSES}"
         raise error(
             "the labels may be one-hot classes, or answers to several questions",
-            got=f"0 and 1 {list(labels.shape)} with a single 1 in every row of the first batch",
+            got=f"0 and 1 {list(labels.shape)} {why}",
             wanted="class indices, or a task",
             hint='classes: labels.argmax(-1); several labels that may hold at once: fast.task = "multi_label"',
         )
