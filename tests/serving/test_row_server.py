@@ -57,12 +57,17 @@ def test_rows_are_never_mixed_up(fast: CompiledModule, rows: Tensor, arrivals: l
     same(fast, rows[[i for i, _ in arrivals]], answers)
 
 
-def test_rows_that_leave_early_are_answered_while_others_go_on(fast: CompiledModule, rows: Tensor) -> None:
+def test_rows_that_leave_early_are_answered_while_others_go_on(
+    fast: CompiledModule, rows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     early, late = (int((fast.run(rows).exit_index == k).nonzero()[0]) for k in (0, 2))
     order: list[str] = []
+    stream, listening = fast.stream, threading.Event()
+    monkeypatch.setattr(fast, "stream", lambda *args: stream(*args) if listening.wait(30) else None)  # callbacks come first
     with RowServer(fast, max_batch=2, max_wait_ms=1000) as server:
         for name, i in (("late", late), ("early", early)):
             server.submit(rows[i : i + 1]).add_done_callback(lambda _, name=name: order.append(name))
+        listening.set()
     assert order == ["early", "late"]
 
 
