@@ -200,6 +200,8 @@ PROMISES: dict[str, dict[str, Any]] = {
     "empirical": {"max_drop": 0.01, "delta": None},  # at most 1% lost on the validation part
 }
 
+CURVE = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0)  # thresholds of a plot
+
 
 def judged(
     fast: Any,
@@ -213,7 +215,8 @@ def judged(
     variants = []
     for promise, options in promises.items():
         report = seen["val"].of(fast).calibrate(**options)
-        judgement = seen["test"].of(fast).evaluate()
+        able = not any(e.criterion.stateful for e in fast.exits)
+        judgement = seen["test"].of(fast).evaluate(curve=CURVE if able else False)
         thresholds, temperatures = fast.thresholds.tolist(), fast.temperatures.tolist()
         row = record.row(
             label,

@@ -15,18 +15,20 @@ Constant = tuple[str, float, float]  # name, cost, accuracy
 
 
 def alternatives(points: Iterable[Constant], cost: float) -> dict[str, Any]:
-    """For a row of a record: the best of ``points`` at this cost or less, and the best mixture of two at this mean cost.
+    """For a row of a record: ``points``, the best at this cost or less, and the best mixture of two at this mean cost.
 
     Args:
         points: Constant choices, on the rows that the example is measured on.
         cost: Mean cost of the example.
     """
+    points = list(points)
     drops = [Point(name, cost, -accuracy) for name, cost, accuracy in points]
     found = {"constant": constant(drops, cost), "random": mixed(drops, cost)}
-    return {
+    best = {
         how: None if point is None else {"what": point.what, "cost": point.cost, "accuracy": -point.drop}
         for how, point in found.items()
     }
+    return {**best, "constants": points}
 
 
 def by_exit(fast: Any, accuracies: Sequence[float]) -> list[Constant]:

@@ -110,7 +110,8 @@ class Record:
     A row's figures, each where it has a meaning: ``thresholds`` (how they were chosen, in a word),
     ``original_accuracy`` (the trunk as trained without exits), ``full_accuracy`` (the compiled model with nothing
     left out), ``accuracy``, ``cost`` (mean share of the full model's FLOPs), ``constant`` and ``random`` (what is reached
-    without looking at the rows, by the best constant choice and by chance at the same cost), ``share`` (by exit, the end
+    without looking at the rows, by the best constant choice and by chance at the same cost; ``constants`` are all of those
+    that were tried, as name, cost and accuracy), ``share`` (by exit, the end
     last), ``speedup`` (by batch size, the original's time over the variant's).
     """
 

@@ -1,7 +1,7 @@
-"""The tables of figures on real data, made from ``results/*.json``, so that pages and records cannot drift apart.
+"""The tables and plots of figures on real data, made from ``results/*.json``, so that pages and records cannot drift apart.
 
-``python -m examples.table`` writes all of them into docs/results.md and five into README.md, between the markers;
-``--check`` only compares and ends with 1 where a page differs.
+``python -m examples.table`` writes all of them into docs/results.md and five into README.md, between the markers, and
+docs/figures/NAME.svg; ``--check`` only compares and ends with 1 where a page or a plot differs.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from examples import plots
+
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "examples" / "results"
+FIGURES = ROOT / "docs" / "figures"
 BEGIN, END = "<!-- figures: python -m examples.table -->", "<!-- end of figures -->"
 COLUMNS = (
     "what",
@@ -41,8 +44,24 @@ SHORT = (
 
 def table(results: Path = RESULTS) -> str:
     """All rows of all records in Markdown; without records a sentence."""
-    lines = [_line(row, record["command"]) for record in _records(results) for row in record["rows"]]
+    lines = [_line(row, record["command"]) for _, record in _records(results) for row in record["rows"]]
     return _markdown(COLUMNS, lines) if lines else "No result is recorded yet."
+
+
+def drawn(results: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
+    """What is plotted of each record, by its name; records that have no constant choices to compare with are left out."""
+    smaller = plots.smaller_models(record for _, record in _records(results))
+    found = {}
+    for name, record in _records(results):
+        *_, model = record.get("models", {"trunk": record.get("trunk")}).values()
+        found[name] = plots.panels(record, smaller.get(model["recipe"]["name"], ()) if model else ())
+    return {name: panels for name, panels in found.items() if panels}
+
+
+def page(results: Path = RESULTS) -> str:
+    """`table`, and the plots below it."""
+    shown = [f"![{name}: accuracy against cost](figures/{name}.svg)" for name in drawn(results)]
+    return "\n\n".join([table(results), *shown])
 
 
 def short(results: Path = RESULTS) -> str:
@@ -57,11 +76,11 @@ def short(results: Path = RESULTS) -> str:
     return _markdown(SHORT_COLUMNS, lines)
 
 
-def _records(results: Path) -> Iterator[dict[str, Any]]:
+def _records(results: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     for path in sorted(results.glob("*.json")):
         record = json.loads(path.read_text())
         if not path.stem.endswith("-quick") and "rows" in record:
-            yield record
+            yield path.stem, record
 
 
 def _markdown(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
@@ -83,7 +102,7 @@ def _percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.1f}%"
 
 
-PAGES = {ROOT / "docs" / "results.md": table, ROOT / "README.md": short}
+PAGES = {ROOT / "docs" / "results.md": page, ROOT / "README.md": short}
 
 
 def placed(page: str, made: str) -> str:
@@ -106,6 +125,13 @@ def main() -> None:
             sys.exit(f"{path.name} differs from examples/results: run python -m examples.table")
         if not only_check:
             path.write_text(new)
+    FIGURES.mkdir(exist_ok=True)
+    for name, panels in drawn().items():
+        path = FIGURES / f"{name}.svg"
+        if only_check and not (path.exists() and plots.digest(panels) in path.read_text()):
+            sys.exit(f"{path.name} differs from examples/results: run python -m examples.table")
+        if not only_check:
+            path.write_text(plots.svg(panels))
 
 
 if __name__ == "__main__":
