@@ -33,14 +33,17 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `--dist loadgroup` tests of one model of the zoo share a process: it is compiled once. Others share by file.
 
-    What a model of the zoo shows that is not one of `OFTEN` is left to `make test-all`.
+    What a model of the zoo shows that is not one of `OFTEN` is left to `make test-all`. Tests that are marked `last` come
+    after all others, each for itself, so that a run that is stopped after some time has reached the others.
     """
+    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
     for item in items:
         name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
         shared = name in ZOO and "zoo" in getattr(item, "fixturenames", ())
         if shared and name not in OFTEN:
             item.add_marker(pytest.mark.nightly)
-        item.add_marker(pytest.mark.xdist_group(name if shared else str(item.path.relative_to(item.config.rootpath))))
+        group = item.nodeid if item.get_closest_marker("last") else str(item.path.relative_to(item.config.rootpath))
+        item.add_marker(pytest.mark.xdist_group(name if shared else group))
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,8 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import shlex
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -121,49 +123,53 @@ def worst(promise: str, drops: Tensor, index: Tensor, y: Tensor) -> float:
 
 
 def simulated(shape: str, draws: int, promise: str = "marginal") -> dict[str, Any]:
-    """Violations on a large population and mean cost there, of both methods."""
+    """Violations on a large population and mean cost there; of both methods for the promise that both make."""
     make, rows = SHAPES[shape]
     x, y = make(POPULATION, 10**6)
     fast = Drawn(exits=2)
     confidences, right = torch.stack(fast.observe(x).confidences[:-1], 1), (x.argmax(2) == y[:, None]).double()
-    found = {"new": Tally(), "previous": Tally()}
+    found = {"new": Tally(), **({"previous": Tally()} if promise == "marginal" else {})}
     for seed in range(draws):
         data = make(rows, seed)
         report = calibrate(
             fast, loader(*data), max_drop=MAX_DROP, delta=DELTA, temperature=False, seed=seed, **OPTIONS[promise]
         )
-        for name, chosen in (("new", list(report.settings[EXITS])), ("previous", previous(*data, seed))):
-            thresholds = torch.tensor(chosen)
+        for name in found:
+            thresholds = torch.tensor(report.settings[EXITS] if name == "new" else previous(*data, seed))
             index = first_exit(confidences, thresholds)
             drops = right[:, -1] - right.gather(1, index[:, None])[:, 0]
-            found[name].violations += worst(promise if name == "new" else "marginal", drops, index, y) > MAX_DROP
+            found[name].violations += worst(promise, drops, index, y) > MAX_DROP
             found[name].cost += float(fast.costs(pattern(thresholds))[index].mean()) / draws
             found[name].opened += any(pattern(thresholds))
+    ratio = {"cost_ratio": round(found["new"].cost / found["previous"].cost, 4)} if "previous" in found else {}
     return {
         "shape": shape,
         "rows": rows,
+        "promise": promise,
         "draws": draws,
         **{
             name: {"cost": round(t.cost, 4), "violations": t.violations / draws, "opened": t.opened / draws}
             for name, t in found.items()
         },
-        "cost_ratio": round(found["new"].cost / found["previous"].cost, 4),
+        **ratio,
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--draws", type=int, default=2000)
-    draws = parser.parse_args().draws
+    parser.add_argument("--promise", choices=list(OPTIONS), nargs="+", default=["marginal"])
+    parser.add_argument("--shape", choices=list(SHAPES), nargs="+", default=list(SHAPES))
+    asked = parser.parse_args()
     torch.set_num_threads(1)
     record = {
-        "command": f"python -m tests.calibration.simulate --draws {draws}",
+        "command": shlex.join(["python", "-m", "tests.calibration.simulate", *sys.argv[1:]]),
         "max_drop": MAX_DROP,
         "delta": DELTA,
         "population": POPULATION,
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "shapes": [simulated(shape, draws) for shape in SHAPES],
+        "shapes": [simulated(shape, asked.draws, promise) for promise in asked.promise for shape in asked.shape],
     }
     print(json.dumps(record, indent=2))
 

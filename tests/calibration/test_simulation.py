@@ -6,8 +6,9 @@ import math
 
 import pytest
 
-from tests.calibration.simulate import DELTA, SHAPES, simulated
-from tests.support import nightly
+from tests.calibration.simulate import DELTA, OPTIONS, SHAPES, simulated
+
+LONG = [pytest.mark.nightly, pytest.mark.last]
 
 
 @pytest.mark.parametrize(
@@ -15,7 +16,7 @@ from tests.support import nightly
     [
         ("plain, 300 rows", "marginal", 12),
         ("gains nearly equal to losses", "conditional", 6),
-        *(nightly(shape, promise, 200) for shape in SHAPES for promise in ("marginal", "conditional", "group")),
+        *(pytest.param(shape, promise, 200, marks=LONG) for shape in SHAPES for promise in OPTIONS),
     ],
 )
 def test_promises_hold_and_cost_no_more(shape, promise, draws):
