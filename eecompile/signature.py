@@ -76,8 +76,37 @@ def parameters_of(forward: Callable[..., Any]) -> tuple[Parameter, ...]:
     return tuple(Parameter(p.name, int(p.kind), (p.default,) if type(p.default) in plain else None) for p in found)
 
 
+class Convention:
+    """How the user's model is called: as in the example.
+
+    Attributes:
+        parameters: Arguments of its `forward`.
+        constants: Per leaf of its arguments: None for a tensor, else a one-element tuple with the value of the example.
+        in_spec: Containers around these leaves, by argument.
+        positional: How many arguments the example gave by position; the others are given by name.
+    """
+
+    parameters: tuple[Parameter, ...]
+    constants: tuple[tuple[Any] | None, ...]
+    in_spec: Any
+    positional: int
+
+    def arguments(self, flat: Sequence[torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:
+        """Positional and keyword arguments of a call with these tensors."""
+        it = iter(flat)
+        leaves = [next(it) if c is None else c[0] for c in self.constants]
+        named = pytree.tree_unflatten(leaves, self.in_spec)
+        first = [p.name for p in self.parameters if p.kind in (POSITIONAL_ONLY, POSITIONAL)][: self.positional]
+        args = [named.pop(name, None) for name in first]
+        rest = next((p.name for p in self.parameters if p.kind == VAR_POSITIONAL), None)
+        return [*args, *named.pop(rest, ())], named
+
+
 def arguments_by_name(parameters: Sequence[Parameter], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as `{name: value}`, sorted, without those that are None. `*args` become `name[0]`, ... in a list.
+    """Arguments as `{name: value}`, without those whose None says nothing. `*args` are a list under their name.
+
+    Those that `forward` names are sorted; others stay in their order, which its code can see. None stays where the
+    argument has another default, which it replaces.
 
     Raises:
         CaptureError: Too many positional arguments, an unknown or a doubled name.
@@ -108,7 +137,9 @@ def arguments_by_name(parameters: Sequence[Parameter], args: Sequence[Any], kwar
                 hint=LABELS if name == "labels" else None,
             )
         named[name] = value
-    return {k: named[k] for k in sorted(named) if named[k] is not None}
+    replaced = {p.name for p in parameters if p.default is not None}
+    order = [*sorted(named.keys() & known), *(k for k in named if k not in known)]
+    return {k: named[k] for k in order if named[k] is not None or k in replaced}
 
 
 def _is(value: Any, default: Any) -> bool:
@@ -133,17 +164,14 @@ class OtherDtypes(CaptureError):
 
 
 @dataclass(frozen=True)
-class Signature:
+class Signature(Convention):
     """The calling convention of a captured model.
 
     Attributes:
-        parameters: Arguments of the model's `forward`.
         inputs: The tensors, in the order of the graph's inputs.
         outputs: The tensors, in the order of the graph's outputs.
-        in_spec: Containers around the named arguments; `constants` fills the leaves that are no tensors.
         out_spec: Containers around the outputs.
-        constants: Per input leaf: None for a tensor, else a one-element tuple with the value that was burned in.
-        out_constants: The same for the outputs; a `Number` where it is computed from sizes of the inputs.
+        out_constants: As `constants`, for the outputs; a `Number` where it is computed from sizes of the inputs.
         dynamic: Name and range of every dynamic size, the batch included.
         guards: Further conditions on these sizes, under which the graph is the model.
         fixed: Lengths that the model keeps to: input, axis, and the line that does, where it is known.
@@ -159,6 +187,7 @@ class Signature:
     dynamic: Mapping[str, tuple[int, int | None]] = field(default_factory=dict)
     guards: tuple[Guard, ...] = ()
     fixed: tuple[tuple[str, int, str], ...] = ()
+    positional: int = 0
     training: bool = False
 
     def __post_init__(self) -> None:
@@ -231,7 +260,7 @@ class Signature:
                 del named[p.name]
         if named.keys() != wanted.keys():
             self._other_call(named)
-        leaves, spec = pytree.tree_flatten({k: in_order(v, wanted[k]) for k, v in sorted(named.items())})
+        leaves, spec = pytree.tree_flatten({k: in_order(named[k], v) for k, v in wanted.items()})
         if spec != self.in_spec:
             self._other_call(named)
         flat = []
@@ -410,6 +439,7 @@ class Signature:
             "dynamic": {k: list(v) for k, v in self.dynamic.items()},
             "guards": [g.to_json() for g in self.guards],
             "fixed": [list(f) for f in self.fixed],
+            "positional": self.positional,
             "training": self.training,
         }
 
@@ -433,5 +463,6 @@ class Signature:
             dynamic={k: (v[0], v[1]) for k, v in data["dynamic"].items()},
             guards=tuple(load_guard(g) for g in data["guards"]),
             fixed=tuple((path, axis, line) for path, axis, line in data.get("fixed", ())),
+            positional=data.get("positional", 0),
             training=data["training"],
         )

@@ -16,47 +16,24 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from eecompile.errors import CaptureError
-from eecompile.signature import Parameter, arguments_by_name, parameters_of, path_of
+from eecompile.signature import Convention, Parameter, arguments_by_name, parameters_of, path_of
 
 
 @dataclass(frozen=True)
-class FlatCall:
+class FlatCall(Convention):
     """One call of a model, taken apart.
 
     Attributes:
         tensors: The tensor leaves, in order.
         paths: Their names, as a user would write them.
-        constants: Per leaf: None for a tensor, else a one-element tuple with the value.
-        spec: The containers around the leaves.
     """
 
     parameters: tuple[Parameter, ...]
     tensors: tuple[torch.Tensor, ...]
     paths: tuple[str, ...]
     constants: tuple[tuple[Any] | None, ...]
-    spec: Any
-
-    def arguments(self, tensors: Sequence[torch.Tensor]) -> tuple[list[Any], dict[str, Any]]:
-        """Positional and keyword arguments for the model from other tensors of the same call."""
-        it = iter(tensors)
-        named = pytree.tree_unflatten([next(it) if c is None else c[0] for c in self.constants], self.spec)
-        return split_arguments(self.parameters, named)
-
-
-def split_arguments(parameters: Sequence[Parameter], named: Mapping[str, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """Named arguments as the model's `forward` takes them; only `*args` force positions."""
-    kinds = {p.name: p.kind for p in parameters}
-    variadic = next((p.name for p in parameters if p.kind == 2 and p.name in named), None)
-    args: list[Any] = []
-    rest = dict(named)
-    for p in parameters:
-        if p.kind == 0 or (variadic is not None and p.kind == 1):
-            if p.name not in rest and variadic is None:
-                break
-            args.append(rest.pop(p.name, None))
-    if variadic is not None:
-        args += rest.pop(variadic)
-    return args, {k: v for k, v in rest.items() if kinds.get(k) != 0}
+    in_spec: Any
+    positional: int = 0
 
 
 def flatten_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> FlatCall:
@@ -89,6 +66,7 @@ def flatten_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
         tuple(path_of(p) for p, v in leaves if isinstance(v, torch.Tensor)),
         tuple(None if isinstance(v, torch.Tensor) else (v,) for _, v in leaves),
         spec,
+        len(args),
     )
 
 

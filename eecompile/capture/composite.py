@@ -75,7 +75,7 @@ class Member(nn.Module):
         if any(p.kind == VAR_KEYWORD for p in self.takes):
             known |= set(given)
         named = {k: v for k, v in given.items() if k in known and k not in self.positional}
-        return [given[n] for n in self.positional if n in given], named
+        return [given.get(n) for n in self.positional], named
 
     @property
     def alone(self) -> nn.Module:

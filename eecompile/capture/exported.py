@@ -62,7 +62,7 @@ def capture_program(
     outputs, out_constants, out_spec = _outputs(exported, graph_module, names)
     by_path = {leaf.path: leaf for leaf in leaves}
     dynamic, guards = conditions(exported, [by_path[p] for p in program_inputs(exported)], ranges(exported, names))
-    signature = Signature(parameters, leaves, outputs, call.spec, out_spec, constants, out_constants, dynamic, guards)
+    signature = Signature(parameters, leaves, outputs, call.in_spec, out_spec, constants, out_constants, dynamic, guards)
     given = bool(args or kwargs)
     if not given and exported.example_inputs is not None:
         args, kwargs = exported.example_inputs

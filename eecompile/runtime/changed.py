@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eecompile.capture.adapter import FlatCall, mode
+from eecompile.capture.adapter import mode
 from eecompile.capture.check import LOOSE, difference
 from eecompile.capture.tensors import CONSTANTS, ROOT, entry, path_in_model
 from eecompile.capture.untouched import untouched
@@ -287,7 +287,7 @@ class ModelWatch:
         if signature.batch_size(flat) == 0:
             return
         rows = few_rows(self.program, flat, MOST_ROWS)
-        args, kwargs = FlatCall(signature.parameters, (), (), signature.constants, signature.in_spec).arguments(rows)
+        args, kwargs = signature.arguments(rows)
         moved = others | {path: now for path, now, _ in self._objects.moved()}
         for values in self._values:
             moved |= values.moved()

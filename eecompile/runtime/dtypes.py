@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from eecompile.capture.adapter import FlatCall, mode
+from eecompile.capture.adapter import mode
 from eecompile.capture.check import LOOSE, difference
 from eecompile.capture.untouched import untouched
 from eecompile.program import Program
@@ -47,7 +47,7 @@ class DtypeCheck:
 
     def _compare(self, model: nn.Module, given: list[Tensor], converted: list[Tensor], error: OtherDtypes) -> None:
         signature = self.program.signature
-        args, kwargs = FlatCall(signature.parameters, (), (), signature.constants, signature.in_spec).arguments(given)
+        args, kwargs = signature.arguments(given)
         with torch.no_grad(), untouched(model), mode(model, False):
             try:
                 want = signature.flatten_output(model(*args, **kwargs))

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from eecompile.capture.adapter import FlatCall, mode
+from eecompile.capture.adapter import mode
 from eecompile.capture.untouched import untouched
 from eecompile.errors import CaptureError
 from eecompile.program import Program
@@ -75,8 +75,7 @@ class AutocastCheck:
 
     def _same(self, model: nn.Module, flat: Sequence[Tensor], dtype: torch.dtype) -> None:
         signature = self.program.signature
-        call = FlatCall(signature.parameters, (), (), signature.constants, signature.in_spec)
-        args, kwargs = call.arguments(flat)
+        args, kwargs = signature.arguments(flat)
         with torch.no_grad(), untouched(model), mode(model, False):
 
             def both() -> list[tuple[Tensor, Tensor]]:

@@ -117,6 +117,59 @@ def test_open_arguments():
         fast(rows(4), rows(4), rows(4), scale=rows(4, 1), shift=rows(4, 1))
 
 
+class Optional(Net):
+    def forward(self, x: Tensor, mask: Tensor | None = None, scale: float | None = 2.0) -> Tensor:
+        x = x + self.shift if mask is None else x * mask
+        return super().forward(x if scale is None else scale * x)
+
+    shift = 0.0
+
+
+@pytest.mark.parametrize("way", ["export", "blocks", "cascade"])
+@pytest.mark.parametrize(("args", "kwargs"), [((rows(6), rows(6)), {}), ((), {"x": rows(6), "mask": rows(6)})])
+def test_the_model_is_called_as_in_the_example(args, kwargs, way):
+    """Wherever it is called, so that its hooks find what they read."""
+    model, given = made(Optional), []
+    model.register_forward_pre_hook(lambda m, a, k: given.append((len(a), *sorted(k))), with_kwargs=True)
+    first = {"cascade": [Optional(1).eval(), model]}.get(way, model)
+    options = {"strategy": "cascade"} if way == "cascade" else {"capture": way}
+    fast = compiled(first, *args, example_kwargs=kwargs, closed=False, **options)
+    data = [(args or kwargs, torch.arange(6) % CLASSES)]
+    if way != "cascade":
+        fast.fit(data, epochs=1, trunk=True, progress=False)
+    fast.evaluate(data)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        fast(*args, **kwargs)
+    fast.running.shift = -0.0  # a change, so that graph and model are compared
+    fast(*args, **kwargs)
+    assert given
+    assert set(given) == {(len(args), *sorted(kwargs))}
+
+
+class Features(Net):
+    def forward(self, **features: Tensor) -> Tensor:
+        return super().forward(torch.cat(list(features.values()), 1))
+
+
+@pytest.mark.parametrize("capture", ["export", "blocks"])
+def test_named_arguments_keep_their_order(capture):
+    model, given = made(Features), {"z": rows(4, 10), "a": rows(4, 6)}
+    fast = compiled(model, example_kwargs=given, capture=capture)
+    with torch.no_grad():
+        equal_bits(fast(**given), model(**given))
+        equal_bits(fast(a=given["a"], z=given["z"]), model(**given))
+
+
+def test_none_before_another_argument_and_in_the_place_of_another_default():
+    model, x = made(Optional), rows(4)
+    with torch.no_grad():
+        equal_bits(compiled(model, x, None, 3.0)(x, None, 3.0), model(x, None, 3.0))
+        fast = compiled(model, x, example_kwargs={"scale": None})
+        equal_bits(fast(x, scale=None), model(x, scale=None))
+        with pytest.raises(CaptureError, match="other arguments"):
+            compiled(model, x)(x, scale=None)
+
+
 def test_containers_of_tensors():
     model = made(Nested)
 
