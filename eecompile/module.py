@@ -170,7 +170,7 @@ class CompiledModule(nn.Module):
         outcome = self._execute(flat, settings, True, allowance)
         result = self.result_of(outcome, settings, flat)
         if self.training and self.train_mode.gates == "every" and result.trace.route_weights is not None:
-            result.trace.branch_outputs = self._way_outputs(flat, settings)
+            result.trace.route_outputs = self._way_outputs(flat, settings)
         anytime.close(self, outcome, allowance, result)
         return result
 

@@ -71,8 +71,8 @@ class Trace:
             and all exits closed, differentiable in train mode.
         route_weights: [B, K] float32: the probability of every route, differentiable.
         route_costs: [K] float32: cost of a row on each route.
-        branch_outputs: With `gate_mode = "every"`: the model's prediction where every row takes branch k, for each of K;
-            without gradients.
+        route_outputs: The prediction had every row taken route k, for each of K: of a router to exits, and of one to
+            branches with `gate_mode = "every"`, then without gradients.
         ponder: [B] or [B, S] float32: ponder cost N + R, differentiable in train mode; of eval mode too.
         step_outputs: In train mode, where scores are probabilities of stopping (PonderNet): the prediction `[B, ..., C]` had
             every row stopped at each of the N steps. No row stops earlier then: `steps` is N, and `ponder` means nothing.
@@ -88,7 +88,7 @@ class Trace:
     end_cost: Tensor | None = None
     route_weights: Tensor | None = None
     route_costs: Tensor | None = None
-    branch_outputs: tuple[Tensor, ...] | None = None
+    route_outputs: tuple[Tensor, ...] | None = None
     ponder: Tensor | None = None
     step_outputs: tuple[Tensor, ...] | None = None
     step_scores: Tensor | None = None
@@ -219,7 +219,7 @@ def result_of(
         trace.confidences = tuple(torch.nan_to_num(c, nan=0.0) for c in outcome.confidences)
         trace.scores = None if outcome.scores is None else tuple(s.flatten() for s in outcome.scores)
         if program.exits and program.exits[0].routed:  # no function of the outputs: kept as they are
-            trace.scores = trace.confidences[:-1]
+            trace.scores, trace.route_outputs = trace.confidences[:-1], outcome.outputs
     return result
 
 

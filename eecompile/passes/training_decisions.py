@@ -7,7 +7,7 @@
 | sample | Bernoulli(score) | none: REINFORCE uses the log probability of `Result.gates` under `Trace.gate_scores` |
 | gumbel | hard, with logistic noise on the score's logit | straight through the noisy score (Jang et al. 2017) |
 | uniform | each way equally likely | none: so that every branch is trained on all kinds of rows |
-| every | gates as hard, ways as uniform | none: the objective reads the loss of every way (`Trace.branch_outputs`) |
+| every | gates as hard, ways as uniform | none: the objective reads the loss of every way (`Trace.route_outputs`) |
 | open | open, whatever score and threshold | none: for objectives that read the scores with every depth's prediction |
 
 A router's scores are the probabilities of its K ways, and "open" is the model's own; closed ways are never taken.

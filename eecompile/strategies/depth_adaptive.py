@@ -13,7 +13,7 @@ from eecompile.strategies.base import PLAIN, Strategy
 from eecompile.strategies.skipnet import SkipNet
 
 MODES = ("up_front", "halting", "gates")
-TARGETS = ("oracle", "correctness", "expected", "cost")
+TARGETS = ("oracle", "correctness", "expected", "regret", "cost")
 CLOSED = 2.0  # threshold of the exits that are there for training alone
 
 
@@ -27,7 +27,7 @@ class DepthAdaptive(Strategy):
     | halting | after every block its own unit: go on or not | the blocks before the first no |
     | gates | before every block its own unit: run it or not (SkipNet) | any of the blocks |
 
-    Targets "oracle", "correctness" and "expected" need the prediction at every depth. It comes from exits with the model's
+    Targets other than "cost" need the prediction at every depth. It comes from exits with the model's
     own layers before every gate, which skip that gate's block and all later ones; what is not gated (the blocks that change
     the shape, in networks with stages) runs in each of them. Training opens every gate, and at inference those exits are
     closed. Their work grows with the share of the model that has no gate: where that is large, "cost" trains faster.
@@ -37,9 +37,10 @@ class DepthAdaptive(Strategy):
         gates: "every-block", or names of blocks with wildcards.
         min_depth: The first so many blocks run for every row; the depth is chosen after them.
         targets: "oracle": the depth with the least loss plus price; "correctness": the first that is right; "expected":
-            loss plus price in the mean over the chosen distribution; "cost": no target depth, but gradients through the
-            decisions and a price on their cost. None is "oracle", with mode "gates" "cost".
-        price: Loss that running all gated blocks must be worth ("oracle", "expected").
+            loss plus price in the mean over the chosen distribution; "regret": every depth by what it saves against the
+            worst; "cost": no target depth, but gradients through the decisions and a price on their cost. None is "oracle",
+            with mode "gates" "cost".
+        price: Loss that running all gated blocks must be worth ("oracle", "expected", "regret").
         target_depth: Mean share of the gated blocks that the price is steered towards; None keeps the price.
         target_cost: Fraction of the model's cost that training steers the mean towards ("cost").
         unit: Of the modes "halting" and "gates": "auto", "linear", "conv" or "recurrent".
@@ -95,11 +96,12 @@ class DepthAdaptive(Strategy):
             v = getattr(self, name)
             if isinstance(v, bool) or not isinstance(v, kind) or not v >= 0:
                 raise StrategyError(f"{name}= {is_a}", got=v, wanted="0 or more")
-        if self.target_depth is not None and not (0 < self.target_depth <= 1 and self.targets in ("oracle", "expected")):
+        priced = self.targets not in ("correctness", "cost")
+        if self.target_depth is not None and not (0 < self.target_depth <= 1 and priced):
             raise StrategyError(
                 "target_depth= is a share of the gated blocks, for targets with a price",
                 got=f"{self.target_depth}, targets={self.targets!r}",
-                wanted='0 to 1, with targets="oracle" or "expected"',
+                wanted='0 to 1, with targets="oracle", "expected" or "regret"',
             )
         # SkipNet's own checks of threshold and target cost.
         self._gates()

@@ -22,7 +22,8 @@ ESTIMATORS = {
     "soft": "soft",
     "reinforce": "sample",
 }
-OBJECTIVES = {"regret": "route_regret", "reinforce": "route_reinforce"}  # the others: route_cost
+OBJECTIVES = {"regret": "regret", "reinforce": "reinforce"}  # the others: choice_cost
+GAIN = 1.0  # of the price: what a row loses on another route is a few tenths, less than with gates
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,11 @@ class Router:
     @property
     def training(self) -> tuple[tuple[str, float, str, dict[str, Any] | None], ...]:
         """Stages: name, share of the epochs, how decisions are taken, and the objective added to the task's."""
-        price = {"price": self.price, "target": self.target_cost, "balance": self.balance}
+        price = {"price": self.price, "target": self.target_cost, "gain": GAIN, "balance": self.balance}
         if self.to_exits:
             warm = (("every exit", self.warm_up, "hard", None),) if self.warm_up else ()
-            return (*warm, ("exits and router", 1 - self.warm_up, "hard", {"name": "route_exits", **price}))
-        cost = {"name": OBJECTIVES.get(self.estimator, "route_cost"), **price}
+            return (*warm, ("exits and router", 1 - self.warm_up, "hard", {"name": "regret", **price}))
+        cost = {"name": OBJECTIVES.get(self.estimator, "choice_cost"), **price}
         warm = (("every branch", self.warm_up, "uniform", None),) if self.warm_up else ()
         return (*warm, ("routed", 1 - self.warm_up, ESTIMATORS[self.estimator], cost))
 

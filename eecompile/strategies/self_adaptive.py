@@ -120,7 +120,7 @@ class SelfAdaptive(ExitStrategy):
             free = Fraction(k, steps)
             # With fewer parts to drop there is less to save: the target comes down with them.
             target = 1 - (1 - self.target_cost) * float(free)
-            price: dict[str, Any] = {"name": "gate_cost", "target": target}
+            price: dict[str, Any] = {"name": "choice_cost", "target": target}
             if mode == "sample":
                 price = {"name": "reinforce", "target": target, "reward": self.reward, "entropy": self.entropy}
             name = "all parts" if k == steps else f"the last {free} of the parts"

@@ -110,7 +110,7 @@ class SkipNet(Strategy):
 
     @property
     def stages(self) -> tuple[TrainingStage, ...]:
-        price = {"name": "gate_cost", "target": self.target_cost}
+        price = {"name": "choice_cost", "target": self.target_cost}
         policy = {"name": "reinforce", "target": self.target_cost, "reward": self.reward, "entropy": self.entropy}
         found = (
             TrainingStage("soft gates", self.shares[0], "soft", price, full_share=self.full_share),

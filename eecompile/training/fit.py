@@ -89,7 +89,7 @@ def fit(
         scheduler: None, "cosine" (to 0 over each stage), or a function that makes a scheduler from the
             optimizer; it is stepped after every optimizer step.
         objective: Name, dict or instance (`training/objectives`); by default that of `fast.strategy`. The price of gates
-            comes on top, unless it is in there ("exits+gate_cost"); then only the stages that it can train are run.
+            comes on top, unless it is in there ("exits+choice_cost"); then only the stages that it can train are run.
         loss: `(output, labels) -> scalar`, instead of `objective`. By default what fits the labels: cross entropy, binary
             cross entropy or mean squared error (`training/tasks.py`); the report says which.
         metric: `(prediction, labels) -> [B]`, higher is better; shown instead of accuracy.

@@ -16,6 +16,8 @@ from eecompile.training.plan import StagePlan
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
 
+OF_LABELS = ("sample", "every")  # choices learn from the likelihood of labels, which no loss of the user's gives
+
 
 def stages_of(
     epochs: int,
@@ -47,11 +49,11 @@ def stages_of(
                 raise EecompileError(
                     "no stage of the strategy can be trained by this objective",
                     got=str(task.to_dict() if task is not None else None),
-                    wanted="reinforce where gates are sampled, gate_cost where their decisions have a gradient",
+                    wanted="reinforce where decisions are sampled, choice_cost where their decisions have a gradient",
                 )
             task = None
         for stage in asked:
-            if isinstance(task, PerExitLoss) and stage.objective is not None and resolve(stage.objective).weighs_rows:
+            if isinstance(task, PerExitLoss) and stage.objective is not None and stage.gate_mode in OF_LABELS:
                 raise EecompileError(
                     "this stage weighs the likelihood of class labels of every row",
                     where=f"stage {stage.name!r}",

@@ -9,7 +9,7 @@ import torch
 
 from eecompile.errors import EecompileError
 from eecompile.result import Choices, Result, Trace
-from eecompile.training.objectives import GateCost, Price, Reinforce, Steering, Sum, WeightedCrossEntropy, objective
+from eecompile.training.objectives import ChoiceCost, Price, Reinforce, Steering, Sum, WeightedCrossEntropy, objective
 
 
 def result(logits, gates, scores, cost, free=None) -> Result:
@@ -37,10 +37,10 @@ def test_the_price_follows_the_cost_as_written():
     assert fixed.now == 0.3
 
 
-def test_gate_cost_is_price_times_mean_cost_and_only_training_moves_the_price():
+def test_choice_cost_is_price_times_mean_cost_and_only_training_moves_the_price():
     cost = torch.tensor([0.4, 1.0], requires_grad=True)
     gates = torch.ones(2, 1)
-    given = GateCost(target=0.5, price=2.0, rate=0.1, gain=1.0)
+    given = ChoiceCost(target=0.5, price=2.0, rate=0.1, gain=1.0)
     loss = given(result(torch.zeros(2, 3), gates, gates, cost), None)
     assert float(loss.detach()) == pytest.approx(2.0 * 0.7)
     loss.backward()
@@ -83,6 +83,18 @@ def test_reinforce_value_by_hand():
         given(result(logits, scores * 1.0, scores, cost), labels)
 
 
+def test_reinforce_counts_gates_and_a_route_alike():
+    """Row 1 left before the branches: its route has no part."""
+    gates, scores = torch.tensor([[1.0], [0.0]]), torch.tensor([[0.8], [0.6]])
+    weights, route = torch.tensor([[0.3, 0.7], [0.9, 0.1]]), torch.tensor([1, -1])
+    made = result(torch.zeros(2, 2), gates, scores, torch.tensor([0.5, 0.9]))
+    made.choices.route, made.trace.route_weights, made.trace.route_costs = route, weights, torch.tensor([0.5, 1.0])
+    likelihood, _ = Reinforce().likelihood(made, "")
+    torch.testing.assert_close(likelihood, torch.tensor([0.8 * 0.7, 0.4]).log())
+    even, loaded = (Reinforce(target=None, balance=b)(made, torch.tensor([0, 1])) for b in (0.0, 2.0))
+    torch.testing.assert_close(loaded - even, torch.tensor(2.0 * 2 * 0.7))
+
+
 def test_reinforce_is_unbiased_on_an_enumerated_expectation():
     """Three gates, one row: the gradient of E[reward], exactly, against the mean over draws with some baseline."""
     theta = torch.tensor([0.3, -0.5, 1.0], dtype=torch.float64, requires_grad=True)
@@ -115,12 +127,12 @@ def test_reinforce_is_unbiased_on_an_enumerated_expectation():
 
 
 def test_saved_as_dicts_and_passed_on_from_stage_to_stage():
-    for given in (GateCost(target=0.7), Reinforce(reward="correctness", entropy=0.2)):
+    for given in (ChoiceCost(target=0.7), Reinforce(reward="correctness", entropy=0.2)):
         assert objective(given.to_dict()) == given
-    first, then = Sum((WeightedCrossEntropy(), GateCost())), Sum((WeightedCrossEntropy(), Reinforce()))
+    first, then = Sum((WeightedCrossEntropy(), ChoiceCost())), Sum((WeightedCrossEntropy(), Reinforce()))
     first.parts[1].controller.follow(0.9)
     then.take(first.passed_on())
-    assert then.parts[1].controller.state() == first.parts[1].controller.state() != GateCost().controller.state()
+    assert then.parts[1].controller.state() == first.parts[1].controller.state() != ChoiceCost().controller.state()
     back = objective(then.to_dict())
     back.load_state(then.state())
     assert back.state() == then.state()
@@ -129,8 +141,8 @@ def test_saved_as_dicts_and_passed_on_from_stage_to_stage():
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"name": "gate_cost", "target": 0.0},
-        {"name": "gate_cost", "rate": -1.0},
+        {"name": "choice_cost", "target": 0.0},
+        {"name": "choice_cost", "rate": -1.0},
         {"name": "reinforce", "reward": "speed"},
         {"name": "reinforce", "entropy": -0.1},
         {"name": "reinforce", "memory": 1.0},

@@ -151,7 +151,7 @@ def test_epochs_are_shared_by_largest_remainders():
 def test_objectives_of_ones_own_and_mistakes(trained):
     fast = compiled(trained)
     run = {"epochs": 3, "trunk": False, "progress": False}
-    report = fast.fit(loader(60), objective="exits+gate_cost", **run)
+    report = fast.fit(loader(60), objective="exits+choice_cost", **run)
     assert {row.stage for row in report.rows} == {"soft gates", "hard gates"}
     report = fast.fit(loader(60), objective="exits+reinforce", **run)
     assert {row.stage for row in report.rows} == {"reinforce"}
@@ -166,7 +166,7 @@ def test_objectives_of_ones_own_and_mistakes(trained):
 
 def test_options():
     given = strategies.SkipNet(estimator="gumbel", shares=(0, 1, 0), target_cost=0.4)
-    assert given.stages == (TrainingStage("hard gates", 1, "gumbel", {"name": "gate_cost", "target": 0.4}),)
+    assert given.stages == (TrainingStage("hard gates", 1, "gumbel", {"name": "choice_cost", "target": 0.4}),)
     assert strategy(given.to_dict()) == given
     for wrong in (
         {"full_share": 1},

@@ -10,7 +10,7 @@ from eecompile import EecompileError, StrategyError, strategies
 from eecompile.errors import CalibrationError
 from eecompile.strategies import Branchy, Router, strategy
 from eecompile.training.objectives import objective
-from eecompile.training.objectives.routes import uneven
+from eecompile.training.objectives.choices import regret, uneven
 from eecompile.training.route_report import RouteRow
 from tests.calibration.synthetic import calibrated
 from tests.gates.adaptive import Loader, Tower, rows, tower
@@ -154,30 +154,40 @@ def test_the_regret_is_that_of_ways_run_by_themselves(model):
     fast.train()
     fast.gate_mode = "every"
     result = fast.run(x)
-    found = objective({"name": "route_regret", "price": 0.5})(result, y)
+    found = objective({"name": "regret", "price": 0.5})(result, y)
     spent = []
     for k, costs in enumerate(fast.route_costs().tolist()):
         fast.set_route_margins([0.0 if k == j else 2.0 for j in range(2)])
         out = fast.observe(x).output
-        torch.testing.assert_close(result.trace.branch_outputs[k], out)
+        torch.testing.assert_close(result.trace.route_outputs[k], out)
         spent.append(nn.functional.cross_entropy(out, y, reduction="none") + 0.5 * costs)
     light, full = spent
     better = torch.where(light < full, result.trace.route_weights[:, 0], result.trace.route_weights[:, 1])
     torch.testing.assert_close(found, ((light - full).abs() * -better.log()).mean())
     fast.gate_mode = "hard"
     with pytest.raises(EecompileError, match="needs the loss of every branch"):
-        objective("route_regret")(fast.run(x), y)
+        objective("regret")(fast.run(x), y)
+
+
+def test_the_regret_of_a_router_to_exits_reads_the_exits(model):
+    fast = compiled(model, Router(at="input", to="exits"), exits=1, max_head_share=1e9)
+    x, y, _ = rows(16)
+    fast.train()
+    result = fast.run(x)
+    assert all(a is b for a, b in zip(result.trace.route_outputs, result.outputs, strict=True))
+    spent = [nn.functional.cross_entropy(o, y, reduction="none") for o in result.outputs]
+    spent = torch.stack(spent, 1) + 0.5 * result.trace.route_costs
+    wanted = regret(result.trace.route_weights, spent)
+    torch.testing.assert_close(objective({"name": "regret", "price": 0.5})(result, y), wanted)
 
 
 def test_the_likeliest_route_has_the_least_expected_loss():
     """Of rows that the router cannot distinguish; three routes."""
     losses = torch.tensor([[0.0, 1.0, 0.2], [2.0, 0.1, 1.0], [0.1, 3.0, 0.4], [0.9, 0.0, 0.3]])
     logits = torch.zeros(3, requires_grad=True)
-    labels = torch.zeros(4, dtype=torch.long)
-    outputs = [torch.stack((torch.zeros(4), loss.expm1().clamp_min(1e-6).log()), 1) for loss in losses.T]
     for _ in range(300):
         p = torch.softmax(logits, 0).expand(4, 3)
-        loss = objective("route_exits").regret(p, torch.zeros(3), outputs, labels, "")
+        loss = regret(p, losses)
         (gradient,) = torch.autograd.grad(loss, logits)
         logits = (logits - gradient).detach().requires_grad_()
     assert int(logits.argmax()) == int(losses.mean(0).argmin()) == 2
@@ -253,7 +263,7 @@ def test_options_and_mistakes(model):
     plain.train()
     result = plain.run(rows(4)[0])
     with pytest.raises(EecompileError, match="no router to train"):
-        objective("route_cost")(result, rows(4)[1])
+        objective("regret")(result, rows(4)[1])
 
 
 class Wrong(nn.Module):

@@ -79,6 +79,14 @@ def test_expected_loss_has_the_gradient_of_the_enumerated_expectation():
     torch.testing.assert_close(scores.grad[:2].double(), other.grad[:2], atol=1e-5, rtol=1e-4)
 
 
+def test_regret_weighs_every_depth_by_what_it_saves():
+    loss = DepthTargets(targets="regret", price=0.4)(result(), LABELS)
+    spent = torch.tensor(LOSSES) + 0.4 * torch.tensor([0.0, 0.5, 1.0])
+    p = log_probabilities(SCORES, "multinomial")
+    wanted = ((spent.max(1, keepdim=True).values - spent) * -p).sum(1).mean()
+    torch.testing.assert_close(loss, torch.tensor(LOSSES).mean() + wanted)
+
+
 def test_the_task_learns_at_every_depth_and_the_targets_do_not_teach_it():
     made = result()
     DepthTargets(targets="expected", depth_weight=7.0, weights=[1, 1, 2])(made, LABELS).backward()

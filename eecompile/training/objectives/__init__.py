@@ -15,12 +15,9 @@ itself) and labels, and gives one differentiable scalar. Outputs are `[B, C]` or
 | ponder | mean ponder cost of adaptive computation time (Graves 2016) |
 | pondernet | expected loss over where a row stops + beta x KL from a geometric prior (Banino et al. 2021) |
 | depth_targets | cross entropy at every depth, and of the choice of depth against targets (Elbayad et al. 2020) |
-| gate_cost | price x mean cost of gated rows, the price steered towards a target cost |
-| reinforce | policy gradient of sampled gates: task reward - price x cost, baseline, entropy (SkipNet 2018) |
-| route_exits | cross entropy of the exit that a router sends a row to, weighted by regret: loss + price x cost |
-| route_regret | the same of its branches |
-| route_cost | price x mean cost of routed rows, and an even load (Switch Transformer, Fedus et al. 2021) |
-| route_reinforce | policy gradient of sampled branches |
+| regret | cross entropy of the route that a row takes, weighted by regret: loss + price x cost of every one |
+| choice_cost | price x mean cost of gated or routed rows, the price steered towards a target cost |
+| reinforce | policy gradient of sampled gates or routes: task reward - price x cost, baseline, entropy (SkipNet 2018) |
 | sum | any of them added, with weights; also written "a+b" |
 | per_exit_loss | a function `(output, labels) -> scalar` of the user, for tasks that are not classification |
 """
@@ -39,14 +36,13 @@ from eecompile.training.objectives.base import (
     register,
     weighted,
 )
+from eecompile.training.objectives.choices import ChoiceCost, Priced, Regret, Reinforce
 from eecompile.training.objectives.depth import DepthTargets
 from eecompile.training.objectives.exits import Distillation, Ensemble, Exits, ExitScore, WeightedCrossEntropy
-from eecompile.training.objectives.gates import GateCost, Priced, Reinforce
 from eecompile.training.objectives.general import Loss, PerExitLoss, Sum
 from eecompile.training.objectives.ponder import Ponder
 from eecompile.training.objectives.pondernet import PonderNet
 from eecompile.training.objectives.price import Price, Steering
-from eecompile.training.objectives.routes import RouteCost, RouteExits, RouteRegret, RouteReinforce
 
 register(
     AdaLoss,
@@ -55,28 +51,25 @@ register(
     Distillation,
     Ensemble,
     ExitScore,
-    GateCost,
+    ChoiceCost,
+    Regret,
     Reinforce,
     DepthTargets,
     PerExitLoss,
     Ponder,
     PonderNet,
-    RouteCost,
-    RouteExits,
-    RouteRegret,
-    RouteReinforce,
     Sum,
 )
 
 __all__ = [
     "OBJECTIVES",
     "AdaLoss",
+    "ChoiceCost",
     "DepthTargets",
     "Distillation",
     "Ensemble",
     "ExitScore",
     "Exits",
-    "GateCost",
     "Loss",
     "Objective",
     "PerExitLoss",
@@ -84,11 +77,8 @@ __all__ = [
     "PonderNet",
     "Price",
     "Priced",
+    "Regret",
     "Reinforce",
-    "RouteCost",
-    "RouteExits",
-    "RouteRegret",
-    "RouteReinforce",
     "Steering",
     "Sum",
     "WeightedCrossEntropy",

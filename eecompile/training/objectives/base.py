@@ -24,7 +24,6 @@ class Objective(ABC):
     """Base of all objectives. Instances are immutable; `to_dict` and `objective` are inverse."""
 
     name: ClassVar[str] = ""
-    weighs_rows: ClassVar[bool] = False  # by the likelihood of their class labels, which no loss of the user's gives
 
     @abstractmethod
     def __call__(self, result: Result, labels: Any, *, where: str = "this batch") -> Tensor:

@@ -11,6 +11,7 @@ with s_(-1) = 1 and s_G = 0. With l_n the task's loss at depth n and a price per
     oracle:       the depth with the least l_n + price * n / G, by likelihood
     correctness:  the first depth whose prediction is right, 0 where none is, by likelihood
     expected:     no single depth: the sum over n of P(n) * (l_n + price * n / G) is the loss itself
+    regret:       likelihood of every depth, weighted by what it saves against the worst (`choices.py`)
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ from torch.nn import functional as F
 from eecompile.errors import EecompileError, near
 from eecompile.result import Result
 from eecompile.training.objectives.base import Weights, check_weights, losses_of, outputs_of, weighted
-from eecompile.training.objectives.gates import Priced
+from eecompile.training.objectives.choices import Priced, regret
 from eecompile.training.scores import check_labels, right
 
-TARGETS = ("oracle", "correctness", "expected")
+TARGETS = ("oracle", "correctness", "expected", "regret")
 DISTRIBUTIONS = ("multinomial", "geometric")
 EPSILON = 1e-6
 
@@ -41,7 +42,7 @@ class DepthTargets(Priced):
     given plus the price of the blocks that ran.
 
     Args:
-        targets: "oracle", "correctness" or "expected".
+        targets: "oracle", "correctness", "expected" or "regret".
         distribution: "multinomial" or "geometric": what the scores mean.
         weights: Of the task's loss at every depth, as in `WeightedCrossEntropy`.
         depth_weight: Weight of the choice's loss, added to the task's.
@@ -99,8 +100,8 @@ class DepthTargets(Priced):
             self.priced(share[oracle])
             return F.nll_loss(log_p, oracle)
         p = log_p.exp()
-        now = self.priced((p.detach() * share).sum(1))
-        return (p * (losses + now * share)).sum(1).mean()
+        spent = losses + self.priced((p.detach() * share).sum(1)) * share
+        return regret(p, spent) if self.targets == "regret" else (p * spent).sum(1).mean()
 
     def options(self) -> tuple[str, ...]:
         return (*super().options(), "targets", "distribution", "weights", "depth_weight")
