@@ -27,6 +27,7 @@ from examples import datasets
 from examples._common import Options, Record, Variant, fitted, main, minilm_trunk, rows_of, timed
 from examples._parts import imdb_parts
 from examples._registry import atomic
+from examples.generated import IGNORE
 
 ROWS = {"seen": 4_000, "train": 1_280, "val": 500, "test": 1_000}  # seen: by the trunk, which learns from others here
 ROWS_QUICK = {"seen": 0, "train": 128, "val": 64, "test": 64}
@@ -44,7 +45,8 @@ def judge(fast: Any, loader: Iterable[Any], threshold: float) -> dict[str, Any]:
     with torch.no_grad():
         for batch in batches(loader, torch.device("cpu")):
             result = fast.run(*batch.args, **batch.kwargs)
-            right.append(fast.prediction_of(result.output).argmax(-1) == batch.labels)
+            real = batch.labels != IGNORE
+            right.append((fast.prediction_of(result.output).argmax(-1) == batch.labels)[real])
             costs.append(result.cost)
             taken = result.steps
             # padding halts at once: only tokens count

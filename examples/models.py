@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 if TYPE_CHECKING:
-    from transformers import BertForSequenceClassification
+    from transformers import BertForSequenceClassification, BertForTokenClassification
 
 
 class DigitsNet(nn.Module):
@@ -222,6 +222,43 @@ def minilm_classifier(
         nn.init.normal_(layer.weight, std=model.config.initializer_range, generator=generator)
         nn.init.zeros_(layer.bias)
     return model
+
+
+def code_tagger(layers: int, vocabulary: int, tags: int, positions: int) -> BertForTokenClassification:
+    """A small BERT, 64 wide, that tags each of [B, S] words."""
+    from transformers import BertConfig, BertForTokenClassification
+
+    config = BertConfig(
+        vocab_size=vocabulary,
+        hidden_size=64,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        intermediate_size=128,
+        max_position_embeddings=positions,
+        num_labels=tags,
+    )
+    return BertForTokenClassification(config)
+
+
+class ChartNet(nn.Module):
+    """Four convolutions over time (as Wang et al., 2017, has three): [B, 1, T] to logits [B, classes]."""
+
+    def __init__(self, classes: int = 6) -> None:
+        super().__init__()
+        shapes = ((1, 32, 7, 1), (32, 64, 5, 2), (64, 64, 3, 1), (64, 128, 3, 2))
+        self.layers = nn.Sequential(
+            *(
+                nn.Sequential(
+                    nn.Conv1d(channels, out, kernel, stride, kernel // 2, bias=False), nn.BatchNorm1d(out), nn.ReLU()
+                )
+                for channels, out, kernel, stride in shapes
+            )
+        )
+        self.fc = nn.Linear(128, classes)
+
+    def forward(self, readings: Tensor) -> Tensor:
+        y: Tensor = self.fc(self.layers(readings).mean(2))
+        return y
 
 
 class RowReader(nn.Module):

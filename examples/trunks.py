@@ -30,8 +30,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from examples import datasets, models
+from examples import datasets, generated, models
 from examples._registry import DatasetError, atomic
+from examples.generated import IGNORE
 
 Inputs = Tensor | dict[str, Tensor]
 WEIGHTS = Path(__file__).parent / "weights"
@@ -45,7 +46,7 @@ def runs_root() -> Path:
 
 
 def accuracy(model: nn.Module, loader: DataLoader[Any] | Iterator[Any]) -> float:
-    """Share of right answers over batches of ``(inputs, labels)`` or dictionaries with ``labels``."""
+    """Share of right answers over batches of ``(inputs, labels)`` or dictionaries with ``labels``; -100 is left out."""
     right = total = 0
     was_training = model.training
     model.eval()
@@ -56,7 +57,7 @@ def accuracy(model: nn.Module, loader: DataLoader[Any] | Iterator[Any]) -> float
             else:
                 inputs, labels = batch
             right += int((_logits(model, inputs).argmax(-1) == labels).sum())
-            total += len(labels)
+            total += int((labels != IGNORE).sum())
     model.train(was_training)
     if not total:
         raise DatasetError("accuracy: the loader yielded no batch, wanted at least one")
@@ -216,7 +217,8 @@ def fit_trunk(
                     batch = _prepared(take(inputs, index), recipe, recipe.pixels(epoch))
                     with _precision(recipe):
                         logits = _logits(model, batch).float()
-                    loss = nn.functional.cross_entropy(logits, labels[index], label_smoothing=recipe.label_smoothing)
+                    wanted = labels[index].flatten()
+                    loss = nn.functional.cross_entropy(logits.flatten(0, -2), wanted, label_smoothing=recipe.label_smoothing)
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()  # type: ignore[no-untyped-call]
                     nn.utils.clip_grad_norm_(model.parameters(), 5.0)
@@ -349,11 +351,32 @@ def minilm_trunk(*, quick: bool = False, seed: int = 0) -> Trunk:
     return trunk(recipe, lambda: models.minilm_classifier(datasets.minilm(standin=quick), seed=seed), data)
 
 
+def charts_trunk(*, quick: bool = False, seed: int = 0) -> Trunk:
+    """A convolutional network for control charts."""
+    recipe = Recipe(f"charts{'-quick' * quick}", 4 if quick else 10, 32 if quick else 64, 4e-3, seed=seed)
+    return trunk(recipe, models.ChartNet, generated.data(generated.control_charts, quick))
+
+
+def code_trunk(layers: int = 6, *, quick: bool = False, seed: int = 0) -> Trunk:
+    """A small BERT that tags the words of generated code."""
+    recipe = Recipe(f"code{layers}{'-quick' * quick}", 2 if quick else 10, 16 if quick else 32, 2e-3, seed=seed)
+    draw = generated.data(generated.code, quick)
+
+    def data(part: str, limit: int | None) -> tuple[Inputs, Tensor]:
+        words, tags = draw(part, limit)
+        return {"input_ids": words, "attention_mask": (tags != IGNORE).long()}, tags
+
+    build = partial(models.code_tagger, layers, len(generated.VOCABULARY), len(generated.TAGS), generated.TOKENS)
+    return trunk(recipe, build, data)
+
+
 TRUNKS: dict[str, Callable[..., Trunk]] = {
     "lenet-mnist": lenet_trunk,
     "lenet-fashion": partial(lenet_trunk, "fashion_mnist"),
     "resnet20": resnet_trunk,
     "minilm": minilm_trunk,
+    "charts": charts_trunk,
+    "code": code_trunk,
 }
 
 

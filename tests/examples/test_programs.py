@@ -75,6 +75,27 @@ def test_branchy_resnet(environment: dict[str, str], tmp_path: Path) -> None:
 
 
 @pytest.mark.nightly
+def test_branchy_charts(environment: dict[str, str], tmp_path: Path) -> None:
+    found = json.loads(run("branchy_charts", environment, tmp_path, "--json").stdout)
+    assert [row["thresholds"] for row in found["rows"]] == ["guaranteed", "empirical"]
+    for row in found["rows"]:
+        check_row(row, {"1", "32", "256"})
+        assert [(e["after"], e["head"]) for e in row["exits"]] == [(f"layers.{k}", "Branch") for k in range(3)]
+    assert found["rows"][1]["cost"] < 0.7
+
+
+@pytest.mark.nightly
+def test_act_code(environment: dict[str, str], tmp_path: Path) -> None:
+    found = json.loads(run("act_code", environment, tmp_path, "--json").stdout)
+    for row in found["rows"]:
+        assert sum(row["share"].values()) == pytest.approx(1)
+        assert row["accuracy"] > row["full_accuracy"] - 0.05
+        assert all(1 <= steps <= 6 for steps in row["steps_by_tag"].values())
+        assert [name for name, *_ in row["constants"]] == ["1 block", "6 blocks"]
+    assert found["rows"][1]["cost"] <= found["rows"][0]["cost"]
+
+
+@pytest.mark.nightly
 def test_mebert_imdb(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(run("mebert_imdb", environment, tmp_path, "--json").stdout)
     assert found["chosen"] in ("joint", "staged")
