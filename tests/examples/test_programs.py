@@ -212,7 +212,7 @@ def test_help_has_examples(environment: dict[str, str]) -> None:
 
 @pytest.mark.parametrize(
     ("name", "models"),
-    [("images", ["tinyconv", "resnet8", "mobilenetv2"]), ("text", ["bagofwords", "minilm3", "minilm6"])],
+    [("images", ["tinyconv", "resnet8", "resnet20"]), ("text", ["bagofwords", "minilm3", "minilm6"])],
 )
 @pytest.mark.nightly
 def test_cascades(environment: dict[str, str], tmp_path: Path, name: str, models: list[str]) -> None:
