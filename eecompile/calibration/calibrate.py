@@ -54,6 +54,7 @@ from eecompile.ir.settings import EXITS, TEMPERATURES, Settings
 from eecompile.runtime.confidences import confidences_of
 from eecompile.training.batches import device_of, require_repeatable
 from eecompile.training.subgroups import check_groups
+from eecompile.training.workers import whole
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -67,7 +68,8 @@ RAMP = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4
 def calibrate(fast: CompiledModule, loader: Iterable[Any], **options: Any) -> CalibrationReport:
     """Chooses what makes rows leave or skip: of gates, of routers to branches, of halting, then of exits.
 
-    The module stays as it is; `fast.calibrate` sets what the report holds as `settings`.
+    The module stays as it is; `fast.calibrate` sets what the report holds as `settings`. Under `accelerate launch` or
+    `torchrun` the processes share the batches; all of them call this, and get the same report.
 
     Args:
         fast: The compiled module, trained.
@@ -87,7 +89,7 @@ def calibrate(fast: CompiledModule, loader: Iterable[Any], **options: Any) -> Ca
         CalibrationError: An empty loader; labels that are missing, out of range or of a wrong shape; NaN in
             an output; options out of range; fewer than 2 rows.
     """
-    asked = Options.of(fast, options)
+    asked, loader = Options.of(fast, options), whole(loader)
     lines, exits = lines_of(fast), exits_are_set(fast)
     parts = len(lines) + exits
     delta = None if asked.delta is None else asked.delta / parts
@@ -110,6 +112,7 @@ def calibrate(fast: CompiledModule, loader: Iterable[Any], **options: Any) -> Ca
 
 
 def source_of(fast: CompiledModule, loader: Iterable[Any], options: Options) -> Source:
+    loader = whole(loader)
     check_groups(options.groups, loader)
     return Source(fast, loader, options, device_of(fast))
 

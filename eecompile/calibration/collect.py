@@ -19,7 +19,7 @@ from eecompile.calibration.options import Options, combination_of
 from eecompile.errors import CalibrationError
 from eecompile.ir.settings import Settings
 from eecompile.result import Result
-from eecompile.training.batches import Batch, batches
+from eecompile.training.batches import Batch, alike, batches
 from eecompile.training.scores import (
     IGNORE,
     agreement,
@@ -32,6 +32,7 @@ from eecompile.training.scores import (
 )
 from eecompile.training.subgroups import groups_of, indexed
 from eecompile.training.tasks import ANSWERS, check_task, own_task
+from eecompile.training.workers import shared
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -128,16 +129,11 @@ class Source:
         Raises:
             CalibrationError: No batch; some batches with labels and others without.
         """
-        labelled = None
-        for batch in batches(self.loader, self.device):
-            has = batch.labels is not None
-            if labelled not in (None, has):
-                raise CalibrationError(
-                    "some batches have labels and others do not", where=batch.where, wanted="labels in all or in none"
-                )
-            labelled = has
+        empty = True
+        for batch in alike(batches(self.loader, self.device), CalibrationError):
+            empty = False
             yield batch
-        if labelled is None:
+        if empty:
             raise CalibrationError(
                 "the calibration loader is empty",
                 got="no batch",
@@ -208,12 +204,11 @@ class Members:
     found: list[str] = field(default_factory=list)
     start: int = 0
 
-    def add(self, batch: Batch, scores: Tensor, labels: Tensor | None, valid: Tensor) -> None:
-        """Rows of a batch with predictions like `scores` and checked labels."""
+    def add(self, batch: Batch, classes: Tensor | None, valid: Tensor) -> None:
+        """Rows of a batch, with their class labels [B] where they have one; bool [B], whether they have labels."""
         n = len(valid)
-        classes = None if labels is None else class_labels(scores, labels)
         if classes is not None:
-            self.labels.append(classes.cpu()[valid])
+            self.labels.append(classes[valid])
         if self.groups is not None and not isinstance(self.groups, str):
             mine = groups_of(self.groups, batch, self.start, n)
             self.found += [g for g, v in zip(mine, valid.tolist(), strict=True) if v]
@@ -250,36 +245,20 @@ def collect(source: Source, settings: Settings, *, temperatures: bool, seed: int
         temperatures: Whether logits are kept for them.
     """
     generator = torch.Generator().manual_seed(seed)
-    parts: dict[str, list[Tensor]] = {
-        name: [] for name in ("keys", "confidences", "score", "predictions", "scores", "static")
-    }
+    parts: dict[str, list[Tensor]] = {}
     kept = Logits() if temperatures and source.options.metric is None else None
     skipped, members = 0, Members(source.options.groups)
-    # where the surest exit answers, temperatures belong to what each head says by itself
-    surest = combination_of(source.fast) == "confident"
-    for batch in source.batches():
-        result = source.observe(batch, settings)
-        assert result.outputs is not None and result.confidences is not None
-        outputs = result.outputs
-        keys = torch.rand(outputs[-1].shape[0], generator=generator, dtype=torch.float64)
-        score, valid, labels = source.scores(outputs, outputs[-1], batch)
-        members.add(batch, outputs[-1], labels, valid)
-        if kept is not None and labels is not None:
-            scored = result.trace.separate if surest and result.trace.separate else outputs
-            kept.add(keys[valid], tuple(o.cpu()[valid] for o in scored), labels.cpu()[valid])
-        several = own_task(source.fast) == ANSWERS and outputs[-1].shape[-1] > 1
-        if source.options.metric is None and outputs[-1].ndim == 2 and not several:
-            parts["predictions"].append(torch.stack([choice(o) for o in outputs], 1).cpu()[valid])
-        parts["keys"].append(keys[valid])
-        parts["confidences"].append(torch.stack([c.float().cpu() for c in result.confidences], 1)[valid])
-        parts["score"].append(score[valid])
-        if source.options.static is not None:
-            static = source.scores([source.static(batch)], outputs[-1], batch)[0][:, 0]
-            parts["static"].append((score[:, -1] - static)[valid])
-        if result.trace.scores is not None:
-            parts["scores"].append(torch.stack([s.float().cpu() for s in result.trace.scores], 1)[valid])
+    for batch, (columns, valid, of_classes, logits) in shared(
+        source.batches(), lambda b: _columns(source, settings, b, kept is not None)
+    ):
+        keys = torch.rand(len(valid), generator=generator, dtype=torch.float64)
+        members.add(batch, of_classes, valid)
+        if kept is not None and logits is not None:
+            kept.add(keys[valid], *logits)
+        for name, column in {"keys": keys, **columns}.items():
+            parts.setdefault(name, []).append(column[valid])
         skipped += int((~valid).sum())
-    joined = {name: torch.cat(found) for name, found in parts.items() if found}
+    joined = {name: torch.cat(found) for name, found in parts.items()}
     return Collected(
         keys=joined["keys"],
         confidences=joined["confidences"],
@@ -291,6 +270,41 @@ def collect(source: Source, settings: Settings, *, temperatures: bool, seed: int
         kept=kept if kept is not None and kept.keys else None,
         skipped=skipped,
     )
+
+
+Columns: TypeAlias = tuple[dict[str, Tensor], Tensor, Tensor | None, tuple[tuple[Tensor, ...], Tensor] | None]
+"""Numbers of the rows of a batch [B, ...] by name, whether rows have a label, their class; logits and labels of those with
+one."""
+
+
+def _columns(source: Source, settings: Settings, batch: Batch, logits_too: bool) -> Columns:
+    """What is kept of one batch, on the CPU."""
+    result = source.observe(batch, settings)
+    assert result.outputs is not None and result.confidences is not None
+    outputs = result.outputs
+    score, valid, labels = source.scores(outputs, outputs[-1], batch)
+    found = {"confidences": torch.stack([c.float().cpu() for c in result.confidences], 1), "score": score}
+    several = own_task(source.fast) == ANSWERS and outputs[-1].shape[-1] > 1
+    if source.options.metric is None and outputs[-1].ndim == 2 and not several:
+        found["predictions"] = torch.stack([choice(o) for o in outputs], 1).cpu()
+    if source.options.static is not None:
+        found["static"] = score[:, -1] - source.scores([source.static(batch)], outputs[-1], batch)[0][:, 0]
+    if result.trace.scores is not None:
+        found["scores"] = torch.stack([s.float().cpu() for s in result.trace.scores], 1)
+    logits = None
+    if logits_too and labels is not None:
+        # where the surest exit answers, temperatures belong to what each head says by itself
+        surest = combination_of(source.fast) == "confident" and result.trace.separate
+        scored = result.trace.separate if surest else outputs
+        assert scored is not None
+        logits = tuple(o.cpu()[valid] for o in scored), labels.cpu()[valid]
+    return found, valid, classes_of(outputs[-1], labels), logits
+
+
+def classes_of(scores: Tensor, labels: Tensor | None) -> Tensor | None:
+    """The class label of each row of a batch, on the CPU; None where rows have none."""
+    found = None if labels is None else class_labels(scores, labels)
+    return None if found is None else found.cpu()
 
 
 def second_pass(source: Source, settings: Settings, collected: Collected) -> Tensor:

@@ -14,14 +14,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from eecompile.calibration.choose import Chosen, Path, is_binary, split
-from eecompile.calibration.collect import Members, Source
+from eecompile.calibration.collect import Members, Source, classes_of
 from eecompile.calibration.options import Options, split_sizes
 from eecompile.calibration.report import (
     CalibratedGate,
@@ -37,6 +37,7 @@ from eecompile.ir.settings import BRANCHES, EXITS, GATES, HALTING, Settings
 from eecompile.result import Result
 from eecompile.training.batches import Batch
 from eecompile.training.full import branches, gate_names, halts
+from eecompile.training.workers import processes, shared
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -238,16 +239,23 @@ def _run(line: Line, source: Source, settings: Settings, options: Options) -> tu
     generator = torch.Generator().manual_seed(options.seed)
     keys, members = list[Tensor](), Members(options.groups)
     seen: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in asked]
-    for batch in chain(head, stream):
-        full, valid, labels = None, torch.empty(0), None
-        for found, s in zip(seen, asked, strict=True):
+
+    def each(batch: Batch) -> tuple[list[tuple[Tensor, Tensor, Tensor]], Tensor, Tensor | None]:
+        """Under every setting score, cost and shares of the rows with a label; which rows have one, and their class."""
+        rows, full, valid, labels = [], None, torch.empty(0), None
+        for s in asked:
             result = source.observe(batch, s)
             assert result.outputs is not None
             full = result.outputs[-1] if full is None else full
             score, valid, labels = source.scores([result.outputs[-1]], full, batch)
-            found.append((score[valid, 0], result.cost.double().cpu()[valid], line.shares(result).cpu()[valid]))
+            rows.append((score[valid, 0], result.cost.double().cpu()[valid], line.shares(result).cpu()[valid]))
         assert full is not None
-        members.add(batch, full, labels, valid)
+        return rows, valid, classes_of(full, labels)
+
+    for batch, (rows, valid, of_classes) in shared(chain(head, stream), each):
+        for found, row in zip(seen, rows, strict=True):
+            found.append(row)
+        members.add(batch, of_classes, valid)
         keys.append(torch.rand(int(valid.sum()), generator=generator, dtype=torch.float64))
     if sum(map(len, keys)) < 2:
         raise CalibrationError("too few rows to calibrate on", got=f"{sum(map(len, keys))} rows with a label", wanted="2")
@@ -259,14 +267,14 @@ def _run(line: Line, source: Source, settings: Settings, options: Options) -> tu
 
 
 def _head(line: Line, source: Source, stream: Iterator[Batch], settings: Settings) -> tuple[list[Batch], Tensor]:
-    """The first batches, and the scores [n, N] of their rows."""
+    """The first batches, and the scores [n, N] of the rows that settings are proposed from."""
     head: list[Batch] = []
     scores: list[Tensor] = []
-    for batch in stream:
-        head.append(batch)
-        scores.append(line.scores(source.observe(batch, settings)).cpu())
-        if sum(map(len, scores)) >= FIRST_ROWS:
-            break
+    while sum(map(len, scores)) < FIRST_ROWS and (turn := list(islice(stream, processes()[0]))):
+        head += turn
+        for _, found in shared(turn, lambda batch: line.scores(source.observe(batch, settings)).cpu()):
+            if sum(map(len, scores)) < FIRST_ROWS:
+                scores.append(found)
     return head, torch.cat(scores)
 
 

@@ -14,10 +14,11 @@ from torch import Tensor
 from eecompile.calibration.baselines import Point, constant, mixed
 from eecompile.errors import EecompileError
 from eecompile.measuring import interleaved
-from eecompile.training.batches import batches, device_of
+from eecompile.training.batches import Batch, batches, device_of
 from eecompile.training.evaluate import evaluate
 from eecompile.training.evaluation_report import EvaluationReport
 from eecompile.training.scores import check_labels, choice, class_labels
+from eecompile.training.workers import main_only, shared, whole
 
 TIMED = 48  # rows that are timed one by one
 REPEATS = 3
@@ -77,46 +78,53 @@ def gather(fast: Any, loader: Iterable[Any]) -> Gathered:
     """
     if not fast.exits:
         raise EecompileError("a report is about exits, and this module has none", got=fast.strategy.name)
+    loader = whole(loader)
     evaluation = evaluate(fast, loader)
     names = [*(e.name for e in fast.exits), "model"]
     parts: dict[str, list[Tensor]] = {"index": [], "labels": [], "confidences": [], "right": []}
     shown: dict[bool, list[Example]] = {True: [], False: []}
     singles: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
     count = 0
-    for batch in batches(loader, device_of(fast)):
-        result = fast.observe(*batch.args, **batch.kwargs)
-        outputs: tuple[Tensor, ...] = result.outputs
-        if outputs[-1].ndim != 2:
-            raise EecompileError(
-                "a report shows classifiers", got=f"outputs {list(outputs[-1].shape)}", wanted="class scores [B, C]"
-            )
-        labels = class_labels(outputs[-1], check_labels(outputs[-1], batch.labels, batch.where))
-        if labels is None:
-            raise EecompileError(
-                "a report shows classifiers", got="several labels that may hold at once", wanted="one class for each row"
-            )
-        predictions = torch.stack([choice(o) for o in outputs], 1)
-        right = predictions == labels[:, None]
-        parts["index"].append(result.exit_index.cpu())
-        parts["labels"].append(labels.cpu())
-        parts["confidences"].append(torch.stack([c.float() for c in result.confidences], 1).cpu())
-        parts["right"].append(right.cpu())
+    for batch, (columns, predictions) in shared(batches(loader, device_of(fast)), partial(_columns, fast)):
+        for name, column in columns.items():
+            parts[name].append(column)
+        labels, right = columns["labels"], columns["right"]
         for b in range(len(labels)):
-            k = int(result.exit_index[b])
+            k = int(columns["index"][b])
             ok = bool(right[b, k])
             if k < len(names) - 1 and len(shown[ok]) < EXAMPLES:
-                sure = float(result.confidences[k][b])
+                sure = float(columns["confidences"][b, k])
                 image = _image(batch.args, batch.kwargs, b)
                 shown[ok].append(Example(count + b, names[k], int(labels[b]), int(predictions[b, k]), sure, image))
             if len(singles) < TIMED:
                 singles.append(_single(batch.args, batch.kwargs, b, len(labels)))
         count += len(labels)
     joined = {name: torch.cat(found) for name, found in parts.items()}
-    seconds, original = _latencies(fast, names, singles)
+    seconds, original = main_only(lambda: _latencies(fast, names, singles))
     return Gathered(
         evaluation, names, joined["index"], joined["labels"], joined["confidences"], joined["right"], seconds, original,
         shown[True], shown[False]
     )  # fmt: skip
+
+
+def _columns(fast: Any, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+    """Index, labels, confidences and right of a batch, and what every exit chooses [B, E + 1], on the CPU."""
+    result = fast.observe(*batch.args, **batch.kwargs)
+    outputs: tuple[Tensor, ...] = result.outputs
+    if outputs[-1].ndim != 2:
+        raise EecompileError(
+            "a report shows classifiers", got=f"outputs {list(outputs[-1].shape)}", wanted="class scores [B, C]"
+        )
+    labels = class_labels(outputs[-1], check_labels(outputs[-1], batch.labels, batch.where))
+    if labels is None:
+        raise EecompileError(
+            "a report shows classifiers", got="several labels that may hold at once", wanted="one class for each row"
+        )
+    predictions = torch.stack([choice(o) for o in outputs], 1)
+    confidences = torch.stack([c.float() for c in result.confidences], 1)
+    found = {"index": result.exit_index, "labels": labels, "confidences": confidences}
+    found["right"] = predictions == labels[:, None]
+    return {name: column.cpu() for name, column in found.items()}, predictions.cpu()
 
 
 def _single(args: tuple[Any, ...], kwargs: dict[str, Any], row: int, rows: int) -> tuple[tuple[Any, ...], dict[str, Any]]:

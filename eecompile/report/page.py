@@ -12,6 +12,7 @@ from eecompile.calibration.guarantee import said
 from eecompile.errors import EecompileError, MissingDependencyError, near
 from eecompile.report.figures import PLOTS
 from eecompile.report.gather import Example, Gathered, frontier, gather
+from eecompile.training.workers import main_only
 from eecompile.writing import write_whole
 
 KINDS = tuple(PLOTS)
@@ -35,6 +36,8 @@ def plot(fast: Any, kind: str, loader: Iterable[Any]) -> Any:
 
 def report(fast: Any, path: str | Path, loader: Iterable[Any]) -> Path:
     """Writes one self-contained page about the module on this data, and returns its path.
+
+    Of several processes, which all call this, the first writes and measures times.
 
     Args:
         path: The HTML file; replaced as a whole where it exists.
@@ -64,11 +67,15 @@ def report(fast: Any, path: str | Path, loader: Iterable[Any]) -> Path:
         examples=[("Left early and right", _shown(found.early_right)), ("Left early and wrong", _shown(found.early_wrong))],
         rows=found.evaluation.rows,
     )
+    main_only(lambda: _write(path, text))
+    return path
+
+
+def _write(path: Path, text: str) -> None:
     try:
         write_whole(path, text)
     except OSError as e:
         raise EecompileError("the report cannot be written", where=str(path), got=str(e)) from e
-    return path
 
 
 def verdict(found: Gathered) -> tuple[bool, str]:

@@ -51,6 +51,26 @@ def batches(loader: Iterable[Any], device: torch.device | None = None) -> Iterat
         yield split(item, index, device)
 
 
+def alike(stream: Iterable[Batch], error: type[EecompileError] = EecompileError) -> Iterator[Batch]:
+    """The batches as they are.
+
+    Raises:
+        EecompileError: Some have labels and others do not.
+    """
+    first = None
+    for batch in stream:
+        has = batch.labels is not None
+        first = has if first is None else first
+        if has != first:
+            raise error(
+                "some batches have labels and others do not",
+                where=batch.where,
+                got="labels" if has else "no labels",
+                wanted="labels in all of them or in none",
+            )
+        yield batch
+
+
 def iterate(loader: Iterable[Any]) -> Iterator[Any]:
     """`iter(loader)` with an error of this package where that is impossible."""
     try:

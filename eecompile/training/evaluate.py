@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import EecompileError
-from eecompile.training.batches import Batch, batches, device_of, empty_loader, require_repeatable
+from eecompile.training.batches import Batch, alike, batches, device_of, empty_loader, require_repeatable
 from eecompile.training.curve import degradation, first_exit, sweep, thresholds_of
 from eecompile.training.evaluation_report import EvaluationReport, ExitRow, GateShare
 from eecompile.training.full import branches, full_prediction, gate_names, halts
@@ -17,6 +17,7 @@ from eecompile.training.route_report import RouteShare, route_shares
 from eecompile.training.scores import Metric, agreement, check_labels, class_labels, measure, right
 from eecompile.training.subgroups import GroupRow, check_groups, group_rows, groups_of, indexed
 from eecompile.training.tasks import ANSWERS, check_task, no_choice, own_task
+from eecompile.training.workers import shared, whole
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -32,6 +33,8 @@ def evaluate(
     groups: Any = None,
 ) -> EvaluationReport:
     """One pass over `loader` with everything computed and the present thresholds applied.
+
+    Under `accelerate launch` or `torchrun` the processes share the batches; all of them call this, and get the same report.
 
     Args:
         fast: The compiled module; its mode and thresholds stay as they are.
@@ -63,15 +66,12 @@ def evaluate(
         report = evaluate(fast, loader, metric=metric, budgets=budgets, groups=groups)
         report.curve = halting_curve(fast, loader, metric, curve)
         return report
+    loader = whole(loader)
     check_groups(groups, loader)
-    device = device_of(fast)
     seen = Seen(fast, metric, groups)
-    for batch in batches(loader, device):
-        result = fast.observe(*batch.args, **batch.kwargs)
-        if not result.outputs or not result.confidences:
-            raise EecompileError("fast.observe gave no outputs of the exits", where=batch.where)
-        seen.add(result, batch, full_prediction(fast, batch, result))
-    if not seen.index:
+    for batch, columns in shared(alike(batches(loader, device_of(fast))), seen.measured):
+        seen.add(batch, columns)
+    if not seen.columns:
         raise empty_loader()
     return seen.report(fast, curve, budgets)
 
@@ -95,81 +95,65 @@ def halting_curve(
 
 
 class Seen:
-    """What is kept of every batch: a few numbers per row and exit, on the CPU."""
+    """What is kept of every batch: columns of a few numbers per row and exit, on the CPU."""
 
     def __init__(self, fast: CompiledModule, metric: Metric | None, groups: Any = None) -> None:
         self.fast, self.metric, self.groups = fast, metric, groups
-        self.classes: list[Tensor] = []
         self.group: list[str] = []
-        self.index: list[Tensor] = []
-        self.cost: list[Tensor] = []
-        self.confidences: list[Tensor] = []
-        self.scores: list[Tensor] = []
-        self.same: list[Tensor] = []
-        self.valid: list[Tensor] = []
-        self.full: list[Tensor] = []
-        self.gates: list[Tensor] = []
-        self.route: list[Tensor] = []
-        self.steps: list[Tensor] = []
-        self.has_labels: bool | None = None
+        self.columns: dict[str, list[Tensor]] = {}
 
-    def add(self, result: Any, batch: Batch, full: Tensor) -> None:
-        labels, where = batch.labels, batch.where
+    def add(self, batch: Batch, columns: dict[str, Tensor]) -> None:
+        """A batch and what `measured` gave of it."""
+        for name, column in columns.items():
+            self.columns.setdefault(name, []).append(column)
+        if self.groups is not None:
+            self.group += groups_of(self.groups, batch, len(self.group), len(columns["index"]))
+
+    def __getitem__(self, name: str) -> Tensor | None:
+        """One column of all rows; None where there is none."""
+        return torch.cat(self.columns[name]) if name in self.columns else None
+
+    def measured(self, batch: Batch) -> dict[str, Tensor]:
+        """The columns of one batch, by name."""
+        result = self.fast.observe(*batch.args, **batch.kwargs)
+        if not result.outputs or not result.confidences:
+            raise EecompileError("fast.observe gave no outputs of the exits", where=batch.where)
+        full, labels, where = full_prediction(self.fast, batch, result), batch.labels, batch.where
         outputs: tuple[Tensor, ...] = result.outputs
         n = outputs[-1].shape[0]
-        has = labels is not None
-        if self.has_labels not in (None, has):
-            raise EecompileError(
-                "some batches have labels and others do not",
-                where=where,
-                got="labels" if has else "no labels",
-                wanted="labels in all of them or in none",
-            )
-        if self.has_labels is None and self.metric is None:
+        if batch.index == 0 and self.metric is None:
             check_task(self.fast, labels)
-        self.has_labels = has
-        valid = torch.ones(n, dtype=torch.bool)
+        found: dict[str, Tensor | None] = {
+            "index": result.exit_index,
+            "cost": result.cost.double(),
+            "confidences": torch.stack([c.float() for c in result.confidences], 1),
+            "valid": torch.ones(n, dtype=torch.bool),
+            "gates": None if result.gates is None else result.gates.double(),
+            "steps": None if result.steps is None else result.steps.double().view(n, -1).mean(1),
+            "route": result.route,
+        }
+        checked = None
         if self.metric is not None:
-            scores = [measure(self.metric, output, labels, n, where).cpu() for output in outputs]
-            self.scores.append(torch.stack(scores, 1))
-            self.full.append(measure(self.metric, full, labels, n, where).cpu())
+            scores = [measure(self.metric, output, labels, n, where) for output in outputs]
+            found |= {"scores": torch.stack(scores, 1), "full": measure(self.metric, full, labels, n, where)}
+        elif labels is not None:
+            checked = check_labels(outputs[-1], labels, where)
+            pairs = [right(output, checked) for output in outputs]
+            found |= {"scores": torch.stack([score for score, _ in pairs], 1), "valid": pairs[-1][1]}
+            found |= {"full": right(full, checked)[0], "classes": class_labels(full, checked)}
         else:
-            if has:
-                checked = check_labels(outputs[-1], labels, where)
-                pairs = [right(output, checked) for output in outputs]
-                self.scores.append(torch.stack([score for score, _ in pairs], 1).cpu())
-                valid = pairs[-1][1].cpu()
-                self.full.append(right(full, checked)[0].cpu())
-                found = class_labels(full, checked)
-                if found is not None:
-                    self.classes.append(found.cpu())
-            else:
-                classes(outputs[-1], where)
-                checked = None
-            if has or not no_choice(self.fast):
-                each = own_task(self.fast) == ANSWERS
-                self.same.append(torch.stack([agreement(o, full, checked, each) for o in outputs], 1).cpu())
-        if result.gates is not None:
-            self.gates.append(result.gates.double().cpu())
-        if result.steps is not None:
-            self.steps.append(result.steps.double().view(n, -1).mean(1).cpu())
-        if result.route is not None:
-            self.route.append(result.route.cpu())
-        if self.groups is not None:
-            self.group += groups_of(self.groups, batch, len(self.group), n)
-        self.valid.append(valid)
-        self.index.append(result.exit_index.cpu())
-        self.cost.append(result.cost.double().cpu())
-        self.confidences.append(torch.stack([c.float() for c in result.confidences], 1).cpu())
+            classes(outputs[-1], where)
+        if self.metric is None and (labels is not None or not no_choice(self.fast)):
+            each = own_task(self.fast) == ANSWERS
+            found["same"] = torch.stack([agreement(o, full, checked, each) for o in outputs], 1)
+        return {name: column.cpu() for name, column in found.items() if column is not None}
 
     def report(
         self, fast: CompiledModule, curve: bool | int | Sequence[float], budgets: bool | Sequence[float] = False
     ) -> EvaluationReport:
-        index, cost, valid = torch.cat(self.index), torch.cat(self.cost), torch.cat(self.valid)
-        confidences = torch.cat(self.confidences)
+        index, cost, valid, confidences = (torch.cat(self.columns[c]) for c in ("index", "cost", "valid", "confidences"))
         n, ends = len(index), len(fast.exits) + 1
-        scores = torch.cat(self.scores) if self.scores else None
-        same = torch.cat(self.same) if self.same else None
+        scores, same, full_scores = self["scores"], self["same"], self["full"]
         thresholds = [float(t) for t in fast.thresholds.tolist()]
         is_open = [t <= 1 for t in thresholds]
         costs = fast.costs(tuple(is_open)).tolist()
@@ -180,7 +164,7 @@ class Seen:
         for k in range(ends):
             leaving = index == k
             cost_without = accuracy_without = None
-            if k < ends - 1 and is_open[k] and not stateful and not self.gates and not branches(fast):
+            if k < ends - 1 and is_open[k] and not stateful and "gates" not in self.columns and not branches(fast):
                 others = torch.tensor([2.0 if j == k else t for j, t in enumerate(thresholds)])
                 elsewhere = first_exit(confidences[:, :-1], others)
                 known = fast.costs(tuple(o and j != k for j, o in enumerate(is_open))).double()
@@ -203,7 +187,7 @@ class Seen:
             )
         by_class, by_group = self._subgroups(index, scores, valid)
         early = pick(scores, index, valid)
-        full = mean(torch.cat(self.full).unsqueeze(1), 0, valid) if self.full else None
+        full = None if full_scores is None else mean(full_scores.unsqueeze(1), 0, valid)
         points = None
         if curve is not False:
             points = sweep(fast, confidences, scores, valid, curve)
@@ -219,7 +203,7 @@ class Seen:
             rows=rows,
             curve=points,
             degradation=None if budgets is False else degradation(fast, index, scores, valid, budgets),
-            gates=self._gates(fast),
+            gates=self._gates(fast, index),
             routes=self._routes(fast, index, cost, scores, valid),
             mean_steps=self._steps(fast),
             by_class=by_class,
@@ -228,42 +212,43 @@ class Seen:
 
     def _subgroups(self, index: Tensor, scores: Tensor | None, valid: Tensor) -> tuple[list[GroupRow], list[GroupRow]]:
         """Scores of every class of labels and of every group; of no rows without labels."""
-        if scores is None or not self.full:
+        full, labels = self["full"], self["classes"]
+        if scores is None or full is None:
             return [], []
-        early, full = scores.gather(1, index[:, None])[valid, 0], torch.cat(self.full)[valid]
-        classes = [] if not self.classes else [str(k) for k in torch.cat(self.classes)[valid].tolist()]
+        early, full = scores.gather(1, index[:, None])[valid, 0], full[valid]
+        classes = [] if labels is None else [str(k) for k in labels[valid].tolist()]
         group = [g for g, v in zip(self.group, valid.tolist(), strict=True) if v] if self.group else []
         by_class, by_group = (group_rows(*indexed(of), early, full) if of else [] for of in (classes, group))
         return by_class, by_group
 
     def _steps(self, fast: CompiledModule) -> float | None:
-        if not self.steps or not halts(fast):
+        steps = self["steps"]
+        if steps is None or not halts(fast):
             return None
-        found = float(torch.cat(self.steps).mean())
+        found = float(steps.mean())
         fast.seen.steps = found  # for `explain`
         return found
 
     def _routes(
         self, fast: CompiledModule, index: Tensor, cost: Tensor, scores: Tensor | None, valid: Tensor
     ) -> list[RouteShare]:
-        if not self.route:
+        route = self["route"]
+        if route is None:
             return []
         given = None if scores is None else scores.gather(1, index[:, None])[:, 0]
-        full = torch.cat(self.full) if self.full else None
-        found = route_shares(fast, torch.cat(self.route), cost, given, full, valid)
+        found = route_shares(fast, route, cost, given, self["full"], valid)
         fast.seen.routes = [vars(share) for share in found]  # for `explain`
         return found
 
-    def _gates(self, fast: CompiledModule) -> list[GateShare]:
-        if not self.gates:
+    def _gates(self, fast: CompiledModule, reached: Tensor) -> list[GateShare]:
+        gates = self["gates"]
+        if gates is None:
             return []
-        shares = torch.cat(self.gates).mean(0).tolist()
-        reached = torch.cat(self.index)
         stages = [gate.stage for gate in fast.program.choices.gates]
         there = [float((reached >= stage).double().mean()) for stage in stages]
         return [
             GateShare(g.name, g.region, g.threshold, share, (at - share) * g.saves)
-            for g, share, at in zip(fast.gates, shares, there, strict=True)
+            for g, share, at in zip(fast.gates, gates.mean(0).tolist(), there, strict=True)
         ]
 
 

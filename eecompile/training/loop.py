@@ -38,7 +38,7 @@ from eecompile.training.stages import gates_deciding
 from eecompile.training.state import decode, encode, random_state, reseed, restore_random_state
 from eecompile.training.step import Step, gated, routed, scored
 from eecompile.training.tasks import loss_said
-from eecompile.training.workers import make_accelerator, shard
+from eecompile.training.workers import make_accelerator, of_the_first, only_trained_is_reduced, shard, shared, whole
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -219,6 +219,7 @@ class Loop:
             raw = make_optimizer(self.plan, parameter_groups(self.fast, self.plan, stage))
             self.parameters = [p for group in raw.param_groups for p in group["params"]]
             step = Step(self.fast, self.objective, self.plan.metric, final_only=not stage.heads)
+            only_trained_is_reduced(step, self.parameters)
             self.module, self.optimizer = self.accelerator.prepare(step, raw)
             self.scheduler = make_scheduler(self.plan, raw, stage, self.loader)
             if self.restored is not None:
@@ -231,6 +232,7 @@ class Loop:
             if self.best:
                 self._load(self.best)
                 self.best = {}
+            of_the_first(self.trained.values())
 
     def _epoch(self, stage: StagePlan, raw: torch.optim.Optimizer) -> None:
         started = time.perf_counter()
@@ -251,7 +253,7 @@ class Loop:
             self._notify(Event("step", stage.name, len(self.rows) + 1, self.at.batch, self.at.step, loss))
         if self.at.batch == 0:
             raise empty_loader("the training loader")
-        self._gather()
+        self._gather(everywhere=True)
         row = EpochRow(
             stage=stage.name,
             epoch=len(self.rows) + 1,
@@ -318,7 +320,8 @@ class Loop:
     def _validate(self, loader: Iterable[Any], stage: StagePlan, row: EpochRow) -> None:
         """Fills in the validation figures of `row`."""
         seen = Position()
-        for batch in batches(loader, self.device):
+
+        def measured(batch: Batch) -> tuple[Any, ...]:
             where = f"batch {batch.index} of val_loader"
             result = self.fast.observe(*batch.args, **batch.kwargs)
             with torch.no_grad():
@@ -328,7 +331,11 @@ class Loop:
                 sent = routed(self.fast, result, batch.labels, self.plan.metric, self.objective, where)
             rows = torch.tensor([result.exit_index.shape[0], n], dtype=torch.float64)
             steps = halted(result, self.objective, halts(self.fast))
-            seen.add(loss, torch.tensor(scores or [], dtype=torch.float64), rows, gated(self.fast, result), sent, steps)
+            numbers = (torch.tensor(scores or [], dtype=torch.float64), rows, gated(self.fast, result), sent, steps)
+            return loss, *(t.cpu() for t in numbers)
+
+        for _, sums in shared(batches(whole(loader), self.device), measured):
+            seen.add(*sums)
             if self.interrupt.requested:
                 self._interrupted()
         self.fast.train()
@@ -421,11 +428,11 @@ class Loop:
             for name, tensor in self.trained.items():
                 tensor.copy_(saved[name])
 
-    def _gather(self) -> None:
-        """With several processes: the sums of all of them in the main one."""
+    def _gather(self, everywhere: bool = False) -> None:
+        """With several processes: the sums of all of them, in the main one, which goes on with them, or in each."""
         if self.accelerator.num_processes > 1:
             total = self.accelerator.reduce(self.at.packed().to(self.accelerator.device), "sum").cpu()
-            self.at.unpack(total if self.accelerator.is_main_process else total * 0)
+            self.at.unpack(total if everywhere or self.accelerator.is_main_process else total * 0)
 
     # --- ends ---------------------------------------------------------------------------------------------
 
