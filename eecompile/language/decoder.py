@@ -15,12 +15,13 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 
 from eecompile.errors import StrategyError, UnsupportedModelError, near
 from eecompile.language.cache import SlotCache, Slots
-from eecompile.language.draft import DraftFitReport, DraftHead, fit_draft_head, gathered
+from eecompile.language.draft import DraftFitReport, DraftHead, fit_draft_head, gathered, text_batches, vocabulary_of
 from eecompile.language.generation import Choosing, Counts, DraftOptions, Generation, Row
 from eecompile.language.projection import SpeculationReport, project
 from eecompile.language.risk import DeferredReport, calibrate_deferred
 from eecompile.language.saved import SavedDecoder, read, write
 from eecompile.language.split import Split, find_block_list
+from eecompile.plain import check_number
 from eecompile.strategies.self_speculative import SelfSpeculative
 
 CHECKED = 4  # columns that the check at compile time runs through lower and upper
@@ -200,6 +201,9 @@ class CompiledDecoder(nn.Module):
             tokens: Most positions whose hidden states are kept.
             seed: Of the head's weights and of the held-out positions.
         """
+        for name, value, least in (("epochs", epochs, 1), ("rank", rank, 0), ("tokens", tokens, 2), ("seed", seed, 0)):
+            check_number(name, value, least=least, whole=True, error=StrategyError)
+        check_number("lr", lr, above=0, error=StrategyError)
         states, choices = gathered(self.model, self.blocks, self.exit, loader, tokens)
         head, report = fit_draft_head(
             states, choices, vocabulary=self.strategy.draft_vocab, rank=rank, epochs=epochs, lr=lr, seed=seed
@@ -220,6 +224,11 @@ class CompiledDecoder(nn.Module):
         count = len(self.model.get_submodule(self.blocks))  # type: ignore[arg-type]
         if exits is None:
             exits = [int(e) for e in self.draft_heads] or list(range(1, count, max(1, (count - 1) // 6)))
+        check_number("positions", positions, least=1, whole=True, error=StrategyError)
+        if not exits or isinstance(exits, int | float | str):
+            raise StrategyError("exits= are numbers of blocks", got=repr(exits), wanted=f"some of 1 to {count - 1}")
+        for e in exits:
+            check_number("an exit, a number of blocks,", e, least=1, most=count - 1, whole=True, error=StrategyError)
         heads: Any = {int(e): head for e, head in self.draft_heads.items()}
         return project(self.model, self.blocks, exits, heads, loader, positions)
 
@@ -252,6 +261,7 @@ class CompiledDecoder(nn.Module):
     def _by_speed(
         self, loader: Iterable[Any], min_speed: float = 1.1, exits: Sequence[int] | None = None, positions: int = 2000
     ) -> SpeculationReport:
+        check_number("min_speed", min_speed, least=0, error=StrategyError)
         report = self.speculation(loader, exits=exits, positions=positions)
         best = report.best
         if best.speed < min_speed:
@@ -265,7 +275,8 @@ class CompiledDecoder(nn.Module):
         return report
 
     def _by_risk(self, loader: Iterable[Any], max_new_tokens: int = 32, **risk: Any) -> DeferredReport:
-        before = self.threshold
+        check_number("max_new_tokens", max_new_tokens, least=1, whole=True, error=StrategyError)
+        before, prompts = self.threshold, text_batches(loader, vocabulary_of(self.model))
 
         def generate(threshold: float, ids: Tensor, mask: Tensor) -> tuple[list[Tensor], list[float]]:
             self.threshold = threshold
@@ -276,7 +287,7 @@ class CompiledDecoder(nn.Module):
             return [out[start : start + len(r)] for out, r in zip(trace.output, trace.sources, strict=True)], shares
 
         try:
-            report = calibrate_deferred(generate, loader, **risk)
+            report = calibrate_deferred(generate, prompts, **risk)
         except BaseException:
             self.threshold = before
             raise

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -83,23 +83,54 @@ class DraftFitReport(Report):
         )
 
 
-def text_batches(loader: Iterable[Any]) -> Iterable[tuple[Tensor, Tensor]]:
+def text_batches(loader: Iterable[Any], vocabulary: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Ids and attention mask, both [B, S], of each batch: a tensor of ids, a dict of a tokenizer, or either with labels.
 
+    Args:
+        vocabulary: Number of token ids that the model knows.
+
     Raises:
-        StrategyError: A batch holds no token ids.
+        StrategyError: The loader is none, or a batch holds no token ids of this model.
     """
-    for batch in loader:
-        inputs = batch[0] if isinstance(batch, tuple | list) else batch
+    wanted = "batches of input_ids [B, S] int64, or dicts with input_ids and attention_mask"
+    if isinstance(loader, str | bytes | Mapping) or not isinstance(loader, Iterable):
+        raise StrategyError("this is no loader of text", got=type(loader).__name__, wanted=wanted)
+    for index, batch in enumerate(loader):
+        inputs = batch[0] if isinstance(batch, tuple | list) and batch else batch
         ids = inputs if isinstance(inputs, Tensor) else inputs.get("input_ids") if hasattr(inputs, "get") else None
-        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point():
+        where = f"batch {index} of the loader"
+        if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.is_floating_point() or not ids.numel():
+            got = (
+                f"{ids.dtype} {list(ids.shape)}"
+                if isinstance(ids, Tensor)
+                else type(inputs if ids is None else ids).__name__
+            )
+            raise StrategyError("a batch of text holds token ids", where=where, got=got, wanted=wanted)
+        if not 0 <= int(ids.min()) <= int(ids.max()) < vocabulary:
             raise StrategyError(
-                "a batch of text holds token ids",
-                got=type(inputs).__name__ if ids is None else f"{ids.dtype} {list(ids.shape)}",
-                wanted="input_ids [B, S] int64, or a dict with input_ids and attention_mask",
+                "these token ids are not the model's",
+                where=where,
+                got=f"{int(ids.min())} to {int(ids.max())}",
+                wanted=f"0 to {vocabulary - 1}",
+                hint="use the model's own tokenizer",
             )
         mask = None if isinstance(inputs, Tensor) else inputs.get("attention_mask")
-        yield ids, torch.ones_like(ids) if mask is None else mask
+        mask = torch.ones_like(ids) if mask is None else mask
+        if not isinstance(mask, Tensor) or mask.shape != ids.shape or not bool(mask.any(1).all()):
+            got = str(list(mask.shape)) if isinstance(mask, Tensor) else type(mask).__name__
+            raise StrategyError(
+                "attention_mask= says which tokens are real, one in each row at least",
+                where=where,
+                got=got,
+                wanted=list(ids.shape),
+            )
+        yield ids, mask
+
+
+def vocabulary_of(model: nn.Module) -> int:
+    """Number of token ids that a model of transformers knows."""
+    found: int = model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+    return found
 
 
 @torch.no_grad()
@@ -118,7 +149,7 @@ def gathered(model: nn.Module, blocks: str, exit: int, loader: Iterable[Any], mo
         return watch
 
     twin = shadow(model, {f"{blocks}.{exit}": watching})
-    for ids, mask in text_batches(loader):
+    for ids, mask in text_batches(loader, vocabulary_of(model)):
         captured.clear()
         logits = twin(input_ids=ids, attention_mask=mask, use_cache=False).logits
         real = mask.bool()

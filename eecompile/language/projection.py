@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from eecompile.errors import StrategyError
 from eecompile.language.cache import SlotCache, Slots
-from eecompile.language.draft import DraftHead, text_batches
+from eecompile.language.draft import DraftHead, text_batches, vocabulary_of
 from eecompile.language.split import Split
 from eecompile.training.report import Report, json_safe, percent, stacked, table
 
@@ -115,7 +115,7 @@ def project(
     agreements: dict[int, list[tuple[Tensor, Tensor]]] = {e: [] for e in exits}
     splits = {e: Split(model, blocks, e) for e in exits}
     positions, example = 0, None
-    for ids, mask in text_batches(loader):
+    for ids, mask in text_batches(loader, vocabulary_of(model)):
         example = ids if example is None else example
         for row, real in zip(ids, mask.bool(), strict=True):
             line = row[real][None]

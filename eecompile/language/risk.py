@@ -17,7 +17,6 @@ from torch import Tensor
 from eecompile.calibration.choose import Path, split
 from eecompile.calibration.options import Options, split_sizes
 from eecompile.errors import CalibrationError
-from eecompile.language.draft import text_batches
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 
 THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99)
@@ -88,7 +87,7 @@ class DeferredReport(Report):
 
 def calibrate_deferred(
     generate: Generate,
-    loader: Iterable[Any],
+    prompts: Iterable[tuple[Tensor, Tensor]],
     *,
     max_drop: float = 0.05,
     delta: float | None = 0.05,
@@ -99,7 +98,7 @@ def calibrate_deferred(
     """The threshold with the fewest passes of the full model whose mean loss of a sequence is at most `max_drop`.
 
     Args:
-        loader: Batches of prompts.
+        prompts: Batches of token ids and attention masks, both [B, S].
         metric: By default the share of positions with the model's own token.
         thresholds: To try, each on all prompts.
         seed: Of the split into sequences to order thresholds by and sequences to test on.
@@ -116,7 +115,7 @@ def calibrate_deferred(
     settings = sorted(set(thresholds), reverse=True)
     losses: dict[float, list[float]] = {t: [] for t in settings}
     costs: dict[float, list[float]] = {t: [] for t in settings}
-    for ids, mask in text_batches(loader):
+    for ids, mask in prompts:
         own, _ = generate(NEVER, ids, mask)
         for threshold in settings:
             texts, shares = generate(threshold, ids, mask)

@@ -344,6 +344,52 @@ def test_what_has_no_meaning_is_refused(fast: CompiledDecoder, options: dict[str
         fast.generate(**prompts(), max_new_tokens=4, **options)
 
 
+IDS = torch.ones(2, 5, dtype=torch.int64)
+NO_TEXT = {
+    "nothing": (None, "no loader of text"),
+    "a number": (7, "no loader of text"),
+    "one batch": ({"input_ids": IDS}, "no loader of text"),
+    "a text": ("once upon a time", "no loader of text"),
+    "no batch": ([], "gave no batch"),
+    "texts": (["once upon a time"], "holds token ids"),
+    "an empty batch": ([()], "holds token ids"),
+    "no tokens": ([IDS[:, :0]], "holds token ids"),
+    "embeddings": ([torch.randn(2, 5, 16)], "holds token ids"),
+    "another tokenizer": ([IDS, IDS * 10_000], "not the model's"),
+    "padding of -100": ([IDS * -100], "not the model's"),
+    "another mask": ([{"input_ids": IDS, "attention_mask": IDS[:, 1:]}], "attention_mask="),
+    "a row of padding": ([{"input_ids": IDS, "attention_mask": IDS * torch.tensor([[1], [0]])}], "attention_mask="),
+}
+
+
+@pytest.mark.parametrize("name", NO_TEXT)
+@pytest.mark.parametrize("verb", ["fit", "speculation", "calibrate"])
+def test_what_is_no_text_is_refused(fast: CompiledDecoder, name: str, verb: str) -> None:
+    given, named = NO_TEXT[name]
+    with pytest.raises(StrategyError, match=named):
+        getattr(fast, verb)(given)
+
+
+@pytest.mark.parametrize(
+    ("verb", "options"),
+    [
+        ("fit", {"epochs": 0}),
+        ("fit", {"lr": float("nan")}),
+        ("fit", {"rank": -1}),
+        ("fit", {"tokens": 1}),
+        ("speculation", {"exits": [0]}),
+        ("speculation", {"exits": [9]}),
+        ("speculation", {"exits": []}),
+        ("speculation", {"exits": 2}),
+        ("speculation", {"positions": 0}),
+        ("calibrate", {"min_speed": "fast"}),
+    ],
+)
+def test_numbers_out_of_range_are_refused(fast: CompiledDecoder, verb: str, options: dict[str, Any]) -> None:
+    with pytest.raises(StrategyError, match=r"out of range|is not a|are numbers of blocks"):
+        getattr(fast, verb)([IDS], **options)
+
+
 def test_models_that_are_no_decoders_are_refused() -> None:
     ids = {"input_ids": torch.randint(3, V, (2, 6))}
     chosen = strategies.SelfSpeculative()

@@ -29,8 +29,9 @@ def drawn(seed: int) -> Any:
     return generate
 
 
-def loader(rows: int) -> list[Tensor]:
-    return [torch.ones(rows, 4, dtype=torch.int64)]
+def loader(rows: int) -> list[tuple[Tensor, Tensor]]:
+    ids = torch.ones(rows, 4, dtype=torch.int64)
+    return [(ids, ids)]
 
 
 def test_the_bound_holds_as_often_as_promised_and_the_cheapest_is_taken() -> None:
