@@ -34,6 +34,8 @@ from eecompile.writing import write_whole
 REACTIONS = ("warn", "close", "recalibrate")
 FORMAT = "eecompile monitor"
 MOST_WAITING = 10_000
+MOST_LINES = 500
+"""Batches that are added to a state line by line before it is written anew."""
 Compare = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -113,6 +115,16 @@ class MonitorState(Report):
     def mix(self) -> float:
         """Logarithm of the evidence that the mix of exits is another one."""
         return mix_evidence(self.before, self.counts) if self.before else 0.0
+
+    def add(self, counts: Sequence[int], confidence: float, losses: Sequence[float]) -> None:
+        """A batch: its rows by exit, the sum of their confidences, and how its shadow rows differ."""
+        self.counts = [a + b for a, b in zip(self.counts, counts, strict=True)]
+        self.confidence += confidence
+        if self.mix_alarm is None and self.mix >= -math.log(self.options.alpha):
+            self.mix_alarm = self.rows
+        if losses:
+            self.differ.add(losses)
+            self.bound.add(losses, self.options.alpha)
 
     def to_dict(self) -> dict[str, Any]:
         return {"format": FORMAT, **json_safe(asdict(self))}
@@ -215,6 +227,7 @@ class Monitor:
         )  # fmt: skip
         self.lock = threading.RLock()
         self.generator = torch.Generator().manual_seed(options.seed)
+        self.lines = 0  # of the state in `path` that this monitor has written: 0 before the first, then the batches since
         self.waiting: OrderedDict[Any, tuple[int, int]] = OrderedDict()
         if self.path is not None and not self.path.parent.is_dir():
             raise CalibrationError("the monitor's state cannot be written", where=str(self.path), got="no such directory")
@@ -290,22 +303,18 @@ class Monitor:
             raise CalibrationError("one confidence for each row", got=len(sure), wanted=len(index))
         counts = torch.bincount(index, minlength=ends).tolist()
         with self.lock:
-            state = self.state
-            state.counts = [a + b for a, b in zip(state.counts, counts, strict=True)]
-            if sure is not None:
-                state.confidence += float(sure.sum())
-            if state.mix_alarm is None and state.mix >= -math.log(state.options.alpha):
-                state.mix_alarm = state.rows
+            state, same_mix = self.state, self.state.mix_alarm is None
+            batch = (counts, 0.0 if sure is None else float(sure.sum()), losses)
+            state.add(*batch)
+            self._keep(batch)
+            if same_mix and state.mix_alarm is not None:
                 warnings.warn(
                     f"the mix of exits has changed after {state.rows} rows; shadow rows show whether answers have",
                     DriftWarning,
                     stacklevel=2,
                 )
             if losses:
-                state.differ.add(losses)
-                state.bound.add(losses, state.options.alpha)
                 self._react(state.differ, "of the early answers differ:")
-                self._keep()
 
     def labels(self, given: Mapping[Any, int]) -> int:
         """Labels, by the `ids` of `run`, of rows that ran to the end; others are passed over. How many were taken."""
@@ -317,8 +326,8 @@ class Monitor:
             found = [(self.waiting.pop(i), int(label)) for i, label in classes.items() if i in self.waiting]
             self.state.drop.add([float(full == label) - float(early == label) for (early, full), label in found])
             if found:
-                self._react(self.state.drop, "drop against labels:")
                 self._keep()
+                self._react(self.state.drop, "drop against labels:")
             return len(found)
 
     def _limit(self) -> float:
@@ -376,6 +385,7 @@ class Monitor:
         state.differ, state.drop = MeanAbove(self._limit()), MeanAbove(self.fast.guarantee.max_drop, -1.0)
         state.bound, state.counts, state.before = LowerBound(), [0] * len(state.counts), []
         self.waiting.clear()
+        self._keep()
         warnings.warn(
             f"drift: {what} {percent(test.mean)}, at most {percent(test.limit)} was expected; {did}",
             DriftWarning,
@@ -420,7 +430,7 @@ class Monitor:
         try:
             write_whole(place, text)
         except OSError as error:
-            raise CalibrationError("the monitor's state cannot be written", where=str(place), got=str(error)) from error
+            raise _unwritable(place, error) from error
 
     def load(self, path: str | Path) -> None:
         """Goes on from a saved state.
@@ -434,24 +444,56 @@ class Monitor:
         with self.lock:
             self.state = state
 
-    def _keep(self) -> None:
-        if self.path is not None:
+    def _keep(self, batch: Sequence[Any] | None = None) -> None:
+        """Writes the state, or adds a line to it for one more batch, which is a hundred times quicker."""
+        if self.path is None:
+            return
+        lines, self.lines = self.lines, 0  # where a line cannot be written whole, the state is written anew
+        if batch is None or not 0 < lines < MOST_LINES or not self.path.exists():
             self.save(self.path)
+            lines = 0
+        else:
+            line = f"\n{json.dumps(batch)}".encode()
+            try:
+                with open(self.path, "ab", buffering=0) as file:
+                    if file.write(line) != len(line):
+                        raise OSError("the line was cut short")
+            except OSError as error:
+                raise _unwritable(self.path, error) from error
+        self.lines = lines + 1
 
     def __str__(self) -> str:
         return str(self.state)
 
 
 def read_state(path: str | Path) -> MonitorState:
-    """A state that `Monitor.save` wrote.
+    """A state that a `Monitor` keeps: JSON, then a line of JSON for each batch since. A last line that is cut short is no
+    batch: the process was killed as it wrote.
 
     Raises:
         CalibrationError: It cannot be read, or is something else.
     """
     try:
-        data = json.loads(Path(path).read_text(encoding="utf-8"))
+        text, *lines = Path(path).read_text(encoding="utf-8").split("\n")
+        data, batches = json.loads(text), []
+        for i, line in enumerate(lines):
+            try:
+                batches.append(json.loads(line))
+            except ValueError:
+                if i + 1 < len(lines):
+                    raise
     except (OSError, ValueError) as error:
         raise CalibrationError("the monitor's state cannot be read", where=str(path), got=str(error)) from error
     if not isinstance(data, dict):
         raise CalibrationError("this is no state of a monitor", where=str(path), got=type(data).__name__)
-    return MonitorState.from_dict(data)
+    state = MonitorState.from_dict(data)
+    try:
+        for batch in batches:
+            state.add(*batch)
+    except (TypeError, ValueError) as error:
+        raise CalibrationError("this is no state of a monitor", where=str(path), got=repr(error)) from error
+    return state
+
+
+def _unwritable(path: Path, error: OSError) -> CalibrationError:
+    return CalibrationError("the monitor's state cannot be written", where=str(path), got=str(error))

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
 import threading
 import warnings
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from eecompile import strategies
-from eecompile.calibration.monitor import read_state
+from eecompile.calibration.monitor import MOST_LINES, Monitor, MonitorOptions, read_state
 from eecompile.errors import CalibrationError, DriftWarning
 from tests.cli.shell import found
 from tests.support import compiled as eecompile
@@ -149,8 +155,8 @@ def test_state_is_kept_and_taken_up_again(fast, tmp_path):
         fast.monitor(path=path)
 
 
-def test_eight_threads(fast):
-    watch, x = fast.monitor(shadow=0.2), rows(2000, 9)[0]
+def test_eight_threads(fast, tmp_path):
+    watch, x = fast.monitor(shadow=0.2, path=tmp_path / "watch.json"), rows(2000, 9)[0]
     threads = [threading.Thread(target=fed, args=(watch, part.split(50))) for part in x.split(250)]
     for t in threads:
         t.start()
@@ -158,6 +164,72 @@ def test_eight_threads(fast):
         t.join()
     assert watch.state.rows == 2000
     assert watch.state.differ.history[-1][0] == watch.state.differ.rows
+    assert read_state(watch.path) == watch.state
+
+
+class Guaranteed:
+    """What a monitor reads of a calibrated module."""
+
+    exits = (SimpleNamespace(name="exit_0"),)
+    guarantee = SimpleNamespace(
+        rows=100, shares=[0.9, 0.1], made_for={"weights": "1"}, max_drop=0.05, target="accuracy", disagreement=0.02
+    )
+
+
+def one_batch(watch, k):
+    """Every fifth has a shadow row."""
+    watch.take([0] * 9 + [1], [0.5 + k % 7 / 100] * 10, [0.0] if k % 5 == 0 else None)
+
+
+FOREVER = """
+import itertools, sys
+from eecompile.calibration.monitor import Monitor, MonitorOptions
+from tests.monitor.test_monitor import Guaranteed, one_batch
+watch = Monitor(Guaranteed(), MonitorOptions(), path=sys.argv[1])
+for k in itertools.count():
+    one_batch(watch, k)
+    print(k + 1, flush=True)
+"""
+
+
+def test_sigkill_loses_at_most_the_last_batch(tmp_path):
+    path, root = tmp_path / "watch.json", Path(__file__).parents[2]
+    command = [sys.executable, "-c", FOREVER, str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(root)}) as run:
+        for line in run.stdout:
+            if int(line) > MOST_LINES + 20:  # the state was written anew meanwhile
+                break
+        run.send_signal(signal.SIGKILL)
+        printed = int((run.stdout.read().split() or [line])[-1])
+    kept = read_state(path)
+    done = kept.rows // 10
+    assert done in (printed, printed + 1)
+    whole = Monitor(Guaranteed(), MonitorOptions())
+    for k in range(done):
+        one_batch(whole, k)
+    assert kept == whole.state and kept.differ.rows == -(-done // 5)
+    assert found("monitor", str(path))["counts"] == kept.counts
+
+
+def test_a_line_that_is_cut_short_is_no_batch(tmp_path):
+    path = tmp_path / "watch.json"
+    watch = Monitor(Guaranteed(), MonitorOptions(), path=path)
+    for k in range(4):
+        one_batch(watch, k)
+    text = path.read_bytes()
+    path.write_bytes(text[:-4])
+    assert read_state(path).rows == 30
+    again = Monitor(Guaranteed(), MonitorOptions(), path=path)
+    one_batch(again, 3)
+    assert read_state(path) == again.state == watch.state
+    path.unlink()  # by a clean-up, say
+    one_batch(again, 4)
+    one_batch(again, 5)
+    assert read_state(path) == again.state
+    for cut in (text.replace(b"[9, 1]", b"[9]"), text.replace(b"[[9, 1]", b"[9, 1]"), text.replace(b"]\n", b"\n")):
+        path.write_bytes(cut)
+        with pytest.raises(CalibrationError, match=r"no state of a monitor|cannot be read"):
+            read_state(path)
 
 
 @pytest.mark.parametrize(
