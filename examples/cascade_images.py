@@ -11,7 +11,7 @@ from eecompile import eecompile
 from eecompile.strategies import Cascade
 from examples import datasets
 from examples._common import Options, Record, as_trained, judged, main, observed, rows_in, rows_of, timed
-from examples.stages import image_stages
+from examples.stages import alone, image_stages
 
 
 def example(options: Options, record: Record) -> None:
@@ -28,11 +28,12 @@ def example(options: Options, record: Record) -> None:
         rows_of_data={part: rows_in(loader) for part, loader in parts.items()},
         flops=fast.program.total_flops,
         models={stage.name: stage.trunk.to_dict() for stage in stages},
+        alone=alone(stages, x),
     )
     as_trained(fast, "cascade-images", *(stage.trunk for stage in stages))
     seen = observed(fast, parts)
-    alone = seen["test"].of(fast).evaluate().full_accuracy
-    variants = judged(fast, seen, record, f"CIFAR-10, {', '.join(models)}", alone)
+    last = seen["test"].of(fast).evaluate().full_accuracy
+    variants = judged(fast, seen, record, f"CIFAR-10, {', '.join(models)}", last)
     record.done("judge")
     sizes = {1: 32, 32: 96, 256: 256}
     timed(record, fast.original, rows_of(parts["test"], 4), variants, tuple(sizes), sizes, rounds=7)

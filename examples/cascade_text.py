@@ -11,7 +11,7 @@ from eecompile import eecompile
 from eecompile.strategies import Cascade
 from examples import datasets
 from examples._common import Options, Record, as_trained, judged, main, observed, rows_in, rows_of, timed
-from examples.stages import text_stages
+from examples.stages import alone, text_stages
 
 ROWS = {"val": 1_000, "test": 1_000}
 
@@ -34,11 +34,12 @@ def example(options: Options, record: Record) -> None:
         tokens=datasets.SEQUENCE,
         flops=fast.program.total_flops,
         models={stage.name: stage.trunk.to_dict() for stage in stages},
+        alone=alone(stages, call),
     )
     as_trained(fast, "cascade-text", *(stage.trunk for stage in stages))
     seen = observed(fast, parts)
-    alone = seen["test"].of(fast).evaluate().full_accuracy
-    variants = judged(fast, seen, record, f"IMDB, {', '.join(models)}", alone)
+    last = seen["test"].of(fast).evaluate().full_accuracy
+    variants = judged(fast, seen, record, f"IMDB, {', '.join(models)}", last)
     record.done("judge")
     sizes = {1: 24, 32: 64, 256: 256}
     timed(record, fast.original, rows_of(parts["test"], 8), variants, tuple(sizes), sizes, rounds=7)

@@ -6,10 +6,14 @@ MiniLM with all 6.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
+from eecompile.benchmark import as_call
 from examples import datasets, models
 from examples.trunks import (
     Inputs,
@@ -31,6 +35,17 @@ class Stage:
     prepare: nn.Module | None
     model: nn.Module
     trunk: Trunk
+
+
+def alone(stages: Sequence[Stage], inputs: Inputs) -> list[tuple[str, float, float]]:
+    """Each model by itself: its name, its share of the last one's FLOPs on ``inputs``, its accuracy on the test part."""
+    args, kwargs = as_call(inputs)
+    flops = []
+    for stage in stages:
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            stage.trunk.model(*args, **kwargs)
+        flops.append(counter.get_total_flops())
+    return [(stage.name, n / flops[-1], stage.trunk.accuracy) for stage, n in zip(stages, flops, strict=True)]
 
 
 def _stage(name: str, prepare: nn.Module | None, got: Trunk) -> Stage:
