@@ -1,9 +1,9 @@
 """Lowers the schedule to one exported program of plain ATen: savings that survive outside of Python.
 
 Before each stage after the first stands `torch.cond(is a row left, deeper, stop)`. Inside `deeper` the surviving rows are
-found and gathered, the stage runs, and its results are scattered back to `[B, ...]`, so that no data-dependent size leaves a
-branch. The condition is one scalar: an exit saves at every batch size, not at batch 1 alone. Gates, widths, halting steps
-and branches have the same form, "does a row take this arm".
+found and gathered, the stage runs, its exit decides, and results are scattered back to `[B, ...]`, so that no data-dependent
+size leaves a branch. The condition is one scalar: an exit saves at every batch size, not at batch 1 alone. Gates, widths,
+halting steps and branches have the same form, "does a row take this arm".
 
 The conditions of the stages stand one after the other. Nested, they would spare the scatter, but torch's tracers, and the
 ONNX exporter most of all, go through a nested branch two times or more at every level: eleven exits would take hours.
@@ -254,13 +254,14 @@ class ConditionalProgram(Holder):
         first, *later = self.schedule.segments
         pool: dict[Any, Tensor] = dict(zip((v.node for v in first.inputs), flat, strict=True))
         pool |= dict(zip(_gives(first, signature), self._stage(first, flat, tensors), strict=True))
+        index: Any = self._place(first)
+        if later:
+            pool |= _going_on(pool[CONFIDENCE], self._threshold(first, tensors))
+        for segment in later:
+            index = torch.where(pool[STAY], self._place(segment), index)
+            pool |= self._later(segment, pool, flat, tensors)
         sure = pool[CONFIDENCE]
-        index, stay = torch.full_like(sure, self._place(first), dtype=torch.int64), torch.ones_like(sure, dtype=torch.bool)
-        for before, segment in zip(self.schedule.segments, later, strict=False):
-            stay = stay & ~(sure >= self._threshold(before, tensors))
-            pool |= self._later(segment, pool, stay, flat, tensors)
-            sure = pool[CONFIDENCE]
-            index = torch.where(stay, torch.full_like(index, self._place(segment)), index)
+        index = index if later else torch.full_like(sure, index, dtype=torch.int64)
         axis = signature.outputs[at].batch_axis
         scores = pool[PREDICTION].movedim(0, axis) if axis else pool[PREDICTION]
         slots = () if self.program.prediction.tail is None else self.program.prediction.tail.slots
@@ -272,7 +273,7 @@ class ConditionalProgram(Holder):
             values = Traced(self.program.prediction.tail.module, tensors).run(scores, *flat)
             for i, value in zip(slots, values, strict=True):
                 leaves[i] = value
-        return (*leaves, index, torch.where(sure.isnan(), torch.zeros_like(sure), sure))
+        return (*leaves, index, torch.where(sure.isnan(), 0.0, sure))
 
     def _inputs(self) -> list[fx.Node]:
         return facts.placeholders(self.schedule.segments[0].module)
@@ -321,12 +322,14 @@ class ConditionalProgram(Holder):
         return run_arm(leaves, (into,), segment.head, reads, segment.head_axes, (0,), tensors)[0]
 
     def _later(
-        self, segment: Segment, pool: Mapping[Any, Tensor], stay: Tensor, flat: Sequence[Tensor], tensors: Tensors
+        self, segment: Segment, pool: Mapping[Any, Tensor], flat: Sequence[Tensor], tensors: Tensors
     ) -> dict[Any, Tensor]:
-        """A segment after the first: what it gives by name, for the rows that `stay` [B] marks, in tensors of all rows.
+        """A segment after the first: what it gives by name, for the rows that `STAY` [B] marks, in tensors of all rows.
 
         The other rows keep their prediction, confidence and states; of all else they have zeros, and NaN of an output leaf.
+        Who goes on after it is found inside the condition too: where it is not run, nobody does.
         """
+        stay, last = pool[STAY], segment.exit is None
         gives = _gives(segment, self.program.signature)
         takes: list[tuple[Any, int | None]] = [(v.node, v.batch_axis) for v in segment.inputs]
         takes += [(("state", j), 0) for j in range(segment.takes_states)]
@@ -338,7 +341,7 @@ class ConditionalProgram(Holder):
         missing = _symbols(gives[n][1] for n in new if not isinstance(n, tuple)) - known
         sized = [(n, t) for n, t in zip(self._inputs(), flat, strict=True) if missing & _symbols([n])]
         keys: dict[Any, Any] = dict(tensors_of(segment.module, segment.head))
-        keys |= {} if segment.head is None else {THRESHOLDS_BUFFER: None}
+        keys |= {} if last else {THRESHOLDS_BUFFER: None}
         data = (stay, *(pool[n] for n in names), *(t for _, t in sized))
 
         def parts(operands: Sequence[Tensor]) -> tuple[dict[Any, Tensor], dict[Any, list[Any]]]:
@@ -357,7 +360,8 @@ class ConditionalProgram(Holder):
             before, shapes = parts(operands)
             rows = positions(operands[0])
             taken = [before[n] if a is None else before[n].index_select(a, rows) for n, a in takes]
-            values = self._stage(segment, taken, dict(zip(keys, operands[len(data) :], strict=True)))
+            inner = dict(zip(keys, operands[len(data) :], strict=True))
+            values = self._stage(segment, taken, inner)
             done = []
             for (name, (axis, _)), value in zip(gives.items(), values, strict=True):
                 if name not in shapes:
@@ -367,18 +371,29 @@ class ConditionalProgram(Holder):
                 else:
                     into = before[name] if isinstance(name, tuple) else filled(name, shapes[name])
                     done.append(into.index_copy(axis, rows, value))
+            if not last:
+                going_on = _going_on(values[list(gives).index(CONFIDENCE)], self._threshold(segment, inner))
+                done += [operands[0].index_copy(0, rows, going_on[STAY]), going_on[ANY]]
             return tuple(done)
 
         def stop(*operands: Tensor) -> tuple[Tensor, ...]:
             before, shapes = parts(operands)
-            return tuple(before[n].clone() if isinstance(n, tuple) else filled(n, s) for n, s in shapes.items())
+            kept = [before[n].clone() if isinstance(n, tuple) else filled(n, s) for n, s in shapes.items()]
+            return (*kept, *(() if last else (operands[0].clone(), torch.zeros((), dtype=torch.bool, device=stay.device))))
 
-        _, shapes = parts(data)
-        found = either(stay.any(), deeper, stop, (*data, *(tensors[key] for key in keys)), list(shapes.values()))
-        return dict(zip(new, found, strict=True))
+        sizes = [*parts(data)[1].values(), *(() if last else (stay.shape, ()))]
+        found = either(pool[ANY], deeper, stop, (*data, *(tensors[key] for key in keys)), sizes)
+        return dict(zip([*new, *(() if last else (STAY, ANY))], found, strict=True))
 
 
 PREDICTION, CONFIDENCE = ("prediction",), ("confidence",)
+STAY, ANY = ("stay",), ("any",)
+"""Which rows go on [B], and whether one does []."""
+
+
+def _going_on(sure: Tensor, threshold: Tensor) -> dict[Any, Tensor]:
+    stay = ~(sure >= threshold)
+    return {STAY: stay, ANY: stay.any()}
 
 
 def _gives(segment: Segment, signature: Signature) -> dict[Any, tuple[int | None, fx.Node]]:

@@ -112,10 +112,11 @@ def resnet(batch: int, exits: int | Strategy, device: torch.device = CPU) -> Sub
     return Subject(f"ResNet-20 at {batch}", model, inputs, strategy, device)
 
 
-def lenet(batch: int, exits: int, device: torch.device = CPU) -> Subject:
+def lenet(batch: int, exits: int | Strategy, device: torch.device = CPU) -> Subject:
     torch.manual_seed(0)
     inputs = {"x": torch.randn(batch, 1, 28, 28, generator=torch.Generator().manual_seed(2))}
-    return Subject(f"LeNet at {batch}", LeNet(), inputs, Branchy(exits=exits), device)
+    strategy = exits if isinstance(exits, Strategy) else Branchy(exits=exits)
+    return Subject(f"LeNet at {batch}", LeNet(), inputs, strategy, device)
 
 
 def spread_out(subject: Subject, factor: float = 10.0) -> None:
