@@ -200,6 +200,15 @@ class CompiledModule(nn.Module):
         """The tensors of a call in graph order; `CaptureError` where the graph does not take it, or is not the model."""
         return self.entry(args, kwargs)
 
+    def unchanged(self) -> None:
+        """Asks for the user's model before the graph is written, measured or trained in its place.
+
+        Raises:
+            CaptureError: It has changed since it was compiled, and differs from the graph on the example.
+        """
+        if self.example is not None:
+            self._call_or_example((), {})
+
     def _execute(
         self, flat: Sequence[Tensor], settings: Settings, want_confidence: bool, allowance: Allowance | None = None
     ) -> Outcome:
@@ -585,6 +594,7 @@ class CompiledModule(nn.Module):
 
     def capture_training(self) -> None:
         """Captures the model in train mode now, so that its trunk can be trained, after `load` too."""
+        self.unchanged()
         with self._mode(True):
             self.training_graphs.capture()
 
@@ -600,6 +610,7 @@ class CompiledModule(nn.Module):
         A head is an `eecompile.heads.Head` for the value at its exit, or the model's own final layers where these read
         nothing else. Thresholds stay as they are.
         """
+        self.unchanged()
         exits = []
         for e in self.program.exits:
             if e.name in heads:
@@ -692,10 +703,12 @@ class CompiledModule(nn.Module):
     def _call_or_example(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Tensor]:
         """A call's flat inputs; those of the example for none."""
         if args or kwargs:
-            return self.program.signature.flatten(args, kwargs)
+            return self.entry(args, kwargs)
         if self.example is None:
             raise CaptureError("a loaded program has no example inputs", hint="pass a call's arguments")
-        return [t.to(self.thresholds.device) for t in self.example]
+        flat = [t.to(self.thresholds.device) for t in self.example]
+        self.entry.watch(flat)
+        return flat
 
     # ------------------------------------------------------------------ graphs and reports
 
@@ -768,14 +781,17 @@ class CompiledModule(nn.Module):
 
     def export(self, path: Any, target: str = "pt2") -> Path:
         """Writes a file that runs without Python, with the savings of its exits; see `eecompile.export`."""
+        self.unchanged()
         return export(self.program, self.settings, path, target)
 
     def stage_inputs(self, loader: Iterable[Any]) -> dict[str, list[dict[str, Any]]]:
         """The rows that reach each stage of `export(..., target="stages")`; see `eecompile.export.stages`."""
+        self.unchanged()
         return stage_inputs(self.program, self.settings, loader)
 
     def verify_export(self, path: Any, loader: Iterable[Any], **options: Any) -> ExportReport:
         """Runs what `export` wrote in its runtime and compares it with the reference; see `eecompile.export.verify`."""
+        self.unchanged()
         return verify_export(self.program, self.settings, path, loader, **options)
 
     def report(self, path: Any, loader: Iterable[Any]) -> Path:

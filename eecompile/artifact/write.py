@@ -32,7 +32,9 @@ def write(fast: CompiledModule, path: str | Path) -> None:
 
     Raises:
         ArtifactError: Something cannot be saved without a pickle, or the disk refuses.
+        CaptureError: The user's model has changed since it was compiled.
     """
+    fast.unchanged()
     program = fast.program
     if program.capture.front_end != "export":
         raise ArtifactError(

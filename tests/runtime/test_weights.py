@@ -8,6 +8,7 @@ import pickle
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -526,6 +527,37 @@ def test_a_model_that_is_another_one_is_refused(plain: tuple[Any, Any, Tensor], 
     change(model)
     with pytest.raises(CaptureError, match=rf"has changed since it was compiled[\s\S]*{where}"):
         fast(x)
+
+
+DOORS: dict[str, Callable[[Any, Any, Any], Any]] = {
+    "save": lambda fast, data, path: fast.save(path),
+    "pickle": lambda fast, data, path: pickle.dumps(fast),
+    "export": lambda fast, data, path: fast.export(path / "net.pt2"),
+    "verify_export": lambda fast, data, path: fast.verify_export(path / "net.pt2", data),
+    "stage_inputs": lambda fast, data, path: fast.stage_inputs(data),
+    "calibrate": lambda fast, data, path: fast.calibrate(data, max_drop=0.5),
+    "calibrate to a budget": lambda fast, data, path: fast.calibrate(data, budget=0.9),
+    "evaluate": lambda fast, data, path: fast.evaluate(data),
+    "benchmark": lambda fast, data, path: fast.benchmark(data[0][0]),
+    "fit": lambda fast, data, path: fast.fit(data, epochs=1, progress=False),
+    "fit over kept features": lambda fast, data, path: fast.fit(data, epochs=1, cached=True, progress=False),
+    "fit of the trunk": lambda fast, data, path: fast.fit(data, epochs=1, trunk=True, progress=False),
+    "capture in train mode": lambda fast, data, path: fast.capture_training(),
+    "other heads": lambda fast, data, path: fast.replace_heads({}),
+    "device program": lambda fast, data, path: fast.device_program(),
+    "device program of a call": lambda fast, data, path: fast.device_program(data[0][0]),
+}
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_nothing_is_written_measured_or_trained_after_a_change(
+    plain: tuple[Any, Any, Tensor], tmp_path: Path, name: str
+) -> None:
+    fast, model, x = plain
+    model.scale = -3.0
+    with pytest.raises(CaptureError, match=r"has changed since it was compiled[\s\S]*scale"):
+        DOORS[name](fast, [(x, torch.arange(8) % 4)] * 2, tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
