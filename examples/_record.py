@@ -52,6 +52,7 @@ def parse(doc: str | None, argv: Sequence[str] | None = None, name: str = "NAME"
     epilog = f"""examples:
   {command} --quick           in seconds, on stand-in data
   {command} --until train     train only; the next run goes on from there
+  {command} --until judge     all but the times, for a machine that has other work
   {command}                   all that is not done yet; then judge, measure and write {name}.json
   {command} --json | jq .rows
 """
@@ -81,6 +82,9 @@ def main(name: str, doc: str | None, example: Callable[[Options, Record], None],
             path = record.write()
     except Finished as finished:
         console.print(f"{name}: {finished}")
+        if options.until == "judge":
+            record.note(timed=False)
+            console.print(f"written, without times: {record.write()}")
         sys.exit(0)
     except (DatasetError, EecompileError) as problem:
         sys.exit(_told(f"error: {problem}"))

@@ -205,15 +205,15 @@ def minilm_classifier(
 
 
 def code_tagger(layers: int, vocabulary: int, tags: int, positions: int) -> BertForTokenClassification:
-    """A small BERT, 64 wide, that tags each of [B, S] words."""
+    """A small BERT, 48 wide, that tags each of [B, S] words."""
     from transformers import BertConfig, BertForTokenClassification
 
     config = BertConfig(
         vocab_size=vocabulary,
-        hidden_size=64,
+        hidden_size=48,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        intermediate_size=128,
+        intermediate_size=96,
         max_position_embeddings=positions,
         num_labels=tags,
     )

@@ -71,8 +71,9 @@ def short(results: Path = RESULTS) -> str:
         record = json.loads((results / f"{stem}.json").read_text())
         row = record["rows"][index]
         accuracies = (_percent(row["full_accuracy"]), _percent(row["accuracy"]))
-        faster = row["speedup"].get("32") or row["speedup"]["64"]
-        lines.append((row["what"], strategy, *accuracies, _percent(row["cost"]), f"{faster:.2f}x", f"`{record['command']}`"))
+        ratio = row.get("speedup", {}).get("32")
+        faster = "-" if ratio is None else f"{ratio:.2f}x"
+        lines.append((row["what"], strategy, *accuracies, _percent(row["cost"]), faster, f"`{record['command']}`"))
     return _markdown(SHORT_COLUMNS, lines)
 
 

@@ -395,9 +395,11 @@ def charts_trunk(*, quick: bool = False, seed: int = 0) -> Trunk:
     return trunk(recipe, models.ChartNet, generated.data(generated.control_charts, quick))
 
 
-def code_trunk(layers: int = 6, *, quick: bool = False, seed: int = 0) -> Trunk:
+def code_trunk(layers: int = 4, *, quick: bool = False, seed: int = 0) -> Trunk:
     """A small BERT that tags the words of generated code."""
-    recipe = Recipe(f"code{layers}{'-quick' * quick}", 2 if quick else 10, 16 if quick else 32, 2e-3, seed=seed)
+    recipe = Recipe(f"code{layers}", 8, 32, 3e-3, seed=seed, rows=8_000)
+    if quick:
+        recipe = Recipe(f"code{layers}-quick", 2, 16, 3e-3, seed=seed)
     draw = generated.data(generated.code, quick)
 
     def data(part: str, limit: int | None) -> tuple[Inputs, Tensor]:

@@ -47,6 +47,9 @@ def test_branchy_lenet(environment: dict[str, str], tmp_path: Path) -> None:
     trained = run("branchy_lenet", environment, tmp_path, "--until", "train")
     assert "done until 'train'" in trained.stderr
     assert not list(tmp_path.iterdir())
+    run("branchy_lenet", environment, tmp_path, "--until", "judge")
+    without = json.loads((tmp_path / "branchy_lenet-quick.json").read_text())
+    assert without["timed"] is False and all("speedup" not in row for row in without["rows"])
     done = run("branchy_lenet", environment, tmp_path, "--json")
     assert "epoch" not in done.stderr  # what was trained is kept
     found = json.loads(done.stdout)
@@ -54,7 +57,8 @@ def test_branchy_lenet(environment: dict[str, str], tmp_path: Path) -> None:
     assert [(row["what"], row["thresholds"]) for row in found["rows"]] == [
         (f"MNIST, LeNet, {exits}", promise) for exits in ("2 exits", "1 exit") for promise in ("guaranteed", "empirical")
     ]
-    for row in found["rows"]:
+    for row, same in zip(found["rows"], without["rows"], strict=True):
+        assert (row["accuracy"], row["cost"]) == (same["accuracy"], same["cost"])
         check_row(row, {"1", "32", "256"})
         assert row["calibration"]["qualified"]
         assert [e["after"] for e in row["exits"]] == (["relu", "relu_1"] if "2 exits" in row["what"] else ["relu"])
@@ -90,8 +94,8 @@ def test_act_code(environment: dict[str, str], tmp_path: Path) -> None:
     for row in found["rows"]:
         assert sum(row["share"].values()) == pytest.approx(1)
         assert row["accuracy"] > row["full_accuracy"] - 0.05
-        assert all(1 <= steps <= 6 for steps in row["steps_by_tag"].values())
-        assert [name for name, *_ in row["constants"]] == ["1 block", "6 blocks"]
+        assert all(1 <= steps <= 4 for steps in row["steps_by_tag"].values())
+        assert [name for name, *_ in row["constants"]] == ["1 block", "4 blocks"]
     assert found["rows"][1]["cost"] <= found["rows"][0]["cost"]
 
 
