@@ -90,9 +90,10 @@ def test_an_error_in_one_is_one_in_all(said: dict[str, Any], case: str, first: s
 
 
 @pytest.mark.nightly
-def test_launched_by_accelerate(said: dict[str, Any], tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--cpu"]
-    command += ["--main_process_port", port(), str(SCRIPT), str(tmp_path)]
+def test_launched_by_torchrun(said: dict[str, Any], tmp_path: Path) -> None:
+    """`accelerate launch --cpu` starts a single process where there is no MPI."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", port()]
+    command += [str(SCRIPT), str(tmp_path)]
     done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=TIMEOUT, check=False)
     assert done.returncode == 0, done.stderr
     found = read(tmp_path)
