@@ -54,7 +54,8 @@ def drawn(results: Path = RESULTS) -> dict[str, list[dict[str, Any]]]:
     found = {}
     for name, record in _records(results):
         *_, model = record.get("models", {"trunk": record.get("trunk")}).values()
-        found[name] = plots.panels(record, smaller.get(model["recipe"]["name"], ()) if model else ())
+        known = model is not None and "alone" not in record  # a cascade's own are among its constant choices
+        found[name] = plots.panels(record, smaller.get(model["recipe"]["name"], ()) if known else ())
     return {name: panels for name, panels in found.items() if panels}
 
 
