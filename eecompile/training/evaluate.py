@@ -11,10 +11,9 @@ from torch import Tensor
 from eecompile.errors import EecompileError
 from eecompile.training.batches import Batch, alike, batches, device_of, empty_loader, require_repeatable
 from eecompile.training.curve import degradation, first_exit, sweep, thresholds_of
-from eecompile.training.evaluation_report import EvaluationReport, ExitRow, GateShare
+from eecompile.training.evaluation_report import EvaluationReport, ExitRow, GateShare, RouteShare
 from eecompile.training.full import branches, full_prediction, gate_names, halts
-from eecompile.training.route_report import RouteShare, route_shares
-from eecompile.training.scores import Metric, agreement, check_labels, class_labels, measure, right
+from eecompile.training.scores import Metric, agreement, check_labels, class_labels, row_scores
 from eecompile.training.subgroups import GroupRow, check_groups, group_rows, groups_of, indexed
 from eecompile.training.tasks import ANSWERS, check_task, no_choice, own_task
 from eecompile.training.workers import shared, whole
@@ -133,19 +132,18 @@ class Seen:
             "route": result.route,
         }
         checked = None
-        if self.metric is not None:
-            scores = [measure(self.metric, output, labels, n, where) for output in outputs]
-            found |= {"scores": torch.stack(scores, 1), "full": measure(self.metric, full, labels, n, where)}
-        elif labels is not None:
-            checked = check_labels(outputs[-1], labels, where)
-            pairs = [right(output, checked) for output in outputs]
-            found |= {"scores": torch.stack([score for score, _ in pairs], 1), "valid": pairs[-1][1]}
-            found |= {"full": right(full, checked)[0], "classes": class_labels(full, checked)}
-        else:
-            classes(outputs[-1], where)
-        if self.metric is None and (labels is not None or not no_choice(self.fast)):
-            each = own_task(self.fast) == ANSWERS
-            found["same"] = torch.stack([agreement(o, full, checked, each) for o in outputs], 1)
+        if labels is not None or self.metric is not None:
+            scores, found["valid"] = row_scores((*outputs, full), labels, self.metric, where)
+            found |= {"scores": scores[:, :-1], "full": scores[:, -1]}
+        if self.metric is None:
+            if labels is None:
+                classes(outputs[-1], where)
+            else:
+                checked = check_labels(full, labels, where)
+                found["classes"] = class_labels(full, checked)
+            if labels is not None or not no_choice(self.fast):
+                each = own_task(self.fast) == ANSWERS
+                found["same"] = torch.stack([agreement(o, full, checked, each) for o in outputs], 1)
         return {name: column.cpu() for name, column in found.items() if column is not None}
 
     def report(
@@ -232,11 +230,20 @@ class Seen:
     def _routes(
         self, fast: CompiledModule, index: Tensor, cost: Tensor, scores: Tensor | None, valid: Tensor
     ) -> list[RouteShare]:
-        route = self["route"]
+        """One entry per route, and "left before" for rows that an exit took before the branches, where there are such."""
+        route, full = self["route"], self["full"]
         if route is None:
             return []
         given = None if scores is None else scores.gather(1, index[:, None])[:, 0]
-        found = route_shares(fast, route, cost, given, self["full"], valid)
+        kinds = [(k, r.name, r.to) for k, r in enumerate(fast.routes)]
+        kinds += [(-1, "left before", "exit")] if bool((route < 0).any()) else []
+        found = []
+        for k, name, to in kinds:
+            mine = route == k
+            labelled = mine & valid
+            right = [None if s is None or not bool(labelled.any()) else float(s[labelled].mean()) for s in (given, full)]
+            spent = float(cost[mine].mean()) if bool(mine.any()) else None
+            found.append(RouteShare(name, to, float(mine.double().mean()), spent, *right))
         fast.seen.routes = [vars(share) for share in found]  # for `explain`
         return found
 

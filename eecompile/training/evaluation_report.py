@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from rich.console import RenderableType
 
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
-from eecompile.training.route_report import RouteShare
 from eecompile.training.subgroups import GroupRow, group_tables
 
 
@@ -57,6 +56,26 @@ class GateShare:
     threshold: float
     open: float
     saved: float
+
+
+@dataclass
+class RouteShare:
+    """One route on evaluated rows.
+
+    Attributes:
+        to: "exit" or "branch".
+        share: The load: share of all rows that took it.
+        cost: Mean fraction of the full model's FLOPs spent on those.
+        accuracy: Their mean score; None where no row took it, or without labels.
+        full_accuracy: What the full model would have reached on them.
+    """
+
+    name: str
+    to: str
+    share: float
+    cost: float | None
+    accuracy: float | None
+    full_accuracy: float | None
 
 
 @dataclass

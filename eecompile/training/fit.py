@@ -18,11 +18,11 @@ from eecompile.plain import check_number
 from eecompile.result import Result
 from eecompile.training.batches import length_of, require_repeatable
 from eecompile.training.checkpoint import Checkpoints
+from eecompile.training.fit_report import FitReport
 from eecompile.training.loop import Loop
 from eecompile.training.objectives import Exits, Loss, Objective, PerExitLoss, Sum
 from eecompile.training.objectives import objective as resolve
 from eecompile.training.plan import Event, Plan
-from eecompile.training.report import FitReport
 from eecompile.training.scores import Metric
 from eecompile.training.stages import stages_of
 from eecompile.training.tasks import OWN, REGRESSION, first_batch, squared_error, task_of

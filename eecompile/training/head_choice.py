@@ -288,7 +288,7 @@ class Choice:
 
     def measured(self, features: Features, validation: bool) -> tuple[float, list[float] | None]:
         """Objective and score of every exit and the model, on the training or the validation rows."""
-        total, count, sums, labelled = 0.0, 0, list[float](), 0.0
+        total, count, sums, labelled = 0.0, 0, torch.zeros(len(self.slots) + 1, dtype=torch.float64), 0.0
         where = "the rows that were kept"
         for branch in (s.branch for s in self.slots):
             branch.eval()
@@ -301,10 +301,10 @@ class Choice:
                     labels = move(labels_at(block.labels, rows), self.device)
                     total += float(self.objective(result, labels, where=where)) * len(rows)
                     count += len(rows)
-                    found, real = scored(result, labels, self.plan.metric, self.objective, where)
-                    labelled += real
-                    sums = [a + b for a, b in zip(sums or [0.0] * len(found), found, strict=True)] if found else sums
-        return total / max(count, 1), [s / labelled for s in sums] if labelled else None
+                    found = scored(result, labels, self.plan.metric, self.objective, where)
+                    if found is not None:
+                        sums, labelled = sums + found[0].sum(0), labelled + float(found[1].sum())
+        return total / max(count, 1), (sums / labelled).tolist() if labelled else None
 
     def _result(self, features: Features, block: Block, rows: Tensor) -> Result:
         """What `run` in train mode gives of these rows: outputs and scores."""

@@ -23,20 +23,18 @@ from eecompile.training.batches import Batch, batches, device_of, empty_loader, 
 from eecompile.training.cache import Cache
 from eecompile.training.checkpoint import Checkpoints, differences
 from eecompile.training.features import Collector, Features, NotCached
-from eecompile.training.full import gate_names, halts
-from eecompile.training.halt_report import HaltRow, halted
+from eecompile.training.fit_report import EpochRow, FitReport
+from eecompile.training.full import gate_names
 from eecompile.training.head_choice import Choice, heads_alone, why_not, with_kinds
 from eecompile.training.head_report import HeadRow
 from eecompile.training.interrupt import Interrupt, say
 from eecompile.training.optim import freeze, make_optimizer, make_scheduler, parameter_groups
 from eecompile.training.plan import Event, Plan, Position, StagePlan
 from eecompile.training.progress import Bar
-from eecompile.training.report import EpochRow, FitReport, GateRow
-from eecompile.training.route_report import RouteRow
 from eecompile.training.settings import settings, trained_tensors
 from eecompile.training.stages import gates_deciding
 from eecompile.training.state import decode, encode, random_state, reseed, restore_random_state
-from eecompile.training.step import Step, gated, routed, scored
+from eecompile.training.step import Step, sums
 from eecompile.training.tasks import loss_said
 from eecompile.training.workers import make_accelerator, of_the_first, only_trained_is_reduced, shard, shared, whole
 
@@ -262,10 +260,8 @@ class Loop:
             scores=self.at.scores(),
             lr=float(raw.param_groups[0]["lr"]),
             seconds=0.0,
-            gates=GateRow.of(self.at.gates()),
-            routes=RouteRow.of(self.at.route_sums, self.at.loss_rows),
-            halts=HaltRow.of(self.at.halt_sums, self.at.loss_rows),
         )
+        row.take(self.at.decided())
         if self.val_loader is not None:
             self._validate(self.val_loader, stage, row)
         row.seconds = time.perf_counter() - started
@@ -278,7 +274,7 @@ class Loop:
             self._interrupted()
 
     def _step(self, batch: Batch) -> float:
-        loss, *sums = self.module(batch)
+        loss, rows, found = self.module(batch)
         value = float(loss.detach())
         alone = self.accelerator.num_processes == 1  # otherwise every rank finds out from the common gradient
         if alone and not math.isfinite(value):
@@ -295,7 +291,7 @@ class Loop:
         if self.scheduler is not None:
             self.scheduler.step()
         self.optimizer.zero_grad(set_to_none=True)
-        self.at.add(value, *sums)
+        self.at.add(value, rows, found)
         return value
 
     def _next(self, items: Any) -> Any:
@@ -327,23 +323,17 @@ class Loop:
             with torch.no_grad():
                 measure = self.objective if stage.heads else self.objective.final
                 loss = float(measure(result, batch.labels, where=where))
-                scores, n = scored(result, batch.labels, self.plan.metric, self.objective, where)
-                sent = routed(self.fast, result, batch.labels, self.plan.metric, self.objective, where)
-            rows = torch.tensor([result.exit_index.shape[0], n], dtype=torch.float64)
-            steps = halted(result, self.objective, halts(self.fast))
-            numbers = (torch.tensor(scores or [], dtype=torch.float64), rows, gated(self.fast, result), sent, steps)
-            return loss, *(t.cpu() for t in numbers)
+            return loss, *sums(self.fast, result, batch.labels, self.objective, self.plan.metric, where)
 
-        for _, sums in shared(batches(whole(loader), self.device), measured):
-            seen.add(*sums)
+        for _, found in shared(batches(whole(loader), self.device), measured):
+            seen.add(*found)
             if self.interrupt.requested:
                 self._interrupted()
         self.fast.train()
         if seen.loss_rows == 0:
             raise empty_loader("val_loader")
         row.val_loss, row.val_scores = seen.loss_sum / seen.loss_rows, seen.scores()
-        row.val_gates, row.val_routes = GateRow.of(seen.gates()), RouteRow.of(seen.route_sums, seen.loss_rows)
-        row.val_halts = HaltRow.of(seen.halt_sums, seen.loss_rows)
+        row.take(seen.decided(), "val_")
 
     def _watch(self, row: EpochRow) -> None:
         """Early stopping on the validation loss; NaN is never better."""

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from eecompile.training.decisions import Decisions, rows_of
+from eecompile.training.fit_report import EpochRow
 from eecompile.training.objectives import Objective
-from eecompile.training.report import EpochRow
 from eecompile.training.scores import Metric
 
 
@@ -100,12 +101,9 @@ class Position:
         step: Optimizer steps done in all.
         loss_sum: Sum of loss times rows in the running epoch.
         loss_rows: Rows that it is a sum over.
-        score_sums: Sum of the score of every exit and, last, the model; None where there is none.
         score_rows: Rows that have a label.
-        gate_sums: Where there are gates: sum over the rows of the cost, of every gate's decision while training, and of its
-            decision by threshold.
-        halt_sums: Where rows halt: what `halt_report.halted` gives, summed over the rows.
-        route_sums: Where there is a router: what `step.routed` gives, summed over the rows.
+        sums: Sums over the rows of what `step.sums` gives, by name: "scores" of every exit and, last, the model, and what
+            was decided of each kind.
     """
 
     stage: int = 0
@@ -114,43 +112,31 @@ class Position:
     step: int = 0
     loss_sum: float = 0.0
     loss_rows: int = 0
-    score_sums: list[float] | None = None
     score_rows: float = 0.0
-    gate_sums: list[float] | None = None
-    route_sums: list[float] | None = None
-    halt_sums: list[float] | None = None
+    sums: dict[str, list[float]] = field(default_factory=dict)
     best_loss: float | None = None
     best_epoch: int | None = None
     bad_epochs: int = 0
     stage_done: bool = False
     stopped_early: bool = False
 
-    def add(self, loss: float, scores: Tensor, rows: Tensor, gates: Tensor, routes: Tensor, halts: Tensor) -> None:
-        """`scores` `[E + 1]`, `gates` `[1 + 2 G]`, `routes` `[1 + 6 K]`, `halts` `[1]` or `[2]` summed over the rows, or
-        empty; `rows` `[2]`: rows, and rows with a label."""
+    def add(self, loss: float, rows: Tensor, sums: Mapping[str, Tensor]) -> None:
+        """Adds a batch; `rows` `[2]`: rows, and rows with a label."""
         total, labelled = (float(n) for n in rows.tolist())
         self.loss_sum += loss * total
         self.loss_rows += int(total)
-        if scores.numel():
-            sums = self.score_sums or [0.0] * scores.numel()
-            self.score_sums = [a + b for a, b in zip(sums, scores.tolist(), strict=True)]
-            self.score_rows += labelled
-        if gates.numel():
-            self.gate_sums = [a + b for a, b in zip(self.gate_sums or [0.0] * gates.numel(), gates.tolist(), strict=True)]
-        if routes.numel():
-            before = self.route_sums or [0.0] * routes.numel()
-            self.route_sums = [a + b for a, b in zip(before, routes.tolist(), strict=True)]
-        if halts.numel():
-            self.halt_sums = [a + b for a, b in zip(self.halt_sums or [0.0] * halts.numel(), halts.tolist(), strict=True)]
+        self.score_rows += labelled
+        for name, found in sums.items():
+            before = self.sums.get(name, [0.0] * found.numel())
+            self.sums[name] = [a + b for a, b in zip(before, found.tolist(), strict=True)]
 
     def scores(self) -> list[float] | None:
-        if self.score_sums is None or self.score_rows == 0:
-            return None
-        return [s / self.score_rows for s in self.score_sums]
+        """Mean score of every exit and, last, the model; None where there is none."""
+        return [s / self.score_rows for s in self.sums["scores"]] if self.score_rows else None
 
-    def gates(self) -> list[float] | None:
-        """Means of `gate_sums`."""
-        return None if self.gate_sums is None or not self.loss_rows else [s / self.loss_rows for s in self.gate_sums]
+    def decided(self) -> dict[str, Decisions]:
+        """What was decided inside the model, by kind."""
+        return rows_of(self.sums, self.loss_rows)
 
     def next_epoch(self) -> None:
         self.epoch += 1
@@ -164,22 +150,15 @@ class Position:
         self._clear()
 
     def _clear(self) -> None:
-        self.loss_sum, self.loss_rows, self.score_sums, self.score_rows = 0.0, 0, None, 0.0
-        self.gate_sums = self.route_sums = self.halt_sums = None
+        self.loss_sum, self.loss_rows, self.score_rows, self.sums = 0.0, 0, 0.0, {}
 
     def packed(self) -> Tensor:
         """The sums as one float64 tensor, to be added over processes."""
         head = [self.loss_sum, float(self.loss_rows), self.score_rows]
-        sums = [s for name in SUMS for s in getattr(self, name) or []]
-        return torch.tensor(head + sums, dtype=torch.float64)
+        return torch.tensor(head + [s for _, found in sorted(self.sums.items()) for s in found], dtype=torch.float64)
 
     def unpack(self, total: Tensor) -> None:
         loss_sum, loss_rows, score_rows, *sums = total.tolist()
         self.loss_sum, self.loss_rows, self.score_rows = loss_sum, int(loss_rows), score_rows
-        for name in SUMS:
-            count = len(getattr(self, name) or [])
-            setattr(self, name, sums[:count] or None)
-            sums = sums[count:]
-
-
-SUMS = ("score_sums", "gate_sums", "route_sums", "halt_sums")
+        left = iter(sums)
+        self.sums = {name: [next(left) for _ in found] for name, found in sorted(self.sums.items())}

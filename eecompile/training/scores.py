@@ -9,7 +9,7 @@ always the row, because a row leaves as a whole.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -210,3 +210,18 @@ def measure(
     if not bool(score.isfinite().all()):
         raise error("the metric is not finite", where=where, got=f"{int((~score.isfinite()).sum())} of {rows} rows")
     return score.detach().double()
+
+
+def row_scores(outputs: Sequence[Tensor], labels: Any, metric: Metric | None, where: str) -> tuple[Tensor, Tensor]:
+    """Scores float64 `[B, N]` of N outputs, and bool `[B]` of the rows with a label, on the CPU.
+
+    Raises:
+        EecompileError: As `measure` and `check_labels`.
+    """
+    rows = outputs[-1].shape[0]
+    if metric is not None:
+        measured = [measure(metric, output, labels, rows, where).cpu() for output in outputs]
+        return torch.stack(measured, 1), torch.ones(rows, dtype=torch.bool)
+    checked = check_labels(outputs[-1], labels, where)
+    pairs = [right(output, checked) for output in outputs]
+    return torch.stack([score for score, _ in pairs], 1).cpu(), pairs[-1][1].cpu()

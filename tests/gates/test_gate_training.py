@@ -11,7 +11,7 @@ from eecompile import EecompileError, StrategyError, strategies
 from eecompile.cli.digits_net import DigitsNet, train
 from eecompile.passes.training_decisions import TrainMode
 from eecompile.strategies import TrainingStage, strategy
-from eecompile.training.report import GateRow
+from eecompile.training.decisions import GateRow
 from eecompile.training.stages import shared
 from tests.support import compiled as eecompile
 
@@ -65,10 +65,12 @@ def test_no_price_leaves_all_gates_open_and_says_so(trained):
 
 
 def test_collapse_is_told_from_gates_that_depend_on_the_input():
-    assert GateRow(0.4, [0.0, 0.0], [0.0, 0.005]).collapse == "all gates are closed whatever the input is"
-    assert GateRow(0.4, [1.0, 0.0], [1.0, 0.0]).collapse == "no gate depends on the input: 1 always open, 1 always closed"
+    assert GateRow(0.4, [0.0, 0.0], [0.0, 0.005]).collapse([]) == "all gates are closed whatever the input is"
+    assert (
+        GateRow(0.4, [1.0, 0.0], [1.0, 0.0]).collapse([]) == "no gate depends on the input: 1 always open, 1 always closed"
+    )
     half = GateRow(0.4, [1.0, 0.5], [1.0, 0.5])
-    assert half.collapse is None
+    assert half.collapse(["gate_0", "gate_1"]) is None
     assert half.stuck == {0: "open"}
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from eecompile import EecompileError, StrategyError, strategies
 from eecompile.errors import CalibrationError
 from eecompile.strategies import Branchy, Router, strategy
+from eecompile.training.decisions import RouteRow
 from eecompile.training.objectives import objective
 from eecompile.training.objectives.choices import regret, uneven
-from eecompile.training.route_report import RouteRow
 from tests.calibration.synthetic import calibrated
 from tests.gates.adaptive import Loader, Tower, rows, tower
 from tests.support import compiled as eecompile
