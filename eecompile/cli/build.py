@@ -12,28 +12,20 @@ from eecompile.cli import options as o
 from eecompile.cli.out import reporting
 
 
+@o.grouped
 def rewrite(
     model: o.Models,
+    *,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where to save the program.")],
-    strategy: o.Strategy = "branchy",
-    exits: o.Exits = None,
-    head: o.Head = None,
-    criterion: o.Criterion = None,
-    option: o.StrategyOptions = None,
-    prepare: o.Prepare = None,
+    built: o.StrategyOptions,
     prediction: o.Prediction = None,
     executor: o.Executor = "auto",
     backend: o.Backend = "eager",
     blocks: o.Blocks = None,
     batch_axis: o.BatchAxis = 0,
     measure: o.Measure = False,
-    example: o.Example = None,
-    input: o.Input = None,
-    data: o.DataForInput = None,
-    tokenizer: o.Tokenizer = None,
-    text_column: o.TextColumn = None,
-    label_column: o.LabelColumn = None,
-    max_length: o.MaxLength = None,
+    example: o.ExampleInput,
+    texts: o.TextOptions,
     seed: o.Seed = 0,
     as_json: o.Json = False,
     debug: o.Debug = False,
@@ -46,17 +38,16 @@ def rewrite(
     with reporting(as_json) as out:
         from eecompile.artifact.files import free_place
         from eecompile.cli import inputs, models
-        from eecompile.cli.text import TextOptions, Texts, keep
+        from eecompile.cli.text import Texts, keep
         from eecompile.options import CompileOptions
 
         free_place(output)
-        wanted = models.StrategyRequest(strategy, exits, head, criterion, option, prepare)
         options = CompileOptions(
             o.output(prediction), executor, backend, batch_axis, blocks=blocks, measure=measure, seed=seed
         )
-        texts = Texts.of_model(TextOptions(tokenizer, text_column, label_column, max_length), model[-1], out.say)
-        call = inputs.example(example, input, data, seed=seed, texts=texts)
-        fast = models.compiled(model, wanted, options, call, out.say)
+        read = Texts.of_model(texts, model[-1], out.say)
+        call = inputs.example(example, seed=seed, texts=read)
+        fast = models.compiled(model, built, options, call, out.say)
         out.say("save")
         fast.save(output)
         keep(Path(model[-1]), output, out.say)
@@ -80,8 +71,10 @@ def _places(fast: Any) -> Any:
     return Group(*([exits(fast)] if fast.exits else []), *decisions(fast), Text(total))
 
 
+@o.grouped
 def inspect(
     model: o.Models,
+    *,
     format: Annotated[
         str,
         typer.Option("--format", "-f", help=f"{', '.join(names.FORMATS)}.", autocompletion=names.completing(names.FORMATS)),
@@ -101,24 +94,14 @@ def inspect(
             help="Of a causal language model and texts (--data): what drafting at each exit would gain, on this machine.",
         ),
     ] = False,
-    strategy: o.Strategy = "branchy",
-    exits: o.Exits = None,
-    head: o.Head = None,
-    criterion: o.Criterion = None,
-    option: o.StrategyOptions = None,
-    prepare: o.Prepare = None,
+    built: o.StrategyOptions,
     prediction: o.Prediction = None,
     capture: o.Capture = "export",
     blocks: o.Blocks = None,
     batch_axis: o.BatchAxis = 0,
     measure: o.Measure = False,
-    example: o.Example = None,
-    input: o.Input = None,
-    data: o.DataForInput = None,
-    tokenizer: o.Tokenizer = None,
-    text_column: o.TextColumn = None,
-    label_column: o.LabelColumn = None,
-    max_length: o.MaxLength = None,
+    example: o.ExampleInput,
+    texts: o.TextOptions,
     seed: o.Seed = 0,
     as_json: Annotated[bool, typer.Option("--json", help="The same as --format json.", rich_help_panel=o.COMMON)] = False,
     debug: o.Debug = False,
@@ -132,27 +115,26 @@ def inspect(
         from eecompile import inspect as show
         from eecompile.cli import data as datas
         from eecompile.cli import inputs, models
-        from eecompile.cli.text import TextOptions, Texts
+        from eecompile.cli.text import Texts
         from eecompile.errors import EecompileError, near
         from eecompile.options import CompileOptions
 
         if format not in show.FORMATS:
             raise EecompileError("unknown format", got=repr(format), wanted=near(format, show.FORMATS))
-        wanted = models.StrategyRequest(strategy, exits, head, criterion, option, prepare)
         options = CompileOptions(
             o.output(prediction), batch_axis=batch_axis, capture=capture, blocks=blocks, measure=measure, seed=seed
         )
-        texts = Texts.of_model(TextOptions(tokenizer, text_column, label_column, max_length), model[-1], out.say)
+        read = Texts.of_model(texts, model[-1], out.say)
         if speculation:
-            if data is None or len(model) > 1:
+            if example.data is None or len(model) > 1:
                 raise EecompileError("--speculation takes one model, and --data with texts or batches of token ids")
-            loader = datas.loader(data, 1, texts, labels=False)  # a row at a time: no padding
-            report = models.decoder(model[0], wanted, loader, blocks).speculation(loader)
+            loader = datas.loader(example.data, 1, read, labels=False)  # a row at a time: no padding
+            report = models.decoder(model[0], built, loader, blocks).speculation(loader)
             out.show(report)
             out.result(report.to_dict())
             return
-        call = inputs.example(example, input, data, seed=seed, texts=texts)
-        fast = models.compiled(model, wanted, options, call, out.say)
+        call = inputs.example(example, seed=seed, texts=read)
+        fast = models.compiled(model, built, options, call, out.say)
         if as_json:
             out.result(show.to_dict(fast, after))
         else:

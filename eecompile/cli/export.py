@@ -35,7 +35,7 @@ def export(
     with reporting(as_json) as out:
         from eecompile.cli import data as datas
         from eecompile.cli import models
-        from eecompile.cli.text import TextOptions, Texts
+        from eecompile.cli.text import Texts
         from eecompile.errors import ExportError
         from eecompile.export.runtimes import opened
 
@@ -48,7 +48,7 @@ def export(
             out.after(path)
             out.result(said)
             return
-        texts = Texts.of_saved(TextOptions(), fast, directory, out.say)
+        texts = Texts.of_saved(o.TextOptions(), fast, directory, out.say)
         report = fast.verify_export(path, datas.loader(verify, batch_size, texts, labels=False))
         out.show(report)
         out.after(path)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from eecompile.benchmark import as_call
 from eecompile.cli import data, sources
+from eecompile.cli.options import ExampleInput
 from eecompile.cli.text import Texts
 from eecompile.errors import EecompileError, near
 
@@ -23,9 +24,7 @@ FORM = "name=dtype[sizes], such as x=float32[4,3,32,32], ids=int64[4,128]<1000 o
 
 
 def example(
-    from_object: str | None,
-    shapes: list[str] | None,
-    from_data: str | None,
+    given: ExampleInput,
     rows: int | None = None,
     seed: int = 0,
     texts: Texts | None = None,
@@ -39,15 +38,15 @@ def example(
     Raises:
         EecompileError: Two sources at once, or one that is not understood.
     """
-    given = [name for name, v in (("--example", from_object), ("--input", shapes), ("--data", from_data)) if v]
-    if len(given) > 1:
-        raise EecompileError("two example inputs", got=" and ".join(given), wanted="one of them")
-    if from_object:
-        return _object(from_object)
-    if shapes:
-        return random_call(shapes, seed)
-    if from_data:
-        args, kwargs, _ = data.first_rows(data.loader(from_data, rows, texts, labels=False), rows or data.ROWS_OF_EXAMPLE)
+    named = [f"--{name}" for name, value in vars(given).items() if value]
+    if len(named) > 1:
+        raise EecompileError("two example inputs", got=" and ".join(named), wanted="one of them")
+    if given.example:
+        return _object(given.example)
+    if given.input:
+        return random_call(given.input, seed)
+    if given.data:
+        args, kwargs, _ = data.first_rows(data.loader(given.data, rows, texts, labels=False), rows or data.ROWS_OF_EXAMPLE)
         return args, kwargs
     return None
 

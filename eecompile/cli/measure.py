@@ -15,8 +15,10 @@ from eecompile.cli.train import BatchSize
 Threads = Annotated[int | None, typer.Option(help="Threads of torch.", show_default="torch's own choice")]
 
 
+@o.grouped
 def advise(
     model: o.Model,
+    *,
     data: Annotated[str, typer.Argument(metavar="DATA", help=o.DATA_HELP, autocompletion=names.completing(names.DATA))],
     minutes: Annotated[float, typer.Option(help="Budget of time; a step that has begun is finished.")] = 5.0,
     static: Annotated[str | None, typer.Option(metavar="MODEL", help="A smaller model to compare with.")] = None,
@@ -30,10 +32,7 @@ def advise(
     ] = None,
     prediction: o.Prediction = None,
     batch_size: BatchSize = None,
-    tokenizer: o.Tokenizer = None,
-    text_column: o.TextColumn = None,
-    label_column: o.LabelColumn = None,
-    max_length: o.MaxLength = None,
+    texts: o.TextOptions,
     seed: o.Seed = 0,
     as_json: o.Json = False,
     debug: o.Debug = False,
@@ -48,14 +47,14 @@ def advise(
         from eecompile.advice import advise as advice
         from eecompile.cli import data as datas
         from eecompile.cli import models
-        from eecompile.cli.text import TextOptions, Texts
+        from eecompile.cli.text import Texts
 
-        texts = Texts.of_model(TextOptions(tokenizer, text_column, label_column, max_length), model, out.say)
+        read = Texts.of_model(texts, model, out.say)
         subject: Any = models.find(model).model
         smaller: Any = None if static is None else models.find(static).model
         found = advice(
             subject,
-            datas.loader(data, batch_size, texts, shuffle=True),
+            datas.loader(data, batch_size, read, shuffle=True),
             minutes=minutes,
             static=smaller,
             only=only,
@@ -69,8 +68,10 @@ def advise(
         out.result(found.to_dict())
 
 
+@o.grouped
 def evaluate(
     directory: o.Saved,
+    *,
     data: o.Data,
     curve: Annotated[
         int | None, typer.Option(help="Also this many points of the trade-off of one threshold for all exits.")
@@ -80,10 +81,7 @@ def evaluate(
     ] = False,
     threshold: o.Threshold = None,
     batch_size: BatchSize = None,
-    tokenizer: o.Tokenizer = None,
-    text_column: o.TextColumn = None,
-    label_column: o.LabelColumn = None,
-    max_length: o.MaxLength = None,
+    texts: o.TextOptions,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -91,27 +89,26 @@ def evaluate(
     with reporting(as_json) as out:
         from eecompile.cli import data as datas
         from eecompile.cli import models
-        from eecompile.cli.text import TextOptions, Texts
+        from eecompile.cli.text import Texts
 
         fast = models.saved(directory, threshold)
         out.state(fast)
-        texts = Texts.of_saved(TextOptions(tokenizer, text_column, label_column, max_length), fast, directory, out.say)
-        loader = datas.loader(data, batch_size, texts)
+        read = Texts.of_saved(texts, fast, directory, out.say)
+        loader = datas.loader(data, batch_size, read)
         report = fast.evaluate(loader, curve=False if curve is None else curve, budgets=budgets)
         out.show(report)
         out.result(report.to_dict())
 
 
+@o.grouped
 def report(
     directory: o.Saved,
+    *,
     data: o.Data,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The page to write.")] = Path("report.html"),
     threshold: o.Threshold = None,
     batch_size: BatchSize = None,
-    tokenizer: o.Tokenizer = None,
-    text_column: o.TextColumn = None,
-    label_column: o.LabelColumn = None,
-    max_length: o.MaxLength = None,
+    texts: o.TextOptions,
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
@@ -122,21 +119,21 @@ def report(
     with reporting(as_json) as out:
         from eecompile.cli import data as datas
         from eecompile.cli import models
-        from eecompile.cli.text import TextOptions, Texts
+        from eecompile.cli.text import Texts
 
         fast = models.saved(directory, threshold)
         out.state(fast)
-        texts = Texts.of_saved(TextOptions(tokenizer, text_column, label_column, max_length), fast, directory, out.say)
-        written = fast.report(output, datas.loader(data, batch_size, texts))
+        read = Texts.of_saved(texts, fast, directory, out.say)
+        written = fast.report(output, datas.loader(data, batch_size, read))
         out.after(written)
         out.result({"report": str(written)})
 
 
+@o.grouped
 def run(
     directory: o.Saved,
-    example: o.Example = None,
-    input: o.Input = None,
-    data: o.DataForInput = None,
+    *,
+    example: o.ExampleInput,
     rows: Annotated[int, typer.Option(help="Rows to take from --data.")] = 8,
     threshold: o.Threshold = None,
     deadline_ms: Annotated[
@@ -145,10 +142,7 @@ def run(
     budget: Annotated[float | None, typer.Option(help="Most that a row may cost, as a fraction of the full cost.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="The output after each exit, as it gets better.")] = False,
     executor: o.Executor = "auto",
-    tokenizer: o.Tokenizer = None,
-    text_column: o.TextColumn = None,
-    label_column: o.LabelColumn = None,
-    max_length: o.MaxLength = None,
+    texts: o.TextOptions,
     seed: o.Seed = 0,
     as_json: o.Json = False,
     debug: o.Debug = False,
@@ -157,16 +151,16 @@ def run(
     with reporting(as_json) as out:
         from eecompile.cli import inputs, models
         from eecompile.cli.steps import steps
-        from eecompile.cli.text import TextOptions, Texts
+        from eecompile.cli.text import Texts
         from eecompile.inspect import where
 
         if rows < 1:
             raise _none("rows", rows)
         fast = models.saved(directory, threshold)
         out.state(fast)
-        texts = Texts.of_saved(TextOptions(tokenizer, text_column, label_column, max_length), fast, directory, out.say)
+        read = Texts.of_saved(texts, fast, directory, out.say)
         fast.executor = executor
-        args, kwargs = _call(inputs.example(example, input, data, rows, seed, texts), fast)
+        args, kwargs = _call(inputs.example(example, rows, seed, read), fast)
         if stream or deadline_ms is not None or budget is not None:
             found = steps(fast, args, kwargs, deadline_ms, budget, stream)
             out.show(found)
@@ -186,11 +180,11 @@ def run(
         )
 
 
+@o.grouped
 def bench(
     directory: o.Saved,
-    example: o.Example = None,
-    input: o.Input = None,
-    data: o.DataForInput = None,
+    *,
+    example: o.ExampleInput,
     batch: Annotated[int, typer.Option(help="Rows to take from --data.")] = 32,
     rounds: Annotated[int, typer.Option(help="Interleaved rounds; the median counts.")] = 9,
     model: Annotated[
@@ -202,10 +196,7 @@ def bench(
     executor: o.Executor = "auto",
     backend: Annotated[str | None, typer.Option(help="eager or inductor.", show_default="the saved one")] = None,
     threads: Threads = None,
-    tokenizer: o.Tokenizer = None,
-    text_column: o.TextColumn = None,
-    label_column: o.LabelColumn = None,
-    max_length: o.MaxLength = None,
+    texts: o.TextOptions,
     seed: o.Seed = 0,
     as_json: o.Json = False,
     debug: o.Debug = False,
@@ -213,18 +204,18 @@ def bench(
     """Measured time against the original, in one run, in turns."""
     with reporting(as_json) as out:
         from eecompile.cli import inputs, models
-        from eecompile.cli.text import TextOptions, Texts
+        from eecompile.cli.text import Texts
 
         if batch < 1:
             raise _none("batch", batch)
         models.threads(threads)
         fast = models.saved(directory, threshold)
         out.state(fast)
-        texts = Texts.of_saved(TextOptions(tokenizer, text_column, label_column, max_length), fast, directory, out.say)
+        read = Texts.of_saved(texts, fast, directory, out.say)
         if backend is not None:
             fast.backend = backend
         fast.executor = executor
-        args, kwargs = _call(inputs.example(example, input, data, batch, seed, texts), fast)
+        args, kwargs = _call(inputs.example(example, batch, seed, read), fast)
         original: Any = None if model is None else models.find(model).model
         report = fast.benchmark(kwargs if kwargs else args, rounds=rounds, compile_original=compile, original=original)
         against = "its Python model" if model is not None else "its captured graph"

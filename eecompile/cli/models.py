@@ -18,6 +18,7 @@ from eecompile import CompiledModule, EecompileError
 from eecompile.artifact.files import MANIFEST
 from eecompile.cli import inputs, sources
 from eecompile.cli.hugging_face import model_of
+from eecompile.cli.options import StrategyOptions
 from eecompile.errors import StrategyError
 from eecompile.options import CompileOptions
 from eecompile.strategies import SelfSpeculative
@@ -37,18 +38,6 @@ class Found:
 
     model: nn.Module | ExportedProgram | Path
     call: inputs.Call | None = None
-
-
-@dataclass
-class StrategyRequest:
-    """The strategy that `rewrite` and `inspect` are asked for, as text."""
-
-    strategy: str = "branchy"
-    exits: list[str] | None = None
-    head: str | None = None
-    criterion: str | None = None
-    options: list[str] | None = None
-    prepare: list[str] | None = None
 
 
 def find(spec: str) -> Found:
@@ -87,7 +76,7 @@ def find(spec: str) -> Found:
 
 def compiled(
     specs: list[str],
-    wanted: StrategyRequest,
+    wanted: StrategyOptions,
     options: CompileOptions,
     call: inputs.Call | None = None,
     progress: Callable[[str], None] | None = None,
@@ -128,7 +117,7 @@ def compiled(
     )
 
 
-def decoder(spec: str, wanted: StrategyRequest, loader: Iterable[Any], blocks: str | None) -> Any:
+def decoder(spec: str, wanted: StrategyOptions, loader: Iterable[Any], blocks: str | None) -> Any:
     """The language model that the text names, split; a saved decoder as it is.
 
     Args:
@@ -155,7 +144,7 @@ def parameters(model: nn.Module) -> list[str]:
     return list(inspect.signature(model.forward).parameters)
 
 
-def strategy(wanted: StrategyRequest) -> Any:
+def strategy(wanted: StrategyOptions) -> Any:
     """The strategy that the options describe.
 
     Raises:
@@ -163,7 +152,7 @@ def strategy(wanted: StrategyRequest) -> Any:
         EecompileError: An option that is not key=value.
     """
     described: dict[str, Any] = {"name": wanted.strategy}
-    for option in wanted.options or []:
+    for option in wanted.option or []:
         key, equals, value = option.partition("=")
         if not equals or not key:
             raise EecompileError("a strategy's option is key=value", got=repr(option))

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 
 from eecompile.cli import rows as files
 from eecompile.cli.hugging_face import library
+from eecompile.cli.options import TextOptions
 from eecompile.errors import EecompileError, near
 
 KEPT = "tokenizer"  # folder of a saved program with the tokenizer of its model
@@ -58,16 +59,6 @@ class Takes:
 
 
 @dataclass(frozen=True)
-class TextOptions:
-    """What the command line says about texts."""
-
-    tokenizer: Path | None = None
-    text: Sequence[str] | None = None
-    label: str | None = None
-    max_length: int | None = None
-
-
-@dataclass(frozen=True)
 class Texts:
     """How files of texts become batches for one model.
 
@@ -107,8 +98,8 @@ class Texts:
         if batch_size is not None and batch_size < 1:
             raise EecompileError("--batch-size is a number of at least 1", got=batch_size)
         rows = files.read(path)
-        columns = files.text_columns(rows, self.options.text, path)
-        column = files.label_column(rows, self.options.label, path, labels)
+        columns = files.text_columns(rows, self.options.text_column, path)
+        column = files.label_column(rows, self.options.label_column, path, labels)
         home = self.options.tokenizer or self.home
         if home is None:
             raise EecompileError(

@@ -15,8 +15,10 @@ from eecompile.cli.out import reporting
 BatchSize = Annotated[int | None, typer.Option(help="Of built-in data; a loader of your own has its own.")]
 
 
+@o.grouped
 def fit(
     directory: o.Saved,
+    *,
     data: o.Data,
     val: Annotated[str | None, typer.Option(help="Data to measure on after every epoch.")] = None,
     epochs: Annotated[int, typer.Option(help="Passes over the data.")] = 1,
@@ -44,10 +46,7 @@ def fit(
     ] = None,
     checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
     resume: Annotated[bool, typer.Option(help="Go on from a checkpoint if there is one.")] = True,
-    tokenizer: o.Tokenizer = None,
-    text_column: o.TextColumn = None,
-    label_column: o.LabelColumn = None,
-    max_length: o.MaxLength = None,
+    texts: o.TextOptions,
     output: o.Output = None,
     seed: o.Seed = 0,
     as_json: o.Json = False,
@@ -61,25 +60,25 @@ def fit(
         from eecompile.artifact import files
         from eecompile.cli import data as datas
         from eecompile.cli import models
-        from eecompile.cli.text import TextOptions, Texts, keep
+        from eecompile.cli.text import Texts, keep
 
         place = files.free_place(output or directory)
         fast = models.saved(directory)
-        texts = Texts.of_saved(TextOptions(tokenizer, text_column, label_column, max_length), fast, directory, out.say)
+        read = Texts.of_saved(texts, fast, directory, out.say)
         options: dict[str, object] = {"trunk": trunk} if trunk is not None else {}
         # named after the program's content: what is left of a run on another program is never taken up
         digest = files.sha256(directory / files.MANIFEST)[:8]
         checkpoints = checkpoint_dir or place.resolve().with_name(f"{place.resolve().name}.fit-{digest}")
         try:
             report = fast.fit(
-                datas.loader(data, batch_size, texts, shuffle=True),
+                datas.loader(data, batch_size, read, shuffle=True),
                 epochs=epochs,
                 lr=lr,
                 trunk_lr=trunk_lr,
                 objective=objective,
                 scheduler=scheduler,
                 patience=patience,
-                val_loader=None if val is None else datas.loader(val, batch_size, texts),
+                val_loader=None if val is None else datas.loader(val, batch_size, read),
                 checkpoint_dir=checkpoints,
                 checkpoint_every=checkpoint_every,
                 resume=resume,
@@ -98,8 +97,10 @@ def fit(
         out.result({"saved": str(place), **report.to_dict()})
 
 
+@o.grouped
 def calibrate(
     directory: o.Saved,
+    *,
     data: o.Data,
     max_drop: Annotated[
         float | None, typer.Option(help="Largest drop: 0.01 is one percent point of accuracy.", show_default="0.01")
@@ -134,10 +135,7 @@ def calibrate(
         str | None, typer.Option(metavar="SPEC", help="A smaller model to compare with: file.py:attr, a pair (model, cost).")
     ] = None,
     batch_size: BatchSize = None,
-    tokenizer: o.Tokenizer = None,
-    text_column: o.TextColumn = None,
-    label_column: o.LabelColumn = None,
-    max_length: o.MaxLength = None,
+    texts: o.TextOptions,
     output: o.Output = None,
     seed: o.Seed = 0,
     as_json: o.Json = False,
@@ -152,7 +150,7 @@ def calibrate(
         from eecompile.artifact import files
         from eecompile.cli import data as datas
         from eecompile.cli import models, sources
-        from eecompile.cli.text import TextOptions, Texts, keep
+        from eecompile.cli.text import Texts, keep
         from eecompile.errors import EecompileError
 
         if budget is not None and (max_drop is not None or delta is not None or not guarantee):
@@ -163,7 +161,7 @@ def calibrate(
             )
         place = files.free_place(output or directory)
         fast = models.saved(directory)
-        texts = Texts.of_saved(TextOptions(tokenizer, text_column, label_column, max_length), fast, directory, out.say)
+        read = Texts.of_saved(texts, fast, directory, out.say)
         how: dict[str, Any] = {"budget": budget}
         if budget is None:
             bound = 0.05 if delta is None else delta
@@ -182,7 +180,7 @@ def calibrate(
                 wanted="--max-drop with these",
             )
         report = fast.calibrate(
-            datas.loader(data, batch_size, texts, labels=target == "accuracy"),
+            datas.loader(data, batch_size, read, labels=target == "accuracy"),
             **how,
             target=target,
             temperature=temperature,

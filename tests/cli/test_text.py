@@ -13,7 +13,8 @@ from transformers import BertConfig, BertForSequenceClassification, BertTokenize
 
 from eecompile import EecompileError, eecompile, load
 from eecompile.cli import data, rows
-from eecompile.cli.text import KEPT, Takes, TextOptions, Texts
+from eecompile.cli.options import TextOptions
+from eecompile.cli.text import KEPT, Takes, Texts
 from tests.cli.shell import MODEL, call, found
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "good", "bad", "film", "the", "was", "very", ",", "."]
@@ -113,12 +114,12 @@ def test_programs_of_one_length_get_rows_of_it(bert: Path, tmp_path: Path) -> No
 def test_pairs_need_the_argument_that_tells_them_apart(bert: Path, fast: Any, tmp_path: Path) -> None:
     path = tmp_path / "t.csv"
     path.write_text("a,b,label\ngood,bad,1\nvery good,very bad,0\n")
-    ((inputs, _),) = texts(bert, text=["a", "b"]).loader(path)
+    ((inputs, _),) = texts(bert, text_column=["a", "b"]).loader(path)
     assert inputs["token_type_ids"].sum(1).tolist() == [2, 3]
     with pytest.raises(EecompileError, match="compiled without token_type_ids"):
-        texts(bert, Takes.of_program(fast), text=["a", "b"]).loader(path)
+        texts(bert, Takes.of_program(fast), text_column=["a", "b"]).loader(path)
     with pytest.raises(EecompileError, match="compiled without attention_mask"):
-        texts(bert, Takes(["input_ids"], ["input_ids"]), text=["a", "b"]).loader(path)
+        texts(bert, Takes(["input_ids"], ["input_ids"]), text_column=["a", "b"]).loader(path)
     out = str(tmp_path / "pairs")
     asked = ("--text-column", "a", "--text-column", "b")
     call("rewrite", str(bert), "--strategy", "mebert", "--exits", "1", "--data", str(path), *asked, "-o", out)
