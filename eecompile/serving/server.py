@@ -16,16 +16,16 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from eecompile import anytime
+from eecompile.calibration.monitor import Monitor
 from eecompile.errors import EecompileError, StrategyError
 from eecompile.passes import facts
 from eecompile.plain import check_number
+from eecompile.result import Result
 from eecompile.runtime.limits import Limits
 from eecompile.serving.metrics import Metrics
 
 if TYPE_CHECKING:
-    from eecompile.calibration.monitor import Monitor
     from eecompile.module import CompiledModule
-    from eecompile.result import Result
 
 
 class ServerBusy(EecompileError):
