@@ -67,14 +67,15 @@ class CostModel:
 
     def _at_exits(self, open_exits: Sequence[bool], scored: Sequence[bool], routed: bool) -> list[float]:
         program = self.program
-        one_head = any(r.to_exits for r in program.choices.routes)  # a router to exits: only the row's own head runs
+        route = program.choices.route
+        one_head = route is not None and route.to_exits  # a router to exits: only the row's own head runs
         spent, found = 0.0, []
         closed: list[tuple[tuple[int, ...], float]] = []  # work that no open exit needs
         for k, stage in enumerate(program.stages):
             spent += stage.flops
             mine = (g for g, s in zip(program.choices.gates, scored, strict=True) if s and g.stage == k)
             spent += sum(g.unit_flops for g in mine if runs(g, open_exits))
-            spent += sum(r.unit_flops for r in program.choices.routes if routed and r.stage == k)
+            spent += route.unit_flops if route is not None and routed and route.stage == k else 0.0
             for exits, cost in stage.only_for:
                 if any(open_exits[e] for e in exits):
                     spent += cost
@@ -91,15 +92,17 @@ class CostModel:
 
     def router_runs(self, settings: Settings, open_exits: Sequence[bool]) -> bool:
         """Whether a router has something to choose."""
-        if not self.program.choices.routes:
+        route = self.program.choices.route
+        if route is None:
             return False
-        if self.program.choices.routes[0].to_exits:
+        if route.to_exits:
             return any(open_exits)
         return sum(m <= 1 for m in settings[BRANCHES]) > 1
 
     def at_routes(self, settings: Settings) -> Tensor:
         """[K] float32: cost of a row on each route, with the exits that are open."""
-        (route,) = self.program.choices.routes
+        route = self.program.choices.route
+        assert route is not None
         costs = self.constant(self.at_exits(settings), torch.device("cpu"))
         if route.to_exits:
             return costs
@@ -170,7 +173,8 @@ class CostModel:
 
     def _saved_by_route(self, ways: Tensor, exit_index: Tensor) -> Tensor:
         """[B] what branches save; rows that had left before save nothing."""
-        (route,) = self.program.choices.routes
+        route = self.program.choices.route
+        assert route is not None
         full = route.ways[-1].flops
         saves = self.constant([(full - w.flops) / self.total for w in route.ways], ways.device)
         found: Tensor = (ways * saves).sum(1) * (exit_index.to(ways.device) >= route.way_stage)

@@ -40,9 +40,9 @@ class Explanation(Report):
 
 def _routes(fast: CompiledModule) -> dict[str, Any] | None:
     """The router, its routes, and what `evaluate` saw of them last; None without one."""
-    if not fast.program.choices.routes:
+    route = fast.program.choices.route
+    if route is None:
         return None
-    (route,) = fast.program.choices.routes
     return {
         "at": route.at,
         "over": None if route.to_exits else list(route.over),

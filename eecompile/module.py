@@ -226,7 +226,7 @@ class CompiledModule(nn.Module):
             raise elsewhere from error
 
     def _way_outputs(self, flat: Sequence[Tensor], settings: Settings) -> tuple[Tensor, ...]:
-        ways = range(len(self.program.choices.routes[0].ways))
+        ways = range(len(self.settings[families.BRANCHES]))
         with torch.no_grad():
             outcomes = [self.training_graphs.executor(self.train_mode, True, way).run(flat, settings) for way in ways]
         return tuple(o.outputs[-1] for o in outcomes if o.outputs is not None)
@@ -388,9 +388,9 @@ class CompiledModule(nn.Module):
         if not count:
             raise StrategyError(
                 "this program has no router between branches",
-                got="a router to exits" if self.program.choices.routes else "no router",
+                got="a router to exits" if self.routes else "no router",
                 wanted='Branchy(router=Router(to={"light": 0.5}))',
-                hint="exits that rows are sent to have thresholds: set_thresholds" if self.program.choices.routes else None,
+                hint="exits that rows are sent to have thresholds: set_thresholds" if self.routes else None,
             )
         margins = plain(margins)
         if isinstance(margins, int | float) and not isinstance(margins, bool):
@@ -453,13 +453,14 @@ class CompiledModule(nn.Module):
     @property
     def gate_units(self) -> nn.Module:
         """The inserted gate units, by name; one for all gates is called `policy`."""
-        units = self.program.choices.gates or self.program.choices.halts
-        return self.graph_module.get_submodule(GATES) if units else nn.Module()
+        found: nn.Module = getattr(self.graph_module, GATES, nn.Module())
+        return found
 
     @property
     def route_units(self) -> nn.Module:
         """The router's unit, called `unit`, and the branches: `branch_light` is the one called light."""
-        return self.graph_module.get_submodule(ROUTES) if self.program.choices.routes else nn.Module()
+        found: nn.Module = getattr(self.graph_module, ROUTES, nn.Module())
+        return found
 
     def head_parameters(self) -> Iterator[nn.Parameter]:
         """Parameters of the inserted heads, gates, routers and branches that the model does not have itself."""

@@ -73,6 +73,7 @@ class GateRecord:
         head: The unit that gives the score; one for all gates where it is a policy.
         saves: What it saves when closed, as a fraction of the full model's cost.
         head_cost: Cost of the score, as a fraction of the full model's.
+        stage: How many exits lie before it.
     """
 
     name: str
@@ -85,6 +86,7 @@ class GateRecord:
     head_kind: str
     saves: float
     head_cost: float
+    stage: int
 
     @property
     def trained(self) -> bool:
@@ -220,6 +222,7 @@ def gate_records(program: Program, settings: Settings) -> tuple[GateRecord, ...]
                 head_kind=unit.kind,
                 saves=g.flops / _total(program),
                 head_cost=g.unit_flops / _total(program),
+                stage=g.stage,
             )
         )
     return tuple(found)
@@ -268,17 +271,17 @@ def halting_threshold(program: Program, settings: Settings) -> float:
 
 def route_names(program: Program) -> list[str]:
     """Names of the routes, the model's own last; none without a router."""
-    if not program.choices.routes:
+    route = program.choices.route
+    if route is None:
         return []
-    (route,) = program.choices.routes
     return [e.name for e in program.exits] + [OWN_END] if route.to_exits else [w.name for w in route.ways]
 
 
 def route_records(program: Program, settings: Settings, costs: CostModel) -> tuple[RouteRecord, ...]:
     """The router's routes in order."""
-    if not program.choices.routes:
+    route = program.choices.route
+    if route is None:
         return ()
-    (route,) = program.choices.routes
     of_each = costs.at_routes(settings).tolist()
     if route.to_exits:
         is_open = [*costs.is_open(settings), True]

@@ -208,8 +208,8 @@ def result_of(
         trace.gates_free = costs.gates_free(settings, gates, curriculum.kept_open, curriculum.full_share)
     if gates is not None or branches is not None:
         trace.end_cost = costs.at_end(settings, index, gates, steps, branches)
-    if route is not None:
-        trace.route_weights = outcome.reports[f"{program.choices.routes[0].name}.weights"]
+    if program.choices.route is not None:
+        trace.route_weights = outcome.reports[f"{program.choices.route.name}.weights"]
         trace.route_costs = costs.at_routes(settings)
     if outcome.step_scores is not None:
         trace.step_outputs = (*outcome.step_outputs, outcome.outputs[-1])
@@ -255,9 +255,9 @@ def _gated_steps(costs: CostModel, gates: Tensor | None) -> Tensor | None:
 
 def _route(program: Program, outcome: Outcome, settings: Settings) -> Tensor | None:
     """[B] int64, the route of each row; -1 for rows that had exited before. None without a router."""
-    if not program.choices.routes:
+    route = program.choices.route
+    if route is None:
         return None
-    (route,) = program.choices.routes
     choice = outcome.reports[route.name].detach()
     if route.to_exits:  # the first open exit that the router is sure enough of
         thresholds = settings.tensors(choice.device)[THRESHOLDS_BUFFER]
@@ -271,8 +271,8 @@ def _branches(program: Program, reports: Mapping[str, Tensor], route: Tensor, mi
 
     None without branches.
     """
-    (r,) = program.choices.routes
-    if r.to_exits:
+    r = program.choices.route
+    if r is None or r.to_exits:
         return None
     admitted = reports.get(f"{r.name}.admitted")
     if mixed and admitted is not None:

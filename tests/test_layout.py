@@ -169,7 +169,6 @@ MAY_KNOW_KINDS = ("inspect.", "strategies.", "passes.place_", "passes.insert_")
 KNOW_KINDS = {
     "artifact.read_choices",
     "artifact.write",
-    "calibration.lines",
     "costs",
     "explain",
     "export.verify",
@@ -181,7 +180,6 @@ KNOW_KINDS = {
     "passes.find_cuts",
     "passes.find_token_parts",
     "passes.lower",
-    "passes.lower_cond",
     "passes.regions",
     "passes.sites",
     "passes.stage",
@@ -190,10 +188,7 @@ KNOW_KINDS = {
     "result",
     "runtime.known",
     "runtime.live_settings",
-    "training.evaluate",
-    "training.full",
     "training.graphs",
-    "training.head_choice",
 }
 
 

@@ -12,7 +12,7 @@ from eecompile.errors import ArtifactError
 from eecompile.gates import RecurrentCore, rebuild
 from eecompile.ir.choices import ChoiceRecords
 from eecompile.passes import FindRegions, InsertRoutes, inserted_again, run_passes
-from eecompile.passes.insert_routes import light_of, relocate_routes
+from eecompile.passes.insert_routes import light_of, relocate_route
 from eecompile.program import Program
 from eecompile.routers import rebuild as rebuild_router
 
@@ -49,13 +49,13 @@ def insert_saved_routes(
         ArtifactError: The weights do not fit, or a branch is missing.
     """
     saved = saved_choices(data)
-    if saved.route_recipe is None:
+    if saved.route_recipe is None or saved.route is None:
         return program
-    routes = saved.routes
-    if any(w.left_out for r in routes for w in r.ways):
+    if any(w.left_out for w in saved.route.ways):
         program = run_passes(program, [FindRegions()])
-    program = relocate_routes(program, routes)
-    (route,) = program.choices.routes
+    program = relocate_route(program, saved.route)
+    route = program.choices.route
+    assert route is not None
     modules: dict[str, nn.Module] = {"unit": rebuild_router(data["router"])}
     for way in (w for w in route.ways if w.module):
         if way.custom and way.name not in customs:

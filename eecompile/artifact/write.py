@@ -88,7 +88,8 @@ def _put_all(fast: CompiledModule, directory: Path, heads: dict[str, Any], entri
     }
     tensors |= {f"gates.{name}": t.detach().cpu().contiguous() for name, t in fast.gate_units.state_dict().items()}
     tensors |= {f"combination.{n}": t.detach().cpu() for n, t in fast.combination.state_dict().items()}
-    customs = {w.module.rpartition(".")[2]: w for r in program.choices.routes for w in r.ways if w.custom}
+    ways = program.choices.route.ways if program.choices.route is not None else ()
+    customs = {w.module.rpartition(".")[2]: w for w in ways if w.custom}
     for name, t in fast.route_units.state_dict().items():
         if name.split(".")[0] not in customs:
             tensors[f"routes.{name}"] = t.detach().cpu().contiguous()
@@ -161,7 +162,8 @@ def _custom(branch: Branch, fast: CompiledModule, path: Path) -> None:
 
 def _custom_branch(fast: CompiledModule, name: str, module: str, path: Path) -> None:
     """A user's branch: exported as a user's head is."""
-    (route,) = fast.program.choices.routes
+    route = fast.program.choices.route
+    assert route is not None  # it is one of its branches
     node = next(n for n in fast.program.source.graph.nodes if n.name == route.x)
     batch = facts.Batch(fast.program.source, fast.program.signature)
     axis = batch.axis(node)

@@ -36,7 +36,6 @@ from eecompile.errors import CalibrationError
 from eecompile.ir.settings import BRANCHES, EXITS, GATES, HALTING, Settings
 from eecompile.result import Result
 from eecompile.training.batches import Batch
-from eecompile.training.full import branches, gate_names, halts
 from eecompile.training.workers import processes, shared
 
 if TYPE_CHECKING:
@@ -143,7 +142,7 @@ class Halting(Line):
 
     def __init__(self, fast: CompiledModule) -> None:
         super().__init__(fast)
-        self.repeated = any(h.repeated for h in fast.program.choices.halts)
+        self.repeated = any(h.repeated for h in fast.halts)
         if self.repeated:
             as_trained = "as many steps as trained"
             self.words = Words(self.words.title, self.words.what, as_trained, f"rows take {as_trained}")
@@ -162,7 +161,7 @@ class Halting(Line):
         return result.steps.double().view(len(result.steps), -1).mean(1, keepdim=True)
 
     def parts(self, settings: Settings, shares: Sequence[float] | None) -> list[Part]:
-        chains = self.fast.program.choices.halts
+        chains = self.fast.halts
         most, steps = sum(len(h.steps) for h in chains), None if shares is None else shares[0]
         return [CalibratedHalt(", ".join(h.name for h in chains), settings[HALTING][0], steps, most)]
 
@@ -318,5 +317,5 @@ def exits_are_set(fast: CompiledModule) -> bool:
 
 def lines_of(fast: CompiledModule) -> list[Line]:
     """What the module has to set before its exits."""
-    there = ((Gates, bool(gate_names(fast))), (Routes, branches(fast)), (Halting, halts(fast)))
-    return [line(fast) for line, has in there if has]
+    lines: tuple[type[Line], ...] = (Gates, Routes, Halting)
+    return [line(fast) for line in lines if line.family in fast.settings]

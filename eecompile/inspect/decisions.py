@@ -116,9 +116,9 @@ def halting(h: HaltRecord) -> str:
 
 def _routes(fast: CompiledModule) -> Section:
     columns = ("route", "leaves out", "state", "cost", "rows", "right")
-    if not fast.routes:
+    route = fast.program.choices.route
+    if route is None:
         return Section("route", "", columns, ())
-    (route,) = fast.program.choices.routes
     seen = {share["name"]: share for share in fast.seen.routes}
 
     def entry(r: RouteRecord) -> Entry:

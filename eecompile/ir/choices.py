@@ -25,7 +25,7 @@ class ChoiceRecords(Sequence[Choice]):
     gates: tuple[Gate, ...] = ()
     widths: tuple[Width, ...] = ()
     halts: tuple[Halt, ...] = ()
-    routes: tuple[Route, ...] = ()
+    route: Route | None = None
     gate_recipes: tuple[GateRecipe, ...] = ()
     halt_recipes: tuple[HaltRecipe, ...] = ()
     route_recipe: RouteRecipe | None = None
@@ -43,7 +43,7 @@ class ChoiceRecords(Sequence[Choice]):
             elif g.name == w.gates[0]:
                 found.append(_width(w, self.gates[i : i + len(w.gates)]))
         found += [step for h in self.halts for step in _steps(h)]
-        return (*found, *(_branches(r) for r in self.routes if r.ways))
+        return (*found, *([_branches(self.route)] if self.route is not None and self.route.ways else []))
 
     def __len__(self) -> int:
         return len(self._all)

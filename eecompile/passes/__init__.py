@@ -24,7 +24,7 @@ from eecompile.passes.find_token_parts import FindTokenParts
 from eecompile.passes.insert_exits import COMBINATION, InsertExits, relocate
 from eecompile.passes.insert_gates import InsertGates, norms_name, relocate_gates
 from eecompile.passes.insert_halting import InsertHalting, relocate_halting
-from eecompile.passes.insert_routes import InsertRoutes, relocate_routes
+from eecompile.passes.insert_routes import InsertRoutes, relocate_route
 from eecompile.passes.lower import Lower
 from eecompile.passes.normalize import Normalize
 from eecompile.passes.place_exits import PlaceExits
@@ -109,13 +109,13 @@ def prepare_training_graph(
     train = train.replace(index=program.prediction.index)
     known = FindBlocks(program.structure.block_pattern)
     train = run_passes(train, [Normalize(), SplitTail(), Annotate(), known, Unfold(), FindCuts()])
-    if program.choices.gates or program.choices.halts:
+    if hasattr(program.marked, GATES):
         units = dict(program.marked.get_submodule(GATES).named_children())
         train = inserted_again(train, program.choices, units)
-    if program.choices.route_recipe is not None:
+    if program.choices.route is not None and program.choices.route_recipe is not None:
         modules = dict(program.marked.get_submodule(ROUTES).named_children())
         # the router's places only; its exits are set below
-        train = relocate_routes(train.replace(exits=program.exits), program.choices.routes)
+        train = relocate_route(train.replace(exits=program.exits), program.choices.route)
         train = run_passes(train, [InsertRoutes(program.choices.route_recipe, modules=modules)])
     heads = {e.name: facts.attribute(program.marked, e.head) for e in program.exits}
     train = train.establish("exits placed").replace(exits=relocate(train, program.exits))

@@ -137,7 +137,7 @@ def _able(name: str, fast: CompiledModule, program: Program) -> nn.Module:
         raise refuse("a loaded program, without the Python model", "one that was compiled in this process")
     if program.capture.front_end != "export":
         raise refuse('capture="blocks"', 'capture="export"')
-    if program.choices.routes or program.choices.widths:
+    if program.choices.route is not None or program.choices.widths:
         raise refuse("routes or widths", "exits, gates and halting only")
     weights = fast.combination.state_dict()
     if weights and bool(weights["bias"].any()):

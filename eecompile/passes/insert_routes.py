@@ -47,7 +47,7 @@ assert eecompile.ops is not None
 
 @dataclass(frozen=True)
 class InsertRoutes(Pass):
-    """Inserts `program.choices.routes` into the graph.
+    """Inserts `program.choices.route` into the graph.
 
     Args:
         recipe: What the strategy asked for.
@@ -65,7 +65,8 @@ class InsertRoutes(Pass):
     seed: int = 0
 
     def run(self, program: Program) -> PassResult:
-        (route,) = program.choices.routes
+        route = program.choices.route
+        assert route is not None  # placed
         gm = facts.copy(program.graph_module)
         modules = dict(self.modules) or self.build(program, route)
         add_modules(gm, ROUTES, modules)
@@ -95,7 +96,7 @@ class InsertRoutes(Pass):
         if route.admitted:
             reports += (Report(f"{ROUTE}.admitted", route.admitted, owner, True),)
         done = program.replace(
-            graph_module=gm, routes=(route,), reports=(*program.choices.reports, *reports), route_recipe=self.recipe
+            graph_module=gm, route=route, reports=(*program.choices.reports, *reports), route_recipe=self.recipe
         )
         ways = len(route.ways) or len(program.exits) + 1
         return PassResult(done, True, refusals, f"{ways} routes")
@@ -184,21 +185,18 @@ class _Writer(GraphWriter):
         return replace(route, admitted=admitted.name, choice=choice.name, node=node.name, ways=ways)
 
 
-def relocate_routes(program: Program, routes: tuple[Route, ...]) -> Program:
+def relocate_route(program: Program, route: Route) -> Program:
     """The same router in another capture of the same model, found by anchors.
 
     Raises:
         PassError: A value of the first capture has no counterpart.
     """
     there = Counterparts(program.graph_module, "a router")
-    moved = []
-    for r in routes:
-        old = (r.reads, r.x, r.y) if r.ways else (r.reads,)
-        reads, *ends = (there.name(a, n, r.at) for a, n in zip(r.anchors, old, strict=True))
-        ways = tuple(
-            replace(w, sides=tuple(there.name(a, s, w.name) for a, s in zip(w.side_anchors, w.sides, strict=True)))
-            for w in r.ways
-        )
-        x, y = ends or ("", "")
-        moved.append(replace(r, reads=reads, x=x, y=y, ways=ways))
-    return program.establish("routes placed").replace(routes=tuple(moved))
+    old = (route.reads, route.x, route.y) if route.ways else (route.reads,)
+    reads, *ends = (there.name(a, n, route.at) for a, n in zip(route.anchors, old, strict=True))
+    ways = tuple(
+        replace(w, sides=tuple(there.name(a, s, w.name) for a, s in zip(w.side_anchors, w.sides, strict=True)))
+        for w in route.ways
+    )
+    x, y = ends or ("", "")
+    return program.establish("routes placed").replace(route=replace(route, reads=reads, x=x, y=y, ways=ways))

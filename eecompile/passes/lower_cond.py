@@ -140,7 +140,7 @@ def refuse(program: Program, settings: Settings) -> None:
             wanted='a program captured with capture="export"',
             hint="compile the model without capture=",
         )
-    if any(h.per_token for h in program.choices.halts) and settings.halts:
+    if any(c.live for c in program.choices) and settings.halts:
         raise ExportError(
             "halting at each position cannot be exported: how many positions are still active is known on the host only",
             wanted="halting of whole rows, exits, gates, widths or branches",

@@ -28,7 +28,7 @@ DYNAMIC = 64  # a sequence length for counting, where the example gives none
 
 @dataclass(frozen=True)
 class PlaceRoutes(Pass):
-    """Fills `program.choices.routes` from the recipe; the graph stays as it is. After `place_exits` where rows go to exits.
+    """Fills `program.choices.route` from the recipe; the graph stays as it is. After `place_exits` where rows go to exits.
 
     Args:
         recipe: What the strategy wants.
@@ -57,7 +57,7 @@ class PlaceRoutes(Pass):
         )  # fmt: skip
         route = self._branches(places, route, reads) if self.recipe.branches else self._exits(program, places, route, reads)
         to = f"{len(program.exits)} exits" if route.to_exits else ", ".join(w.name for w in route.ways)
-        return PassResult(program.replace(routes=(route,)), False, summary=f"at {route.at}, to {to}")
+        return PassResult(program.replace(route=route), False, summary=f"at {route.at}, to {to}")
 
     def _exits(self, program: Program, places: Places, route: Route, reads: fx.Node) -> Route:
         late = [e for e in program.exits if places.position[places.names[e.after]] < places.position[reads]]

@@ -204,7 +204,7 @@ def possible(program: Program, settings: Settings | None) -> Possible:
         step = EITHER if settings.halts or h.per_token else SKIP if h.repeated else RUN
         found += [step] * sum(bool(s.carries) for s in h.steps)
     open_ways = frozenset(k for k, m in enumerate(settings[BRANCHES]) if m <= 1)
-    return (*found, *(open_ways for r in program.choices.routes if r.ways))
+    return (*found, *([open_ways] if open_ways else []))
 
 
 def decisions(program: Program, arms: Possible) -> dict[str, frozenset[int]]:

@@ -36,13 +36,13 @@ class StagePass(Pass):
 
     def run(self, program: Program) -> PassResult:
         layout = Layout(program)
-        by_exit = layout.only_for()
+        by_exit, route = layout.only_for(), program.choices.route
         program = program.replace(
             gates=tuple(_staged_gate(g, layout, by_exit) for g in program.choices.gates),
             halts=tuple(_staged(h, layout, by_exit) for h in program.choices.halts),
-            routes=tuple(
-                replace(r, stage=layout.stage_of(r.weights), way_stage=layout.stage_of(r.node) if r.node else 0)
-                for r in program.choices.routes
+            route=route
+            and replace(
+                route, stage=layout.stage_of(route.weights), way_stage=layout.stage_of(route.node) if route.node else 0
             ),
             reports=tuple(replace(r, stage=layout.stage_of(r.node)) for r in program.choices.reports),
         )
@@ -93,7 +93,8 @@ class Layout:
         # the leaves as the trunk gives them, before selection and blanking
         self.leaves = [self._trunk_leaf(g) for g in given]
         # where rows go between branches: `choose` reads it off what is admitted, and lowering groups rows by it
-        self.choices = {self.names[r.choice]: self.names[r.node] for r in program.choices.routes if r.ways}
+        r = program.choices.route
+        self.choices = {self.names[r.choice]: self.names[r.node]} if r is not None and r.ways else {}
         self.own = self._whole(facts.needed_for([*self.leaves, self.prediction(), *self.choices]), None)
 
     def _trunk_leaf(self, given: Any) -> fx.Node:

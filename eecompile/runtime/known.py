@@ -65,11 +65,11 @@ def _known(program: Program, arms: Possible, reports: Mapping[str, Tensor], exit
     for h in program.choices.halts:
         if h.name not in reports:
             known[h.name] = closed_ledger(h, exit_index)
-    for r in program.choices.routes:  # one way is open, or no row got to the branches; or no exit is open
-        if r.name not in reports:
-            way = next(iter(arms[-1])) if r.ways and len(arms[-1]) == 1 else 0
-            shape = (len(exit_index), len(program.exits)) if r.to_exits else (len(exit_index),)
-            known[r.name] = torch.full(shape, way, device=exit_index.device)
+    r = program.choices.route
+    if r is not None and r.name not in reports:  # one way is open, or no row got to the branches; or no exit is open
+        way = next(iter(arms[-1])) if r.ways and len(arms[-1]) == 1 else 0
+        shape = (len(exit_index), len(program.exits)) if r.to_exits else (len(exit_index),)
+        known[r.name] = torch.full(shape, way, device=exit_index.device)
     return known
 
 

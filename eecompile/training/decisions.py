@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from eecompile.ir.settings import BRANCHES, HALTING
 from eecompile.result import Result
-from eecompile.training.full import branches, halts
 from eecompile.training.objectives import Objective, PonderNet, Sum
 from eecompile.training.objectives.pondernet import stopping
 from eecompile.training.report import number, percent
@@ -171,7 +171,7 @@ class RouteRow(Decisions):
         score, valid = torch.zeros(rows, dtype=torch.float64), torch.zeros(rows, 1, dtype=torch.float64)
         if scores is not None:
             # of rows that go to exits the score there, of others the model's own
-            at = torch.full((rows, 1), scores[0].shape[1] - 1) if branches(fast) else route.cpu().unsqueeze(1)
+            at = torch.full((rows, 1), scores[0].shape[1] - 1) if BRANCHES in fast.settings else route.cpu().unsqueeze(1)
             score, valid = scores[0].gather(1, at).squeeze(1), scores[1].double().unsqueeze(1)
         took = F.one_hot(route.cpu().clamp_min(0), count).double() * (route.cpu() >= 0).unsqueeze(1)
         cost = (end_cost if end_cost is not None else fast.route_costs()[route]).detach().double().cpu()
@@ -219,7 +219,7 @@ def decided(fast: CompiledModule, result: Result) -> Tensor:
     weights, route = result.trace.route_weights, result.route
     assert weights is not None and route is not None
     count = weights.shape[1]
-    if not branches(fast):
+    if BRANCHES not in fast.settings:
         return F.one_hot(route, count).sum(0)
     there = (route >= 0).unsqueeze(1)
     return (F.one_hot((weights.detach() - fast.route_margins).argmax(1), count) * there).sum(0)
@@ -243,7 +243,7 @@ class HaltRow(Decisions):
 
     @staticmethod
     def sums(fast: CompiledModule, result: Result, objective: Objective, scores: Scores | None) -> Tensor | None:
-        if result.steps is None or not halts(fast):
+        if result.steps is None or HALTING not in fast.settings:
             return None
         if result.trace.step_scores is None:
             return result.steps.double().view(len(result.steps), -1).mean(1).sum().reshape(1)

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import EecompileError
+from eecompile.ir.settings import BRANCHES, GATES, HALTING
 from eecompile.training.batches import Batch, alike, batches, device_of, empty_loader, require_repeatable
 from eecompile.training.curve import degradation, first_exit, sweep, thresholds_of
 from eecompile.training.evaluation_report import EvaluationReport, ExitRow, GateShare, RouteShare
-from eecompile.training.full import branches, full_prediction, gate_names, halts
+from eecompile.training.full import full_prediction, skips
 from eecompile.training.scores import Metric, agreement, check_labels, class_labels, row_scores
 from eecompile.training.subgroups import GroupRow, check_groups, group_rows, groups_of, indexed
 from eecompile.training.tasks import ANSWERS, check_task, no_choice, own_task
@@ -55,13 +56,14 @@ def evaluate(
         EecompileError: An empty loader; labels of a wrong dtype, shape or range; some batches with labels and
             others without; a metric that does not give one finite number per row.
     """
-    if curve is not False and (gate_names(fast) or branches(fast) or (halts(fast) and fast.exits)):
+    halting = HALTING in fast.settings and not (GATES in fast.settings or BRANCHES in fast.settings or fast.exits)
+    if curve is not False and skips(fast) and not halting:
         raise EecompileError(
             "there is no trade-off curve over exits where rows leave something else out too",
             got="curve=, with gates, branches or halting",
             hint="calibrate gives the settings of gates, routers and halting with their costs, `report.curve`",
         )
-    if curve is not False and halts(fast):
+    if curve is not False and halting:
         report = evaluate(fast, loader, metric=metric, budgets=budgets, groups=groups)
         report.curve = halting_curve(fast, loader, metric, curve)
         return report
@@ -162,7 +164,8 @@ class Seen:
         for k in range(ends):
             leaving = index == k
             cost_without = accuracy_without = None
-            if k < ends - 1 and is_open[k] and not stateful and "gates" not in self.columns and not branches(fast):
+            inside = "gates" in self.columns or BRANCHES in fast.settings
+            if k < ends - 1 and is_open[k] and not stateful and not inside:
                 others = torch.tensor([2.0 if j == k else t for j, t in enumerate(thresholds)])
                 elsewhere = first_exit(confidences[:, :-1], others)
                 known = fast.costs(tuple(o and j != k for j, o in enumerate(is_open))).double()
@@ -221,7 +224,7 @@ class Seen:
 
     def _steps(self, fast: CompiledModule) -> float | None:
         steps = self["steps"]
-        if steps is None or not halts(fast):
+        if steps is None or HALTING not in fast.settings:
             return None
         found = float(steps.mean())
         fast.seen.steps = found  # for `explain`
@@ -251,8 +254,7 @@ class Seen:
         gates = self["gates"]
         if gates is None:
             return []
-        stages = [gate.stage for gate in fast.program.choices.gates]
-        there = [float((reached >= stage).double().mean()) for stage in stages]
+        there = [float((reached >= g.stage).double().mean()) for g in fast.gates]
         return [
             GateShare(g.name, g.region, g.threshold, share, (at - share) * g.saves)
             for g, share, at in zip(fast.gates, gates.mean(0).tolist(), there, strict=True)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from eecompile.ir.choices import ChoiceRecords
+from eecompile.ir.settings import BRANCHES, GATES, HALTING
 from eecompile.result import Result
 from eecompile.training.batches import Batch
 
@@ -14,29 +14,9 @@ if TYPE_CHECKING:
     from eecompile.module import CompiledModule
 
 
-def gate_names(fast: CompiledModule) -> list[str]:
-    """Names of the gates; none where the module has none."""
-    return [record.name for record in getattr(fast, "gates", ())]
-
-
-def _choices(fast: CompiledModule) -> ChoiceRecords:
-    program = getattr(fast, "program", None)
-    return ChoiceRecords() if program is None else program.choices
-
-
-def branches(fast: CompiledModule) -> bool:
-    """Whether a router sends rows into branches."""
-    return any(r.ways for r in _choices(fast).routes)
-
-
-def halts(fast: CompiledModule) -> bool:
-    """Whether there are chains that rows halt in."""
-    return bool(_choices(fast).halts)
-
-
 def skips(fast: CompiledModule) -> bool:
     """Whether rows may leave something out on the way to the model's own end: gates, chains that halt, or branches."""
-    return bool(gate_names(fast)) or halts(fast) or branches(fast)
+    return any(family in fast.settings for family in (GATES, BRANCHES, HALTING))
 
 
 def full_prediction(fast: CompiledModule, batch: Batch, result: Result) -> Tensor:

@@ -45,7 +45,7 @@ def why_not(fast: CompiledModule, plan: Plan, stage: StagePlan, processes: int) 
         return "cached=False was given"
     if program is None:
         return "the module has no graph to take features from"
-    if program.choices.gates or program.choices.halts or program.choices.routes or stage.gate_mode is not None:
+    if program.choices.reports or stage.gate_mode is not None:
         return "gates, halting steps or routers are trained along"
     if not program.exits:
         return "there is no exit"

@@ -19,12 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from eecompile.errors import EecompileError
+from eecompile.ir.settings import GATES
 from eecompile.training.batches import Batch, batches, device_of, empty_loader, iterate, length_of, split
 from eecompile.training.cache import Cache
 from eecompile.training.checkpoint import Checkpoints, differences
 from eecompile.training.features import Collector, Features, NotCached
 from eecompile.training.fit_report import EpochRow, FitReport
-from eecompile.training.full import gate_names
 from eecompile.training.head_choice import Choice, heads_alone, why_not, with_kinds
 from eecompile.training.head_report import HeadRow
 from eecompile.training.interrupt import Interrupt, say
@@ -107,7 +107,7 @@ class Loop:
         return FitReport(
             rows=self.rows,
             exits=[record.name for record in self.fast.exits],
-            gates=gate_names(self.fast),
+            gates=list(self.fast.settings.to_dict().get(GATES, ())),
             routes=list(getattr(self.fast, "route_names", ())),
             score="accuracy" if self.plan.metric is None else "metric",
             objective=self.plan.objective.to_dict(),

@@ -217,9 +217,9 @@ def test_files_that_do_not_fit(bert: Path, tmp_path: Path, name: str, content: b
     [
         ({"max_length": 25}, "1 to 24 tokens"),
         ({"max_length": 0}, "1 to 24 tokens"),
-        ({"text": ["txt"]}, "did you mean text"),
-        ({"label": "lable"}, "did you mean label"),
-        ({"text": ["text"] * 3}, "one text or a pair"),
+        ({"text_column": ["txt"]}, "did you mean text"),
+        ({"label_column": "lable"}, "did you mean label"),
+        ({"text_column": ["text"] * 3}, "one text or a pair"),
         ({"tokenizer": Path("nowhere")}, "no tokenizer in this directory"),
     ],
 )

@@ -14,7 +14,6 @@ from eecompile import strategies
 from eecompile.cli.digits_net import DigitsNet
 from eecompile.errors import CalibrationError, EecompileError
 from eecompile.ir import settings
-from eecompile.ir.choices import ChoiceRecords
 from eecompile.ir.settings import Settings
 from eecompile.program import Prediction
 from eecompile.result import Choices, Result, Trace
@@ -37,11 +36,12 @@ class OneGate(nn.Module):
         self.register_buffer("thresholds", torch.empty(0))
         self.register_buffer("temperatures", torch.ones(1))
         self.register_buffer("gate_thresholds", torch.tensor([0.5]))
-        self.program = SimpleNamespace(choices=ChoiceRecords(gates=(SimpleNamespace(stage=0),)), prediction=Prediction())
+        self.program = SimpleNamespace(prediction=Prediction())
 
     @property
     def gates(self):
-        return (SimpleNamespace(name="gate_0", region="block", threshold=float(self.gate_thresholds[0]), saves=0.5),)
+        threshold = float(self.gate_thresholds[0])
+        return (SimpleNamespace(name="gate_0", region="block", threshold=threshold, saves=0.5, stage=0),)
 
     @property
     def settings(self):

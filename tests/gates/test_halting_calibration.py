@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -13,7 +12,6 @@ from torch import nn
 from eecompile import strategies
 from eecompile.errors import CalibrationError, EecompileError
 from eecompile.ir import settings
-from eecompile.ir.choices import ChoiceRecords
 from eecompile.ir.settings import Settings
 from eecompile.program import Prediction
 from eecompile.result import Choices, Result, Trace
@@ -35,8 +33,8 @@ class OneChain(nn.Module):
         self.register_buffer("thresholds", torch.empty(0))
         self.register_buffer("temperatures", torch.ones(1))
         step = SimpleNamespace(region="block")
-        chain: Any = SimpleNamespace(name="halt_0", repeated=False, steps=(step, step))
-        self.program = SimpleNamespace(choices=ChoiceRecords(halts=(chain,)), prediction=Prediction())
+        self.halts = (SimpleNamespace(name="halt_0", repeated=False, steps=(step, step)),)
+        self.program = SimpleNamespace(prediction=Prediction())
         self.halting_threshold = 1.0
 
     @property

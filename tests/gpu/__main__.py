@@ -1,4 +1,4 @@
-"""`python -m tests.gpu`: probes, tests and the benchmark of the device executor on a GPU, in under ten minutes.
+"""`python -m tests.gpu`: mechanisms, tests and the benchmark of the device executor on a GPU, in under ten minutes.
 
 A part that fails or hangs does not stop the others. `proof.json` is written after each part, with `log.txt` (all output),
 `bench.json` (the benchmark's figures) and pytest's reports in the same folder.
@@ -27,7 +27,7 @@ KEPT = 2000  # characters of a failure that the record keeps
 PYTEST = ["-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-o", "filterwarnings=default"]
 WORKERS = ["-n", str(min(12, max(1, (os.cpu_count() or 1) - 2)))]
 PARTS: dict[str, tuple[list[str], float]] = {  # arguments of Python, and the most seconds that the part may take
-    "probes": (["-m", "tests.gpu.probes"], 120),
+    "mechanisms": ([*PYTEST, *WORKERS, "-m", "gpu", "tests/gpu/test_mechanisms_on_gpu.py"], 120),
     "kernels": ([*PYTEST, *WORKERS, "-o", "python_files=interpreted*.py", *ON_GPU], 150),
     "calls": ([*PYTEST, "-m", "gpu", "tests/gpu/test_calls_on_gpu.py", "tests/gpu/test_deadlines_on_gpu.py"], 120),
     "zoo": ([*PYTEST, *WORKERS, "-m", "gpu", "tests/gpu/test_zoo_on_gpu.py"], 210),
@@ -74,10 +74,8 @@ def run(name: str, arguments: Sequence[str], seconds: float, to: Path) -> dict[s
     if "pytest" in arguments:
         report.unlink(missing_ok=True)
         command.append(f"--junitxml={report}")
-    elif name in ("probes", "bench"):
-        command += ["--out", str(to / f"{name}.json")]
     if name == "bench":
-        command += ["--seconds", f"{seconds - 10:.0f}"]
+        command += ["--out", str(to / f"{name}.json"), "--seconds", f"{seconds - 10:.0f}"]
     own = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     began = time.perf_counter()
     with (to / "log.txt").open("ab+") as log:

@@ -1,20 +1,15 @@
-"""The mechanisms that the device executor stands on, one by one, in order of risk: `python -m tests.gpu.probes`.
+"""The mechanisms that the device executor stands on, one by one, in order of risk: `pytest -m gpu`. Never run yet.
 
-Each probe is a process of its own, since a stuck capture must not take the others down. Those about graphs run on the CPU
-too, with the stand-in of the benchmark, which is how they are tested.
+Those about graphs run on the CPU too, with the stand-in of the benchmark, which is how they are tested.
 """
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -22,24 +17,25 @@ from torch.nn import functional as F
 from eecompile.kernels._lists import ALIVE, control_size
 from tests.bench.gpu.platform import Call, Cuda, Platform
 
-SECONDS = 60.0  # a probe that takes longer hangs
 DEPTH = 48
-PROBES: dict[str, Callable[[Platform], Any]] = {}
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
 
 
-def probe(function: Callable[[Platform], Any]) -> Callable[[Platform], Any]:
-    PROBES[function.__name__] = function
-    return function
+@pytest.fixture
+def platform() -> Platform:
+    return Cuda()
 
 
-@probe
-def conditional_nodes_are_there(platform: Platform) -> str:
+def test_conditional_nodes_are_there(platform: Platform) -> None:
     """What the package itself thinks."""
     from eecompile.runtime.device.support import support
 
     found = support(platform.device)
     assert found.way == "graph", found.reason
-    return found.reason
 
 
 def numbers_of(platform: Platform, *values: int) -> Tensor:
@@ -67,8 +63,7 @@ def branch(platform: Platform, graph: Any, numbers: Tensor, element: int, body: 
     graph.if_(handle, body)
 
 
-@probe
-def if_node(platform: Platform) -> list[float]:
+def test_if_node(platform: Platform) -> None:
     """A body runs where its condition says, and what comes after it runs always."""
     numbers, y = numbers_of(platform, 0), torch.zeros(4, device=platform.device)
 
@@ -83,11 +78,9 @@ def if_node(platform: Platform) -> list[float]:
         graph.replay()
         found.append(float(y[0]))
     assert found == [1, 11, 1, 11, 11], found
-    return found
 
 
-@probe
-def nested_ifs(platform: Platform) -> str:
+def test_nested_ifs(platform: Platform) -> None:
     """As deep as a model has exits, and deeper."""
     numbers, y = numbers_of(platform, *[0] * DEPTH), torch.zeros(1, device=platform.device)
 
@@ -104,11 +97,9 @@ def nested_ifs(platform: Platform) -> str:
         graph.replay()
         want = depth + 1 + 100 * min(depth + 1, DEPTH)
         assert float(y) == want, (depth, float(y), want)
-    return f"{DEPTH} deep"
 
 
-@probe
-def switch_node(platform: Platform) -> list[float]:
+def test_switch_node(platform: Platform) -> None:
     """One body of several; none past the end."""
     numbers, y = numbers_of(platform, 0), torch.zeros(4, device=platform.device)
 
@@ -124,11 +115,9 @@ def switch_node(platform: Platform) -> list[float]:
         graph.replay()
         found.append(float(y[0]))
     assert found == [1, 2, 3, 4, 0, 0, 3], found
-    return found
 
 
-@probe
-def while_node(platform: Platform) -> list[float]:
+def test_while_node(platform: Platform) -> None:
     """A loop whose body says when it ends, with a switch inside: the state machine's shape."""
     state, y = numbers_of(platform, 0), torch.zeros(1, device=platform.device)
 
@@ -151,11 +140,9 @@ def while_node(platform: Platform) -> list[float]:
         graph.replay()
         found.append(float(y))
     assert found == [111, 111, 111], found
-    return found
 
 
-@probe
-def a_decision_sets_its_own_condition(platform: Platform) -> str:
+def test_a_decision_sets_its_own_condition(platform: Platform) -> None:
     """The fused kernel: decision, compaction and the condition in one launch, and Triton inside a body."""
     from eecompile.kernels.decide import launch_decide
 
@@ -193,11 +180,9 @@ def a_decision_sets_its_own_condition(platform: Platform) -> str:
         graph.replay()
         assert int(control[ALIVE]) in (alive, int(alive > 0)), (sure, control[:3].tolist())
         assert float(y) == float(alive > 0), (sure, float(y))
-    return "ok"
 
 
-@probe
-def a_model_in_a_body(platform: Platform) -> dict[str, Any]:
+def test_a_model_in_a_body(platform: Platform) -> None:
     """cuBLAS, attention and allocations inside bodies; their memory is the graph's own, whatever runs between replays."""
     device, dtype, width = platform.device, torch.bfloat16, 256
     torch.manual_seed(0)
@@ -229,15 +214,13 @@ def a_model_in_a_body(platform: Platform) -> dict[str, Any]:
             torch.testing.assert_close(y, second if i % 2 else first, atol=2e-2, rtol=2e-2)
     del junk
     if device.type != "cuda":
-        return {}
+        return
     segments = [s for s in torch.cuda.memory_snapshot() if tuple(s.get("segment_pool_id", ())) == tuple(graph.pool)]
     inside = [any(s["address"] <= p < s["address"] + s["total_size"] for s in segments) for p in pointers]
     assert all(inside), inside
-    return {"MiB in the pool": sum(s["total_size"] for s in segments) / 2**20}
 
 
-@probe
-def replays_queue_without_the_host(platform: Platform) -> dict[str, float]:
+def test_replays_queue_without_the_host(platform: Platform) -> None:
     """Ten replays after a long kernel, each of which changes what the next one decides."""
     numbers, y = numbers_of(platform, 1), torch.zeros(1, device=platform.device)
 
@@ -259,43 +242,3 @@ def replays_queue_without_the_host(platform: Platform) -> dict[str, float]:
         torch.cuda.set_sync_debug_mode("default")
     assert float(y) == 5, float(y)
     assert each < 0.02, f"{each:.3f} s for a launch: something waited"
-    return {"us of the host for a replay": 1e6 * each}
-
-
-def one(name: str) -> int:
-    """In a process of its own; the last line is the verdict."""
-    print("RESULT " + json.dumps(PROBES[name](Cuda()), default=str))
-    return 0
-
-
-def run(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Each in its own process: whether it went well, and what it said."""
-
-    def verdict(name: str) -> tuple[str, dict[str, Any]]:
-        command = [sys.executable, "-m", "tests.gpu.probes", "--one", name]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS, check=False)
-        except subprocess.TimeoutExpired:
-            return name, {"ok": False, "said": f"no end after {SECONDS:.0f} s: a hang"}
-        said = [line for line in done.stdout.splitlines() if line.startswith("RESULT ")]
-        if done.returncode == 0 and said:
-            return name, {"ok": True, "said": json.loads(said[-1][len("RESULT ") :])}
-        return name, {"ok": False, "said": done.stderr.strip()[-1500:] or f"exit code {done.returncode}"}
-
-    with ThreadPoolExecutor(4) as pool:
-        return dict(pool.map(verdict, names))
-
-
-def main(argv: Sequence[str]) -> int:
-    if argv[:1] == ["--one"]:
-        return one(argv[1])
-    verdicts = run(list(PROBES))
-    if argv[:1] == ["--out"]:
-        Path(argv[1]).write_text(json.dumps(verdicts, indent=2) + "\n")
-    for name, said in verdicts.items():
-        print(f"{'ok    ' if said['ok'] else 'FAILED'} {name}: {said['said']}")
-    return 0 if all(said["ok"] for said in verdicts.values()) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
