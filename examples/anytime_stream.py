@@ -61,11 +61,16 @@ def example(options: Options, record: Record) -> None:
     seen = observed(fast, {part: parts[part] for part in ("val", "test")})
     right = {how: {part: right_at(found, how) for part, found in seen.items()} for how in COMBINATIONS}
     chosen = max(COMBINATIONS, key=lambda how: statistics.mean(right[how]["val"]))
-    full_accuracy = right[chosen]["test"][-1]
-    record.note(accuracy_by_exit=right, chosen=chosen, cost_by_exit=fast.costs([True] * len(fast.exits)).tolist())
+    accuracies = {"original_accuracy": base.accuracy, "full_accuracy": right[chosen]["test"][-1]}
+    costs = fast.costs([True] * len(fast.exits)).tolist()
+    record.note(accuracy_by_exit=right, chosen=chosen, cost_by_exit=costs)
+    constants = by_exit(fast, right[chosen]["test"])
+    stops = [*zip((e.name for e in fast.exits), right[chosen]["test"], costs, strict=False)]
+    for name, accuracy, cost in stops[:: (len(stops) - 1) // 2 or 1]:  # every head up to there was computed
+        figures = {**accuracies, "accuracy": accuracy, "cost": cost, **alternatives(constants, cost)}
+        record.row("ResNet-20, CIFAR-10, interrupted", thresholds=f"after {name}", **figures)
     record.done("judge")
 
-    constants = by_exit(fast, right[chosen]["test"])
     together = eecompile(base.model, Anytime(combine=chosen), example_inputs=(x,))
     with_kinds(together, [HeadRow(**row) for row in fit["heads"]])
     together.heads.load_state_dict(fast.heads.state_dict())  # each is trained for itself, whatever they answer together
@@ -88,9 +93,9 @@ def example(options: Options, record: Record) -> None:
     for load, points in swept.items():
         for point in points[:: (len(points) - 1) // 2]:  # the record has all
             record.row(
-                f"ResNet-20, CIFAR-10, deadline {point['deadline_ms']:.3g} ms, {load}",
-                original_accuracy=base.accuracy,
-                full_accuracy=full_accuracy,
+                f"ResNet-20, CIFAR-10, {load}",
+                thresholds=f"deadline {point['deadline_ms']:.3g} ms",
+                **accuracies,
                 accuracy=point["accuracy"],
                 cost=point["cost"],
                 **alternatives(constants, point["cost"]),
