@@ -76,8 +76,8 @@ def test_a_group_runs_and_is_merged(tmp_path, capsys, group):
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("group", ["serving", "advice"])
-def test_groups_of_servers_and_advice(tmp_path, group):
+@pytest.mark.parametrize("group", ["serving", "advice", "monitor"])
+def test_groups_of_servers_monitors_and_advice(tmp_path, group):
     out = tmp_path / "cpu.json"
     assert program.main(["--only", group, "--small", "--rounds", "3", "--threads", "1", "--out", str(out)]) == 0
     whole = json.loads(out.read_text())
