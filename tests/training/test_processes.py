@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 
+from eecompile import EecompileError
+from eecompile.training import workers
+
 SCRIPT = Path(__file__).with_name("several_processes.py")
 ROOT = SCRIPT.parents[2]
 TIMEOUT = 240
@@ -87,6 +90,13 @@ def test_training_ends_alike(said: dict[str, Any]) -> None:
 def test_an_error_in_one_is_one_in_all(said: dict[str, Any], case: str, first: str, second: str) -> None:
     assert first in said["0 of 2"]["failed"][case]
     assert second in said["1 of 2"]["failed"][case]
+
+
+def test_processes_that_accelerate_does_not_know_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would train on its own."""
+    monkeypatch.setattr(workers, "processes", lambda: (2, 0))
+    with pytest.raises(EecompileError, match="accelerate does not know the processes"):
+        workers.make_accelerator()
 
 
 @pytest.mark.nightly
