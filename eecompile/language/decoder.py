@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from math import isnan
@@ -15,7 +16,15 @@ from transformers.generation.stopping_criteria import StoppingCriteriaList, Stop
 
 from eecompile.errors import StrategyError, UnsupportedModelError, near
 from eecompile.language.cache import SlotCache, Slots
-from eecompile.language.draft import DraftFitReport, DraftHead, fit_draft_head, gathered, text_batches, vocabulary_of
+from eecompile.language.draft import (
+    DraftFit,
+    DraftFitReport,
+    DraftHead,
+    fit_draft_head,
+    gathered,
+    text_batches,
+    vocabulary_of,
+)
 from eecompile.language.generation import Choosing, Counts, DraftOptions, Generation, Row
 from eecompile.language.projection import SpeculationReport, project
 from eecompile.language.risk import DeferredReport, calibrate_deferred
@@ -23,6 +32,7 @@ from eecompile.language.saved import SavedDecoder, read, write
 from eecompile.language.split import Split, find_block_list
 from eecompile.plain import check_number
 from eecompile.strategies.self_speculative import SelfSpeculative
+from eecompile.training.checkpoint import Checkpoints
 
 CHECKED = 4  # columns that the check at compile time runs through lower and upper
 TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 5e-2  # of the largest logit
@@ -190,6 +200,8 @@ class CompiledDecoder(nn.Module):
         rank: int = 128,
         tokens: int = 100_000,
         seed: int = 0,
+        checkpoint_dir: str | os.PathLike[str] | None = None,
+        resume: bool | str = True,
     ) -> DraftFitReport:
         """Trains a light draft head on the model's own next tokens; the model stays frozen.
 
@@ -200,14 +212,20 @@ class CompiledDecoder(nn.Module):
             rank: Size between the head's two projections, 0 for a single one.
             tokens: Most positions whose hidden states are kept.
             seed: Of the head's weights and of the held-out positions.
+            checkpoint_dir: Where a checkpoint goes after every epoch. None: none are written.
+            resume: True goes on from the newest checkpoint if there is one, "must" insists on one, False starts anew. The
+                hidden states are computed again; the head ends with the same numbers as without the break.
+
+        Raises:
+            StrategyError: No text, numbers out of range, or a checkpoint of another run.
         """
         for name, value, least in (("epochs", epochs, 1), ("rank", rank, 0), ("tokens", tokens, 2), ("seed", seed, 0)):
             check_number(name, value, least=least, whole=True, error=StrategyError)
         check_number("lr", lr, above=0, error=StrategyError)
         states, choices = gathered(self.model, self.blocks, self.exit, loader, tokens)
-        head, report = fit_draft_head(
-            states, choices, vocabulary=self.strategy.draft_vocab, rank=rank, epochs=epochs, lr=lr, seed=seed
-        )
+        options = DraftFit(self.strategy.draft_vocab, rank, epochs, lr, seed)
+        checkpoints = None if checkpoint_dir is None else Checkpoints(Path(checkpoint_dir) / f"exit-{self.exit}")
+        head, report = fit_draft_head(states, choices, options, checkpoints, resume)
         self.draft_heads[str(self.exit)] = head.to(states.device)
         return report
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +14,9 @@ from torch.nn import functional
 import eecompile.ops  # noqa: F401 (registers the operator)
 from eecompile.errors import StrategyError
 from eecompile.language.split import own_forward, shadow
+from eecompile.training.checkpoint import Checkpoints, differences
 from eecompile.training.report import Report, json_safe
+from eecompile.training.state import decode, encode
 
 PATIENCE = 3
 HELD_OUT = 0.1
@@ -51,6 +53,17 @@ class DraftHead(nn.Module):
         one = torch.ones((), device=hidden.device)
         sure, best, _ = torch.ops.eecompile.head_confidence(down, self.up.weight, None, one)
         return self.vocabulary[best.clamp(min=0)], sure
+
+
+@dataclass(frozen=True)
+class DraftFit:
+    """How a draft head is fitted; see `CompiledDecoder.fit`."""
+
+    vocabulary: int
+    rank: int
+    epochs: int
+    lr: float
+    seed: int
 
 
 @dataclass
@@ -164,37 +177,85 @@ def gathered(model: nn.Module, blocks: str, exit: int, loader: Iterable[Any], mo
 
 
 def fit_draft_head(
-    states: Tensor, choices: Tensor, *, vocabulary: int, rank: int, epochs: int, lr: float, seed: int
+    states: Tensor,
+    choices: Tensor,
+    options: DraftFit,
+    checkpoints: Checkpoints | None = None,
+    resume: bool | str = True,
 ) -> tuple[DraftHead, DraftFitReport]:
-    """A draft head for hidden states `[N, D]` and the model's choices `[N]`, with early stopping on held-out positions."""
+    """A draft head for hidden states `[N, D]` and the model's choices `[N]`, with early stopping on held-out positions.
+
+    Args:
+        checkpoints: Where one goes after every epoch; None: none are written.
+        resume: As for `CompiledModule.fit`.
+    """
     counts = torch.bincount(choices)
-    kept = counts.argsort(descending=True, stable=True)[: min(vocabulary, int((counts > 0).sum()))].sort().values
+    kept = counts.argsort(descending=True, stable=True)[: min(options.vocabulary, int((counts > 0).sum()))].sort().values
     place = torch.full((counts.numel(),), -1)
     place[kept] = torch.arange(kept.numel())
     targets = place[choices]
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(options.seed)
     order = torch.randperm(len(states), generator=generator)
     held = order[: max(1, int(HELD_OUT * len(order)))]
     train = order[len(held) :]
     train = train[targets[train] >= 0]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        head = DraftHead(states.shape[1], kept, rank)
-    optimizer = torch.optim.AdamW(head.parameters(), lr=lr, weight_decay=0.01)
-    best, best_state, waited, done = -1.0, head.state_dict(), 0, 0
-    for epoch in range(epochs):
+        torch.manual_seed(options.seed)
+        head = DraftHead(states.shape[1], kept, options.rank)
+    optimizer = torch.optim.AdamW(head.parameters(), lr=options.lr, weight_decay=0.01)
+    best_state, at = head.state_dict(), {"epoch": 0, "waited": 0, "best": -1.0}
+    asked = {**asdict(options), "epochs": None, "positions": len(states), "choices": int(choices.sum())}
+    if checkpoints is not None and (saved := resumed(checkpoints, resume, asked)) is not None:
+        head.load_state_dict(saved["head"])
+        optimizer.load_state_dict(saved["optimizer"])
+        generator.set_state(saved["random"])
+        best_state, at = saved["best"], saved["at"]
+    while at["epoch"] < options.epochs and at["waited"] < PATIENCE:
         for part in train[torch.randperm(len(train), generator=generator)].split(256):  # type: ignore[no-untyped-call]
             optimizer.zero_grad()
             functional.cross_entropy(head(states[part]), targets[part]).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
-        done = epoch + 1
         with torch.no_grad():
             agreement = float((head(states[held]).argmax(-1) == targets[held]).float().mean())
-        waited = 0 if agreement > best else waited + 1
-        if agreement > best:
-            best, best_state = agreement, {k: v.clone() for k, v in head.state_dict().items()}
-        if waited >= PATIENCE:
-            break
+        better = agreement > at["best"]
+        if better:
+            best_state = {k: v.clone() for k, v in head.state_dict().items()}
+        at = {
+            "epoch": at["epoch"] + 1,
+            "waited": 0 if better else at["waited"] + 1,
+            "best": max(agreement, at["best"]),
+        }
+        if checkpoints is not None:
+            tensors: dict[str, Tensor] = {}
+            parts = {"head": head.state_dict(), "best": best_state, "at": at, "random": generator.get_state()}
+            parts["optimizer"] = optimizer.state_dict()
+            state = {name: encode(part, tensors, name) for name, part in parts.items()}
+            checkpoints.save(int(at["epoch"]), int(at["epoch"]), {"settings": asked, **state}, tensors)
     head.load_state_dict(best_state)
     coverage = float((targets >= 0).float().mean())
-    return head.eval(), DraftFitReport((len(train), len(held)), done, kept.numel(), coverage, best)
+    report = DraftFitReport((len(train), len(held)), int(at["epoch"]), kept.numel(), coverage, at["best"])
+    return head.eval(), report
+
+
+def resumed(checkpoints: Checkpoints, resume: bool | str, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What the newest checkpoint holds, None where the run starts anew.
+
+    Raises:
+        StrategyError: There is none and `resume="must"`, or it is of a run with other settings or other text.
+    """
+    latest = checkpoints.latest if resume else None
+    if latest is None:
+        if resume == "must":
+            raise StrategyError("there is no checkpoint to resume from", where=str(checkpoints.directory))
+        return None
+    state, tensors = checkpoints.load(latest)
+    settings = state.get("settings")
+    differ = differences(settings, asked) if isinstance(settings, dict) and "at" in state else ["no draft head"]
+    if differ:
+        raise StrategyError(
+            "the checkpoint is of another run",
+            where=str(latest),
+            got="; ".join(differ),
+            hint="use the same settings and text, another checkpoint_dir, or resume=False to start anew",
+        )
+    return {name: decode(state[name], tensors) for name in ("head", "best", "at", "random", "optimizer")}

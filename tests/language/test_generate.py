@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -313,6 +314,23 @@ def test_a_trained_head_drafts_and_calibration_chooses(llama: Any) -> None:
     with pytest.raises(StrategyError, match="does not pay"):
         fast.calibrate(texts, positions=100, min_speed=1e6)
     assert (fast.exit, fast.threshold, fast.max_draft) == before
+
+
+def test_a_fit_that_was_stopped_goes_on(llama: Any, tmp_path: Path) -> None:
+    texts = [prompts(8, 24, seed) for seed in range(4)]
+    whole, broken = compiled(llama, prompts()), compiled(llama, prompts())
+    report = whole.fit(texts, epochs=5, rank=4)
+    broken.fit(texts, epochs=2, rank=4, checkpoint_dir=tmp_path)
+    again = broken.fit(texts, epochs=5, rank=4, checkpoint_dir=tmp_path, resume="must")
+    assert again == report and report.epochs > 2
+    mine, theirs = whole.draft_heads["2"].state_dict(), broken.draft_heads["2"].state_dict()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    for options, named in (({"rank": 8}, "rank: 4"), ({"lr": 0.5}, "lr: 0.002"), ({"tokens": 50}, "positions")):
+        with pytest.raises(StrategyError, match=named):
+            broken.fit(texts, **{"epochs": 5, "rank": 4, **options}, checkpoint_dir=tmp_path)
+    with pytest.raises(StrategyError, match="no checkpoint"):
+        broken.fit(texts, checkpoint_dir=tmp_path / "none", resume="must")
+    assert broken.fit(texts, epochs=1, rank=8, checkpoint_dir=tmp_path, resume=False).epochs == 1
 
 
 def test_the_best_token_of_a_draft_head_is_that_of_its_logits() -> None:
