@@ -7,11 +7,11 @@ class or a config, globals, hooks and weights that were one tensor: after a chan
 
 from __future__ import annotations
 
-import importlib
+import copy
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
-from operator import attrgetter, is_, itemgetter
-from types import FunctionType, ModuleType
+from collections.abc import Collection, Iterator, Sequence
+from operator import attrgetter, is_
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -26,105 +26,84 @@ from eecompile.program import Program
 from eecompile.runtime.precision import few_rows
 
 PLAIN = (bool, int, float, str, type(None))
+_GONE = object()
 MOST_ITEMS = 16  # of a container that is looked at
 MOST_ROWS = 32  # of a call, to compare graph and model on
 EQUAL = 3  # comparisons on different calls after which a change has no meaning
 OWN = frozenset(nn.Module().__dict__)
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-HOOK, TABLE = "a hook", "weights that a table was computed from"
+STATES = ("the class of a module", "a hook", "weights that a table was computed from")
+NOT_RUN = ("__init__", "extra_repr", "__repr__", "reset_parameters")  # functions of torch's modules that no call runs
 
 
-class Values:
-    """Plain values that code reads, by name, as they were.
+class Entries:
+    """What code reads from owners by name, as it was.
 
     Args:
-        path: What error messages call their owner.
-        owner: An object.
-        names: Those in its `__dict__`; with `by_attribute` those that its class may have.
+        by_value: Equal values are the same; otherwise objects are.
+        by_attribute: They may come from a class or a Python module; otherwise they stand in dicts, or in the `__dict__` of
+            an owner.
     """
 
-    def __init__(self, path: str, owner: Any, names: Sequence[str], by_attribute: bool = False) -> None:
-        self.path, self.owner, self.names, self.by_attribute = path, owner, tuple(names), by_attribute
-        self.get: Callable[[Any], Any] = (attrgetter if by_attribute else itemgetter)(names[0], *names)  # always a tuple
-        self.held: Any = owner if by_attribute else vars(owner)
-        self.seen = tuple(map(_copied, self.get(self.held)))
-
-    def __reduce__(self) -> Any:  # a copy reads what its own owner has, and the same globals
-        owner = self.path if isinstance(self.owner, ModuleType) else self.owner
-        return _values_again, (self.path, owner, self.names, self.by_attribute, self.seen)
-
-    def now(self, name: str) -> Any:
-        return getattr(self.owner, name, _GONE) if self.by_attribute else vars(self.owner).get(name, _GONE)
-
-    def path_of(self, name: str) -> str:
-        return f"{self.path}.{name}".lstrip(".")
-
-    def moved(self) -> dict[str, Any]:
-        """Present values, by path, that are others than before, or gone."""
-        now = [(n, self.now(n), old) for n, old in zip(self.names, self.seen[1:], strict=True)]
-        return {self.path_of(n): v for n, v, old in now if not _plain(v) or v != old}
-
-    def follow(self, paths: Collection[str], left: Collection[str]) -> Values | None:
-        """The same with the present values at some paths and without those at others; None where nothing is left."""
-        seen = {
-            n: _copied(self.now(n)) if self.path_of(n) in paths else old
-            for n, old in zip(self.names, self.seen[1:], strict=True)
-            if self.path_of(n) not in left and (self.path_of(n) not in paths or _plain(self.now(n)))
-        }
-        first = list(seen.values())[:1]
-        return (
-            _values_again(self.path, self.owner, list(seen), self.by_attribute, (*first, *seen.values())) if seen else None
-        )
-
-
-def _values_again(path: str, owner: Any, names: Sequence[str], by_attribute: bool, seen: Any) -> Values:
-    found = object.__new__(Values)
-    owner = importlib.import_module(path) if isinstance(owner, str) else owner
-    found.path, found.owner, found.names, found.by_attribute = path, owner, tuple(names), by_attribute
-    found.get = (attrgetter if by_attribute else itemgetter)(names[0], *names)
-    found.held, found.seen = owner if by_attribute else vars(owner), seen
-    return found
-
-
-_GONE = object()
-
-
-class Objects:
-    """Entries of dicts, or of the `__dict__` of modules, that must stay the same objects, or stay away."""
-
-    def __init__(self) -> None:
+    def __init__(self, by_value: bool = False, by_attribute: bool = False) -> None:
+        self.by_value, self.by_attribute = by_value, by_attribute
         self.owners: list[Any] = []
         self.names: list[str] = []
-        self.values: list[Any] = []
         self.paths: list[str] = []
-        self.dicts: list[dict[str, Any]] = []
+        self.seen: list[Any] = []
+        self.held: list[Any] = []
 
-    def add(self, owner: Any, name: str, path: str) -> None:
-        held = owner if isinstance(owner, dict) else vars(owner)
-        for items, item in zip(vars(self).values(), (owner, name, held.get(name), path, held), strict=True):
+    def add(self, owner: Any, name: str, path: str, *seen: Any) -> None:
+        held = owner if self.by_attribute or isinstance(owner, dict) else vars(owner)
+        value = seen[0] if seen else self._now(held, name)
+        for items, item in ((self.owners, owner), (self.names, name), (self.paths, path), (self.held, held)):
             items.append(item)
+        self.seen.append(_copied(value) if self.by_value else value)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self.dicts = [o if isinstance(o, dict) else vars(o) for o in self.owners]  # a copied module has another one
+    def _now(self, held: Any, name: str) -> Any:
+        return getattr(held, name, None) if self.by_attribute else held.get(name)
 
     @property
     def same(self) -> bool:
-        return all(map(is_, map(dict.get, self.dicts, self.names), self.values))
+        now = map(getattr if self.by_attribute else dict.get, self.held, self.names)
+        try:
+            return list(now) == self.seen if self.by_value else all(map(is_, now, self.seen))
+        except (AttributeError, TypeError, ValueError, RuntimeError):  # deleted, or an array now
+            return False
 
     def moved(self) -> Iterator[tuple[str, Any, Any]]:
         """Path, present value and the one before."""
-        for held, name, before, path in zip(self.dicts, self.names, self.values, self.paths, strict=True):
-            if held.get(name) is not before:
-                yield path, held.get(name), before
+        for held, name, path, before in zip(self.held, self.names, self.paths, self.seen, strict=True):
+            now = self._now(held, name)
+            if now is not before and not (self.by_value and _comparable(now) and now == before):
+                yield path, now, before
 
-    def follow(self, paths: Collection[str], left: Collection[str]) -> None:
-        """The present objects at some paths are the ones to keep; those at others are not looked at again."""
-        old, self.__dict__ = self.__dict__, Objects().__dict__
-        for owner, name, value, path, held in zip(*old.values(), strict=True):
-            if path not in left:
-                self.add(owner, name, path)
-                self.values[-1] = held.get(name) if path in paths else value
+    def follow(self, paths: Collection[str], left: Collection[str]) -> list[tuple[Any, str, str]]:
+        """The present values at some paths are the ones to keep; those at others are not looked at again.
+
+        Returns:
+            Owner, name and path of values that cannot be compared any more.
+        """
+        old, self.__dict__ = self.__dict__, Entries(self.by_value, self.by_attribute).__dict__
+        odd = []
+        for owner, name, path, seen, held in zip(
+            *(old[key] for key in ("owners", "names", "paths", "seen", "held")), strict=True
+        ):
+            now = self._now(held, name) if path in paths else seen
+            if path not in left and self.by_value and not _comparable(now):
+                odd.append((owner, name, path))
+            elif path not in left:
+                self.add(owner, name, path, now)
+        return odd
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Entries:
+        """The same of copied owners; what has changed here has changed there."""
+        new = Entries(self.by_value, self.by_attribute)
+        for owner, name, path, seen, held in zip(self.owners, self.names, self.paths, self.seen, self.held, strict=True):
+            kept = self.by_value or self._now(held, name) is not seen
+            copied = owner if isinstance(owner, ModuleType) else copy.deepcopy(owner, memo)
+            new.add(copied, name, path, *([seen] if kept else []))
+        return new
 
 
 class ModelWatch:
@@ -142,10 +121,11 @@ class ModelWatch:
 
     def _note(self, model: nn.Module | None) -> None:
         """The present state is what calls are compared with."""
-        self._modules, self._objects = Objects(), Objects()
+        self._modules, self._objects, self._plain = Entries(), Entries(), Entries(by_value=True)
+        self._attributes = Entries(by_value=True, by_attribute=True)
         self._children: list[tuple[str, dict[str, Any]]] = []
-        self._values: list[Values] = []
-        self._hooks: list[Any] = []
+        self._all: list[nn.Module] = [] if model is None else list(model.modules())
+        self._hooks = [getattr(module, hooks) for module in self._all for hooks in HOOKS]
         self._ties: list[tuple[dict[str, Any], str, dict[str, Any], str, str]] = []
         self._weights: list[tuple[dict[str, Any], str]] = []
         self._used = Used([] if model is None else _tensors_of(self.program))
@@ -156,24 +136,26 @@ class ModelWatch:
                 self._children.append((path, module._modules))
                 for name in module._modules:
                     self._modules.add(module._modules, name, f"{path}.{name}".lstrip("."))
-                self._hooks += [getattr(module, hooks) for hooks in HOOKS]
-                self._objects.add(module, "forward", f"{path}.forward".lstrip("."))
             for path, module in model.named_modules(remove_duplicate=False):
                 self._tied(path, module, shared)
-            self._read_values(model)
+            self._read(model)
             targets = {target for target, _, _ in _tensors_of(self.program)}
             if any(f"{CONSTANTS}.{p.replace('.', '_')}" in targets for p in self._objects.paths):
                 self._weights = list(shared.values())  # a tensor that a module keeps may have been made of them
-        self._objects.follow((), self._left)
-        self._keep()
-        self._counts, self._sizes, self._versions = self._hooked(), self._sized(), self._versioned()
+        for entries in self._entries:
+            entries.follow((), self._left)
+        self._entries_of = [entries for _, entries in self._children]
+        self._sized, self._state = self._sizes(), self._states()
+
+    @property
+    def _entries(self) -> tuple[Entries, ...]:
+        return self._objects, self._plain, self._attributes
 
     def __call__(self, flat: Sequence[Tensor]) -> None:
         """Raises `CaptureError` where weights went, or where graph and model differ after another change."""
         others = self.weights()
-        if others or not self._objects.same or (self._weights and self._versioned() != self._versions) or (
-            self._hooked() != self._counts or not self._reads_same()
-        ):  # fmt: skip
+        same = self._objects.same and self._plain.same and self._attributes.same
+        if others or not same or self._states() != self._state:
             self._compare(flat, others)
 
     def weights(self) -> dict[str, Any]:
@@ -183,7 +165,7 @@ class ModelWatch:
             CaptureError: These have weights, or weights of the graph went, were converted, or are no longer shared.
         """
         others: dict[str, Any] = {}
-        if not self._modules.same or self._sized() != self._sizes:
+        if not self._modules.same or self._sizes() != self._sized:
             for path, now, before in self._replaced():
                 if _weighted(now) or _weighted(before):
                     raise _changed(path, f"{_kind(now)} in the place of {_kind(before)}")
@@ -198,7 +180,7 @@ class ModelWatch:
     def _replaced(self) -> Iterator[tuple[str, Any, Any]]:
         """Path of a module, the present one, the one before."""
         yield from self._modules.moved()
-        known = {(id(held), name) for held, name in zip(self._modules.dicts, self._modules.names, strict=True)}
+        known = {(id(held), name) for held, name in zip(self._modules.held, self._modules.names, strict=True)}
         for path, entries in self._children:
             for name, module in entries.items():
                 if (id(entries), name) not in known:
@@ -213,72 +195,56 @@ class ModelWatch:
                 if first[0] is not entries:
                     self._ties.append((*first, entries, name, f"{path}.{name}".lstrip(".")))
 
-    def _read_values(self, model: nn.Module) -> None:
-        """Attributes of the modules and their classes, of objects that they hold, and globals that their code names."""
+    def _read(self, model: nn.Module) -> None:
+        """What is in the modules and in objects that they hold, functions and attributes of their classes, and globals that
+        their code names.
+        """
         globals_: dict[str, set[str]] = {}
         held: dict[int, tuple[str, Any]] = {}
+        for kind in dict.fromkeys(kind for module in self._all for kind in type(module).__mro__ if "forward" in vars(kind)):
+            for n, v in vars(kind).items():
+                if isinstance(v, FunctionType | property) and (n == "forward" or not _of_torch(kind)):
+                    self._attributes.add(kind, n, f"{kind.__qualname__}.{n}")
         for path, module in model.named_modules():
-            if type(module).__module__.startswith("torch."):
-                continue
-            mine = {n: v for n, v in module.__dict__.items() if n not in OWN}
-            self._look_at(path, module, [n for n, v in mine.items() if _plain(v)])
-            for n, v in mine.items():
-                if isinstance(v, Tensor):
-                    self._objects.add(module, n, f"{path}.{n}".lstrip("."))
-                elif _records(v):
+            self._objects.add(module, "forward", f"{path}.forward".lstrip("."))
+            mine = {n for n in module.__dict__ if n not in OWN and n != "forward"}
+            self._look_at(path, module, sorted(mine & _read_by(type(module)) if _of_torch(type(module)) else mine))
+            for n, v in module.__dict__.items():
+                if n not in OWN and _records(v):
                     held.setdefault(id(v), (f"{path}.{n}".lstrip("."), v))
             of_class: set[str] = set()
             for kind in type(module).__mro__:
-                if kind.__module__.startswith("torch.") or kind is object:
-                    continue
-                for v in vars(kind).values():
+                for v in () if _of_torch(kind) else vars(kind).values():
                     if isinstance(v, FunctionType):
-                        found = globals_.setdefault(v.__globals__.get("__name__", ""), set())
-                        found.update(name for name in v.__code__.co_names if _plain(v.__globals__.get(name, _GONE)))
-                        of_class.update(name for name in v.__code__.co_names if name not in mine)
-            self._look_at(path, module, [n for n in sorted(of_class) if _of_class(module, n)], by_attribute=True)
+                        names = _names(v.__code__)
+                        there = {n for n in names if not n.startswith("__") and _comparable(v.__globals__.get(n, _GONE))}
+                        globals_.setdefault(v.__globals__.get("__name__", ""), set()).update(there)
+                        of_class.update(n for n in names if n not in module.__dict__)
+            for n in sorted(of_class):
+                if _of_class(module, n):
+                    self._attributes.add(module, n, f"{path}.{n}".lstrip("."))
         for path, owner in held.values():
             self._look_at(path, owner, [n for n, v in vars(owner).items() if _plain(v)])
         for name, names in globals_.items():
-            there = [n for n in sorted(names) if not n.startswith("__") and hasattr(sys.modules.get(name), n)]
-            self._look_at(name, sys.modules.get(name), there, by_attribute=True)
+            owner = sys.modules.get(name)
+            for n in (n for n in sorted(names) if hasattr(owner, n)):
+                self._attributes.add(owner, n, f"{name}.{n}")
 
-    def _look_at(self, path: str, owner: Any, names: Sequence[str], by_attribute: bool = False) -> None:
-        if names:
-            self._values.append(Values(path, owner, names, by_attribute))
+    def _look_at(self, path: str, owner: Any, names: Sequence[str]) -> None:
+        for n in names:
+            entries = self._plain if _comparable(vars(owner)[n]) else self._objects
+            entries.add(owner, n, f"{path}.{n}".lstrip("."))
 
-    def _reads_same(self) -> bool:
-        try:
-            return [get(owner) for get, owner in self._reads] == self._seen
-        except (KeyError, AttributeError, TypeError, ValueError, RuntimeError):  # deleted, or an array now
-            return False
+    def _sizes(self) -> list[int]:
+        return list(map(len, self._entries_of))
 
-    def _keep(self, due: Collection[str] = ()) -> None:
-        """Follows the present values at some paths, and leaves what varies alone."""
-        followed = [values.follow(due, self._left) for values in self._values]
-        self._reads_of([values for values in followed if values is not None])
-
-    def _reads_of(self, values: list[Values]) -> None:
-        self._values = values
-        self._reads, self._seen = [(v.get, v.held) for v in values], [v.seen for v in values]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name not in ("_reads", "_seen")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reads_of(self._values)
-
-    def _hooked(self) -> list[int]:
-        return list(map(len, self._hooks))
-
-    def _sized(self) -> list[int]:
-        return [len(entries) for _, entries in self._children]
-
-    def _versioned(self) -> list[tuple[int, int]]:
-        """Which tensors the weights are, and how often each was written to."""
-        found = (entries.get(name) for entries, name in self._weights)
-        return [(id(t), 0 if t is None or t.is_inference() else t._version) for t in found]
+    def _states(self) -> tuple[list[Any], ...]:
+        """Classes of all modules, which hooks they have, and which tensors a table was computed from, in which version."""
+        return (
+            list(map(type, self._all)),
+            [(*hooks,) for hooks in filter(None, self._hooks)],  # ids, of which no two are the same
+            list(map(_version, self._weights)),
+        )
 
     def _compare(self, flat: Sequence[Tensor], others: dict[str, Any]) -> None:
         """Refuses where graph and model differ; counts where they are equal on rows that could show it."""
@@ -288,11 +254,9 @@ class ModelWatch:
             return
         rows = few_rows(self.program, flat, MOST_ROWS)
         args, kwargs = signature.arguments(rows)
-        moved = others | {path: now for path, now, _ in self._objects.moved()}
-        for values in self._values:
-            moved |= values.moved()
-        moved |= {} if self._hooked() == self._counts else {HOOK: self._hooked()}
-        moved |= {} if self._versioned() == self._versions else {TABLE: self._versioned()}
+        moved = others | {path: now for entries in self._entries for path, now, _ in entries.moved()}
+        states = dict(zip(STATES, self._states(), strict=True))
+        moved |= {name: state for name, state in states.items() if state != self._state[STATES.index(name)]}
         where = ", ".join(list(moved)[:5])
         with torch.no_grad(), untouched(model), mode(model, False):
             got = list(self.program.source(*rows))
@@ -328,17 +292,12 @@ class ModelWatch:
             due -= others.keys()
         for path in due:
             self._equal.pop(path, None)
-        self._objects.follow(due, self._left)
-        for values in self._values:
-            for n in values.names:
-                path = values.path_of(n)
-                if isinstance(values.owner, ModuleType) or path not in due - self._left or _plain(values.now(n)):
-                    continue
-                if n in vars(values.owner):
-                    self._objects.add(values.owner, n, path)  # an array or object now, which must stay the same one
-        self._keep(due)
-        self._counts = self._hooked() if HOOK in due else self._counts
-        self._versions = self._versioned() if TABLE in due else self._versions
+        odd = [entry for entries in self._entries for entry in entries.follow(due, self._left)]
+        for owner, name, path in odd:
+            if not isinstance(owner, ModuleType) and name in vars(owner):
+                self._objects.add(owner, name, path)  # an array or object now, which must stay the same one
+        now = zip(STATES, self._states(), self._state, strict=True)
+        self._state = tuple(state if name in due else before for name, state, before in now)
 
 
 class Used:
@@ -416,6 +375,31 @@ def _plain(value: Any) -> bool:
     if isinstance(value, dict):
         return len(value) <= MOST_ITEMS and all(isinstance(v, PLAIN) for v in value.values())
     return isinstance(value, PLAIN)
+
+
+def _comparable(value: Any) -> bool:
+    return _plain(value) or isinstance(value, FunctionType)
+
+
+def _of_torch(kind: type) -> bool:
+    return kind is object or kind.__module__.startswith("torch.")
+
+
+def _names(code: CodeType) -> set[str]:
+    """Names that code reads, in what is written within it too."""
+    return {*code.co_names, *(n for c in code.co_consts if isinstance(c, CodeType) for n in _names(c))}
+
+
+def _read_by(kind: type) -> set[str]:
+    """Names that a call of a module of torch reads: not those that are for `repr` alone."""
+    functions = {n: v for k in kind.__mro__ if k is not nn.Module for n, v in vars(k).items() if isinstance(v, FunctionType)}
+    return {n for name, f in functions.items() if name not in NOT_RUN for n in _names(f.__code__)}
+
+
+def _version(weight: tuple[dict[str, Any], str]) -> tuple[int, int]:
+    """Which tensor a weight is, and how often it was written to."""
+    t = weight[0].get(weight[1])
+    return id(t), 0 if t is None or t.is_inference() else t._version
 
 
 def _of_class(module: nn.Module, name: str) -> bool:

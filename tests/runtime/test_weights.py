@@ -392,14 +392,34 @@ class Reads(nn.Module):
         self.out = nn.Linear(8, 3)
         self.setup = Setup()
         self.offset = torch.zeros(8)
+        self.norm, self.act = nn.LayerNorm(8), torch.tanh
+        self.first.register_forward_hook(lambda _, given, out: out + 1)
         self.version, self.table = -1, torch.empty(0)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.version != self.weight._version:
             self.version, self.table = self.weight._version, self.weight.softmax(0).detach()
         x = x * self.factor * SCALE * self.table + self.setup.shift + self.offset
-        out: Tensor = self.out(self.second(self.first(x).relu()).relu())
+        x = self.norm(self.second(self.first(x).relu()))
+        out: Tensor = self.out(helper(self.act(self.mixed(x))))
         return out
+
+    def mixed(self, x: Tensor) -> Tensor:
+        return x
+
+
+def helper(x: Tensor) -> Tensor:
+    return x
+
+
+class Mixing(Reads):
+    def mixed(self, x: Tensor) -> Tensor:
+        return -x
+
+
+def _hook(m: Reads) -> None:
+    m.first._forward_hooks.clear()
+    m.first.register_forward_hook(lambda _, given, out: out - 1)
 
 
 def _global(model: nn.Module) -> None:
@@ -411,6 +431,7 @@ def _assigned(model: nn.Module) -> None:
     model.load_state_dict({n: t * (1 + i) for i, (n, t) in enumerate(model.state_dict().items())}, assign=True)
 
 
+PATCH: Any = None
 PYTHON: dict[str, Callable[[Any], Any]] = {
     "an attribute of the class, set on the model": lambda m: setattr(m, "factor", 2.0),
     "an attribute of a config": lambda m: setattr(m.setup, "shift", 2.0),
@@ -419,6 +440,14 @@ PYTHON: dict[str, Callable[[Any], Any]] = {
     "a hook": lambda m: m.first.register_forward_hook(lambda _, given, out: 2 * out),
     "a forward of its own": lambda m: setattr(m.first, "forward", lambda x: x),
     "a table made of weights": lambda m: m.weight.add_(torch.arange(8.0)),
+    "a number of a module of torch": lambda m: setattr(m.norm, "eps", 1.0),
+    "a function kept as an attribute": lambda m: setattr(m, "act", torch.sigmoid),
+    "one hook in the place of another": _hook,
+    "another class of a module": lambda m: setattr(m, "__class__", Mixing),
+    "another function of a class": lambda m: PATCH.setattr(Reads, "mixed", lambda self, x: -x),
+    "another forward of a class of torch": lambda m: PATCH.setattr(nn.LayerNorm, "forward", lambda self, x: x),
+    "a function that code names": lambda m: PATCH.setitem(globals(), "helper", torch.neg),
+    "another config": lambda m: setattr(m, "setup", Setup(2.0)),
     "weights that were shared": lambda m: setattr(m.second, "weight", nn.Parameter(torch.ones(8, 8))),
     "shared weights that were assigned": _assigned,
 }
@@ -428,6 +457,7 @@ PYTHON: dict[str, Callable[[Any], Any]] = {
 @pytest.mark.parametrize("name", PYTHON)
 def test_other_state_that_python_reads_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, copied: bool) -> None:
     monkeypatch.setitem(globals(), "SCALE", 1.0)
+    monkeypatch.setitem(globals(), "PATCH", monkeypatch)
     model = Reads().eval()
     x = torch.randn(4, 8)
     with torch.no_grad():
