@@ -4,7 +4,10 @@ The code is generated (`examples/generated.py`): the role of some words is plain
 or on what stands far before them. Every word has a halting unit after each block; one that has halted keeps its state and is
 still attended to. Trunk and units are trained together, with a price on steps. The halting threshold is chosen on the
 validation part: 1, as trained, and the cheapest that loses at most 1% there against it. What the same number of blocks for
-every word gives is told by models of 1 and 2 blocks, trained as the trunk was.
+every word gives is shown by models of 1 and 2 blocks, trained as the trunk was.
+
+Steps grow with what a word's role depends on: 1 for an operator, 2 for a function, 3 for a parameter, 4 for the end of a
+definition. The trunk makes little of its depth, though: a model of 1 block, trained alone, is as good.
 """
 
 from __future__ import annotations
