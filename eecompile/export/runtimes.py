@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -55,10 +56,18 @@ def opened(path: Any) -> Opened:
     if not place.exists():
         raise ExportError("there is no exported program", where=str(place), hint="write one with fast.export(...)")
     kinds = {".onnx": "onnx", ".xml": "openvino", "": "stages"}
-    target = kinds.get(place.suffix, "pt2")
+    target = kinds.get(place.suffix) or ("aoti" if _is_native(place) else "pt2")
     require(TARGETS[target].extra, TARGETS[target].packages)
     with _runtime_errors("the runtime could not load the program", str(place)):
         return OPENERS[target](place)
+
+
+def _is_native(path: Path) -> bool:
+    """Whether a `.pt2` file holds code of AOTInductor."""
+    if not zipfile.is_zipfile(path):
+        return False
+    with zipfile.ZipFile(path) as archive:
+        return any("data/aotinductor/" in name for name in archive.namelist())
 
 
 @contextmanager
@@ -92,6 +101,15 @@ def _open_pt2(path: Path) -> Opened:
     if len(names) == 1:
         return Opened(description, lambda flat: module(flat[0]))
     return Opened(description, lambda flat: module(**dict(zip(names, flat, strict=True))))
+
+
+def _open_aoti(path: Path) -> Opened:
+    loaded: Any = torch._inductor.aoti_load_package(str(path))
+    description = Description.from_json(loaded.get_metadata().get(KEY), str(path))
+    names = description.inputs
+    if len(names) == 1:
+        return Opened(description, lambda flat: loaded(flat[0]))
+    return Opened(description, lambda flat: loaded(**dict(zip(names, flat, strict=True))))
 
 
 def _open_onnx(path: Path) -> Opened:
@@ -142,5 +160,6 @@ OPENERS: dict[str, Callable[[Path], Opened]] = {
     "pt2": _open_pt2,
     "onnx": _open_onnx,
     "openvino": _open_openvino,
+    "aoti": _open_aoti,
     "stages": _open_stages,
 }

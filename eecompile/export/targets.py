@@ -124,6 +124,12 @@ def _openvino(program: Program, settings: Settings, description: Description, pa
     openvino.save_model(model, str(path), compress_to_fp16=False)
 
 
+def _aoti(program: Program, settings: Settings, description: Description, path: Path) -> None:
+    from eecompile.export.to_aoti import write
+
+    write(program, settings, description, path)
+
+
 def _stages(program: Program, settings: Settings, description: Description, path: Path) -> None:
     from eecompile.export.stages import write
 
@@ -134,6 +140,7 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 TARGETS = {
     "pt2": Target(".pt2", "", (), _pt2),
     "onnx": Target(".onnx", "onnx", ONNX, _onnx),
+    "aoti": Target(".pt2", "", (), _aoti),
     "stages": Target("", "onnx", ONNX, _stages),
     "openvino": Target(".xml", "openvino", (*ONNX, "openvino"), _openvino),
 }

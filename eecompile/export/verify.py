@@ -108,6 +108,14 @@ def verify_export(program: Program, settings: Settings, path: Any, loader: Itera
     return _Check(program, settings.from_dict(found.description.settings), found, rounds).run(loader)
 
 
+def compared(program: Program, settings: Settings, found: Opened, calls: Iterable[Sequence[Tensor]]) -> list[str]:
+    """What is wrong with an exported program on calls of its input tensors, against the reference; empty for nothing."""
+    check = _Check(program, settings, found, rounds=0)
+    for i, flat in enumerate(calls):
+        check.compare(list(flat), i, program.signature.batch_size(flat))
+    return check.report.problems
+
+
 class _Check:
     def __init__(self, program: Program, settings: Settings, found: Opened, rounds: int) -> None:
         self.program, self.settings, self.found, self.rounds = program, settings, found, rounds
@@ -121,7 +129,7 @@ class _Check:
             sizes = [self.program.signature.batch_size(flat)]
             sizes = sizes if batch.index else list(dict.fromkeys((*self._admitted(), *sizes)))
             for size in sizes:
-                self._compare(self._rows(flat, [i % sizes[-1] for i in range(size)]), batch.index, sizes[-1])
+                self.compare(self._rows(flat, [i % sizes[-1] for i in range(size)]), batch.index, sizes[-1])
             if batch.index == 1:
                 break
         if not self.report.rows:
@@ -145,7 +153,7 @@ class _Check:
 
     # -------------------------------------------------------------- numbers
 
-    def _compare(self, flat: list[Tensor], batch: int, distinct: int) -> None:
+    def compare(self, flat: list[Tensor], batch: int, distinct: int) -> None:
         report, want = self.report, self._outcome(flat)
         size = len(want.exit_index)
         *leaves, index, _ = self.found.run(flat)
