@@ -10,6 +10,7 @@ from torch import Tensor
 from eecompile.errors import StrategyError, near
 from eecompile.signature import Leaf
 
+ONE_SCORE = "return one score a row as [B, 1]: scores.unsqueeze(-1), in a module around the model if need be"
 LEAST_TO_TELL = 8  # scores between 0 and 1, by which a sigmoid is told from logits
 
 
@@ -46,7 +47,7 @@ def find_prediction(leaves: Sequence[Leaf], wanted: str | int | None, where: str
         where=where,
         got=listed,
         wanted="one floating-point output [B, C] or [B, S, C]",
-        hint="pass prediction= with its name or index",
+        hint=ONE_SCORE if not able and any(map(_one_score, leaves)) else "pass prediction= with its name or index",
     )
 
 
@@ -83,6 +84,10 @@ def check_scores(scores: Tensor, front_end: str, where: str | None = None) -> No
         )
 
 
+def _one_score(leaf: Leaf) -> bool:
+    return leaf.batch_axis is not None and leaf.dtype.is_floating_point and len(leaf.shape) == 1
+
+
 def _checked(leaves: Sequence[Leaf], index: int, where: str | None) -> int:
     leaf = leaves[index]
     if leaf.batch_axis is None or not leaf.dtype.is_floating_point or len(leaf.shape) not in (2, 3):
@@ -91,6 +96,7 @@ def _checked(leaves: Sequence[Leaf], index: int, where: str | None) -> int:
             where=where,
             got=leaf.describe(),
             wanted="floating point [B, C] or [B, S, C]",
+            hint=ONE_SCORE if _one_score(leaf) else None,
         )
     if len(leaf.shape) == 3 and leaf.batch_axis != 0:
         raise StrategyError(

@@ -11,7 +11,7 @@ from torch import nn
 
 from eecompile.advice.probe import Point, Probe, probe
 from eecompile.advice.report import Advice, Option, decide
-from eecompile.advice.rivals import AGAINST, Rival, accuracy, plain, rivals, smaller
+from eecompile.advice.rivals import AGAINST, Rival, accuracy, check_static, plain, rivals, smaller
 from eecompile.advice.sample import Clock, Sample, sample
 from eecompile.calibration.options import Options
 from eecompile.capture.adapter import mode
@@ -73,6 +73,8 @@ def advise(
     with mode(model, False), mode(model if static is None else static, False), torch.random.fork_rng(devices=[]):
         say("read a sample")
         taken = sample(model, loader, clock)
+        if static is not None:
+            check_static(static, taken.val[0])
         options = {"prediction": prediction, "seed": seed}
         probes: list[Probe] = []
         longest = 0.0

@@ -140,6 +140,14 @@ class BlocksModel(nn.Module):
         with grad, mode(self.model, self.training and not self.frozen), observed(self.model, self.found.modules, seen):
             output = self.invoke(flat)
         leaves = [t for t in pytree.tree_leaves(output) if isinstance(t, Tensor)]
+        if len(taps) != len(by_name):
+            raise CaptureError(
+                "a block did not run",
+                where=type(self.model).__name__,
+                got=f"{len(taps)} of {len(by_name)} calls of {', '.join(self.found.modules)}",
+                wanted="every block at every call, as when the model was captured",
+                hint="switch LayerDrop or stochastic depth off (in train mode too), or train the heads alone (trunk=False)",
+            )
         return (*leaves, *taps)
 
     def invoke(self, flat: Sequence[Tensor]) -> Any:

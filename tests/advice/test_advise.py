@@ -246,6 +246,7 @@ def test_a_sample_fits_the_budget() -> None:
         ({"only": ["int8"]}, "no strategy was asked for"),
         ({"only": ["cascade"]}, "smaller model"),
         ({"static": "small"}, "static="),
+        ({"static": nn.Linear(3, 2)}, "does not run on the inputs of the loader"),
         ({"loader": []}, "is empty"),
         ({"loader": [(torch.randn(64, 64), None)] * 4}, "needs labels"),
         ({"loader": [torch.randn(64, 64)] * 4}, "needs labels"),

@@ -138,6 +138,25 @@ def test_the_models_own_error_comes_out_of_the_fallback():
     fast(rows(4))
 
 
+class LayerDrop(Net):
+    """A block is left out of every other step of training."""
+
+    calls = 0
+
+    def trunk(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        for i, block in enumerate(self.blocks):
+            x = x if self.training and i == self.calls % 2 else block(x)
+        return x
+
+
+def test_a_block_that_a_training_step_leaves_out_is_named():
+    fast = compiled(made(LayerDrop), rows(4), capture="blocks", closed=False)
+    with pytest.raises(CaptureError, match="LayerDrop or stochastic depth") as caught:
+        fast.fit([(rows(4), torch.arange(4) % 3)], epochs=1, trunk=True, progress=False)
+    assert "3 of 4 calls" in str(caught.value)
+
+
 def test_the_fallback_has_limits_and_says_them(tmp_path):
     with pytest.raises(UnsupportedModelError, match="samples influence one another"):
         eecompile(made(CentredOnData), example_inputs=(rows(4),), capture="blocks")

@@ -33,6 +33,11 @@ class Two(Net):
         return self.out(h), -self.out(h)
 
 
+class OneScore(Net):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)[:, 0]
+
+
 class NoScores(Net):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).argmax(-1)
@@ -164,6 +169,8 @@ def test_several_possible_predictions_are_listed():
         (Tree, "logit", ["names no output", "did you mean logits", "got:    'logit'"]),
         (Tree, 7, ["names no output", "0: "]),
         (Tree, "aux[1][0]", ["must be class scores per row", "aux[1][0]: float32[batch]"]),
+        (OneScore, None, ["no output looks like class scores", "scores.unsqueeze(-1)"]),
+        (OneScore, "output", ["must be class scores per row", "scores.unsqueeze(-1)"]),
         (NoScores, None, ["no output looks like class scores", "int64[batch]"]),
     ],
 )
