@@ -132,13 +132,13 @@ def test_names_for_completion_are_those_of_the_code() -> None:
 
 
 def test_errors_are_red_on_a_terminal_only(tmp_path: Path) -> None:
-    done = process("inspect", str(tmp_path / "nowhere"), code=2, FORCE_COLOR="1")
+    done = call("inspect", str(tmp_path / "nowhere"), code=2, env={"FORCE_COLOR": "1"})
     assert done.stdout == ""
     assert "\x1b[31m" in done.stderr
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
     assert "\x1b" not in call("inspect", str(tmp_path / "nowhere"), code=2).stderr
-    plain = process("inspect", str(tmp_path / "nowhere"), code=2, FORCE_COLOR="1", NO_COLOR="1").stderr
+    plain = call("inspect", str(tmp_path / "nowhere"), code=2, env={"FORCE_COLOR": "1", "NO_COLOR": "1"}).stderr
     assert "\x1b[3" not in plain and "error: " in plain
     debug = call("inspect", str(tmp_path / "nowhere"), "--debug", code=2).stderr
     assert "Traceback (most recent call last)" in debug

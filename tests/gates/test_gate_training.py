@@ -38,20 +38,26 @@ def loader(rows=900, batch=30):
     return DataLoader(TensorDataset(X[:rows], Y[:rows]), batch_size=batch, shuffle=True)
 
 
-def test_training_reaches_the_target_cost_in_its_three_stages(trained):
+def test_training_has_three_stages(trained):
+    fast = compiled(trained)
+    report = fast.fit(loader(30, 15), epochs=3, progress=False)
+    assert [row.stage for row in report.rows] == ["soft gates", "hard gates", "reinforce"]
+    assert fast.gate_mode == "hard"
+    data = report.to_dict()
+    assert [point["epoch"] for point in data["curve"]] == [1, 2, 3]
+    assert set(data["rows"][0]["gates"]) == {"cost", "open", "decided"}
+    assert "open gates" in str(report)
+
+
+@pytest.mark.nightly
+def test_training_reaches_the_target_cost(trained):
     fast = compiled(trained, target_cost=0.6)
     report = fast.fit(loader(600, 15), epochs=9, lr=1e-2, progress=False)
-    assert [row.stage for row in report.rows] == ["soft gates"] * 3 + ["hard gates"] * 3 + ["reinforce"] * 3
     assert abs(report.rows[-1].gates.cost - 0.6) < 0.1, str(report)
     assert report.collapse is None, str(report)
-    assert fast.gate_mode == "hard"
     found = fast.evaluate(DataLoader(TensorDataset(X[900:], Y[900:]), batch_size=300))
     assert found.mean_cost < 0.75
     assert found.accuracy > 0.7
-    data = report.to_dict()
-    assert [point["epoch"] for point in data["curve"]] == list(range(1, 10))
-    assert set(data["rows"][0]["gates"]) == {"cost", "open", "decided"}
-    assert "open gates" in str(report)
 
 
 def test_no_price_leaves_all_gates_open_and_says_so(trained):

@@ -59,6 +59,7 @@ def test_why_a_row_cost_what_it_did(fast):
     json.dumps(shown.to_dict())
 
 
+@pytest.mark.nightly
 def test_the_command_line(tmp_path):
     net = tmp_path / "net.py"
     net.write_text(
