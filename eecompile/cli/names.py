@@ -13,7 +13,7 @@ BACKENDS = ("eager", "inductor")
 CAPTURES = ("export", "blocks")
 TARGETS = ("accuracy", "agreement")
 ADVISED = ("branchy", "mebert", "anytime", "cascade", "torch.compile", "int8", "ONNX Runtime")
-RUNTIMES = ("pt2", "onnx", "aoti", "openvino", "stages")
+RUNTIMES = ("pt2", "onnx", "aoti", "openvino", "stages", "executorch")
 LEVELS = (
     "source",
     "normalize",

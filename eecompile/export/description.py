@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ class Description:
         outputs: Names of the output tensors, in order; `exit_index` and `confidence` come last.
         exits: Names of the exits that are in it; `exit_index` counts all exits of the compiled module.
         settings: Values of all settings by family and slot.
+        batch_axes: Of a program that takes one row: the batch axis of every input, and of every output of the model.
     """
 
     target: str
@@ -32,6 +34,7 @@ class Description:
     outputs: tuple[str, ...]
     exits: tuple[str, ...]
     settings: dict[str, dict[str, float]] = field(default_factory=dict)
+    batch_axes: tuple[Sequence[int | None], Sequence[int | None]] = ((), ())
 
     @staticmethod
     def of(program: Program, settings: Settings, target: str) -> Description:
@@ -49,7 +52,8 @@ class Description:
             if data.pop("format") != "eecompile export" or data.pop("version") != 1:
                 raise ValueError("another format or version")
             inputs, outputs, exits = (tuple(map(str, data[k])) for k in ("inputs", "outputs", "exits"))
-            return Description(str(data["target"]), inputs, outputs, exits, dict(data["settings"]))
+            takes, gives = data.get("batch_axes", ((), ()))
+            return Description(str(data["target"]), inputs, outputs, exits, dict(data["settings"]), (takes, gives))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ExportError(
                 "this is no exported program of eecompile",

@@ -55,7 +55,7 @@ def opened(path: Any) -> Opened:
     place = Path(path)
     if not place.exists():
         raise ExportError("there is no exported program", where=str(place), hint="write one with fast.export(...)")
-    kinds = {".onnx": "onnx", ".xml": "openvino", "": "stages"}
+    kinds = {".onnx": "onnx", ".xml": "openvino", ".pte": "executorch", "": "stages"}
     target = kinds.get(place.suffix) or ("aoti" if _is_native(place) else "pt2")
     require(TARGETS[target].extra, TARGETS[target].packages)
     with _runtime_errors("the runtime could not load the program", str(place)):
@@ -87,7 +87,7 @@ def _runtime_errors(what: str, where: str | None = None) -> Iterator[None]:
 def _versions() -> str:
     """The runtimes that are here, with their versions."""
     found = {"torch": str(torch.__version__)}
-    for name in ("onnxruntime", "openvino"):
+    for name in ("onnxruntime", "openvino", "executorch"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return "installed: " + ", ".join(f"{name} {v}" for name, v in found.items())
@@ -156,10 +156,36 @@ def _open_stages(path: Path) -> Opened:
     return Opened(description, call)
 
 
+def _open_executorch(path: Path) -> Opened:
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(path)
+    if KEY not in program.method_names:
+        return Opened(Description.from_json(None, str(path)), lambda flat: ())
+    description = Description.from_json(program.load_method(KEY).execute([])[0], str(path))
+    method, (takes, gives) = program.load_method("forward"), description.batch_axes
+    rows_of = next(i for i, axis in enumerate(takes) if axis is not None)
+
+    def call(flat: Sequence[Tensor]) -> list[Tensor]:
+        """Row by row."""
+        found = []
+        for k in range(flat[rows_of].shape[takes[rows_of] or 0]):
+            row = [t if a is None else t.narrow(a, k, 1).contiguous() for t, a in zip(flat, takes, strict=True)]
+            found.append([t.clone() for t in method.execute(row)])  # the next call writes into the same memory
+        axes = (*gives, 0, 0)
+        return [
+            each[0] if a is None else torch.cat(each, a)
+            for a, each in zip(axes, map(list, zip(*found, strict=True)), strict=True)
+        ]
+
+    return Opened(description, call)
+
+
 OPENERS: dict[str, Callable[[Path], Opened]] = {
     "pt2": _open_pt2,
     "onnx": _open_onnx,
     "openvino": _open_openvino,
     "aoti": _open_aoti,
     "stages": _open_stages,
+    "executorch": _open_executorch,
 }

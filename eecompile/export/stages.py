@@ -159,7 +159,8 @@ def _states(program: Program, stage: int, count: int) -> tuple[Value, ...]:
 def write(program: Program, settings: Settings, description: Description, path: Path) -> None:
     """Writes a folder: the stages, `program.json`, and the driver as `run.py`."""
     path.mkdir()
-    steps, inputs = steps_of(program, settings), dict(zip(input_names(program), example_of(program), strict=True))
+    steps, example = steps_of(program, settings), example_of(program, program.signature.dynamic)
+    inputs = dict(zip(input_names(program), example, strict=True))
     values = dict(inputs)
     outputs = description.outputs[:-2]
     for step in steps:
@@ -224,7 +225,7 @@ def _save(
     gives: tuple[str, ...],
     path: Path,
 ) -> None:
-    free = {n: free_axes(program, shapes[n]) for n in given}
+    free = {n: free_axes(shapes[n], program.signature.dynamic) for n in given}
     exported: ExportedProgram = traced(module, given, free)
     convert(exported, path, Description("stages", tuple(given), gives, ()), [shapes[n] for n in given], {})
 

@@ -136,6 +136,12 @@ def _stages(program: Program, settings: Settings, description: Description, path
     write(program, settings, description, path)
 
 
+def _executorch(program: Program, settings: Settings, description: Description, path: Path) -> None:
+    from eecompile.export.to_executorch import write
+
+    write(program, settings, description, path)
+
+
 ONNX = ("onnx", "onnxscript", "onnxruntime")
 TARGETS = {
     "pt2": Target(".pt2", "", (), _pt2),
@@ -143,4 +149,5 @@ TARGETS = {
     "aoti": Target(".pt2", "", (), _aoti),
     "stages": Target("", "onnx", ONNX, _stages),
     "openvino": Target(".xml", "openvino", (*ONNX, "openvino"), _openvino),
+    "executorch": Target(".pte", "executorch", ("executorch.exir", "executorch.runtime"), _executorch),
 }

@@ -69,7 +69,9 @@ Tensors = Mapping[Any, Tensor]
 """The traced value of every parameter, buffer and setting; see `_key`."""
 
 
-def lower_cond(program: Program, settings: Settings, settings_are_inputs: bool = False) -> ExportedProgram:
+def lower_cond(
+    program: Program, settings: Settings, settings_are_inputs: bool = False, single: bool = False
+) -> ExportedProgram:
     """One `ExportedProgram` that computes what the compiled module computes, and saves what it saves.
 
     Exits that these settings close, gates that they hold open or closed, and branches that they close are not in it. The
@@ -78,6 +80,7 @@ def lower_cond(program: Program, settings: Settings, settings_are_inputs: bool =
 
     Args:
         settings_are_inputs: Whether these tensors are inputs after the model's own; else buffers, as they are set now.
+        single: Whether the batch is fixed at 1, for runtimes without sizes that depend on data.
 
     Returns:
         A program from the model's input tensors to its output tensors, `exit_index` [B] int64 and `confidence` [B]
@@ -89,8 +92,12 @@ def lower_cond(program: Program, settings: Settings, settings_are_inputs: bool =
     refuse(program, settings)
     module = ConditionalProgram(program, settings)
     names = input_names(program)
-    example = dict(zip(names, example_of(program), strict=True))
-    shapes = {n: free_axes(program, leaf.shape) for n, leaf in zip(names, program.signature.inputs, strict=True)}
+    dynamic = program.signature.dynamic
+    if single and dynamic["batch"][0] > 1:
+        raise ExportError("this target takes one row", got=f"a model that takes {dynamic['batch'][0]} rows or more")
+    dynamic = {**dynamic, "batch": (1, 1)} if single else dynamic
+    example = dict(zip(names, example_of(program, dynamic), strict=True))
+    shapes = {n: free_axes(leaf.shape, dynamic) for n, leaf in zip(names, program.signature.inputs, strict=True)}
     if settings_are_inputs:
         values = {n: getattr(module, n) for n in module.settings}
         example |= values
@@ -359,7 +366,7 @@ class ConditionalProgram(Holder):
         def deeper(*operands: Tensor) -> tuple[Tensor, ...]:
             before, shapes = parts(operands)
             rows = positions(operands[0])
-            taken = [before[n] if a is None else before[n].index_select(a, rows) for n, a in takes]
+            taken = [selected(before[n], a, rows) for n, a in takes]
             inner = dict(zip(keys, operands[len(data) :], strict=True))
             values = self._stage(segment, taken, inner)
             done = []
@@ -370,10 +377,10 @@ class ConditionalProgram(Holder):
                     done.append(value.clone())
                 else:
                     into = before[name] if isinstance(name, tuple) else filled(name, shapes[name])
-                    done.append(into.index_copy(axis, rows, value))
+                    done.append(placed(into, axis, rows, value))
             if not last:
                 going_on = _going_on(values[list(gives).index(CONFIDENCE)], self._threshold(segment, inner))
-                done += [operands[0].index_copy(0, rows, going_on[STAY]), going_on[ANY]]
+                done += [placed(operands[0], 0, rows, going_on[STAY]), going_on[ANY]]
             return tuple(done)
 
         def stop(*operands: Tensor) -> tuple[Tensor, ...]:
@@ -421,7 +428,7 @@ def either(
     operands: Sequence[Tensor],
     shapes: Sequence[Sequence[Any]],
 ) -> tuple[Tensor, ...]:
-    """`torch.cond` with outputs of these shapes.
+    """`torch.cond` with outputs of these shapes; the first operand is the mask [n] of rows.
 
     Its graphs need distinct inputs: an operand that stands there twice is handed over once, and one that shares memory with
     an earlier one, as a view does, is copied. It cannot see that both sides have equal strides where these depend on a size
@@ -448,6 +455,8 @@ def either(
         return run
 
     found = torch.ops.higher_order.cond(condition, spread(if_true), spread(if_false), tuple(distinct))
+    if one_row(operands[0]):  # what a condition of ExecuTorch gives lies in memory that the next condition writes to
+        found = tuple(v.clone() for v in found)
     return tuple(v.movedim(0, i) if i else v for v, i in zip(found, first, strict=True))
 
 
@@ -455,11 +464,27 @@ def _is_computed(size: Any) -> bool:
     return isinstance(size, torch.SymInt) and not size.node.expr.is_Atom
 
 
-def positions(mask: Tensor) -> Tensor:
-    """Positions [m] int64 of the rows that a mask [n] marks; only called where it marks one."""
+def positions(mask: Tensor) -> Tensor | None:
+    """Positions [m] int64 of the rows that a mask [n] marks, None where n is 1; only called where it marks one."""
+    if one_row(mask):
+        return None
     rows = mask.nonzero().squeeze(-1)
     torch._check(rows.shape[0] > 0)  # type: ignore[no-untyped-call]  # operators ask whether they are given nothing
     return rows
+
+
+def one_row(mask: Tensor) -> bool:
+    """Whether a mask [n] is of a single row, whatever the inputs."""
+    count: Any = mask.shape[0]
+    return isinstance(count, int) and count == 1
+
+
+def selected(t: Tensor, axis: int | None, rows: Tensor | None) -> Tensor:
+    return t if axis is None or rows is None else t.index_select(axis, rows)
+
+
+def placed(into: Tensor, axis: int, rows: Tensor | None, value: Tensor) -> Tensor:
+    return value.clone() if rows is None else into.index_copy(axis, rows, value)
 
 
 class Traced(fx.Interpreter):
@@ -522,10 +547,10 @@ def run_arm(
     def run(*operands: Tensor) -> tuple[Tensor, ...]:
         mask, kept, given = operands[0], operands[1 : 1 + count], operands[1 + count : 1 + count + n_inputs]
         rows = positions(mask)
-        taken = [t if a is None else t.index_select(a, rows) for t, a in zip(given, axes, strict=True)]
+        taken = [selected(t, a, rows) for t, a in zip(given, axes, strict=True)]
         inner = dict(zip(keys, operands[1 + count + n_inputs :], strict=True))
         values = Traced(body, inner).run(*taken)
-        return tuple(x.index_copy(a, rows, y) for x, y, a in zip(kept, values, out_axes, strict=True))
+        return tuple(placed(x, a, rows, y) for x, y, a in zip(kept, values, out_axes, strict=True))
 
     def keep(*operands: Tensor) -> tuple[Tensor, ...]:
         return tuple(x.clone() for x in operands[1 : 1 + count])
@@ -612,13 +637,17 @@ def _bodies(module: nn.Module) -> list[fx.GraphModule]:
 # ------------------------------------------------------------------ sizes
 
 
-def example_of(program: Program) -> list[Tensor]:
+Sizes = Mapping[str, tuple[int, int | None]]
+"""The least and the largest value of every dynamic size."""
+
+
+def example_of(program: Program, dynamic: Sizes) -> list[Tensor]:
     """Inputs to trace with; their values are never read.
 
     Lengths are short enough for tables of positions, and long enough that no stage shrinks one to 1, which would be fixed.
     """
     chosen = {}
-    for k, (name, (low, high)) in enumerate(program.signature.dynamic.items()):
+    for k, (name, (low, high)) in enumerate(dynamic.items()):
         size = max(2 * low, 5 + 12 * k)
         chosen[name] = low if low == high else max(size, 2) if high is None else min(max(size, 2), high)
     device = facts.device_of(program.graph_module)
@@ -629,12 +658,12 @@ def example_of(program: Program) -> list[Tensor]:
     return found
 
 
-def free_axes(program: Program, shape: Sequence[int | str]) -> dict[int, Any]:
+def free_axes(shape: Sequence[int | str], dynamic: Sizes) -> dict[int, Any]:
     """The dynamic sizes of a shape, as `torch.export` wants them."""
     found: dict[int, Any] = {}
     for axis, name in enumerate(shape):
         if isinstance(name, str):
-            low, high = program.signature.dynamic.get(name, (0, None))
+            low, high = dynamic.get(name, (0, None))
             if low != high:
                 found[axis] = Dim.DYNAMIC(min=low, max=high)
     return found

@@ -8,9 +8,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.export import ExportedProgram
 
 from eecompile import CompiledModule
 from eecompile.ir.settings import BRANCHES, EXITS, GATES, HALTING
+from eecompile.passes.lower_cond import input_names
 from tests.kinds import Call
 from tests.support import CLOSED, close, neutral, random_settings, run_by
 
@@ -62,8 +64,22 @@ def same_as_reference(fast: CompiledModule, call: MakeCall, run: Run, sizes: Seq
     return taken
 
 
+def runner_of(program: ExportedProgram, fast: CompiledModule) -> Run:
+    """Runs an exported program with settings put into its buffers."""
+    module, names = program.module(), input_names(fast.program)
+    held = {n for n in tensors_of(fast) if n in program.state_dict}
+
+    def run(flat: Sequence[Tensor], settings: dict[str, Tensor]) -> Any:
+        with torch.no_grad():
+            for n in held:
+                getattr(module, n).copy_(settings[n])
+            return module(flat[0]) if len(flat) == 1 else module(**dict(zip(names, flat, strict=True)))
+
+    return run
+
+
 def tensors_of(fast: CompiledModule) -> dict[str, Tensor]:
     return fast.settings.tensors(torch.device("cpu"))
 
 
-__all__ = ["CLOSED", "SIZES", "put", "same_as_reference", "tensors_of", "undecided"]
+__all__ = ["CLOSED", "SIZES", "put", "runner_of", "same_as_reference", "tensors_of", "undecided"]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,8 +12,8 @@ from torch import Tensor, nn
 
 from eecompile import ExportError, eecompile, strategies
 from eecompile.export.runtimes import opened
-from eecompile.passes.lower_cond import input_names, lower_cond
-from tests.export.cases import same_as_reference, tensors_of, undecided
+from eecompile.passes.lower_cond import lower_cond
+from tests.export.cases import runner_of, same_as_reference, undecided
 from tests.kinds import KINDS, Program
 from tests.support import CLOSED, close, compiled, run_by
 
@@ -30,18 +29,7 @@ def test_a_file_is_the_reference_at_every_batch_size(name: str, tmp_path: Path) 
     fast = kind.build().fast
     undecided(fast)
     path = fast.export(tmp_path / "net.pt2")
-    program = torch.export.load(path)
-    held = {n for n in tensors_of(fast) if n in program.state_dict}
-    module = program.module()
-    names = input_names(fast.program)
-
-    def run(flat: Any, settings: dict[str, Tensor]) -> Any:
-        with torch.no_grad():
-            for n in held:
-                getattr(module, n).copy_(settings[n])
-            return module(flat[0]) if len(flat) == 1 else module(**dict(zip(names, flat, strict=True)))
-
-    taken = same_as_reference(fast, kind.call, run)
+    taken = same_as_reference(fast, kind.call, runner_of(torch.export.load(path), fast))
     if fast.exits:
         assert len(taken) > 1
 
