@@ -80,7 +80,7 @@ def _inputs(program: Program, rows: int) -> list[Tensor]:
     """Random inputs; integers are 0 or 1, which every table has, and masks are open."""
     random = torch.Generator().manual_seed(rows)
     found = []
-    for leaf, example in zip(program.signature.inputs, example_of(program), strict=True):
+    for leaf, example in zip(program.signature.inputs, example_of(program, program.signature.dynamic), strict=True):
         shape = [rows if i == leaf.batch_axis else n for i, n in enumerate(example.shape)]
         if leaf.dtype.is_floating_point:
             made = torch.randn(shape, generator=random).to(leaf.dtype)
