@@ -214,7 +214,7 @@ class ModelWatch:
                     held.setdefault(id(v), (f"{path}.{n}".lstrip("."), v))
             of_class: set[str] = set()
             for kind in type(module).__mro__:
-                for v in () if _of_torch(kind) else vars(kind).values():
+                for v in () if _of_torch(kind) else map(_function, vars(kind).values()):
                     if isinstance(v, FunctionType):
                         names = _names(v.__code__)
                         there = {n for n in names if not n.startswith("__") and _comparable(v.__globals__.get(n, _GONE))}
@@ -383,6 +383,11 @@ def _comparable(value: Any) -> bool:
 
 def _of_torch(kind: type) -> bool:
     return kind is object or kind.__module__.startswith("torch.")
+
+
+def _function(value: Any) -> Any:
+    """What a property, a class method or a static method runs."""
+    return getattr(value, "fget", None) or getattr(value, "__func__", value)
 
 
 def _names(code: CodeType) -> set[str]:

@@ -381,7 +381,11 @@ class Setup:
 class Reads(nn.Module):
     """[B, 8] -> [B, 3]: reads all kinds of state that is neither a parameter nor a buffer."""
 
-    factor = 1.0
+    factor = gain = 1.0
+
+    @property
+    def gained(self) -> float:
+        return self.gain
 
     def __init__(self) -> None:
         super().__init__()
@@ -399,7 +403,7 @@ class Reads(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.version != self.weight._version:
             self.version, self.table = self.weight._version, self.weight.softmax(0).detach()
-        x = x * self.factor * SCALE * self.table + self.setup.shift + self.offset
+        x = x * self.factor * self.gained * SCALE * self.table + self.setup.shift + self.offset
         x = self.norm(self.second(self.first(x).relu()))
         out: Tensor = self.out(helper(self.act(self.mixed(x))))
         return out
@@ -434,6 +438,7 @@ def _assigned(model: nn.Module) -> None:
 PATCH: Any = None
 PYTHON: dict[str, Callable[[Any], Any]] = {
     "an attribute of the class, set on the model": lambda m: setattr(m, "factor", 2.0),
+    "an attribute that a property reads": lambda m: setattr(m, "gain", 2.0),
     "an attribute of a config": lambda m: setattr(m.setup, "shift", 2.0),
     "a tensor that is no buffer": lambda m: setattr(m, "offset", torch.ones(8)),
     "a global": _global,
