@@ -46,7 +46,9 @@ def put(fast: CompiledModule, name: str, args: Any, kwargs: Any) -> None:
         random_settings(fast, args, kwargs, random.Random(int(name.split()[1])))
 
 
-def same_as_reference(fast: CompiledModule, call: MakeCall, run: Run, sizes: Sequence[int] = SIZES) -> set[int]:
+def same_as_reference(
+    fast: CompiledModule, call: MakeCall, run: Run, sizes: Sequence[int] = SIZES, tolerance: float = 1e-5
+) -> set[int]:
     """Compares outputs, exits and confidences at every batch size and setting; gives the exits that were taken."""
     taken: set[int] = set()
     for size in sizes:
@@ -59,7 +61,7 @@ def same_as_reference(fast: CompiledModule, call: MakeCall, run: Run, sizes: Seq
             assert index.dtype == torch.int64
             torch.testing.assert_close(confidence, want.confidence, atol=5e-5, rtol=0)
             for got, wanted in zip(leaves, fast.program.signature.flatten_output(want.output), strict=True):
-                close(got, wanted)
+                close(got, wanted, tolerance)
             taken |= set(index.tolist())
     return taken
 
