@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,15 +9,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch._export.serde.serialize import SerializeError
-from torch.export import ExportedProgram
-
 from eecompile.errors import ExportError, MissingDependencyError, near
 from eecompile.export.description import KEY, Description
 from eecompile.export.files import placing
+from eecompile.export.to_pt2 import write as _pt2
 from eecompile.ir.settings import Settings
-from eecompile.passes.lower_cond import lower_cond
 from eecompile.program import Program
 
 
@@ -31,20 +26,25 @@ class Target:
         extra: The extra of this package that it needs, empty for none.
         packages: The modules that this extra brings.
         write: `write(program, settings, description, path)`.
+        compiled: Whether a compiler makes other code of the program, which may be wrong.
     """
 
     suffix: str
     extra: str
     packages: tuple[str, ...]
     write: Callable[[Program, Settings, Description, Path], None]
+    compiled: bool = False
 
 
-def export(program: Program, settings: Settings, path: Any, target: Any = "pt2") -> Path:
+def export(
+    program: Program, settings: Settings, path: Any, target: Any, check: Callable[[Path], None] | None = None
+) -> Path:
     """Writes the program for a runtime, with its exits, and gives the path.
 
     Args:
         path: A file whose name ends as the target asks for.
         target: One of `TARGETS`.
+        check: Raises where what a compiler made is wrong, before anything stands at the path.
 
     Raises:
         ExportError: An unknown target, a name that does not fit, a place that cannot be written to, or a program that has no
@@ -66,6 +66,8 @@ def export(program: Program, settings: Settings, path: Any, target: Any = "pt2")
     require(found.extra, found.packages)
     with placing(place) as scratch:
         found.write(program, settings, Description.of(program, settings, target), scratch)
+        if found.compiled and check is not None:
+            check(scratch)
     return place
 
 
@@ -81,24 +83,6 @@ def require(extra: str, packages: tuple[str, ...]) -> None:
                 wanted=package,
                 hint=f"pip install 'eecompile[{extra}]'",
             ) from error
-
-
-def _pt2(program: Program, settings: Settings, description: Description, path: Path) -> None:
-    path.write_bytes(archive(lower_cond(program, settings), description))
-
-
-def archive(exported: ExportedProgram, description: Description) -> bytes:
-    """A `.pt2` archive; torch's writer ends the process where a disk is full, so it writes to memory."""
-    memory = io.BytesIO()
-    try:
-        torch.export.save(exported, memory, extra_files={f"{KEY}.json": description.to_json()})
-    except SerializeError as error:
-        raise ExportError(
-            "torch.export cannot save the program",
-            got=" ".join(str(error).split())[:400],
-            hint="a unit of your own that makes a tensor from numbers must keep it as a buffer instead",
-        ) from error
-    return memory.getvalue()
 
 
 def _onnx(program: Program, settings: Settings, description: Description, path: Path) -> None:
@@ -146,7 +130,7 @@ ONNX = ("onnx", "onnxscript", "onnxruntime")
 TARGETS = {
     "pt2": Target(".pt2", "", (), _pt2),
     "onnx": Target(".onnx", "onnx", ONNX, _onnx),
-    "aoti": Target(".pt2", "", (), _aoti),
+    "aoti": Target(".pt2", "", (), _aoti, compiled=True),
     "stages": Target("", "onnx", ONNX, _stages),
     "openvino": Target(".xml", "openvino", (*ONNX, "openvino"), _openvino),
     "executorch": Target(".pte", "executorch", ("executorch.exir", "executorch.runtime"), _executorch),

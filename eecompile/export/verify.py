@@ -15,11 +15,13 @@ from rich.console import RenderableType
 from torch import Tensor
 
 from eecompile.costs import CostModel
-from eecompile.errors import EecompileError
+from eecompile.errors import EecompileError, ExportError
+from eecompile.export import targets
 from eecompile.export.runtimes import Opened, opened
-from eecompile.export.targets import TARGETS, export
+from eecompile.export.targets import TARGETS
 from eecompile.ir.settings import EXITS, GATES, Settings
 from eecompile.measuring import rounds_of
+from eecompile.passes.lower_cond import example_of
 from eecompile.program import Program
 from eecompile.runtime.outcome import Outcome
 from eecompile.runtime.reference import ReferenceExecutor
@@ -29,6 +31,8 @@ from eecompile.training.report import Report, json_safe, number, percent, stacke
 SIZES = (1, 2, 5, 64)
 NEAR = 1e-3
 """A confidence that is no further than this from its threshold may be rounded to either side."""
+CHECKED = (1, 2, 37)
+"""Batch sizes at which compiled code is compared before it is given out."""
 QUICK = 1e-2
 """Seconds: what the runtime spends around a shorter call hides what its exits save."""
 FULL = -1
@@ -108,12 +112,50 @@ def verify_export(program: Program, settings: Settings, path: Any, loader: Itera
     return _Check(program, settings.from_dict(found.description.settings), found, rounds).run(loader)
 
 
-def compared(program: Program, settings: Settings, found: Opened, calls: Iterable[Sequence[Tensor]]) -> list[str]:
-    """What is wrong with an exported program on calls of its input tensors, against the reference; empty for nothing."""
-    check = _Check(program, settings, found, rounds=0)
-    for i, flat in enumerate(calls):
-        check.compare(list(flat), i, program.signature.batch_size(flat))
-    return check.report.problems
+def export(program: Program, settings: Settings, path: Any, target: Any = "pt2") -> Path:
+    """Writes the program for a runtime, with its exits, and gives the path.
+
+    Code that a compiler made is compared with the reference at a few batch sizes, on random inputs, before it is put there.
+
+    Args:
+        path: A file whose name ends as the target asks for.
+        target: One of `TARGETS`.
+
+    Raises:
+        ExportError: An unknown target, a name that does not fit, a place that cannot be written to, a program that has no
+            such form, or compiled code that gives other outputs; the message says what and why.
+        MissingDependencyError: The target needs packages that are not installed.
+    """
+
+    def check(written: Path) -> None:
+        compared = _Check(program, settings, opened(written), rounds=0)
+        low, high = program.signature.dynamic["batch"]
+        for size in [n for n in CHECKED if n >= low and (high is None or n <= high)] or [low]:
+            compared.compare(_random_inputs(program, size), 0, size)
+        if compared.report.problems:
+            raise ExportError(
+                "the code that was compiled from the program is not the program",
+                got=compared.report.problems[0],
+                hint='target="pt2" or "onnx" needs no compiler; nothing was written',
+            )
+
+    return targets.export(program, settings, path, target, check)
+
+
+def _random_inputs(program: Program, rows: int) -> list[Tensor]:
+    """Integers are 0 or 1, which every table has, and masks are open."""
+    random = torch.Generator().manual_seed(rows)
+    found = []
+    for leaf, example in zip(program.signature.inputs, example_of(program, program.signature.dynamic), strict=True):
+        shape = [rows if i == leaf.batch_axis else n for i, n in enumerate(example.shape)]
+        if leaf.dtype.is_floating_point:
+            made = torch.randn(shape, generator=random).to(leaf.dtype)
+        elif leaf.dtype == torch.bool:
+            made = torch.ones(shape, dtype=leaf.dtype)
+        else:
+            made = torch.randint(0, 2, shape, generator=random, dtype=leaf.dtype)
+        found.append(made.to(example.device))
+    return found
 
 
 class _Check:
@@ -208,7 +250,7 @@ class _Check:
             return
         with tempfile.TemporaryDirectory() as folder:
             name = f"full{TARGETS[self.report.target].suffix}"
-            full = opened(export(self.program, self.settings.neutral(), Path(folder) / name, self.report.target))
+            full = opened(targets.export(self.program, self.settings.neutral(), Path(folder) / name, self.report.target))
             for _ in range(TRIES):
                 times, rows = self._times(full)
                 said = self._every_branch(times, rows)

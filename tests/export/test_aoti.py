@@ -92,7 +92,7 @@ def test_code_that_gives_other_outputs_is_refused(
 
     usual = runtimes.opened
     monkeypatch.setattr(torch._inductor, "aoti_compile_and_package", compiled)
-    monkeypatch.setattr("eecompile.export.to_aoti.opened", opened)
+    monkeypatch.setattr("eecompile.export.verify.opened", opened)
     (tmp_path / "net.pt2").write_bytes(b"before")
     with pytest.raises(ExportError, match=r"is not the program(.|\n)*differs by"):
         fast.export(tmp_path / "net.pt2", target="aoti")
