@@ -26,13 +26,17 @@ def closed(subject: Subject, context: Context) -> Figure:
     with torch.no_grad():
         want, got = subject.original(), subject.compiled()
     same = torch.equal(fast.prediction_of(got), fast.prediction_of(want))
-    rounds = context.measure({"original": subject.original, "exits closed": subject.compiled})
+    calls = {"original": subject.original, "exits closed": subject.compiled}
+    rounds = context.measure(calls | {"checks of a call": lambda: fast.flatten((), subject.inputs)})
     figure = timed(subject.name, rounds, "exits closed", "original", AT_MOST)
     figure.detail = {"exits": [e.cut for e in fast.exits], "bit for bit the original's output": same}
     with_faults(figure, subject, context)
     if not figure.met:
-        faults = figure.detail.get("page faults a call")
-        figure.cause = f"Page faults a call: {faults}." if faults else None
+        checks, original = (figure.medians_ms[name] for name in ("checks of a call", "original"))
+        figure.cause = (
+            f"Checks of a call's arguments and of the user's model take {1e3 * checks:.0f} us, {checks / original:.1%} of "
+            f"the original's time; page faults a call: {figure.detail.get('page faults a call')}."
+        )
     return figure
 
 
