@@ -53,7 +53,7 @@ class Parameter:
 
     Attributes:
         kind: As `inspect` gives it.
-        default: A one-element tuple with its default where that is a plain value, else None.
+        default: A one-element tuple with its default where that is plain or None, else None: it has none, or another.
     """
 
     name: str
@@ -72,7 +72,7 @@ def path_of(keys: Sequence[Any]) -> str:
 
 def parameters_of(forward: Callable[..., Any]) -> tuple[Parameter, ...]:
     found = inspect.signature(forward).parameters.values()
-    plain = (bool, int, float, str)
+    plain = (bool, int, float, str, type(None))
     return tuple(Parameter(p.name, int(p.kind), (p.default,) if type(p.default) in plain else None) for p in found)
 
 
@@ -103,10 +103,9 @@ class Convention:
 
 
 def arguments_by_name(parameters: Sequence[Parameter], args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Arguments as `{name: value}`, without those whose None says nothing. `*args` are a list under their name.
+    """Arguments as `{name: value}`, without those whose None is their default anyway. `*args` are a list under their name.
 
-    Those that `forward` names are sorted; others stay in their order, which its code can see. None stays where the
-    argument has another default, which it replaces.
+    Those that `forward` names are sorted; others stay in their order, which its code can see.
 
     Raises:
         CaptureError: Too many positional arguments, an unknown or a doubled name.
@@ -137,9 +136,9 @@ def arguments_by_name(parameters: Sequence[Parameter], args: Sequence[Any], kwar
                 hint=LABELS if name == "labels" else None,
             )
         named[name] = value
-    replaced = {p.name for p in parameters if p.default is not None}
+    optional = {p.name for p in parameters if p.default == (None,)}
     order = [*sorted(named.keys() & known), *(k for k in named if k not in known)]
-    return {k: named[k] for k in order if named[k] is not None or k in replaced}
+    return {k: named[k] for k in order if named[k] is not None or k not in optional}
 
 
 def _is(value: Any, default: Any) -> bool:
@@ -253,7 +252,8 @@ class Signature(Convention):
         dummy = [object() if c is None else c[0] for c in self.constants]
         wanted = pytree.tree_unflatten(dummy, self.in_spec)
         constant_names = {k for k, v in wanted.items() if all(type(x) is not object for x in pytree.tree_leaves(v))}
-        for name in constant_names - named.keys():  # burned in once, need not be said again
+        rest = {p.name for p in self.parameters if p.kind == VAR_POSITIONAL}
+        for name in constant_names - named.keys() - rest:  # burned in once, need not be said again
             named[name] = wanted[name]
         for p in self.parameters:  # a default that the example left out, said after all
             if p.default is not None and p.name in named and p.name not in wanted and _is(named[p.name], p.default[0]):

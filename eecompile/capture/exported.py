@@ -112,6 +112,6 @@ def _program_call(
             wanted="plain tensor arguments",
             hint="pass the model itself instead of its export",
         )
-    parameters = tuple(Parameter(n, POSITIONAL) for n in program_inputs(exported))
+    parameters = tuple(Parameter(n, POSITIONAL, (None,)) for n in program_inputs(exported))
     _, tree = pytree.tree_flatten(dict.fromkeys(paths, slots[0]))
     return parameters, (None,) * len(paths), tree

@@ -170,6 +170,38 @@ def test_none_before_another_argument_and_in_the_place_of_another_default():
             compiled(model, x)(x, scale=None)
 
 
+class Given(Net):
+    """What None means is its own: it is asked for, has a default that is no number, or stands among further arguments."""
+
+    def forward(self, x: Tensor, mask: Tensor | None, scale: Any = (2.0,), *rest: Any, **more: Any) -> Tensor:
+        x = x if mask is None else x * mask
+        x = 3 * x if scale is None else scale[0] * x
+        return super().forward(x) + len(rest) + 2 * ("more" in more)
+
+
+@pytest.mark.parametrize("capture", ["export", "blocks"])
+def test_none_is_a_value_where_it_is_no_default(capture):
+    model, x = made(Given), rows(4)
+    calls = [
+        ((x, None), {}),
+        ((), {"x": x, "mask": None}),
+        ((x, None, None), {}),
+        ((x, None), {"scale": None}),
+        ((x, None, (2.0,), None), {}),
+        ((x, None), {"more": None}),
+    ]
+    for args, kwargs in calls:
+        fast = compiled(model, *args, example_kwargs=kwargs, capture=capture)
+        with torch.no_grad():
+            equal_bits(fast(*args, **kwargs), model(*args, **kwargs))
+    plain = compiled(model, x, None, capture=capture)
+    for args, kwargs in calls[2:]:
+        with pytest.raises(CaptureError, match="other arguments"):
+            plain(*args, **kwargs)
+    with pytest.raises(CaptureError, match="other arguments"):
+        compiled(model, x, None, (2.0,), None, capture=capture)(x, None, (2.0,))
+
+
 def test_containers_of_tensors():
     model = made(Nested)
 
