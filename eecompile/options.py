@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 from eecompile.capture import BatchAxis
+from eecompile.errors import CaptureError
 from eecompile.plain import plain
 
 Prediction = str | int | Sequence[str | int | None] | None
@@ -41,3 +43,10 @@ class CompileOptions:
     def __post_init__(self) -> None:
         for f in fields(self):
             object.__setattr__(self, f.name, plain(getattr(self, f.name)))
+        free: Any = self.dynamic
+        if free is not None and not (isinstance(free, Mapping) and all(isinstance(a, Mapping) for a in free.values())):
+            raise CaptureError(
+                "dynamic= names further free axes by input",
+                got=repr(free),
+                wanted='{"input_ids": {1: "seq"}}, {} for no other axis than the batch, or None to find them',
+            )

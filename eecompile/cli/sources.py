@@ -8,7 +8,7 @@ import importlib.util
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import FunctionType, ModuleType
 from typing import Any
 
 from eecompile.errors import EecompileError, near
@@ -41,9 +41,21 @@ def attribute(spec: str, what: str) -> Any:
             raise EecompileError(
                 f"there is no {right!r} in {left}",
                 where=spec,
-                wanted=near(part, [name for name in dir(found) if not name.startswith("_")]),
+                wanted=near(part, _own_names(found)),
             ) from error
     return found
+
+
+def _own_names(found: Any) -> list[str]:
+    """Public names of a module or object, without the modules, classes and functions that it has imported."""
+
+    def imported(value: Any) -> bool:
+        other = getattr(value, "__module__", None) != getattr(found, "__name__", None)
+        return isinstance(value, ModuleType) or (isinstance(value, type | FunctionType) and other)
+
+    names = [name for name in dir(found) if not name.startswith("_")]
+    own = [name for name in names if not imported(getattr(found, name, None))] if isinstance(found, ModuleType) else []
+    return own or names
 
 
 def made(found: Any, spec: str, what: str) -> Any:

@@ -228,6 +228,7 @@ def test_containers_of_tensors():
         (42, {"example_inputs": (rows(4),)}, ["takes a module", "got:    int", "torch.nn.Module"]),
         (Net, {"example_inputs": (rows(4),)}, ["takes a module", "got:    type"]),
         (made(Net), {"example_inputs": (rows(4),), "capture": "trace"}, ["unknown way to capture", "export"]),
+        (made(Net), {"example_inputs": (rows(4),), "dynamic": False}, ["dynamic= names", "got:    False", "None to find"]),
         (made(Net), {"example_inputs": (rows(4),), "batch_axis": 3}, ["no input has that batch axis", "x: [4, 16]"]),
         (made(Net), {"example_inputs": (rows(4), rows(4))}, ["too many positional arguments"]),
     ],

@@ -132,6 +132,7 @@ def test_options_of_the_strategy(folder: Path) -> None:
         (("inspect", "FOLDER/mynet.py"), ["does not name a model", "a file, but not one of a model", "file.py:attr"]),
         (("inspect", "FOLDER/nowhere.py:net"), ["no such file", "nowhere.py"]),
         (("inspect", "FOLDER/mynet.py:buidl"), ["there is no 'buidl'", "did you mean build"]),
+        (("inspect", "FOLDER/mynet.py:zzz"), ["there is no 'zzz'", "Head, Net"]),
         (("inspect", "FOLDER/mynet.py:number"), ["this is no model", "int", "torch.nn.Module"]),
         (("inspect", "FOLDER/mynet.py:needs"), ["calling this to get a model failed", "needs none"]),
         (("inspect", "FOLDER/mynet.py:fails"), ["calling this to get a model failed", "no weights here", "mynet.py:"]),
