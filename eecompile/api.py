@@ -23,6 +23,7 @@ from eecompile.capture.axes import BatchAxis
 from eecompile.capture.cascade import capture_cascade, ready
 from eecompile.capture.composite import several
 from eecompile.capture.export import capture_export
+from eecompile.capture.order import order_matters
 from eecompile.capture.untouched import untouched
 from eecompile.errors import CaptureError, EecompileError, MissingDependencyError, PassError, StrategyError
 from eecompile.members import compiled_members
@@ -219,6 +220,7 @@ def _one_model(
     captured = capture_model(model, args, kwargs, front_end=options.capture, blocks=options.blocks, **axes)
     if not isinstance(model, nn.Module):
         return _Subject(captured, chosen, None, None, None, options.prediction)
+    captured = replace(captured, signature=replace(captured.signature, ordered=order_matters(model, args, kwargs)))
     again = partial(capture_export, args=args, kwargs=kwargs, **axes, training=True)
     return _Subject(captured, chosen, model, model, again, options.prediction)
 

@@ -156,6 +156,16 @@ def in_order(value: Any, like: Any) -> Any:
     return value
 
 
+def same_order(given: Any, like: Any) -> bool:
+    """Whether the keys that two nested arguments have in common come in the same order."""
+    if isinstance(given, Mapping) and isinstance(like, Mapping):
+        common = [k for k in given if k in like]
+        return common == [k for k in like if k in given] and all(same_order(given[k], like[k]) for k in common)
+    if isinstance(given, list | tuple) and isinstance(like, list | tuple):
+        return all(map(same_order, given, like))
+    return True
+
+
 class OtherDtypes(CaptureError):
     """A call whose inputs have other dtypes than captured; `flat` is what was given, in the graph's order."""
 
@@ -174,6 +184,7 @@ class Signature(Convention):
         dynamic: Name and range of every dynamic size, the batch included.
         guards: Further conditions on these sizes, under which the graph is the model.
         fixed: Lengths that the model keeps to: input, axis, and the line that does, where it is known.
+        ordered: Whether the model's code sees in which order keys come, so that they must come as in the example.
     """
 
     parameters: tuple[Parameter, ...]
@@ -188,9 +199,14 @@ class Signature(Convention):
     fixed: tuple[tuple[str, int, str], ...] = ()
     positional: int = 0
     training: bool = False
+    ordered: bool = False
 
     def __post_init__(self) -> None:
-        simple = all(c is None for c in self.constants) and all(re.fullmatch(r"\w+", i.path) for i in self.inputs)
+        simple = (
+            not self.ordered
+            and all(c is None for c in self.constants)
+            and all(re.fullmatch(r"\w+", i.path) for i in self.inputs)
+        )
         names = tuple(i.path for i in self.inputs)
         order = [p.name for p in self.parameters][: len(names)]
         # For calls of only tensors in the model's own order, or all by name: no binding to do.
@@ -251,6 +267,13 @@ class Signature(Convention):
         named = arguments_by_name(self.parameters, args, kwargs)
         dummy = [object() if c is None else c[0] for c in self.constants]
         wanted = pytree.tree_unflatten(dummy, self.in_spec)
+        if self.ordered and not same_order(named, wanted):
+            raise CaptureError(
+                "keys come in another order than in the example, and the model's answer depends on it",
+                got=", ".join(named),
+                wanted=", ".join(wanted),
+                hint="give named arguments, and the entries of mappings, in the example's order, or compile again",
+            )
         constant_names = {k for k, v in wanted.items() if all(type(x) is not object for x in pytree.tree_leaves(v))}
         rest = {p.name for p in self.parameters if p.kind == VAR_POSITIONAL}
         for name in constant_names - named.keys() - rest:  # burned in once, need not be said again
@@ -441,6 +464,7 @@ class Signature(Convention):
             "fixed": [list(f) for f in self.fixed],
             "positional": self.positional,
             "training": self.training,
+            "ordered": self.ordered,
         }
 
     @staticmethod
@@ -465,4 +489,5 @@ class Signature(Convention):
             fixed=tuple((path, axis, line) for path, axis, line in data.get("fixed", ())),
             positional=data.get("positional", 0),
             training=data["training"],
+            ordered=data.get("ordered", False),
         )
