@@ -8,10 +8,11 @@ class or a config, globals, hooks and weights that were one tensor: after a chan
 from __future__ import annotations
 
 import copy
+import inspect
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from operator import attrgetter, is_
-from types import CodeType, FunctionType, ModuleType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -26,13 +27,14 @@ from eecompile.program import Program
 from eecompile.runtime.precision import few_rows
 
 PLAIN = (bool, int, float, str, type(None))
+CONTAINERS = (list, tuple, dict, set, frozenset)
 _GONE = object()
-MOST_ITEMS = 16  # of a container that is looked at
+MOST_ITEMS = (64, 16, 8, 8)  # of a container that is looked at, of those in it, and so on
 MOST_ROWS = 32  # of a call, to compare graph and model on
 EQUAL = 3  # comparisons on different calls after which a change has no meaning
-OWN = frozenset(nn.Module().__dict__)
+OWN = frozenset(nn.Module().__dict__) | {"_flat_weights", "_flat_weight_refs"}  # of recurrent modules: their parameters
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-STATES = ("the class of a module", "a hook", "weights that a table was computed from")
+STATES = ("the class of a module", "the order of modules", "a hook", "weights that a table was computed from")
 NOT_RUN = ("__init__", "extra_repr", "__repr__", "reset_parameters")  # functions of torch's modules that no call runs
 
 
@@ -75,7 +77,7 @@ class Entries:
         """Path, present value and the one before."""
         for held, name, path, before in zip(self.held, self.names, self.paths, self.seen, strict=True):
             now = self._now(held, name)
-            if now is not before and not (self.by_value and _comparable(now) and now == before):
+            if not (_alike(now, before) if self.by_value else now is before):
                 yield path, now, before
 
     def follow(self, paths: Collection[str], left: Collection[str]) -> list[tuple[Any, str, str]]:
@@ -100,7 +102,8 @@ class Entries:
         """The same of copied owners; what has changed here has changed there."""
         new = Entries(self.by_value, self.by_attribute)
         for owner, name, path, seen, held in zip(self.owners, self.names, self.paths, self.seen, self.held, strict=True):
-            kept = self.by_value or self._now(held, name) is not seen
+            now = self._now(held, name)
+            kept = not _alike(now, seen) if self.by_value else now is not seen
             copied = owner if isinstance(owner, ModuleType) else copy.deepcopy(owner, memo)
             new.add(copied, name, path, *([seen] if kept else []))
         return new
@@ -125,6 +128,7 @@ class ModelWatch:
         self._attributes = Entries(by_value=True, by_attribute=True)
         self._children: list[tuple[str, dict[str, Any]]] = []
         self._all: list[nn.Module] = [] if model is None else list(model.modules())
+        self._ordered = [module._modules for module in self._all if len(module._modules) > 1]
         self._hooks = [getattr(module, hooks) for module in self._all for hooks in HOOKS]
         self._ties: list[tuple[dict[str, Any], str, dict[str, Any], str, str]] = []
         self._weights: list[tuple[dict[str, Any], str]] = []
@@ -199,19 +203,34 @@ class ModelWatch:
         """What is in the modules and in objects that they hold, functions and attributes of their classes, and globals that
         their code names.
         """
-        globals_: dict[str, set[str]] = {}
+        functions = {kind: _functions(kind) for kind in map(type, self._all)}
+        for kind, of_kind in functions.items():
+            for n in of_kind:
+                self._attributes.add(kind, n, f"{kind.__qualname__}.{n}")
         held: dict[int, tuple[str, Any]] = {}
-        for kind in dict.fromkeys(kind for module in self._all for kind in type(module).__mro__ if "forward" in vars(kind)):
-            for n, v in vars(kind).items():
-                if isinstance(v, FunctionType | property) and (n == "forward" or not _of_torch(kind)):
-                    self._attributes.add(kind, n, f"{kind.__qualname__}.{n}")
         for path, module in model.named_modules():
-            self._objects.add(module, "forward", f"{path}.forward".lstrip("."))
-            mine = {n for n in module.__dict__ if n not in OWN and n != "forward"}
+            for n in functions[type(module)]:
+                if n == "forward" or not (n.startswith("__") or n in module.__dict__):
+                    self._objects.add(module, n, f"{path}.{n}".lstrip("."))
+            mine = {n for n in module.__dict__ if n not in OWN and n not in functions[type(module)]}
             self._look_at(path, module, sorted(mine & _read_by(type(module)) if _of_torch(type(module)) else mine))
-            for n, v in module.__dict__.items():
-                if n not in OWN and _records(v):
-                    held.setdefault(id(v), (f"{path}.{n}".lstrip("."), v))
+            for n in sorted(mine):
+                v, at = module.__dict__[n], f"{path}.{n}".lstrip(".")
+                if isinstance(v, Tensor) and not v.is_inference():
+                    self._attributes.add(v, "_version", at)  # it may be changed in place
+                if _records(v):
+                    held.setdefault(id(v), (at, v))
+        for path, owner in held.values():
+            self._look_at(path, owner, list(getattr(owner, "__dict__", ())))
+            for n in _slots(owner):
+                if _comparable(getattr(owner, n, _GONE)):
+                    self._attributes.add(owner, n, f"{path}.{n}")
+        self._read_code(model)
+
+    def _read_code(self, model: nn.Module) -> None:
+        """Attributes of classes and globals that the code of the modules names."""
+        globals_: dict[str, set[str]] = {}
+        for path, module in model.named_modules():
             of_class: set[str] = set()
             for kind in type(module).__mro__:
                 for v in () if _of_torch(kind) else map(_function, vars(kind).values()):
@@ -223,8 +242,6 @@ class ModelWatch:
             for n in sorted(of_class):
                 if _of_class(module, n):
                     self._attributes.add(module, n, f"{path}.{n}".lstrip("."))
-        for path, owner in held.values():
-            self._look_at(path, owner, [n for n, v in vars(owner).items() if _plain(v)])
         for name, names in globals_.items():
             owner = sys.modules.get(name)
             for n in (n for n in sorted(names) if hasattr(owner, n)):
@@ -239,9 +256,12 @@ class ModelWatch:
         return list(map(len, self._entries_of))
 
     def _states(self) -> tuple[list[Any], ...]:
-        """Classes of all modules, which hooks they have, and which tensors a table was computed from, in which version."""
+        """Classes of all modules, the names of their modules in order, their hooks, and the versions of the tensors that a
+        table was computed from.
+        """
         return (
             list(map(type, self._all)),
+            list(map(tuple, self._ordered)),
             [(*hooks,) for hooks in filter(None, self._hooks)],  # ids, of which no two are the same
             list(map(_version, self._weights)),
         )
@@ -282,7 +302,7 @@ class ModelWatch:
         for path, value in moved.items():
             times, last, varied = self._equal.get(path, (0, value, False))
             varied = varied or not _alike(value, last)
-            self._equal[path] = (times + 1, _copied(value) if _plain(value) else value, varied)
+            self._equal[path] = (times + 1, _copied(value), varied)
             if times + 1 >= EQUAL:
                 due.add(path)
                 self._left |= {path} if varied else set()
@@ -294,7 +314,7 @@ class ModelWatch:
             self._equal.pop(path, None)
         odd = [entry for entries in self._entries for entry in entries.follow(due, self._left)]
         for owner, name, path in odd:
-            if not isinstance(owner, ModuleType) and name in vars(owner):
+            if not isinstance(owner, ModuleType | type) and name in getattr(owner, "__dict__", ()):
                 self._objects.add(owner, name, path)  # an array or object now, which must stay the same one
         now = zip(STATES, self._states(), self._state, strict=True)
         self._state = tuple(state if name in due else before for name, state, before in now)
@@ -352,7 +372,10 @@ def _first_line(error: Exception) -> str:
 
 
 def _alike(a: Any, b: Any) -> bool:
-    return bool(a == b) if _plain(a) and _plain(b) else a is b
+    try:
+        return a is b or (_comparable(a) and _comparable(b) and bool(a == b))
+    except (TypeError, ValueError, RuntimeError):  # tensors or arrays in a container, and not the same ones
+        return False
 
 
 def _rows_differ(batched: Sequence[tuple[Tensor, int]]) -> bool:
@@ -369,16 +392,16 @@ def _changed(where: str, got: str) -> CaptureError:
     )
 
 
-def _plain(value: Any) -> bool:
-    if isinstance(value, list | tuple | set | frozenset):
-        return len(value) <= MOST_ITEMS and all(isinstance(v, PLAIN) for v in value)
-    if isinstance(value, dict):
-        return len(value) <= MOST_ITEMS and all(isinstance(v, PLAIN) for v in value.values())
-    return isinstance(value, PLAIN)
+def _plain(value: Any, depth: int = 0) -> bool:
+    """Whether a value is compared as such: a number, a text, None, or a small container, whose other items stay the same."""
+    if isinstance(value, dict) and type(value).__getitem__ is not dict.__getitem__:  # it may make what it gives
+        return False
+    few = depth < len(MOST_ITEMS) and isinstance(value, CONTAINERS) and len(value) <= MOST_ITEMS[depth]
+    return few or isinstance(value, PLAIN)
 
 
 def _comparable(value: Any) -> bool:
-    return _plain(value) or isinstance(value, FunctionType)
+    return _plain(value) or isinstance(value, FunctionType | MethodType | property)
 
 
 def _of_torch(kind: type) -> bool:
@@ -386,8 +409,8 @@ def _of_torch(kind: type) -> bool:
 
 
 def _function(value: Any) -> Any:
-    """What a property, a class method or a static method runs."""
-    return getattr(value, "fget", None) or getattr(value, "__func__", value)
+    """What a property, a class method, a static method or a function with a decorator runs."""
+    return inspect.unwrap(getattr(value, "fget", None) or getattr(value, "__func__", value))
 
 
 def _names(code: CodeType) -> set[str]:
@@ -395,9 +418,33 @@ def _names(code: CodeType) -> set[str]:
     return {*code.co_names, *(n for c in code.co_consts if isinstance(c, CodeType) for n in _names(c))}
 
 
+def _functions(kind: type) -> list[str]:
+    """Names of functions and properties that a call of a module of some class may run: all that stand in a class with a
+    `forward`, and of the classes without one (mixins, bases) what these name.
+    """
+    if _of_torch(kind):
+        return ["forward"]
+    own = [vars(k) for k in kind.__mro__ if not _of_torch(k)]
+    names = {n: None for of_kind in own if "forward" in of_kind for n, v in of_kind.items() if _runs(v)}
+    names["forward"] = None
+    due = list(names)
+    while due:
+        found = (_function(of_kind[n]) for n in [due.pop()] for of_kind in own if n in of_kind)
+        named = {n for f in found if isinstance(f, FunctionType) for n in _names(f.__code__)}
+        new = [n for n in sorted(named - names.keys()) if any(n in of_kind and _runs(of_kind[n]) for of_kind in own)]
+        names |= dict.fromkeys(new)
+        due += new
+    return list(names)
+
+
+def _runs(value: Any) -> bool:
+    return isinstance(value, FunctionType | property | classmethod | staticmethod)
+
+
 def _read_by(kind: type) -> set[str]:
     """Names that a call of a module of torch reads: not those that are for `repr` alone."""
-    functions = {n: v for k in kind.__mro__ if k is not nn.Module for n, v in vars(k).items() if isinstance(v, FunctionType)}
+    kinds = [k for k in reversed(kind.__mro__) if k is not nn.Module]  # the function of a derived class counts
+    functions = {n: v for k in kinds for n, v in vars(k).items() if isinstance(v, FunctionType)}
     return {n for name, f in functions.items() if name not in NOT_RUN for n in _names(f.__code__)}
 
 
@@ -417,8 +464,23 @@ def _records(value: Any) -> bool:
     """Whether a value is an object with attributes of its own, such as a config."""
     if isinstance(value, nn.Module | Tensor | type | FunctionType | ModuleType) or callable(value):
         return False
-    return not type(value).__module__.startswith("torch.") and isinstance(getattr(value, "__dict__", None), dict)
+    return not type(value).__module__.startswith("torch.") and bool(
+        isinstance(getattr(value, "__dict__", None), dict) or _slots(value)
+    )
 
 
-def _copied(value: Any) -> Any:
-    return type(value)(value) if isinstance(value, list | set | dict) else value
+def _slots(value: Any) -> list[str]:
+    """Names of attributes that have no `__dict__` to stand in, as a dataclass with `slots=True` has them."""
+    kinds = (k for k in type(value).__mro__ if isinstance(vars(k).get("__slots__"), tuple | list))
+    return [n for k in kinds for n in vars(k)["__slots__"] if not n.startswith("__")]
+
+
+def _copied(value: Any, depth: int = 0) -> Any:
+    """A container with its containers, to compare with later; everything else is itself."""
+    if not _plain(value, depth) or isinstance(value, PLAIN):
+        return value
+    if isinstance(value, dict):
+        return {k: _copied(v, depth + 1) for k, v in value.items()}
+    if isinstance(value, set | frozenset):
+        return set(value)
+    return (tuple if isinstance(value, tuple) else list)(_copied(v, depth + 1) for v in value)

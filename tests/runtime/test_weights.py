@@ -9,6 +9,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.optim.swa_utils import AveragedModel
 
 from eecompile import CaptureError, EecompileError, load, strategies
+from eecompile.runtime.changed import _read_by
 from tests.random_models import specs
 from tests.support import CLOSED, Fingerprint, both, equal_bits, executor, same_result, spreading_thresholds
 from tests.support import compiled as eecompile
@@ -378,7 +380,23 @@ class Setup:
     shift: float = 1.0
 
 
-class Reads(nn.Module):
+@dataclass(slots=True)
+class Slots:
+    shift: float = 0.0
+    bounds: tuple[float, float] = (-9.0, 9.0)
+
+
+class Scaled:
+    """A mixin without a `forward`."""
+
+    def scaled(self, x: Tensor) -> Tensor:
+        return self.by(x)
+
+    def by(self, x: Tensor) -> Tensor:
+        return x
+
+
+class Reads(Scaled, nn.Module):
     """[B, 8] -> [B, 3]: reads all kinds of state that is neither a parameter nor a buffer."""
 
     factor = gain = 1.0
@@ -399,8 +417,18 @@ class Reads(nn.Module):
         self.norm, self.act = nn.LayerNorm(8), torch.tanh
         self.first.register_forward_hook(lambda _, given, out: out + 1)
         self.version, self.table = -1, torch.empty(0)
+        self.slots, self.number = Slots(), torch.zeros(())
+        self.options: Any = {"a": 1.0, "t": torch.ones(8), "deep": [{"b": [1.0, 1.0]}]}
+        self.steps: Any = [torch.sin, nn.Softsign()]
+        self.many = [1.0] * 64
+        self.parts = nn.Sequential(nn.Linear(8, 8), nn.Softplus())
 
     def forward(self, x: Tensor) -> Tensor:
+        x = x * self.options["a"] * self.options["t"] * self.options["deep"][0]["b"][1] * self.many[63]
+        x = (x + self.slots.shift + self.number.tolist()).clamp(*self.slots.bounds)
+        for step in self.steps:
+            x = step(x)
+        x = self.parts(self.scaled(x))
         if self.version != self.weight._version:
             self.version, self.table = self.weight._version, self.weight.softmax(0).detach()
         x = x * self.factor * self.gained * SCALE * self.table + self.setup.shift + self.offset
@@ -435,6 +463,19 @@ def _assigned(model: nn.Module) -> None:
     model.load_state_dict({n: t * (1 + i) for i, (n, t) in enumerate(model.state_dict().items())}, assign=True)
 
 
+def _negated(self: Any, x: Tensor) -> Tensor:
+    return -x
+
+
+def _reordered(m: Reads) -> None:
+    first = m.parts._modules.pop("0")
+    m.parts._modules["0"] = first
+
+
+class Plainer(Reads):
+    """A subclass that adds nothing."""
+
+
 PATCH: Any = None
 PYTHON: dict[str, Callable[[Any], Any]] = {
     "an attribute of the class, set on the model": lambda m: setattr(m, "factor", 2.0),
@@ -453,6 +494,22 @@ PYTHON: dict[str, Callable[[Any], Any]] = {
     "another forward of a class of torch": lambda m: PATCH.setattr(nn.LayerNorm, "forward", lambda self, x: x),
     "a function that code names": lambda m: PATCH.setitem(globals(), "helper", torch.neg),
     "another config": lambda m: setattr(m, "setup", Setup(2.0)),
+    "a number next to a tensor": lambda m: m.options.update(a=2.0),
+    "a tensor next to a number": lambda m: m.options.update(t=-torch.ones(8)),
+    "a number three containers deep": lambda m: m.options["deep"][0]["b"].__setitem__(1, -1.0),
+    "one of many numbers": lambda m: m.many.__setitem__(63, 2.0),
+    "one of several functions": lambda m: m.steps.__setitem__(0, torch.cos),
+    "a module in a list": lambda m: m.steps.__setitem__(1, nn.Tanh()),
+    "an attribute in a slot": lambda m: setattr(m.slots, "shift", 2.0),
+    "a pair in a slot": lambda m: setattr(m.slots, "bounds", (0.0, 0.1)),
+    "a tensor changed in place": lambda m: m.number.fill_(2.0),
+    "a function of a mixin": lambda m: PATCH.setattr(Scaled, "by", _negated),
+    "a function of the base": lambda m: PATCH.setattr(Reads, "mixed", _negated),
+    "a function that the subclass has now": lambda m: PATCH.setattr(Plainer, "mixed", _negated, raising=False),
+    "a property of the base": lambda m: PATCH.setattr(Reads, "gained", property(lambda self: 2.0)),
+    "a function of the model itself": lambda m: setattr(m, "mixed", MethodType(_negated, m)),
+    "a mixin's, of the model itself": lambda m: setattr(m, "by", MethodType(_negated, m)),
+    "the order of modules": _reordered,
     "weights that were shared": lambda m: setattr(m.second, "weight", nn.Parameter(torch.ones(8, 8))),
     "shared weights that were assigned": _assigned,
 }
@@ -463,7 +520,7 @@ PYTHON: dict[str, Callable[[Any], Any]] = {
 def test_other_state_that_python_reads_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, copied: bool) -> None:
     monkeypatch.setitem(globals(), "SCALE", 1.0)
     monkeypatch.setitem(globals(), "PATCH", monkeypatch)
-    model = Reads().eval()
+    model = Plainer().eval()
     x = torch.randn(4, 8)
     with torch.no_grad():
         model(x)  # its table is made
@@ -471,9 +528,87 @@ def test_other_state_that_python_reads_is_refused(monkeypatch: pytest.MonkeyPatc
         fast = copy.deepcopy(fast) if copied else fast
         running: Any = fast.original
         equal_bits(fast(x), running(x))
+        assert fast.entry.watch._objects.same and fast.entry.watch._attributes.same and fast.entry.watch._plain.same
         PYTHON[name](running)
         with pytest.raises(CaptureError, match="has changed since it was compiled"):
             fast(x)
+
+
+CONV = {"stride", "padding", "dilation", "groups"}
+POOL = {"kernel_size", "stride", "padding"}
+OF_TORCH: dict[nn.Module, set[str]] = {
+    nn.Conv1d(2, 2, 1): CONV,
+    nn.Conv2d(2, 2, 1): CONV,
+    nn.Conv3d(2, 2, 1): CONV,
+    nn.ConvTranspose1d(2, 2, 1): CONV | {"output_padding"},
+    nn.ConvTranspose2d(2, 2, 1): CONV | {"output_padding"},
+    nn.MaxPool2d(2): POOL | {"dilation", "ceil_mode"},
+    nn.AvgPool1d(2): POOL | {"count_include_pad"},
+    nn.AvgPool2d(2): POOL | {"count_include_pad", "divisor_override"},
+    nn.AdaptiveAvgPool2d(1): {"output_size"},
+    nn.LPPool2d(2, 2): {"norm_type", "kernel_size", "stride"},
+    nn.BatchNorm2d(2): {"eps", "momentum"},
+    nn.GroupNorm(1, 2): {"eps", "num_groups"},
+    nn.LayerNorm(2): {"eps", "normalized_shape"},
+    nn.InstanceNorm1d(2): {"eps"},
+    nn.RMSNorm(2): {"eps", "normalized_shape"},
+    nn.LSTM(2, 2): {"num_layers", "bidirectional", "batch_first"},
+    nn.GRU(2, 2): {"num_layers", "bidirectional", "batch_first"},
+    nn.RNN(2, 2): {"mode", "num_layers", "bidirectional", "batch_first"},
+    nn.LeakyReLU(): {"negative_slope"},
+    nn.ELU(): {"alpha"},
+    nn.GELU(): {"approximate"},
+    nn.Hardtanh(): {"min_val", "max_val"},
+    nn.Softmax(-1): {"dim"},
+    nn.MultiheadAttention(2, 1): {"num_heads", "embed_dim", "batch_first", "add_zero_attn"},
+    nn.TransformerEncoderLayer(2, 1): {"norm_first", "activation"},
+    nn.Embedding(2, 2): {"padding_idx", "max_norm", "norm_type"},
+    nn.Upsample(2): {"size", "scale_factor", "mode", "align_corners"},
+    nn.Flatten(): {"start_dim", "end_dim"},
+    nn.PixelShuffle(1): {"upscale_factor"},
+}
+
+
+@pytest.fixture(scope="module")
+def of_convolutions() -> Any:
+    made = {}
+    for dims, conv in ((1, nn.Conv1d), (2, nn.Conv2d)):
+        torch.manual_seed(0)
+        rest = [m for _ in range(3) for m in (conv(4, 32, 3, padding=1), nn.ReLU(), conv(32, 4, 1))]
+        model = nn.Sequential(conv(4, 4, 3, padding=1), *rest, AllMean(), nn.Linear(4, 3)).eval()
+        x = torch.randn(4, 4, *[8] * dims)
+        fast = eecompile(model, strategies.Branchy(exits=1), example_inputs=(x,))
+        fast.set_thresholds(CLOSED)
+        made[dims] = fast, x
+    return made
+
+
+class AllMean(nn.Module):
+    """[B, C, ...] -> [B, C]."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.flatten(2).mean(2)
+
+
+@pytest.mark.parametrize("layer", OF_TORCH, ids=lambda layer: type(layer).__name__)
+def test_numbers_of_modules_of_torch_are_read(layer: nn.Module) -> None:
+    """Every attribute that a repr names and a call reads is looked at."""
+    missing = OF_TORCH[layer] - _read_by(type(layer))
+    assert not missing
+
+
+CONVOLUTIONS: dict[str, Any] = {"padding": (0,), "dilation": (2,), "stride": (2,), "groups": 2}
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+@pytest.mark.parametrize("dims", [1, 2])
+def test_another_convolution_is_refused(of_convolutions: Any, dims: int, name: str) -> None:
+    fast, x = copy.deepcopy(of_convolutions[dims])
+    value = CONVOLUTIONS[name]
+    equal_bits(fast(x), fast.original(x))
+    setattr(fast.original[0], name, value * dims if isinstance(value, tuple) else value)
+    with pytest.raises(CaptureError, match=rf"has changed since it was compiled[\s\S]*0\.{name}"):
+        fast(x)
 
 
 def test_an_attribute_that_is_deleted_and_a_hook_that_only_looks_are_let_pass() -> None:
