@@ -196,7 +196,8 @@ class Monitor:
         compare: `(early, full) -> [B]` in [0, 1], how much predictions differ; None: whether the largest score does.
 
     Raises:
-        CalibrationError: A program that is not calibrated; a state of another program; options out of range.
+        CalibrationError: A program that is not calibrated, or was changed since; a state of another program or of other
+            options; options out of range.
     """
 
     def __init__(
@@ -214,6 +215,11 @@ class Monitor:
             raise CalibrationError(
                 "there is nothing to watch: this program has no guarantee",
                 hint="fast.calibrate(loader, max_drop=...) with a delta first",
+            )
+        void = guarantee.void(fast)
+        if void:
+            raise CalibrationError(
+                f"there is nothing to watch: the guarantee is void: {void}", hint="calibrate again, then monitor"
             )
         if options.react == "recalibrate" and loader is None:
             raise CalibrationError("recalibration needs rows with labels", wanted="loader=")
@@ -436,11 +442,21 @@ class Monitor:
         """Goes on from a saved state.
 
         Raises:
-            CalibrationError: No state of a monitor, or one of another program.
+            CalibrationError: No state of a monitor, or one of another program or of other options.
         """
         state = read_state(path)
         if state.program != self.state.program:
             raise CalibrationError("this state is of another program", where=str(path), got=state.program["exits"])
+        was, now = asdict(state.options), asdict(self.options)
+        differ = [name for name in now if now[name] != was[name]]
+        if differ:
+            raise CalibrationError(
+                "this state was kept with other options",
+                where=str(path),
+                got=", ".join(f"{name}={now[name]!r}" for name in differ),
+                wanted=", ".join(f"{name}={was[name]!r}" for name in differ),
+                hint="give the options of before, or another path= to begin anew",
+            )
         with self.lock:
             self.state = state
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
@@ -146,6 +147,8 @@ def test_state_is_kept_and_taken_up_again(fast, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["watch.json"]
     shown = found("monitor", str(path))
     assert shown["counts"] == watch.state.counts
+    with pytest.raises(CalibrationError, match=r"other options[\s\S]*alpha=0.01, shadow=0.2[\s\S]*alpha=0.05, shadow=0.5"):
+        fast.monitor(shadow=0.2, alpha=0.01, path=path)
     path.write_text('{"format": "something"}')
     with pytest.raises(CalibrationError, match="no state of a monitor"):
         fast.monitor(path=path)
@@ -172,8 +175,9 @@ class Guaranteed:
 
     exits = (SimpleNamespace(name="exit_0"),)
     guarantee = SimpleNamespace(
-        rows=100, shares=[0.9, 0.1], made_for={"weights": "1"}, max_drop=0.05, target="accuracy", disagreement=0.02
-    )
+        rows=100, shares=[0.9, 0.1], made_for={"weights": "1"}, max_drop=0.05, target="accuracy", disagreement=0.02,
+        void=lambda fast: "",
+    )  # fmt: skip
 
 
 def one_batch(watch, k):
@@ -260,3 +264,20 @@ def test_logs_of_another_program_and_programs_without_a_guarantee(fast):
     fast.guarantee = None
     with pytest.raises(CalibrationError, match="no guarantee"):
         fast.monitor()
+
+
+CHANGED = {
+    "settings": (lambda fast: fast.set_thresholds(0.1), "other settings than were calibrated"),
+    "weights": (lambda fast: next(fast.parameters()).mul_(1.5), "the weights have changed"),
+}
+
+
+@pytest.mark.parametrize("what", CHANGED)
+def test_a_guarantee_that_is_void_is_not_watched(fast, what):
+    twin = copy.deepcopy(fast)
+    change, why = CHANGED[what]
+    twin.monitor()
+    with torch.no_grad():
+        change(twin)
+    with pytest.raises(CalibrationError, match=f"the guarantee is void: {why}"):
+        twin.monitor()
