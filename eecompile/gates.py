@@ -42,7 +42,7 @@ class GateUnit(nn.Module):
         if self.site.kind == "map":
             return x.mean((2, 3))
         if self.site.kind == "sequence":
-            return mean_over_positions(x.transpose(0, 1) if self.site.batch_axis else x, mask)
+            return mean_over_positions(self.site.sequence(x), mask)
         return x
 
     def options(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -28,6 +28,7 @@ class Site:
         positions: Whether the model predicts per position, `[B, S, C]`.
         dtype: Of the value, as a name such as "float32".
         masked: Whether the model takes a padding mask that fits.
+        channels_first: Whether positions come last, as after a convolution over time: `[B, D, S]`.
     """
 
     sizes: tuple[int | str, ...]
@@ -36,6 +37,7 @@ class Site:
     positions: bool = False
     dtype: str = "float32"
     masked: bool = False
+    channels_first: bool = False
 
     @property
     def features(self) -> tuple[int | str, ...]:
@@ -44,10 +46,14 @@ class Site:
 
     @property
     def kind(self) -> str:
-        """ "map" `[B, C, H, W]`, "sequence" `[B, S, D]`, "vector" `[B, D]`, or "other"."""
+        """ "map" `[B, C, H, W]`, "sequence" `[B, S, D]` or `[B, D, S]`, "vector" `[B, D]`, or "other"."""
         if len(self.sizes) == 4 and self.batch_axis == 0 and isinstance(self.sizes[1], int):
             return "map"
-        if len(self.sizes) == 3 and self.batch_axis in (0, 1) and isinstance(self.sizes[2], int):
+        if (
+            len(self.sizes) == 3
+            and self.batch_axis in (0, 1)
+            and isinstance(self.sizes[1 if self.channels_first else 2], int)
+        ):
             return "sequence"
         if len(self.sizes) == 2 and self.batch_axis == 0 and isinstance(self.sizes[1], int):
             return "vector"
@@ -56,8 +62,14 @@ class Site:
     @property
     def width(self) -> int:
         """Channels of a map, features of a sequence or vector."""
-        size = self.sizes[1] if self.kind == "map" else self.sizes[-1]
+        size = self.sizes[1] if self.kind == "map" or self.channels_first else self.sizes[-1]
         return int(size)
+
+    def sequence(self, h: Tensor) -> Tensor:
+        """`[B, S, D]` of a sequence in whatever order its axes are; other values as they are, with the batch first."""
+        if self.channels_first:
+            return h.transpose(1, 2)
+        return h.transpose(0, self.batch_axis) if self.batch_axis else h
 
 
 def mean_over_positions(h: Tensor, mask: Tensor | None) -> Tensor:
@@ -91,15 +103,12 @@ class Head(nn.Module):
         """Options that it was built with."""
         return {}
 
-    def batch_first(self, h: Tensor) -> Tensor:
-        return h.transpose(0, self.site.batch_axis) if self.site.batch_axis else h
-
     def pooled(self, h: Tensor, mask: Tensor | None) -> Tensor:
         """`[B, width]` from a value at the site."""
         if self.site.kind == "map":
             return h.mean((2, 3))
         if self.site.kind == "sequence":
-            return mean_over_positions(self.batch_first(h), mask)
+            return mean_over_positions(self.site.sequence(h), mask)
         return h
 
     def read(self, h: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -107,8 +116,8 @@ class Head(nn.Module):
         if self.reads == "all":
             return h
         if self.reads == "first":
-            return h[0] if self.site.batch_axis else h[:, 0]
-        return self.batch_first(h) if self.site.positions else self.pooled(h, mask)
+            return self.site.sequence(h)[:, 0]
+        return self.site.sequence(h) if self.site.positions else self.pooled(h, mask)
 
     def layers(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Logits from what `read` gives."""
@@ -156,7 +165,7 @@ class AttentionHead(Head):
         self.classifier = nn.Linear(site.width, site.classes)
 
     def layers(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        x = self.norm(self.batch_first(x))
+        x = self.norm(self.site.sequence(x))
         score = self.score(x)
         if mask is not None:  # the smallest number in place of -inf: a row without a real position keeps a finite mean
             score = score.masked_fill(mask.unsqueeze(-1) == 0, torch.finfo(score.dtype).min)
@@ -264,7 +273,7 @@ class IdentityHead(Head):
     reads = "all"
 
     def layers(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        return self.batch_first(x)
+        return self.site.sequence(x)
 
 
 KINDS = (LinearHead, FirstTokenHead, AttentionHead, ConvHead, MLPHead, PoolerHead, IdentityHead)
@@ -347,7 +356,7 @@ def check_head(head: nn.Module, site: Site, where: str) -> bool:
     sizes = [s if isinstance(s, int) else 4 for s in site.sizes]
     sizes[site.batch_axis] = 2
     h = torch.zeros(sizes, dtype=getattr(torch, site.dtype))
-    length = sizes[1 - site.batch_axis] if site.kind == "sequence" else 0
+    length = sizes[2 if site.channels_first else 1 - site.batch_axis] if site.kind == "sequence" else 0
     wanted = (2, length, site.classes) if site.positions else (2, site.classes)
     takes_mask = isinstance(head, Head)
     head = copy.deepcopy(head).to("cpu").eval()
@@ -371,8 +380,7 @@ def check_head(head: nn.Module, site: Site, where: str) -> bool:
 
 def score_head(site: Site) -> nn.Module:
     """The exit score of the learned criterion: `[B, 1]` from the pooled value."""
-    plain = Site(site.sizes, site.batch_axis, 1, False, site.dtype, False)
-    return LinearHead(plain)
+    return LinearHead(replace(site, classes=1, positions=False, masked=False))
 
 
 def describe(branch: Branch) -> dict[str, Any] | None:

@@ -37,7 +37,7 @@ class RouterUnit(nn.Module):
         if self.site.kind == "map":
             return torch.nn.functional.adaptive_avg_pool2d(x, 2).flatten(1)
         if self.site.kind == "sequence":
-            return mean_over_positions(x.transpose(0, 1) if self.site.batch_axis else x, mask)
+            return mean_over_positions(self.site.sequence(x), mask)
         return x
 
     @property

@@ -31,6 +31,7 @@ MAP = Site(("batch", 12, 16, 16), 0, 7)
 SMALL_MAP = Site(("batch", 12, 2, 2), 0, 7)
 SEQUENCE = Site(("batch", "seq", 12), 0, 7)
 SECOND_AXIS = Site(("seq", "batch", 12), 1, 7)
+CHANNELS_FIRST = Site(("batch", 12, "seq"), 0, 7, channels_first=True)
 VECTOR = Site(("batch", 12), 0, 7)
 VOLUME = Site(("batch", 3, 4, 4, 4), 0, 7)
 PER_POSITION = Site(("batch", "seq", 12), 0, 7, positions=True)
@@ -39,6 +40,7 @@ SITES = {
     "small map": SMALL_MAP,
     "sequence": SEQUENCE,
     "second axis": SECOND_AXIS,
+    "channels first": CHANNELS_FIRST,
     "vector": VECTOR,
     "per position": PER_POSITION,
 }
@@ -60,6 +62,7 @@ def test_a_site_knows_its_kind() -> None:
     kinds = [s.kind for s in (MAP, SEQUENCE, SECOND_AXIS, VECTOR, VOLUME, Site((12, "batch"), 1, 7))]
     assert kinds == ["map", "sequence", "sequence", "vector", "other", "other"]
     assert [s.width for s in (MAP, SEQUENCE, SECOND_AXIS, VECTOR)] == [12] * 4
+    assert (CHANNELS_FIRST.kind, CHANNELS_FIRST.width) == ("sequence", 12)
     assert SECOND_AXIS.features == ("seq", 12)
     assert MAP.features == (12, 16, 16)
 
@@ -114,6 +117,15 @@ def test_padding_is_left_out_of_the_mean(kind: str, site: Site) -> None:
         cut = (h if site.batch_axis == 0 else h.transpose(0, 1))[1:2, :2]
         short = cut if site.batch_axis == 0 else cut.transpose(0, 1)
         torch.testing.assert_close(head(h, mask)[1:2], head(short))
+
+
+@pytest.mark.parametrize("kind", [k for k, head in HEADS.items() if "sequence" in head.fits and k != "identity"])
+def test_positions_may_come_last(kind: str) -> None:
+    """As after a convolution over time: the same as of the sequence that it is."""
+    head, other = built(kind, CHANNELS_FIRST), built(kind, SEQUENCE)
+    h, mask = value(CHANNELS_FIRST), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 1, 0]])
+    with torch.no_grad():
+        torch.testing.assert_close(head(h, mask), other(h.transpose(1, 2), mask), rtol=0, atol=0)
 
 
 def test_the_mean_of_no_position_is_zero() -> None:

@@ -184,9 +184,7 @@ def site_of(program: Program, region: Region, mask: str | None) -> tuple[Site, s
     node = facts.by_name(gm)[region.x]
     batch = facts.Batch(gm, program.signature)
     sizes = batch.sizes(node)
-    found = sites.find_mask(program, sizes, region.batch_axis, mask)
-    dtype = str(facts.value(node).dtype).removeprefix("torch.")
-    return Site(sizes, region.batch_axis, 1, False, dtype, found is not None), found
+    return sites.made_site(program, node, sizes, region.batch_axis, mask)
 
 
 def sizes_of(program: Program, region: Region, example: tuple[torch.Tensor, ...] | None) -> list[int]:

@@ -187,8 +187,7 @@ class Places:
                 hint=f'at="{first}", the first value that the model computes from it',
             )
         sizes = self.batch.sizes(node)
-        found = sites.find_mask(self.program, sizes, axis, mask)
-        return Site(sizes, axis, 1, False, str(v.dtype).removeprefix("torch."), found is not None), found
+        return sites.made_site(self.program, node, sizes, axis, mask)
 
     def sizes(self, node: fx.Node) -> list[int]:
         """Sizes of a value with ROWS rows and the example's length."""

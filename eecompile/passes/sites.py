@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import fx
@@ -13,8 +13,11 @@ from eecompile.heads import Site
 from eecompile.ir.functional import make_functional
 from eecompile.passes import facts
 from eecompile.passes.extract import extract
+from eecompile.passes.find_channels import POINTWISE
 from eecompile.program import Cut, Exit, Program, Refusal
 
+OVER_TIME = ("conv1d", "conv_transpose1d", "batch_norm")
+POOLS = ("max_pool1d", "avg_pool1d", "adaptive_avg_pool1d", "adaptive_max_pool1d", "group_norm", "instance_norm")
 MASK_NAMES = ("attention_mask", "padding_mask", "key_padding_mask", "mask", "input_mask")
 
 
@@ -28,16 +31,50 @@ def site_at(program: Program, cut: Cut, mask: str | None) -> tuple[Site, str | N
     classes = leaf.shape[-1]
     if not isinstance(classes, int):
         raise PassError("the prediction has a dynamic number of classes", got=leaf.describe())
-    name = find_mask(program, value.shape, value.batch_axis, mask)
-    site = Site(value.shape, value.batch_axis, classes, len(leaf.shape) == 3, value.dtype, name is not None)
-    return site, name
+    node = facts.by_name(program.graph_module)[cut.value]
+    return made_site(program, node, value.shape, value.batch_axis, mask, classes, len(leaf.shape) == 3)
 
 
-def find_mask(program: Program, sizes: tuple[int | str, ...], batch_axis: int, wanted: str | None) -> str | None:
-    """The graph input `[B, S]` that marks padding for a sequence `[B, S, D]` or `[S, B, D]`."""
-    if len(sizes) != 3 or wanted == "":  # none is wanted, whatever the inputs are called
+def made_site(
+    program: Program,
+    node: fx.Node,
+    sizes: tuple[int | str, ...],
+    batch_axis: int,
+    mask: str | None,
+    classes: int = 1,
+    positions: bool = False,
+) -> tuple[Site, str | None]:
+    """What a head, gate unit or router finds at a node, and the name of the input that marks padding there, if any."""
+    over_time = len(sizes) == 3 and not positions and _convolved(node)
+    dtype = str(facts.value(node).dtype).removeprefix("torch.")
+    site = Site(sizes, batch_axis, classes, positions, dtype, channels_first=over_time)
+    name = None if len(sizes) != 3 else find_mask(program, sizes[2 if over_time else 1 - batch_axis], mask)
+    return replace(site, masked=name is not None), name
+
+
+def _convolved(node: fx.Node) -> bool:
+    """Whether a value `[B, D, S]` comes from a convolution over time, or goes to one, with its axes as they are."""
+    left, seen = [node], {node}
+    while left:
+        n = left.pop()
+        name = _operator(n)
+        if name in OVER_TIME or any(_operator(u) in OVER_TIME and u.args[0] is n for u in n.users):
+            return True
+        if name in POINTWISE or name in POOLS:
+            before = [a for a in n.all_input_nodes if facts.is_tensor(a) and facts.value(a).ndim == 3 and a not in seen]
+            left += before
+            seen.update(before)
+    return False
+
+
+def _operator(n: fx.Node) -> str:
+    return str(n.target).removeprefix("aten.").partition(".")[0]
+
+
+def find_mask(program: Program, length: int | str, wanted: str | None) -> str | None:
+    """The graph input `[B, S]` that marks padding for a sequence of this length."""
+    if wanted == "":  # none is wanted, whatever the inputs are called
         return None
-    length = sizes[1 - batch_axis]
     nodes = facts.placeholders(program.graph_module)
     for node, leaf in zip(nodes, program.signature.inputs, strict=True):
         last = leaf.path.rsplit(".", 1)[-1]

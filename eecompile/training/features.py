@@ -272,7 +272,7 @@ class Collector:
         mask = values[slot.exit.mask_input] if slot.exit.mask_input else None
         if read == "first":
             return h.movedim(slot.axis, 0)[:, 0]
-        return head.batch_first(h) if head.site.positions else head.pooled(h, mask)
+        return head.site.sequence(h) if head.site.positions else head.pooled(h, mask)
 
     def _fits(self, kept: Mapping[str, Tensor], length: int | None) -> None:
         """Whether a pass over the data will fit; whole values that a choice alone asks for are left out where not."""
