@@ -120,6 +120,7 @@ class ModelWatch:
     def __init__(self, program: Program, model: nn.Module | None) -> None:
         self.program, self.model = program, model
         self._left: set[str] = set()  # paths of what varies without a meaning
+        self._row: list[Tensor] | None = None  # of the last call of one row that was compared
         self._note(None if program.capture.front_end != "export" else model)
 
     def _note(self, model: nn.Module | None) -> None:
@@ -293,8 +294,15 @@ class ModelWatch:
         batched = [
             (t, leaf.batch_axis) for t, leaf in zip(rows, signature.inputs, strict=True) if leaf.batch_axis is not None
         ]
-        if all(bool(t.isfinite().all()) for t in (*rows, *got)) and _rows_differ(batched):
+        if all(bool(t.isfinite().all()) for t in (*rows, *got)) and (_rows_differ(batched) or self._other_row(rows)):
             self._count(moved, others)
+
+    def _other_row(self, rows: Sequence[Tensor]) -> bool:
+        """Whether a call of a single row has another one than the call that was compared before."""
+        if self.program.signature.batch_size(rows) != 1:
+            return False
+        before, self._row = self._row, [t.clone() for t in rows]
+        return before is not None and not all(map(torch.equal, before, self._row))
 
     def _count(self, moved: dict[str, Any], others: dict[str, Any]) -> None:
         """Follows what was equal often enough: a value that stays is the one to keep, one that varies is left alone."""

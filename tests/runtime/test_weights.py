@@ -756,6 +756,18 @@ def test_calls_that_cannot_show_a_change_end_no_watch(plain: tuple[Any, Any, Ten
         fast(x)
 
 
+def test_calls_of_one_row_end_a_watch_too(plain: tuple[Any, Any, Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Different rows, one a call, say as much as a batch of them; the same row again says nothing."""
+    fast, model, x = plain
+    model.unused = 1
+    compared: list[int] = []
+    usual = fast.entry.watch._compare
+    monkeypatch.setattr(fast.entry.watch, "_compare", lambda *args: (compared.append(1), usual(*args)))
+    for i in (0, 0, 0, 0, 1, 2, 3, 4, 5):
+        equal_bits(fast(x[i : i + 1]), model(x[i : i + 1]))
+    assert len(compared) == 7  # until three rows after the first were others than before
+
+
 def test_a_change_that_few_calls_do_not_show_is_refused_later(plain: tuple[Any, Any, Tensor]) -> None:
     fast, model, x = plain
     model.clip = 2.0
