@@ -184,7 +184,8 @@ def site_of(program: Program, region: Region, mask: str | None) -> tuple[Site, s
     node = facts.by_name(gm)[region.x]
     batch = facts.Batch(gm, program.signature)
     sizes = batch.sizes(node)
-    return sites.made_site(program, node, sizes, region.batch_axis, mask)
+    dtype = str(facts.value(node).dtype).removeprefix("torch.")
+    return sites.made_site(program, node, (sizes, dtype), region.batch_axis, mask)
 
 
 def sizes_of(program: Program, region: Region, example: tuple[torch.Tensor, ...] | None) -> list[int]:

@@ -187,7 +187,7 @@ class Places:
                 hint=f'at="{first}", the first value that the model computes from it',
             )
         sizes = self.batch.sizes(node)
-        return sites.made_site(self.program, node, sizes, axis, mask)
+        return sites.made_site(self.program, node, (sizes, str(v.dtype).removeprefix("torch.")), axis, mask)
 
     def sizes(self, node: fx.Node) -> list[int]:
         """Sizes of a value with ROWS rows and the example's length."""

@@ -32,21 +32,26 @@ def site_at(program: Program, cut: Cut, mask: str | None) -> tuple[Site, str | N
     if not isinstance(classes, int):
         raise PassError("the prediction has a dynamic number of classes", got=leaf.describe())
     node = facts.by_name(program.graph_module)[cut.value]
-    return made_site(program, node, value.shape, value.batch_axis, mask, classes, len(leaf.shape) == 3)
+    positions = len(leaf.shape) == 3
+    return made_site(program, node, (value.shape, value.dtype), value.batch_axis, mask, classes, positions)
 
 
 def made_site(
     program: Program,
     node: fx.Node,
-    sizes: tuple[int | str, ...],
+    value: tuple[tuple[int | str, ...], str],
     batch_axis: int,
     mask: str | None,
     classes: int = 1,
     positions: bool = False,
 ) -> tuple[Site, str | None]:
-    """What a head, gate unit or router finds at a node, and the name of the input that marks padding there, if any."""
+    """What a head, gate unit or router finds at a node, and the name of the input that marks padding there, if any.
+
+    Args:
+        value: Sizes and dtype of the node's value.
+    """
+    sizes, dtype = value
     over_time = len(sizes) == 3 and not positions and _convolved(node)
-    dtype = str(facts.value(node).dtype).removeprefix("torch.")
     site = Site(sizes, batch_axis, classes, positions, dtype, channels_first=over_time)
     name = None if len(sizes) != 3 else find_mask(program, sizes[2 if over_time else 1 - batch_axis], mask)
     return replace(site, masked=name is not None), name
@@ -58,7 +63,7 @@ def _convolved(node: fx.Node) -> bool:
     while left:
         n = left.pop()
         name = _operator(n)
-        if name in OVER_TIME or any(_operator(u) in OVER_TIME and u.args[0] is n for u in n.users):
+        if name in OVER_TIME or any(_operator(u) in OVER_TIME and u.args[:1] == (n,) for u in n.users):
             return True
         if name in POINTWISE or name in POOLS:
             before = [a for a in n.all_input_nodes if facts.is_tensor(a) and facts.value(a).ndim == 3 and a not in seen]
