@@ -12,7 +12,7 @@ import inspect
 import sys
 from collections.abc import Collection, Iterator, Sequence
 from operator import attrgetter, is_
-from types import CodeType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -237,7 +237,7 @@ class ModelWatch:
                 for v in () if _of_torch(kind) else map(_function, vars(kind).values()):
                     if isinstance(v, FunctionType):
                         names = _names(v.__code__)
-                        there = {n for n in names if not n.startswith("__") and _comparable(v.__globals__.get(n, _GONE))}
+                        there = {n for n in names if not n.startswith("__") and _fixed(v.__globals__.get(n, _GONE))}
                         globals_.setdefault(v.__globals__.get("__name__", ""), set()).update(there)
                         of_class.update(n for n in names if n not in module.__dict__)
             for n in sorted(of_class):
@@ -410,6 +410,14 @@ def _plain(value: Any, depth: int = 0) -> bool:
 
 def _comparable(value: Any) -> bool:
     return _plain(value) or isinstance(value, FunctionType | MethodType | property)
+
+
+def _fixed(value: Any) -> bool:
+    """Whether a global is compared: what holds classes or other objects is a registry, which grows with what is imported."""
+    if isinstance(value, CONTAINERS):
+        items = value.values() if isinstance(value, dict) else value
+        return _plain(value) and all(isinstance(v, FunctionType | BuiltinFunctionType) or _fixed(v) for v in items)
+    return _comparable(value)
 
 
 def _of_torch(kind: type) -> bool:

@@ -149,6 +149,8 @@ def main() -> None:
         found |= {"trained": trained(), "failed": failed(rank)}
     (folder / f"{rank} of {count}.json").write_text(json.dumps(found))
     assert count == int(os.environ.get("WORLD_SIZE", "1"))
+    if torch.distributed.is_initialized():  # its threads must not be left to the end of the interpreter
+        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
