@@ -14,7 +14,7 @@ from torch.nn import functional
 import eecompile.ops  # noqa: F401 (registers the operator)
 from eecompile.errors import StrategyError
 from eecompile.language.split import own_forward, shadow
-from eecompile.training.checkpoint import Checkpoints, differences
+from eecompile.training.checkpoint import Checkpoints, resumed
 from eecompile.training.report import Report, json_safe
 from eecompile.training.state import decode, encode
 
@@ -205,7 +205,9 @@ def fit_draft_head(
     optimizer = torch.optim.AdamW(head.parameters(), lr=options.lr, weight_decay=0.01)
     best_state, at = head.state_dict(), {"epoch": 0, "waited": 0, "best": -1.0}
     asked = {**asdict(options), "epochs": None, "positions": len(states), "choices": int(choices.sum())}
-    if checkpoints is not None and (saved := resumed(checkpoints, resume, asked)) is not None:
+    found = None if checkpoints is None else resumed(checkpoints, resume, asked, StrategyError)
+    if found is not None:
+        saved = {name: decode(found[0][name], found[1]) for name in ("head", "best", "at", "random", "optimizer")}
         head.load_state_dict(saved["head"])
         optimizer.load_state_dict(saved["optimizer"])
         generator.set_state(saved["random"])
@@ -235,27 +237,3 @@ def fit_draft_head(
     coverage = float((targets >= 0).float().mean())
     report = DraftFitReport((len(train), len(held)), int(at["epoch"]), kept.numel(), coverage, at["best"])
     return head.eval(), report
-
-
-def resumed(checkpoints: Checkpoints, resume: bool | str, asked: dict[str, Any]) -> dict[str, Any] | None:
-    """What the newest checkpoint holds, None where the run starts anew.
-
-    Raises:
-        StrategyError: There is none and `resume="must"`, or it is of a run with other settings or other text.
-    """
-    latest = checkpoints.latest if resume else None
-    if latest is None:
-        if resume == "must":
-            raise StrategyError("there is no checkpoint to resume from", where=str(checkpoints.directory))
-        return None
-    state, tensors = checkpoints.load(latest)
-    settings = state.get("settings")
-    differ = differences(settings, asked) if isinstance(settings, dict) and "at" in state else ["no draft head"]
-    if differ:
-        raise StrategyError(
-            "the checkpoint is of another run",
-            where=str(latest),
-            got="; ".join(differ),
-            hint="use the same settings and text, another checkpoint_dir, or resume=False to start anew",
-        )
-    return {name: decode(state[name], tensors) for name in ("head", "best", "at", "random", "optimizer")}

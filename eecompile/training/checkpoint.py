@@ -131,6 +131,40 @@ class Checkpoints:
             raise ArtifactError("the checkpoint is damaged", where=tensors_file, got=str(error), hint=hint) from error
 
 
+def resumed(
+    checkpoints: Checkpoints, resume: bool | str, settings: Mapping[str, Any], error: type[EecompileError] = EecompileError
+) -> tuple[dict[str, Any], dict[str, Tensor]] | None:
+    """State and tensors of the newest checkpoint, None where the run starts anew.
+
+    Args:
+        settings: Of this run; the state's `settings` must be the same.
+        error: The class to raise.
+
+    Raises:
+        EecompileError: There is none and `resume="must"`, or it is of a run with other settings.
+        ArtifactError: It is damaged.
+    """
+    latest = checkpoints.latest if resume else None
+    if latest is None:
+        if resume == "must":
+            raise error(
+                "there is no checkpoint to resume from",
+                where=str(checkpoints.directory),
+                hint="check checkpoint_dir, or pass resume=True to start where there is none",
+            )
+        return None
+    state, tensors = checkpoints.load(latest)
+    differ = differences(state["settings"], settings)
+    if differ:
+        raise error(
+            "the checkpoint is of a run with other settings",
+            where=str(latest),
+            got="; ".join(differ),
+            hint="use the same settings, another checkpoint_dir, or resume=False to start anew",
+        )
+    return state, tensors
+
+
 def differences(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What differs between the settings of a checkpoint and those of this call, one line each."""
     keys = [*saved, *(key for key in now if key not in saved)]

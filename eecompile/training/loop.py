@@ -22,7 +22,7 @@ from eecompile.errors import EecompileError
 from eecompile.ir.settings import GATES
 from eecompile.training.batches import Batch, batches, device_of, empty_loader, iterate, length_of, split
 from eecompile.training.cache import Cache
-from eecompile.training.checkpoint import Checkpoints, differences
+from eecompile.training.checkpoint import Checkpoints, resumed
 from eecompile.training.features import Collector, Features, NotCached
 from eecompile.training.fit_report import EpochRow, FitReport
 from eecompile.training.head_choice import Choice, heads_alone, why_not, with_kinds
@@ -381,24 +381,14 @@ class Loop:
         self.checkpoints.save(self.at.step, len(self.rows), state, tensors)
 
     def _resume(self, resume: bool | str) -> None:
-        latest = self.checkpoints.latest if self.checkpoints is not None and resume else None
-        if self.checkpoints is None or latest is None:
+        if self.checkpoints is None:
             if resume == "must":
-                raise EecompileError(
-                    "there is no checkpoint to resume from",
-                    where=str(self.checkpoints.directory) if self.checkpoints else None,
-                    hint="check checkpoint_dir, or pass resume=True to start where there is none",
-                )
+                raise EecompileError("there is no checkpoint to resume from", hint="pass checkpoint_dir")
             return
-        state, tensors = self.checkpoints.load(latest)
-        differ = differences(state["settings"], self.settings)
-        if differ:
-            raise EecompileError(
-                "the checkpoint is of a run with other settings",
-                where=str(latest),
-                got="; ".join(differ),
-                hint="use the same settings, another checkpoint_dir, or resume=False to start anew",
-            )
+        found = resumed(self.checkpoints, resume, self.settings)
+        if found is None:
+            return
+        state, tensors = found
         self.heads = [HeadRow(**row) for row in state["heads"]]
         self.features = state["features"]
         if self.heads:
