@@ -93,23 +93,25 @@ def _versions() -> str:
     return "installed: " + ", ".join(f"{name} {v}" for name, v in found.items())
 
 
+def _by_name(description: Description, call: Callable[..., Sequence[Any]]) -> Opened:
+    """A program that takes one input by position, and several by name."""
+    names = description.inputs
+    if len(names) == 1:
+        return Opened(description, lambda flat: call(flat[0]))
+    return Opened(description, lambda flat: call(**dict(zip(names, flat, strict=True))))
+
+
 def _open_pt2(path: Path) -> Opened:
     extra = {f"{KEY}.json": ""}
     program = torch.export.load(path, extra_files=extra)
     description = Description.from_json(extra[f"{KEY}.json"], str(path))
-    module, names = program.module(), description.inputs
-    if len(names) == 1:
-        return Opened(description, lambda flat: module(flat[0]))
-    return Opened(description, lambda flat: module(**dict(zip(names, flat, strict=True))))
+    return _by_name(description, program.module())
 
 
 def _open_aoti(path: Path) -> Opened:
     loaded: Any = torch._inductor.aoti_load_package(str(path))
     description = Description.from_json(loaded.get_metadata().get(KEY), str(path))
-    names = description.inputs
-    if len(names) == 1:
-        return Opened(description, lambda flat: loaded(flat[0]))
-    return Opened(description, lambda flat: loaded(**dict(zip(names, flat, strict=True))))
+    return _by_name(description, loaded)
 
 
 def _open_onnx(path: Path) -> Opened:

@@ -13,6 +13,7 @@ from eecompile.errors import ExportError, MissingDependencyError, near
 from eecompile.export.description import KEY, Description
 from eecompile.export.files import placing
 from eecompile.export.to_pt2 import write as _pt2
+from eecompile.export.translating import translating
 from eecompile.ir.settings import Settings
 from eecompile.program import Program
 
@@ -96,12 +97,8 @@ def _openvino(program: Program, settings: Settings, description: Description, pa
 
     source = path.with_suffix(".onnx")
     _onnx(program, settings, description, source)
-    try:
+    with translating("OpenVINO could not convert the program", 'target="onnx" needs no conversion'):
         model = openvino.convert_model(str(source))
-    except Exception as error:  # so does the converter
-        raise ExportError(
-            "OpenVINO could not convert the program", got=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        ) from error
     for each in source.parent.glob(f"{source.name}*"):
         each.unlink()
     model.set_rt_info(description.to_json(), KEY)

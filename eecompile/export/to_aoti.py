@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import io
-import warnings
-import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from eecompile.errors import ExportError
 from eecompile.export.description import KEY, Description
 from eecompile.export.to_pt2 import archive
+from eecompile.export.translating import translating
 from eecompile.ir.settings import Settings
 from eecompile.passes.lower_cond import lower_cond
 from eecompile.program import Program
@@ -34,21 +32,9 @@ def write(program: Program, settings: Settings, description: Description, path: 
         "always_keep_tensor_constants": True,
         "layout_optimization": False,  # in torch 2.13 it has given wrong outputs of convolutions
     }
-    try:
-        with warnings.catch_warnings():  # of the compiler about itself
-            warnings.simplefilter("ignore")
-            with _any_batch():
-                torch._inductor.aoti_compile_and_package(loaded, package_path=str(path), inductor_configs=options)
-    except OSError:
-        raise
-    except Exception as error:  # the compiler raises many unrelated types
-        raise ExportError(
-            "AOTInductor could not compile the program",
-            got=f"{type(error).__name__}: {' '.join(str(error).split())[:400]}",
-            hint='a C++ compiler must be there (g++ or clang++); target="pt2" needs none',
-        ) from error
-    if not zipfile.is_zipfile(path):
-        raise ExportError("AOTInductor wrote no package", where=str(path), hint='target="pt2" needs no compiler')
+    hint = 'a C++ compiler must be there (g++ or clang++); target="pt2" needs none'
+    with translating("AOTInductor could not compile the program", hint), _any_batch():
+        torch._inductor.aoti_compile_and_package(loaded, package_path=str(path), inductor_configs=options)
 
 
 @contextlib.contextmanager

@@ -6,14 +6,12 @@ and nothing is gathered. Sizes other than the batch need an upper bound, since m
 
 from __future__ import annotations
 
-import contextlib
-import warnings
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
 from eecompile.errors import ExportError
 from eecompile.export.description import KEY, Description
+from eecompile.export.translating import translating
 from eecompile.ir.settings import Settings
 from eecompile.passes.lower_cond import lower_cond
 from eecompile.program import Program
@@ -39,20 +37,6 @@ def write(program: Program, settings: Settings, description: Description, path: 
     signature = program.signature
     axes = [leaf.batch_axis for leaf in signature.inputs], [leaf.batch_axis for leaf in signature.outputs]
     text = replace(description, batch_axes=axes).to_json()
-    try:
-        with _quiet():
-            made = to_edge(exported, constant_methods={KEY: text}).to_executorch()
-    except Exception as error:  # the exporter raises many unrelated types
-        raise ExportError(
-            "ExecuTorch could not translate the program",
-            got=f"{type(error).__name__}: {' '.join(str(error).split())[:600]}",
-            hint='target="pt2" needs no translation',
-        ) from error
+    with translating("ExecuTorch could not translate the program"):
+        made = to_edge(exported, constant_methods={KEY: text}).to_executorch()
     path.write_bytes(made.buffer)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield

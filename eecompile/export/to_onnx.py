@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import logging
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +12,7 @@ from torch.export import ExportedProgram
 
 from eecompile.errors import ExportError
 from eecompile.export.description import KEY, Description
+from eecompile.export.translating import translating
 from eecompile.ir.settings import BUFFERS, Settings
 from eecompile.passes.lower_cond import lower_cond
 from eecompile.program import Program
@@ -63,22 +61,15 @@ def convert(
     import onnx
     import onnx_ir
 
-    try:
-        with _quiet():
-            made: Any = torch.onnx.export(
-                exported,
-                dynamo=True,
-                verbose=False,
-                opset_version=OPSET,
-                input_names=[*description.inputs, *defaults],
-                output_names=list(description.outputs),
-            )
-    except Exception as error:  # the exporter raises many unrelated types
-        raise ExportError(
-            "torch.onnx could not translate the program",
-            got=f"{type(error).__name__}: {' '.join(str(error).split())[:600]}",
-            hint='target="pt2" needs no translation',
-        ) from error
+    with translating("torch.onnx could not translate the program"):
+        made: Any = torch.onnx.export(
+            exported,
+            dynamo=True,
+            verbose=False,
+            opset_version=OPSET,
+            input_names=[*description.inputs, *defaults],
+            output_names=list(description.outputs),
+        )
     model = made.model
     _name_sizes(model, shapes)
     for given in model.graph.inputs:
@@ -125,19 +116,3 @@ def _rename(value: Any, names: dict[str, str]) -> None:
         text = getattr(size, "value", None)
         if text in names:
             value.shape[axis] = names[text]
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """What the exporter has to say about itself is no concern of its user."""
-    loggers = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir", "torch.onnx._internal.exporter")]
-    before = [(log, log.level) for log in loggers]
-    try:
-        for log in loggers:
-            log.setLevel(logging.ERROR)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for log, level in before:
-            log.setLevel(level)

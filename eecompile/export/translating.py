@@ -1,0 +1,32 @@
+"""Translators of other projects: quiet about themselves, their errors those of this package."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import warnings
+from collections.abc import Iterator
+
+from eecompile.errors import ExportError
+
+LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.onnx._internal.exporter")
+
+
+@contextlib.contextmanager
+def translating(what: str, hint: str = 'target="pt2" needs no translation') -> Iterator[None]:
+    """Raises `ExportError`, saying `what`, for whatever a translator raises but for errors of the disk."""
+    before = [(log, log.level) for log in map(logging.getLogger, LOGGERS)]
+    try:
+        for log, _ in before:
+            log.setLevel(logging.ERROR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except OSError:
+        raise
+    except Exception as error:  # they raise many unrelated types
+        got = f"{type(error).__name__}: {' '.join(str(error).split())[:600]}"
+        raise ExportError(what, got=got, hint=hint) from error
+    finally:
+        for log, level in before:
+            log.setLevel(level)
