@@ -220,7 +220,8 @@ def _one_model(
     captured = capture_model(model, args, kwargs, front_end=options.capture, blocks=options.blocks, **axes)
     if not isinstance(model, nn.Module):
         return _Subject(captured, chosen, None, None, None, options.prediction)
-    captured = replace(captured, signature=replace(captured.signature, ordered=order_matters(model, args, kwargs)))
+    ordered = order_matters(model, captured.signature.parameters, args, kwargs)
+    captured = replace(captured, signature=replace(captured.signature, ordered=ordered))
     again = partial(capture_export, args=args, kwargs=kwargs, **axes, training=True)
     return _Subject(captured, chosen, model, model, again, options.prediction)
 

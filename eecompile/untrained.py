@@ -11,16 +11,21 @@ import hashlib
 from collections.abc import Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 MARK = "_eecompile_untrained"
+
+
+def bytes_of(tensor: Tensor) -> bytes:
+    """What a tensor holds, as digests read it."""
+    return tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes()
 
 
 def digest(module: nn.Module) -> str:
     """Of the bytes of all parameters."""
     found = hashlib.blake2b(digest_size=16)
     for p in module.parameters():
-        found.update(p.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+        found.update(bytes_of(p))
     return found.hexdigest()
 
 

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from eecompile.untrained import bytes_of
+
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
 
@@ -114,11 +116,7 @@ def _plain(tensor: torch.Tensor) -> list[torch.Tensor]:
 
 
 def _digest_of(parameters: list[nn.Parameter]) -> str:
-    each = sorted(
-        hashlib.blake2b(t.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes(), digest_size=16).digest()
-        for p in parameters
-        for t in _plain(p)
-    )
+    each = sorted(hashlib.blake2b(bytes_of(t), digest_size=16).digest() for p in parameters for t in _plain(p))
     return hashlib.blake2b(b"".join(each), digest_size=16).hexdigest()
 
 

@@ -12,23 +12,24 @@ from torch.utils import _pytree as pytree
 from eecompile.capture.adapter import mode
 from eecompile.capture.check import LOOSE, difference
 from eecompile.capture.untouched import untouched
-from eecompile.signature import parameters_of
+from eecompile.signature import Parameter
 
 
-def order_matters(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+def order_matters(model: nn.Module, parameters: Sequence[Parameter], args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether the model answers otherwise, or fails, on the example with all keys the other way round."""
-    named = {p.name for p in parameters_of(model.forward)}
+    named = {p.name for p in parameters}
     if len(kwargs.keys() - named) < 2 and not any(_has_order(a) for a in (*args, *kwargs.values())):
         return False
     turned_args, turned = [_turned(a) for a in args], _turned(dict(kwargs))
     with torch.no_grad(), untouched(model), mode(model, False):
-        usual = model(*args, **kwargs)
+        usual = _tensors(model(*args, **kwargs))
         try:
-            other = model(*turned_args, **turned)
+            other = _tensors(model(*turned_args, **turned))
         except Exception:  # noqa: BLE001 (the user's code may raise anything)
             return True
-    pairs = zip(_tensors(usual), _tensors(other), strict=False)
-    return any(a.shape != b.shape or a.dtype != b.dtype or difference(a, b) > LOOSE for a, b in pairs)
+    if [(t.shape, t.dtype) for t in usual] != [(t.shape, t.dtype) for t in other]:
+        return True
+    return any(difference(a, b) > LOOSE for a, b in zip(usual, other, strict=True))
 
 
 def _has_order(value: Any) -> bool:

@@ -305,8 +305,7 @@ def _label(nodes: Sequence[fx.Node], names: _Names) -> str:
     """The modules of what lies between blocks; operators only where there are no modules."""
     parts = list(dict.fromkeys(m for m in map(names.between, nodes) if m))
     if not parts:
-        operators = (facts.target_name(n).removeprefix("aten.").partition(".")[0] for n in nodes)
-        parts = list(dict.fromkeys(operators))
+        parts = list(dict.fromkeys(map(facts.operator_name, nodes)))
     return ", ".join(parts[:3]) + (", ..." if len(parts) > 3 else "")
 
 

@@ -33,6 +33,11 @@ def target_name(node: fx.Node) -> str:
     return re.sub(r"_(\.\w+)$", r"\1", name)
 
 
+def operator_name(node: fx.Node) -> str:
+    """Its name without namespace and overload: "conv1d"."""
+    return target_name(node).removeprefix("aten.").partition(".")[0]
+
+
 def anchors(nodes: Iterable[fx.Node]) -> dict[fx.Node, Anchor]:
     """Names for values that hold in every capture of the same model: n-th call of an operator in its module."""
     counts: dict[tuple[str, int, str], int] = {}

@@ -16,6 +16,7 @@ from eecompile.capture.tensors import share_tensors
 from eecompile.errors import PassError
 from eecompile.ir.graph import anchors as anchors
 from eecompile.ir.graph import by_name as by_name
+from eecompile.ir.graph import operator_name as operator_name
 from eecompile.ir.graph import stack as stack
 from eecompile.ir.graph import target_name as target_name
 from eecompile.ir.graph import value as value

@@ -21,11 +21,9 @@ aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv1d.default, aten.conv2d.default, aten.conv3d.default)
 LAYERS = (aten.linear.default, aten.addmm.default, *CONVOLUTIONS)
 POINTWISE = (
-    "relu", "relu_", "gelu", "silu", "silu_", "tanh", "tanh_", "sigmoid", "sigmoid_", "hardtanh", "hardtanh_", "hardswish",
-    "hardswish_", "hardsigmoid", "hardsigmoid_", "elu", "elu_", "leaky_relu", "leaky_relu_", "mish", "mish_", "softplus",
-    "relu6", "relu6_", "selu", "selu_", "celu", "dropout", "dropout_", "clone", "contiguous", "to", "clamp", "clamp_", "pow",
-    "square", "neg", "exp", "erf", "detach", "alias", "_to_copy", "mul", "mul_", "add", "add_", "sub", "div",
-    "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d",
+    "relu", "gelu", "silu", "tanh", "sigmoid", "hardtanh", "hardswish", "hardsigmoid", "elu", "leaky_relu", "mish",
+    "softplus", "relu6", "selu", "celu", "dropout", "clone", "contiguous", "to", "clamp", "pow", "square", "neg", "exp",
+    "erf", "detach", "alias", "_to_copy", "mul", "add", "sub", "div", "max_pool2d", "avg_pool2d", "adaptive_avg_pool2d",
 )  # fmt: skip
 VIEWS = (aten.view.default, aten.reshape.default)
 
@@ -210,7 +208,7 @@ def _follow(gm: fx.GraphModule, n: fx.Node, user: fx.Node, axis: int) -> tuple[i
         return (1,) if plain else "a batch norm without statistics, or along another axis"
     if user.target in VIEWS:
         return _view(n, user, axis)
-    name = str(user.target).removeprefix("aten.").partition(".")[0]
+    name = facts.operator_name(user)
     if name in ("pad", "constant_pad_nd") and 2 * (facts.value(n).ndim - axis) > len(user.args[1]):  # type: ignore[arg-type]
         return (axis,)
     if name in POINTWISE and facts.is_tensor(user):

@@ -334,7 +334,7 @@ class ConditionalProgram(Holder):
         """A segment after the first: what it gives by name, for the rows that `STAY` [B] marks, in tensors of all rows.
 
         The other rows keep their prediction, confidence and states; of all else they have zeros, and NaN of an output leaf.
-        Who goes on after it is found inside the condition too: where it is not run, nobody does.
+        Which rows go on after it is found inside the condition too: where it is not run, none does.
         """
         stay, last = pool[STAY], segment.exit is None
         gives = _gives(segment, self.program.signature)

@@ -62,18 +62,14 @@ def _convolved(node: fx.Node) -> bool:
     left, seen = [node], {node}
     while left:
         n = left.pop()
-        name = _operator(n)
-        if name in OVER_TIME or any(_operator(u) in OVER_TIME and u.args[:1] == (n,) for u in n.users):
+        name = facts.operator_name(n)
+        if name in OVER_TIME or any(facts.operator_name(u) in OVER_TIME and u.args[:1] == (n,) for u in n.users):
             return True
         if name in POINTWISE or name in POOLS:
             before = [a for a in n.all_input_nodes if facts.is_tensor(a) and facts.value(a).ndim == 3 and a not in seen]
             left += before
             seen.update(before)
     return False
-
-
-def _operator(n: fx.Node) -> str:
-    return str(n.target).removeprefix("aten.").partition(".")[0]
 
 
 def find_mask(program: Program, length: int | str, wanted: str | None) -> str | None:

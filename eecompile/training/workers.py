@@ -23,6 +23,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Seque
 
 from eecompile.errors import EecompileError
 from eecompile.training.batches import Batch
+from eecompile.untrained import bytes_of
 
 T = TypeVar("T")
 
@@ -109,10 +110,7 @@ def checksum(batch: Batch) -> int:
     while todo:
         value = todo.pop()
         if isinstance(value, Tensor):
-            held = value.detach().cpu().contiguous()
-            found = zlib.crc32(
-                held.flatten().view(torch.uint8).numpy().tobytes(), zlib.crc32(repr(held.shape).encode(), found)
-            )
+            found = zlib.crc32(bytes_of(value), zlib.crc32(repr(value.shape).encode(), found))
         elif isinstance(value, dict):
             todo += value.values()
         elif isinstance(value, (tuple, list)):
