@@ -53,21 +53,24 @@ class Entries:
         self.names: list[str] = []
         self.paths: list[str] = []
         self.seen: list[Any] = []
-        self.held: list[Any] = []
+        self.namespaces: list[Any] = []
 
     def add(self, owner: Any, name: str, path: str, *seen: Any) -> None:
-        held = owner if self.by_attribute or isinstance(owner, dict) else vars(owner)
-        value = seen[0] if seen else self._now(held, name)
-        for items, item in ((self.owners, owner), (self.names, name), (self.paths, path), (self.held, held)):
+        namespace = owner if self.by_attribute or isinstance(owner, dict) else vars(owner)
+        value = seen[0] if seen else self._now(namespace, name)
+        for items, item in ((self.owners, owner), (self.names, name), (self.paths, path), (self.namespaces, namespace)):
             items.append(item)
         self.seen.append(_copied(value) if self.by_value else value)
 
-    def _now(self, held: Any, name: str) -> Any:
-        return getattr(held, name, None) if self.by_attribute else held.get(name)
+    def _rows(self) -> Iterator[tuple[Any, str, str, Any, Any]]:
+        return zip(self.owners, self.names, self.paths, self.seen, self.namespaces, strict=True)
+
+    def _now(self, namespace: Any, name: str) -> Any:
+        return getattr(namespace, name, None) if self.by_attribute else namespace.get(name)
 
     @property
     def same(self) -> bool:
-        now = map(getattr if self.by_attribute else dict.get, self.held, self.names)
+        now = map(getattr if self.by_attribute else dict.get, self.namespaces, self.names)
         try:
             return list(now) == self.seen if self.by_value else all(map(is_, now, self.seen))
         except (AttributeError, TypeError, ValueError, RuntimeError):  # deleted, or an array now
@@ -75,8 +78,8 @@ class Entries:
 
     def moved(self) -> Iterator[tuple[str, Any, Any]]:
         """Path, present value and the one before."""
-        for held, name, path, before in zip(self.held, self.names, self.paths, self.seen, strict=True):
-            now = self._now(held, name)
+        for _, name, path, before, namespace in self._rows():
+            now = self._now(namespace, name)
             if not (_alike(now, before) if self.by_value else now is before):
                 yield path, now, before
 
@@ -86,12 +89,10 @@ class Entries:
         Returns:
             Owner, name and path of values that cannot be compared any more.
         """
-        old, self.__dict__ = self.__dict__, Entries(self.by_value, self.by_attribute).__dict__
+        rows, self.__dict__ = list(self._rows()), Entries(self.by_value, self.by_attribute).__dict__
         odd = []
-        for owner, name, path, seen, held in zip(
-            *(old[key] for key in ("owners", "names", "paths", "seen", "held")), strict=True
-        ):
-            now = self._now(held, name) if path in paths else seen
+        for owner, name, path, seen, namespace in rows:
+            now = self._now(namespace, name) if path in paths else seen
             if path not in left and self.by_value and not _comparable(now):
                 odd.append((owner, name, path))
             elif path not in left:
@@ -101,8 +102,8 @@ class Entries:
     def __deepcopy__(self, memo: dict[int, Any]) -> Entries:
         """The same of copied owners; what has changed here has changed there."""
         new = Entries(self.by_value, self.by_attribute)
-        for owner, name, path, seen, held in zip(self.owners, self.names, self.paths, self.seen, self.held, strict=True):
-            now = self._now(held, name)
+        for owner, name, path, seen, namespace in self._rows():
+            now = self._now(namespace, name)
             kept = not _alike(now, seen) if self.by_value else now is not seen
             copied = owner if isinstance(owner, ModuleType) else copy.deepcopy(owner, memo)
             new.add(copied, name, path, *([seen] if kept else []))
@@ -185,7 +186,7 @@ class ModelWatch:
     def _replaced(self) -> Iterator[tuple[str, Any, Any]]:
         """Path of a module, the present one, the one before."""
         yield from self._modules.moved()
-        known = {(id(held), name) for held, name in zip(self._modules.held, self._modules.names, strict=True)}
+        known = set(zip(map(id, self._modules.namespaces), self._modules.names, strict=True))
         for path, entries in self._children:
             for name, module in entries.items():
                 if (id(entries), name) not in known:
@@ -208,7 +209,7 @@ class ModelWatch:
         for kind, of_kind in functions.items():
             for n in of_kind:
                 self._attributes.add(kind, n, f"{kind.__qualname__}.{n}")
-        held: dict[int, tuple[str, Any]] = {}
+        objects: dict[int, tuple[str, Any]] = {}
         for path, module in model.named_modules():
             for n in functions[type(module)]:
                 if n == "forward" or not (n.startswith("__") or n in module.__dict__):
@@ -220,8 +221,8 @@ class ModelWatch:
                 if isinstance(v, Tensor) and not v.is_inference():
                     self._attributes.add(v, "_version", at)  # it may be changed in place
                 if _records(v):
-                    held.setdefault(id(v), (at, v))
-        for path, owner in held.values():
+                    objects.setdefault(id(v), (at, v))
+        for path, owner in objects.values():
             self._look_at(path, owner, list(getattr(owner, "__dict__", ())))
             for n in _slots(owner):
                 if _comparable(getattr(owner, n, _GONE)):
@@ -337,8 +338,8 @@ class Used:
 
     def __init__(self, tensors: Sequence[tuple[str, dict[str, Any], str]]) -> None:
         self.targets = [target for target, _, _ in tensors]
-        self.entries, self.names = [held for _, held, _ in tensors], [name for _, _, name in tensors]
-        self.dtypes = [held[name].dtype for _, held, name in tensors]
+        self.entries, self.names = [entries for _, entries, _ in tensors], [name for _, _, name in tensors]
+        self.dtypes = [entries[name].dtype for _, entries, name in tensors]
 
     @property
     def same(self) -> bool:
@@ -349,8 +350,8 @@ class Used:
 
     def moved(self) -> tuple[str, str]:
         """The first one that is not as it was, and what it is now."""
-        for target, held, name, dtype in zip(self.targets, self.entries, self.names, self.dtypes, strict=True):
-            path, now = path_in_model(target).removeprefix(f"{ROOT}."), held.get(name)
+        for target, entries, name, dtype in zip(self.targets, self.entries, self.names, self.dtypes, strict=True):
+            path, now = path_in_model(target).removeprefix(f"{ROOT}."), entries.get(name)
             if now is None:
                 return path, "no such parameter or buffer: it was removed, pruned or parametrized"
             if now.dtype != dtype:
@@ -364,7 +365,7 @@ _DTYPE = attrgetter("dtype")
 def _tensors_of(program: Program) -> list[tuple[str, dict[str, Any], str]]:
     targets = dict.fromkeys(str(n.target) for n in program.source.graph.find_nodes(op="get_attr"))
     found = [(target, *entry(program.source, target)) for target in targets]
-    return [(target, held, name) for target, held, name in found if held.get(name) is not None]
+    return [(target, entries, name) for target, entries, name in found if entries.get(name) is not None]
 
 
 def _weighted(module: Any) -> bool:
