@@ -8,8 +8,8 @@ An example is one function; all that takes long is kept, so a second run only ev
         fitted(fast, train, "branchy-resnet", options, trunk, epochs=4)         # kept, resumes; sets the weights
         record.done("train")                                                    # ends here with --until train
         seen = observed(fast, {"val": val, "test": test})                       # one pass each, kept
-        variants = judged(fast, seen, record, "CIFAR-10", trunk.accuracy)       # calibrates on val, evaluates on test
-        record.done("judge")
+        variants = evaluated(fast, seen, record, "CIFAR-10", trunk.accuracy)       # calibrates on val, evaluates on test
+        record.done("evaluate")
         timed(record, trunk.model, rows_of(test, 4), variants, (1, 32, 256))    # interleaved with the original
 
     if __name__ == "__main__":
@@ -203,7 +203,7 @@ PROMISES: dict[str, dict[str, Any]] = {
 CURVE = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.97, 0.98, 0.99, 0.995, 0.998, 0.999, 1.0)  # thresholds of a plot
 
 
-def judged(
+def evaluated(
     fast: Any,
     seen: Mapping[str, Observed],
     record: Record,
@@ -314,8 +314,35 @@ def rows_of(loader: Iterable[Any], batches: int) -> Inputs:
 
 
 __all__ = [
-    "PROMISES", "DatasetError", "Inputs", "Observed", "Options", "Recipe", "Record", "Trunk", "Variant", "accuracy",
-    "alternatives", "as_trained", "by_exit", "console", "fit_trunk", "fitted", "image_data", "judged", "lenet_trunk",
-    "main", "minilm_trunk", "observed", "parse", "resnet_trunk", "rows_in", "rows_of", "runs_root", "take", "timed",
-    "trunk", "write_result",
+    "PROMISES",
+    "DatasetError",
+    "Inputs",
+    "Observed",
+    "Options",
+    "Recipe",
+    "Record",
+    "Trunk",
+    "Variant",
+    "accuracy",
+    "alternatives",
+    "as_trained",
+    "by_exit",
+    "console",
+    "evaluated",
+    "fit_trunk",
+    "fitted",
+    "image_data",
+    "lenet_trunk",
+    "main",
+    "minilm_trunk",
+    "observed",
+    "parse",
+    "resnet_trunk",
+    "rows_in",
+    "rows_of",
+    "runs_root",
+    "take",
+    "timed",
+    "trunk",
+    "write_result",
 ]  # fmt: skip

@@ -92,9 +92,9 @@ class Replay:
         last = MaxProbability() if criteria[-1].learned else criteria[-1]
         confidences, state = [], None
         for k, kind in enumerate((*criteria, last)):
-            judged = scores[k].unsqueeze(-1) if scores is not None and kind.learned else outputs[k]
+            scored = scores[k].unsqueeze(-1) if scores is not None and kind.learned else outputs[k]
             at = thresholds[k] if kind.stateful and k < len(criteria) else None
-            value, new = confidence(judged, state, kind.name, temperatures[k], patience=kind.patience, threshold=at)
+            value, new = confidence(scored, state, kind.name, temperatures[k], patience=kind.patience, threshold=at)
             confidences.append(value)
             state = new if kind.stateful else None
         output, index, sure = select(outputs, confidences, thresholds)

@@ -16,7 +16,7 @@ from examples._registry import atomic
 ALLOWED = 0.02
 
 
-def judged(fast: Any, loader: Iterable[Any]) -> dict[str, Any]:
+def evaluated(fast: Any, loader: Iterable[Any]) -> dict[str, Any]:
     """Accuracy, mean cost, where rows left, which gates were open and at which widths parts ran, as the program runs."""
     right, costs, left, gates, widths = [], [], [], [], []
     with torch.no_grad():
@@ -48,7 +48,7 @@ def told(fast: Any, parts: Mapping[str, Any], record: Record, label: str, origin
     Thresholds are chosen on ``parts["val"]``, so that at most `ALLOWED` is lost there; ``parts["test"]`` is run once
     for each line. All figures are kept next to the weights of `fitted`, so that a second run only measures.
     """
-    path = fast.kept_as.with_suffix(".judged.json")
+    path = fast.kept_as.with_suffix(".evaluated.json")
     if not path.exists():
         with atomic(path) as written:
             written.write_text(json.dumps(_judge(fast, parts)))
@@ -84,7 +84,7 @@ def _judge(fast: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
     ):
         fast.set_thresholds(exits)
         fast.set_gate_thresholds(opening)
-        figures = judged(fast, parts["test"])
+        figures = evaluated(fast, parts["test"])
         told = {"thresholds": how, "exit_thresholds": exits, "gate_thresholds": opening}
         rows.append({**told, **figures, **alternatives(points, figures["cost"])})
     return {"full_accuracy": full, "constant": points, "calibration": report.to_dict(), "rows": rows}

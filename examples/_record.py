@@ -22,8 +22,8 @@ from eecompile.errors import EecompileError
 from examples._registry import DatasetError, atomic
 from examples.trunks import console
 
-Phase = Literal["train", "judge", "measure"]
-PHASES: tuple[Phase, ...] = ("train", "judge", "measure")
+Phase = Literal["train", "evaluate", "measure"]
+PHASES: tuple[Phase, ...] = ("train", "evaluate", "measure")
 PACKAGES = ("torch", "transformers", "accelerate", "numpy", "safetensors")
 
 
@@ -52,8 +52,8 @@ def parse(doc: str | None, argv: Sequence[str] | None = None, name: str = "NAME"
     epilog = f"""examples:
   {command} --quick           in seconds, on stand-in data
   {command} --until train     train only; the next run goes on from there
-  {command} --until judge     all but the times, for a machine that has other work
-  {command}                   all that is not done yet; then judge, measure and write {name}.json
+  {command} --until evaluate  all but the times, for a machine that has other work
+  {command}                   all that is not done yet; then evaluate, measure and write {name}.json
   {command} --json | jq .rows
 """
     raw = argparse.RawDescriptionHelpFormatter
@@ -82,7 +82,7 @@ def main(name: str, doc: str | None, example: Callable[[Options, Record], None],
             path = record.write()
     except Finished as finished:
         console.print(f"{name}: {finished}")
-        if options.until == "judge":
+        if options.until == "evaluate":
             record.note(timed=False)
             console.print(f"written, without times: {record.write()}")
         sys.exit(0)

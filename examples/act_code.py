@@ -24,7 +24,7 @@ from eecompile.training.batches import batches
 from examples import generated
 from examples._common import Options, Record, Variant, alternatives, fitted, main, rows_in, rows_of, timed
 from examples._constant import Constant
-from examples.act_text import judged
+from examples.act_text import evaluated
 from examples.datasets import TokenDataset
 from examples.generated import IGNORE, TAGS
 from examples.trunks import code_trunk
@@ -65,7 +65,7 @@ def example(options: Options, record: Record) -> None:
     record.note(model=f"BERT, {BLOCKS} blocks 48 wide", trunk=trunk.to_dict(), fit=fit)
     record.done("train")
 
-    found = judged(fast, parts)
+    found = evaluated(fast, parts)
     block = fast.program.structure.blocks[0].flops / fast.program.total_flops
     constants: list[Constant] = [
         (f"{k} block{'s' * (k > 1)}", 1 - (BLOCKS - k) * block, made.accuracy) for k, made in smaller.items()
@@ -86,7 +86,7 @@ def example(options: Options, record: Record) -> None:
         fast.set_halting_threshold(row["threshold"])
         row["steps_by_tag"] = steps_by_tag(fast, parts["test"])
         variants.append(Variant(row, fast, lambda t=row["threshold"]: fast.set_halting_threshold(t)))
-    record.done("judge")
+    record.done("evaluate")
     timed(record, original.model, rows_of(parts["test"], 4), variants, (1, 32, 64), {1: 32, 32: 96, 64: 128}, rounds=7)
 
 

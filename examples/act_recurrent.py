@@ -25,7 +25,7 @@ LOSS = 0.002
 NEVER = 2.0
 
 
-def judge(fast: Any, loader: DataLoader[Any], threshold: float) -> dict[str, Any]:
+def at_threshold(fast: Any, loader: DataLoader[Any], threshold: float) -> dict[str, Any]:
     """Accuracy, mean cost, and how many steps were taken in all, on one part at one threshold."""
     fast.set_halting_threshold(threshold)
     right: list[Tensor] = []
@@ -64,10 +64,10 @@ def example(options: Options, record: Record) -> None:
     fit = fitted(fast, parts["train"], "act-reader", options, base, epochs=1 if quick else 2, lr=2e-3, trunk_lr=1e-3)
     record.note(data="MNIST", model="a GRU of 96 units, 14 pairs of rows", trunk=base.to_dict(), fit=fit)
     record.done("train")
-    curve = [judge(fast, parts["val"], t) for t in THRESHOLDS]
+    curve = [at_threshold(fast, parts["val"], t) for t in THRESHOLDS]
     chosen = min((p for p in curve if p["accuracy"] >= curve[-1]["accuracy"] - LOSS), key=lambda p: p["cost"])
-    one_step = judge(fast, parts["test"], NEVER)
-    found = judge(fast, parts["test"], chosen["threshold"])
+    one_step = at_threshold(fast, parts["test"], NEVER)
+    found = at_threshold(fast, parts["test"], chosen["threshold"])
     record.note(steps=MOST_STEPS, curve_on_val=curve, one_step_everywhere=one_step, chosen=found)
     row = record.row(
         f"MNIST, GRU that ponders up to {MOST_STEPS} steps",
@@ -77,7 +77,7 @@ def example(options: Options, record: Record) -> None:
         accuracy=found["accuracy"],
         cost=found["cost"],
     )
-    record.done("judge")
+    record.done("evaluate")
     halting = Variant(row, fast, lambda: fast.set_halting_threshold(chosen["threshold"]))
     timed(record, base.model, rows_of(parts["test"], 2), [halting], (1, 32), {1: 32, 32: 128}, rounds=7)
 

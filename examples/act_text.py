@@ -38,7 +38,7 @@ ALLOWED = 0.01
 NEVER = 2.0
 
 
-def judge(fast: Any, loader: Iterable[Any], threshold: float) -> dict[str, Any]:
+def at_threshold(fast: Any, loader: Iterable[Any], threshold: float) -> dict[str, Any]:
     """Accuracy, mean cost, and the share of reviews (or of their tokens) that took 1, 2, ... steps, as the program runs."""
     fast.set_halting_threshold(threshold)
     right, costs, steps = [], [], []
@@ -68,14 +68,14 @@ def cheapest(curve: Sequence[dict[str, Any]]) -> float:
     return float(min(able, key=lambda p: p["cost"])["threshold"])
 
 
-def judged(fast: Any, parts: dict[str, Any]) -> dict[str, Any]:
+def evaluated(fast: Any, parts: dict[str, Any]) -> dict[str, Any]:
     """The curve on the validation part, and what the test part gives as trained, as chosen and without halting: kept."""
-    path = fast.kept_as.with_suffix(".judged.json")
+    path = fast.kept_as.with_suffix(".evaluated.json")
     if not path.exists():
-        curve = [judge(fast, parts["val"], t) for t in THRESHOLDS]
+        curve = [at_threshold(fast, parts["val"], t) for t in THRESHOLDS]
         asked = {"as trained": 1.0, f"at most {ALLOWED:.0%} lost on val": cheapest(curve)}
-        found = {how: judge(fast, parts["test"], threshold) for how, threshold in asked.items()}
-        full = judge(fast, parts["test"], NEVER)["accuracy"]
+        found = {how: at_threshold(fast, parts["test"], threshold) for how, threshold in asked.items()}
+        full = at_threshold(fast, parts["test"], NEVER)["accuracy"]
         with atomic(path) as written:
             written.write_text(json.dumps({"curve_on_val": curve, "rows": found, "full_accuracy": full}))
     made: dict[str, Any] = json.loads(path.read_text())
@@ -100,7 +100,7 @@ def example(options: Options, record: Record) -> None:
     record.done("train")
     variants = []
     for who, fast in programs.items():
-        found = judged(fast, parts)
+        found = evaluated(fast, parts)
         record.note(**{f"{who}_on_val": found["curve_on_val"]})
         for how, figures in found["rows"].items():
             row = record.row(
@@ -111,7 +111,7 @@ def example(options: Options, record: Record) -> None:
                 **figures,
             )
             variants.append(Variant(row, fast, lambda t=row["threshold"], fast=fast: fast.set_halting_threshold(t)))
-    record.done("judge")
+    record.done("evaluate")
     original = minilm_trunk(quick=quick, seed=options.seed).model  # training moved the other ones' weights
     timed(record, original, rows_of(parts["test"], 4), variants, (1, 32, 64), {1: 32, 32: 96, 64: 128}, rounds=7)
 

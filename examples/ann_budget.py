@@ -111,7 +111,7 @@ def example(options: Options, record: Record) -> None:
                     **alternatives(points, held_out["cost"]),
                 )
                 variants[balance].append(Variant(row, fast, setting(fast, point["thresholds"])))
-    record.done("judge")
+    record.done("evaluate")
     x = rows_of(parts["test"], 4)
     for balance, fast in programs.items():
         timed(record, fast.original, x, variants[balance], (1, 32, 256))

@@ -69,7 +69,7 @@ def example(options: Options, record: Record) -> None:
     for name, accuracy, cost in stops[:: (len(stops) - 1) // 2 or 1]:  # every head up to there was computed
         figures = {**accuracies, "accuracy": accuracy, "cost": cost, **alternatives(constants, cost)}
         record.row("ResNet-20, CIFAR-10, interrupted", thresholds=f"after {name}", **figures)
-    record.done("judge")
+    record.done("evaluate")
 
     together = eecompile(base.model, Anytime(combine=chosen), example_inputs=(x,))
     with_kinds(together, [HeadRow(**row) for row in fit["heads"]])

@@ -14,7 +14,7 @@ from eecompile import eecompile
 from eecompile.heads import Site
 from eecompile.strategies import Branchy
 from examples import generated
-from examples._common import Options, Record, fitted, judged, main, observed, rows_in, rows_of, timed
+from examples._common import Options, Record, evaluated, fitted, main, observed, rows_in, rows_of, timed
 from examples.trunks import charts_trunk
 
 PIECES = 6
@@ -49,8 +49,8 @@ def example(options: Options, record: Record) -> None:
     record.note(data="control charts, generated", rows_of_data=sizes, model="ChartNet", trunk=trunk.to_dict(), fit=fit)
     record.done("train")
     seen = observed(fast, {part: parts[part] for part in ("val", "test")})
-    variants = judged(fast, seen, record, "control charts, 4 convolutions", trunk.accuracy)
-    record.done("judge")
+    variants = evaluated(fast, seen, record, "control charts, 4 convolutions", trunk.accuracy)
+    record.done("evaluate")
     timed(record, trunk.model, rows_of(parts["test"], 4), variants, SIZES)
 
 

@@ -11,7 +11,19 @@ from __future__ import annotations
 from eecompile import eecompile
 from eecompile.strategies import Branchy
 from examples import datasets
-from examples._common import PROMISES, Options, Record, fitted, judged, lenet_trunk, main, observed, rows_in, rows_of, timed
+from examples._common import (
+    PROMISES,
+    Options,
+    Record,
+    evaluated,
+    fitted,
+    lenet_trunk,
+    main,
+    observed,
+    rows_in,
+    rows_of,
+    timed,
+)
 
 EXITS = ("relu", "relu_1")  # after the first and the second convolution
 SIZES = (1, 32, 256)
@@ -35,10 +47,10 @@ def example(options: Options, record: Record) -> None:
     promises = PROMISES if quick else STRICT  # the stand-in has too few rows to show a loss below 0.5%
     of_first = {part: everything.only(0) for part, everything in seen.items()}
     variants = [
-        *judged(both, seen, record, "MNIST, LeNet, 2 exits", trunk.accuracy, promises),
-        *judged(first, of_first, record, "MNIST, LeNet, 1 exit", trunk.accuracy, promises),
+        *evaluated(both, seen, record, "MNIST, LeNet, 2 exits", trunk.accuracy, promises),
+        *evaluated(first, of_first, record, "MNIST, LeNet, 1 exit", trunk.accuracy, promises),
     ]
-    record.done("judge")
+    record.done("evaluate")
     timed(record, trunk.model, rows_of(parts["test"], 16), variants, SIZES, {1: 256, 32: 512, 256: 2048})
 
 

@@ -15,7 +15,7 @@ from eecompile import eecompile
 from eecompile.heads import Site
 from eecompile.strategies import Branchy
 from examples import datasets
-from examples._common import Options, Record, fitted, judged, main, observed, resnet_trunk, rows_in, rows_of, timed
+from examples._common import Options, Record, evaluated, fitted, main, observed, resnet_trunk, rows_in, rows_of, timed
 
 EXITS = ("stage1.0", "stage1.2", "stage2.1", "stage3.0")
 EXITS_QUICK = ("stage1", "stage2")  # of ResNet-8, one block a stage
@@ -66,8 +66,8 @@ def example(options: Options, record: Record) -> None:
     record.note(data="CIFAR-10", rows_of_data=sizes, model=model, trunk=trunk.to_dict(), fit=fit)
     record.done("train")
     seen = observed(fast, held_out)
-    variants = judged(fast, seen, record, "CIFAR-10, ResNet-20", trunk.accuracy)
-    record.done("judge")
+    variants = evaluated(fast, seen, record, "CIFAR-10, ResNet-20", trunk.accuracy)
+    record.done("evaluate")
     timed(record, trunk.model, rows_of(held_out["test"], 4), variants, SIZES)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from eecompile import eecompile
 from eecompile.strategies import Cascade
 from examples import datasets
-from examples._common import Options, Record, as_trained, judged, main, observed, rows_in, rows_of, timed
+from examples._common import Options, Record, as_trained, evaluated, main, observed, rows_in, rows_of, timed
 from examples.stages import alone, image_stages
 
 
@@ -33,8 +33,8 @@ def example(options: Options, record: Record) -> None:
     as_trained(fast, "cascade-images", *(stage.trunk for stage in stages))
     seen = observed(fast, parts)
     last = seen["test"].of(fast).evaluate().full_accuracy
-    variants = judged(fast, seen, record, f"CIFAR-10, {', '.join(models)}", last)
-    record.done("judge")
+    variants = evaluated(fast, seen, record, f"CIFAR-10, {', '.join(models)}", last)
+    record.done("evaluate")
     sizes = {1: 32, 32: 96, 256: 256}
     timed(record, fast.original, rows_of(parts["test"], 4), variants, tuple(sizes), sizes, rounds=7)
 

@@ -115,7 +115,7 @@ def example(options: Options, record: Record) -> None:
         }
         for how, threshold in rules.items():
             variants.append(row_of(record, fast, seen["test"], threshold, how, trunk.accuracy))
-    record.done("judge")
+    record.done("evaluate")
     timed(record, model, rows_of(parts["test"], 4), variants, (1, 32, 64), {1: 32, 32: 96, 64: 128}, rounds=7)
 
 

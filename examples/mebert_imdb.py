@@ -19,7 +19,7 @@ from eecompile import eecompile
 from eecompile.criteria import Criterion, Entropy, Patience
 from eecompile.strategies import MeBert
 from examples import datasets
-from examples._common import Options, Record, Trunk, fitted, judged, main, minilm_trunk, observed, rows_of, timed
+from examples._common import Options, Record, Trunk, evaluated, fitted, main, minilm_trunk, observed, rows_of, timed
 
 # Rows of the training part: first the trunk's, then those of the classifiers, then those of the joint training.
 ROWS = {"trunk": 4_000, "heads": 4_000, "joint": 2_000, "choice": 1_000, "val": 3_000, "test": 3_000}
@@ -90,8 +90,8 @@ def example(options: Options, record: Record) -> None:
     patience.heads.load_state_dict(entropy.heads.state_dict())
     variants = []
     for name, program in {"entropy": entropy, "patience": patience}.items():
-        variants += judged(program, seen, record, f"IMDB, MiniLM-L6, {name}", trunk.accuracy)
-    record.done("judge")
+        variants += evaluated(program, seen, record, f"IMDB, MiniLM-L6, {name}", trunk.accuracy)
+    record.done("evaluate")
     timed(record, entropy.original, rows_of(parts["test"], 4), variants, (1, 32), {1: 48, 32: 128}, rounds=7)
 
 

@@ -66,15 +66,15 @@ def example(options: Options, record: Record) -> None:
     test, promise = held_out["test"], f"at most {MOST_LOST:.0%} lost, guaranteed"
     variants, reports = [], {}
     for name, fast in programs.items():
-        variants.append(judged(fast, test, record, name, "as trained", original))
+        variants.append(evaluated(fast, test, record, name, "as trained", original))
         reports[name] = fast.calibrate(held_out["val"], max_drop=MOST_LOST).to_dict()
-        variants.append(judged(fast, test, record, name, promise, original))
+        variants.append(evaluated(fast, test, record, name, promise, original))
     record.note(calibration=reports)
-    record.done("judge")
+    record.done("evaluate")
     timed(record, trunk.model, rows_of(held_out["test"], 2), variants, SIZES)
 
 
-def judged(
+def evaluated(
     fast: CompiledModule, test: DataLoader[Any], record: Record, name: str, how: str, original_accuracy: float
 ) -> Variant:
     """A line of the record for where the router sends rows as it is set now."""

@@ -51,7 +51,7 @@ def example(options: Options, record: Record) -> None:
     record.note(strategy=str(fast.strategy), fit=fit, gates=[{"region": g.region, "saves": g.saves} for g in fast.gates])
     record.done("train")
     variants = told(fast, parts, record, f"CIFAR-10, {model}, policy", original.accuracy)
-    record.done("judge")
+    record.done("evaluate")
     timed(record, original.model, rows_of(parts["test"], 4), variants, (1, 32, 64), {1: 64, 32: 256, 64: 512})
 
 

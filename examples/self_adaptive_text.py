@@ -43,7 +43,7 @@ def example(options: Options, record: Record) -> None:
     record.done("train")
     original = minilm_trunk(quick=quick, seed=options.seed).model  # training moved the other one's weights
     variants = told(fast, parts, record, "IMDB, MiniLM-L6, policy", trunk.accuracy)
-    record.done("judge")
+    record.done("evaluate")
     timed(record, original, rows_of(parts["test"], 4), variants, (1, 32, 64), {1: 32, 32: 96, 64: 128}, rounds=7)
 
 

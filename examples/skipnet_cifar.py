@@ -65,14 +65,14 @@ def example(options: Options, record: Record) -> None:
     variants = []
     for name, promise in PROMISES.items():
         report = None if promise is None else fast.calibrate(held_out["val"], **promise)
-        row, variant = judged(fast, held_out["test"], record, name, report, original_accuracy)
+        row, variant = evaluated(fast, held_out["test"], record, name, report, original_accuracy)
         row |= alternatives(points, row["cost"])
         variants.append(variant)
-    record.done("judge")
+    record.done("evaluate")
     timed(record, original, rows_of(held_out["test"], 2), variants, SIZES)
 
 
-def judged(
+def evaluated(
     fast: CompiledModule, test: DataLoader[Any], record: Record, name: str, report: Any, original_accuracy: float
 ) -> tuple[dict[str, Any], Variant]:
     """A line of the record for the gates' thresholds as they are."""

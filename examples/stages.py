@@ -64,15 +64,15 @@ def image_stages(*, quick: bool = False, seed: int = 0) -> list[Stage]:
 def text_stages(*, quick: bool = False, seed: int = 0) -> list[Stage]:
     """Three models for reviews, the cheapest first. The bag of words, which costs nothing, learns from all of them."""
     folder = datasets.minilm(standin=quick)
-    judged = 256 if quick else 1_000
+    evaluated = 256 if quick else 1_000
 
     def data(part: str, limit: int | None) -> tuple[Inputs, Tensor]:
-        columns = dict(datasets.tokens(part, limit or judged, standin=quick))
+        columns = dict(datasets.tokens(part, limit or evaluated, standin=quick))
         labels = columns.pop("labels")
         return columns, labels
 
     def every(part: str, limit: int | None) -> tuple[Inputs, Tensor]:
-        columns = dict(datasets.tokens(part, None if part == "train" else judged, standin=quick))
+        columns = dict(datasets.tokens(part, None if part == "train" else evaluated, standin=quick))
         labels = columns.pop("labels")
         return columns, labels
 

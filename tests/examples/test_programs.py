@@ -47,7 +47,7 @@ def test_branchy_lenet(environment: dict[str, str], tmp_path: Path) -> None:
     trained = run("branchy_lenet", environment, tmp_path, "--until", "train")
     assert "done until 'train'" in trained.stderr
     assert not list(tmp_path.iterdir())
-    run("branchy_lenet", environment, tmp_path, "--until", "judge")
+    run("branchy_lenet", environment, tmp_path, "--until", "evaluate")
     without = json.loads((tmp_path / "branchy_lenet-quick.json").read_text())
     assert without["timed"] is False and all("speedup" not in row for row in without["rows"])
     done = run("branchy_lenet", environment, tmp_path, "--json")

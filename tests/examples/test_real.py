@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 
 from eecompile.strategies import Branchy
 from examples import datasets, models
-from examples._common import Options, Recipe, Record, fitted, image_data, judged, observed, rows_of, timed, trunk
+from examples._common import Options, Recipe, Record, evaluated, fitted, image_data, observed, rows_of, timed, trunk
 from tests.support import compiled as eecompile
 
 
@@ -27,7 +27,7 @@ def test_b_lenet_on_mnist(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     fast = eecompile(made.model, Branchy(exits=("relu", "relu_1"), trunk=True), example_inputs=(x,))
     fitted(fast, train, "lenet-short", options, made, epochs=2, lr=4e-3, trunk_lr=1e-3, scheduler="cosine")
     record = Record("short", options)
-    variants = judged(fast, observed(fast, held_out), record, "MNIST", made.accuracy)
+    variants = evaluated(fast, observed(fast, held_out), record, "MNIST", made.accuracy)
     timed(record, made.model, rows_of(held_out["test"], 2), variants, (32,), rounds=3)
     guaranteed, empirical = record.rows
     assert guaranteed["calibration"]["qualified"]
