@@ -461,7 +461,7 @@ class Monitor:
             self.state = state
 
     def _keep(self, batch: Sequence[Any] | None = None) -> None:
-        """Writes the state, or adds a line to it for one more batch, which is a hundred times quicker."""
+        """Writes the state, or adds a line to it for one more batch: the whole state takes longer to write."""
         if self.path is None:
             return
         lines, self.lines = self.lines, 0  # where a line cannot be written whole, the state is written anew
