@@ -19,8 +19,9 @@ ROWS, LEAVING = 32, (16, 8)
 def watched(fast: Any, path: Path, shadow: float) -> Monitor:
     """A monitor of a module that was not calibrated."""
     guarantee = SimpleNamespace(
-        target="agreement", rows=4, shares=[0.5, 0.25, 0.25], made_for={"weights": ""}, max_drop=0.9, disagreement=0.0
-    )
+        target="agreement", rows=4, shares=[0.5, 0.25, 0.25], made_for={"weights": ""}, max_drop=0.9, disagreement=0.0,
+        void=lambda fast: "",
+    )  # fmt: skip
     return Monitor(_Guaranteed(fast, guarantee), MonitorOptions(shadow=shadow, limit=0.9), path=path)
 
 
