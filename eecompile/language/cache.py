@@ -46,6 +46,10 @@ class Slots:
         return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)[:, None]
 
 
+class Written(BaseException):
+    """Ends a block's forward once its keys and values are there. No Exception, so that handlers let it through."""
+
+
 class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
     """Keys and values `[B, H, 1 + slots, D]` of one layer; the first slot takes what columns without a place write."""
 
@@ -76,6 +80,8 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             else:
                 rows = torch.arange(new.shape[0], device=new.device)[:, None]
                 held[rows, :, slots.index + 1] = new.transpose(1, 2)
+        if self.cache.only_written:
+            raise Written
         return self.keys[:, :, 1 : slots.length + 1], self.values[:, :, 1 : slots.length + 1]
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
@@ -105,6 +111,7 @@ class SlotCache(Cache):  # type: ignore[misc]
         self.capacity = capacity
         self.slots = Slots(torch.zeros((1, 0), dtype=torch.int64), torch.zeros(1, dtype=torch.int64), 0, True)
         self.first = 0
+        self.only_written = False  # whether a layer's update ends the forward of its block
 
     def at(self, slots: Slots) -> None:
         """The slots that the next pass writes and reads."""

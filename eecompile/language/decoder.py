@@ -148,7 +148,7 @@ class CompiledDecoder(nn.Module):
             **model_kwargs: Any,
         ) -> Any:
             streamer = given if streamer is None else streamer
-            _refuse(generation_config, model_kwargs, input_ids, streamer)
+            _refuse(generation_config, model_kwargs, input_ids, streamer, self.strategy.kv)
             generation = self._generation(generation_config, logits_processor, stopping_criteria, len(input_ids))
             kept.append(generation)
             mask = model_kwargs.get("attention_mask")
@@ -166,10 +166,10 @@ class CompiledDecoder(nn.Module):
         seed = int(torch.randint(2**62, ()).item()) if config.do_sample else None
         dict_wanted = bool(config.return_dict_in_generate)
         choosing = Choosing(
-            processor, stopping, seed, float(config.temperature or 1.0) if config.do_sample else 1.0,
-            dict_wanted and bool(config.output_scores), dict_wanted and bool(config.output_logits), rows,
+            processor, stopping, seed, dict_wanted and bool(config.output_scores),
+            dict_wanted and bool(config.output_logits), rows,
         )  # fmt: skip
-        options = DraftOptions(self.threshold, self.max_draft, self.strategy.lookup, self.strategy.kv == "verify")
+        options = DraftOptions(self.threshold, self.max_draft, self.strategy.longest_lookup, self.strategy.kv)
         split = Split(self.model, self.blocks, self.exit)
         head = self.draft_head
         best = head.best if isinstance(head, DraftHead) else None
@@ -254,12 +254,12 @@ class CompiledDecoder(nn.Module):
         """Chooses how tokens are drafted, on text like that in use.
 
         With `kv="verify"` exit, threshold and length of drafts by the speed that `speculation` projects from acceptance on
-        text and times on this machine; with `kv="deferred"` the threshold, by a bound on what a sequence loses.
+        text and times on this machine; with the others the threshold, by a bound on what a sequence loses.
 
         Args:
-            loader: Batches of token ids, as for `fit`; for "deferred" they are prompts.
+            loader: Batches of token ids, as for `fit`; for "deferred" and "copy" they are prompts.
             options: For "verify": `min_speed=1.1`, the projected speed over plain decoding below which nothing is set, and
-                those of `speculation`. For "deferred": `max_new_tokens=32`, and those of
+                those of `speculation`. For the others: `max_new_tokens=32`, and those of
                 `eecompile.language.risk.calibrate_deferred`: `max_drop=0.05`, `delta=0.05`, `metric=None`, `seed=0`.
 
         Raises:
@@ -268,7 +268,7 @@ class CompiledDecoder(nn.Module):
         """
         chosen = self._by_speed if self.strategy.kv == "verify" else self._by_risk
         known = [n for n in inspect.signature(chosen).parameters if n not in ("loader", "risk")]
-        known += inspect.getfullargspec(calibrate_deferred).kwonlyargs if self.strategy.kv == "deferred" else []
+        known += [] if self.strategy.kv == "verify" else inspect.getfullargspec(calibrate_deferred).kwonlyargs
         for name in options:
             if name not in known:
                 raise StrategyError(
@@ -380,7 +380,10 @@ class CompiledDecoder(nn.Module):
         def both(tokens: Tensor, slots: Slots) -> Tensor:
             return split.upper(tokens, split.lower(tokens, slots, cache), slots, cache)
 
-        both(ids.roll(1, 1)[:, start:], Slots(index[:, start:], padding, length, True))  # a draft that is rejected
+        wrong, there = ids.roll(1, 1)[:, start:], Slots(index[:, start:], padding, length, True)
+        if self.strategy.kv == "copy":
+            split.copy(wrong, split.lower(wrong, there, cache), there, cache)
+        both(wrong, there)  # a draft that is rejected
         if length - start == 1:
             return both(ids[:, start:], Slots(index[:, start:], padding, length, True)), index[:, start:]
         first = index[:, start : start + 1]  # every other row is one token ahead of its neighbour
@@ -398,7 +401,7 @@ class CompiledDecoder(nn.Module):
         )
 
 
-def _refuse(config: Any, model_kwargs: dict[str, Any], ids: Tensor, streamer: Any) -> None:
+def _refuse(config: Any, model_kwargs: dict[str, Any], ids: Tensor, streamer: Any, kv: str) -> None:
     """Names what was asked for and cannot be honoured."""
     mode = config.get_generation_mode()
     wrong = {
@@ -411,6 +414,9 @@ def _refuse(config: Any, model_kwargs: dict[str, Any], ids: Tensor, streamer: An
         "use_cache=False": "use_cache=False" if config.use_cache is False else None,
         "guidance_scale": config.guidance_scale if config.guidance_scale not in (None, 1, 1.0) else None,
         "inputs_embeds": True if model_kwargs.get("inputs_embeds") is not None else None,
+        "output_scores or output_logits with kv='copy'": True
+        if kv == "copy" and (config.output_scores or config.output_logits)
+        else None,
         "a prompt of length 0": True if ids.shape[1] == 0 else None,
     }
     for what, got in wrong.items():

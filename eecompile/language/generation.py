@@ -4,7 +4,8 @@ Every round, each row that goes on has one token whose lower part has not run ye
 proposes the next token, and so on while the head is sure and the queue of hidden states is shorter than `max_draft`. Then
 the upper part runs once over the queue. Of what was drafted the longest prefix is kept that the model itself would have
 chosen, and one token more, which the upper part has given (Leviathan et al. 2023; Elhoushi et al. 2024). With
-`kv="deferred"` drafted tokens are kept as they are, and the upper part completes the cache.
+`kv="deferred"` drafted tokens are kept as they are, and the upper part completes the cache; with `kv="copy"` it is skipped
+for them, and its keys and values are those of the hidden states at the exit.
 """
 
 from __future__ import annotations
@@ -34,13 +35,13 @@ class DraftOptions:
         threshold: Probability that the draft head must give a token; above 1 nothing is drafted.
         max_draft: Most tokens that are drafted before the upper part runs.
         lookup: Longest n-gram that is looked for in the text before, as a second drafter; 0 for none.
-        verify: Whether drafted tokens are kept only where the model agrees.
+        kv: "verify" keeps drafted tokens only where the model agrees; "deferred" and "copy" keep all.
     """
 
     threshold: float
     max_draft: int
     lookup: int
-    verify: bool
+    kv: str
 
 
 @dataclass
@@ -91,7 +92,6 @@ class Choosing:
         processor: transformers' `LogitsProcessorList`; `(ids [1, S], scores [1, V]) -> [1, V]`.
         stopping: transformers' `StoppingCriteriaList`.
         seed: Key of the noise for sampling, None for greedy decoding.
-        temperature: What the draft head's logits are divided by where tokens are sampled.
         keep_scores, keep_logits: Whether they are kept for the output.
         rows: Size of the batch.
     """
@@ -99,10 +99,14 @@ class Choosing:
     processor: Callable[[Tensor, Tensor], Tensor]
     stopping: Callable[[Tensor, Any], Tensor]
     seed: int | None = None
-    temperature: float = 1.0
     keep_scores: bool = False
     keep_logits: bool = False
     rows: int = 1
+
+    @property
+    def plain(self) -> bool:
+        """Whether the token with the largest logit is taken, whatever the text."""
+        return self.seed is None and not len(self.processor)  # type: ignore[arg-type]
 
     def scores(self, ids: Sequence[int], logits: Tensor, row: int) -> Tensor:
         """[V] float32: the logits after `ids`, processed as row `row` of the batch."""
@@ -233,7 +237,7 @@ class Generation:
 
     def _proposed(self, going: list[int], ids: Tensor, last: Tensor) -> list[int | None]:
         """A token for each of these rows, None where the draft head is not sure enough; `last` [B', 1, D]."""
-        if self.best is not None and self.choosing.seed is None:
+        if self.best is not None and self.choosing.plain:
             tokens, sure = self.best(last[:, 0].float())
             pairs = zip(tokens.tolist(), sure.tolist(), strict=True)
             return [token if p >= self.options.threshold else None for token, p in pairs]  # NaN is never sure
@@ -241,45 +245,54 @@ class Generation:
         return [self._drafted(b, s, vocabulary) for b, s in zip(going, logits[:, 0].float(), strict=True)]
 
     def _drafted(self, b: int, scores: Tensor, vocabulary: Tensor | None) -> int | None:
-        """The draft head's token, None where it is not sure enough."""
+        """The draft head's token, chosen as the model's own tokens are, None where it is not sure enough."""
         row = self.rows[b]
-        noisy = scores
-        if self.choosing.seed is not None:
-            scores = scores / self.choosing.temperature
-            size = self.vocabulary_size
-            noise = gumbel(self.choosing.seed, b, len(row.ids) + len(row.drafts), size).to(scores.device)
-            noisy = scores + (noise if vocabulary is None else noise[vocabulary])
-        best = int(noisy.argmax())
+        if vocabulary is not None:
+            scores = scores.new_full((self.vocabulary_size,), -torch.inf).index_copy_(0, vocabulary, scores)
+        ids = [*row.ids, *(token for token, _ in row.drafts)]
+        scores = self.choosing.scores(ids, scores, b)
+        best = int(self.choosing.noisy(scores, b, len(ids)).argmax())
         sure = float((scores[best] - scores.logsumexp(0)).exp())
-        if not sure >= self.options.threshold:  # NaN is never sure
-            return None
-        return best if vocabulary is None else int(vocabulary[best])
+        return best if sure >= self.options.threshold else None  # NaN is never sure
 
     def _flush(self, queue: dict[int, list[Tensor]]) -> None:
         """The upper part over every row's queue; keeps what the model agrees with, and one token more."""
-        tokens = {b: [self.rows[b].ids[-1], *(t for t, _ in self.rows[b].drafts)][: len(queue[b])] for b in queue}
-        starts = {b: len(self.rows[b].ids) - 1 for b in queue}
-        ids, slots = self._columns(tokens, starts)
-        width = ids.shape[1]
-        some = next(iter(queue.values()))[0]
-        hidden = some.new_zeros((len(self.rows), width, some.shape[-1]))
-        for b, states in queue.items():
-            hidden[b, : len(states)] = torch.stack(states)
-        logits = self.split.upper(ids, hidden, slots, self.cache)
+        copied = {b: len(queue[b]) - 1 for b in queue if self.options.kv == "copy" and len(queue[b]) > 1}
+        if copied:
+            self._upper(self.split.copy, {b: queue[b][:n] for b, n in copied.items()}, dict.fromkeys(copied, 0))
+        skipped = {b: copied.get(b, 0) for b in queue}
+        logits = self._upper(self.split.upper, {b: queue[b][n:] for b, n in skipped.items()}, skipped)
         self.counts.upper += 1
         for b in queue:
             self._accept(b, logits[b])
 
+    def _upper(self, part: Callable[..., Any], states: dict[int, list[Tensor]], skipped: dict[int, int]) -> Any:
+        """Runs a part on each row's hidden states `[D]`, those of its undecided tokens from number `skipped[b]` on."""
+        tokens, starts = {}, {}
+        for b, n in skipped.items():
+            row = self.rows[b]
+            tokens[b] = [row.ids[-1], *(token for token, _ in row.drafts)][n : n + len(states[b])]
+            starts[b] = len(row.ids) - 1 + n
+        ids, slots = self._columns(tokens, starts)
+        some = next(iter(states.values()))[0]
+        hidden = some.new_zeros((*ids.shape, some.shape[-1]))
+        for b, lines in states.items():
+            hidden[b, : len(lines)] = torch.stack(lines)
+        return part(ids, hidden, slots, self.cache)
+
     def _accept(self, b: int, logits: Tensor) -> None:
+        """Takes tokens from the logits `[Q, V]` of the row's undecided tokens; with "copy", of the last one alone."""
         row = self.rows[b]
         drafts, row.drafts = row.drafts, []
+        copying = self.options.kv == "copy"
         for j in range(len(drafts) + 1):
             drafted = drafts[j] if j < len(drafts) else None
-            if drafted is not None and not self.options.verify:
+            if drafted is not None and self.options.kv != "verify":
                 token, kept = drafted[0], True
-                self._record(b, logits[j], None)
+                if not copying:
+                    self._record(b, logits[j], None)
             else:
-                token = self._choose(b, logits[j], checked=len(drafts) > 0)
+                token = self._choose(b, logits[0 if copying else j], checked=len(drafts) > 0 and not copying)
                 kept = drafted is not None and token == drafted[0]
             source = 0 if not kept or drafted is None else 2 if drafted[1] else 1
             self.counts.accepted += source == 1

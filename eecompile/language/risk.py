@@ -1,4 +1,4 @@
-"""Risk of drafts that are kept unverified (`kv="deferred"`): the lowest threshold whose texts provably stay close.
+"""Risk of drafts that are kept unverified (`kv="deferred"` or "copy"): the lowest threshold whose texts provably stay close.
 
 A sequence's loss is one less the metric of the text with drafts kept against the text of the model itself. Thresholds are
 hypotheses of Learn then Test, as settings of exits are (`eecompile.calibration.choose`): sequences are the rows.

@@ -9,12 +9,13 @@ from __future__ import annotations
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
 
 from eecompile.errors import UnsupportedModelError
-from eecompile.language.cache import SlotCache, Slots
+from eecompile.language.cache import SlotCache, Slots, Written
 
 Forward = Callable[..., Any]
 KINDS = {"full_attention", "sliding_attention"}
@@ -87,13 +88,14 @@ class Split:
     def __init__(self, model: nn.Module, blocks: str, exit: int) -> None:
         self.model, self.exit = model, exit
         self.count = len(model.get_submodule(blocks))  # type: ignore[arg-type]
-        self._hidden: Tensor | None = None
+        self._hidden: Any = None
         self._tuple = False  # whether blocks return tuples; known after the first lower pass
         paths = [f"{blocks}.{i}" for i in range(self.count)]
         # The lower part ends where the next block begins, after all that hooks do to what is handed on.
         self._lower = shadow(model, {paths[exit - 1]: self._noting, paths[exit]: self._stopping})
         handed = dict.fromkeys(paths[:exit], self._passing) | {paths[exit]: self._injecting}
         self._upper = shadow(model, handed)
+        self._paths = paths
         self._head = shadow(model, dict.fromkeys(paths[:-1], self._passing) | {paths[-1]: self._giving})
         names = set(inspect.signature(model.forward).parameters)
         self._keeps = "logits_to_keep" in names
@@ -149,6 +151,33 @@ class Split:
 
         return give
 
+    def _copying(self, twin: nn.Module) -> Forward:
+        without_hooks(twin, "_forward_hooks", "_forward_pre_hooks")
+        forward = own_forward(twin)
+
+        def copy(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+            try:
+                forward(self._hidden, *args, **kwargs)
+            except Written:
+                return (self._hidden, None) if self._tuple else self._hidden
+            raise UnsupportedModelError("a block keeps no keys and values", got=type(twin).__name__)
+
+        return copy
+
+    def _copying_last(self, twin: nn.Module) -> Forward:
+        copy = self._copying(twin)
+
+        def copy_and_stop(*args: Any, **kwargs: Any) -> Any:
+            copy(*args, **kwargs)
+            raise _Reached(self._hidden)
+
+        return copy_and_stop
+
+    @cached_property
+    def _copy(self) -> nn.Module:
+        copied = dict.fromkeys(self._paths[self.exit :], self._copying) | {self._paths[-1]: self._copying_last}
+        return shadow(self.model, dict.fromkeys(self._paths[: self.exit], self._passing) | copied)
+
     # ------------------------------------------------------------------ passes
 
     def lower(self, ids: Tensor, slots: Slots, cache: SlotCache) -> Tensor:
@@ -163,6 +192,17 @@ class Split:
         """Logits `[B, Q, V]` from the hidden states `[B, Q, D]` of the lower part."""
         self._hidden = hidden
         return self._logits(self._call(self._upper, ids, slots, cache))
+
+    def copy(self, ids: Tensor, hidden: Tensor, slots: Slots, cache: SlotCache) -> None:
+        """Writes the upper part's keys and values as if its blocks handed on the hidden states `[B, Q, D]` unchanged."""
+        self._hidden, cache.only_written = hidden, True
+        try:
+            self._call(self._copy, ids, slots, cache)
+        except _Reached:
+            return
+        finally:
+            cache.only_written = False
+        raise UnsupportedModelError("the model did not run its blocks in order", got=type(self.model).__name__)
 
     def head(self, ids: Tensor, hidden: Tensor) -> Tensor:
         """Logits `[B, Q, V]` of the model's own norm and head on hidden states `[B, Q, D]`."""
