@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
+from eecompile.constants import same, spelling
 from eecompile.containers import dump_spec, load_spec
 from eecompile.errors import ArtifactError, CaptureError, near
 from eecompile.guards import Guard, Number, load_guard, load_number
@@ -53,12 +54,12 @@ class Parameter:
 
     Attributes:
         kind: As `inspect` gives it.
-        default: A one-element tuple with its default where that is plain or None, else None: it has none, or another.
+        default: Its default as `constants.spelling` has it; None where it has none, or one that has no spelling.
     """
 
     name: str
     kind: int
-    default: tuple[Any] | None = None
+    default: str | None = None
 
 
 def path_of(keys: Sequence[Any]) -> str:
@@ -72,8 +73,8 @@ def path_of(keys: Sequence[Any]) -> str:
 
 def parameters_of(forward: Callable[..., Any]) -> tuple[Parameter, ...]:
     found = inspect.signature(forward).parameters.values()
-    plain = (bool, int, float, str, type(None))
-    return tuple(Parameter(p.name, int(p.kind), (p.default,) if type(p.default) in plain else None) for p in found)
+    none = inspect.Parameter.empty
+    return tuple(Parameter(p.name, int(p.kind), None if p.default is none else spelling(p.default)) for p in found)
 
 
 class Convention:
@@ -136,13 +137,9 @@ def arguments_by_name(parameters: Sequence[Parameter], args: Sequence[Any], kwar
                 hint=LABELS if name == "labels" else None,
             )
         named[name] = value
-    optional = {p.name for p in parameters if p.default == (None,)}
+    optional = {p.name for p in parameters if p.default == spelling(None)}
     order = [*sorted(named.keys() & known), *(k for k in named if k not in known)]
     return {k: named[k] for k in order if named[k] is not None or k not in optional}
-
-
-def _is(value: Any, default: Any) -> bool:
-    return type(value) is type(default) and bool(value == default)
 
 
 def in_order(value: Any, like: Any) -> Any:
@@ -164,6 +161,26 @@ def same_order(given: Any, like: Any) -> bool:
     if isinstance(given, list | tuple) and isinstance(like, list | tuple):
         return all(map(same_order, given, like))
     return True
+
+
+def check_same(name: str, given: Any, wanted: Any) -> None:
+    """Refuses an argument that is no tensor and not the value that was captured."""
+    if not same(given, wanted):
+        raise CaptureError(
+            "an argument differs from the value that was captured",
+            where=name,
+            got=repr(given),
+            wanted=repr(wanted),
+            hint="compile again with this value in example_kwargs",
+        )
+
+
+def _described(value: Any) -> str:
+    """Type and shape of a tensor; another value as it is written, where it is short."""
+    if isinstance(value, torch.Tensor):
+        return f"{type(value).__name__}{list(value.shape)}"
+    text = spelling(value)
+    return type(value).__name__ if text is None or len(text) > 60 else text
 
 
 class OtherDtypes(CaptureError):
@@ -279,39 +296,38 @@ class Signature(Convention):
         for name in constant_names - named.keys() - rest:  # burned in once, need not be said again
             named[name] = wanted[name]
         for p in self.parameters:  # a default that the example left out, said after all
-            if p.default is not None and p.name in named and p.name not in wanted and _is(named[p.name], p.default[0]):
+            if p.default is not None and p.name in named and p.name not in wanted and spelling(named[p.name]) == p.default:
                 del named[p.name]
         if named.keys() != wanted.keys():
             self._other_call(named)
-        leaves, spec = pytree.tree_flatten({k: in_order(named[k], v) for k, v in wanted.items()})
+        given = {k: in_order(named[k], v) for k, v in wanted.items()}
+        for name in constant_names:
+            if not any(isinstance(leaf, torch.Tensor) for leaf in pytree.tree_leaves(given[name])):
+                check_same(name, given[name], wanted[name])
+                given[name] = wanted[name]
+        leaves, spec = pytree.tree_flatten(given)
         if spec != self.in_spec:
             self._other_call(named)
         flat = []
-        for leaf, constant in zip(leaves, self.constants, strict=True):
+        for i, (leaf, constant) in enumerate(zip(leaves, self.constants, strict=True)):
             if (constant is None) != isinstance(leaf, torch.Tensor):
                 self._other_call(named)
             if constant is None:
                 flat.append(leaf)
-            elif leaf != constant[0]:
-                raise CaptureError(
-                    "an argument differs from the value that was captured",
-                    got=repr(leaf),
-                    wanted=repr(constant[0]),
-                    hint="compile again with this value in example_kwargs",
-                )
+            elif not same(leaf, constant[0]):
+                check_same(path_of(pytree.tree_flatten_with_path(given)[0][i][0]), leaf, constant[0])
         return flat
 
     def _other_call(self, named: Mapping[str, Any]) -> None:
+        defaults = {p.name: p.default for p in self.parameters if p.default is not None}
         extra = sorted(k for k in named if not any(re.match(rf"{re.escape(k)}\b", i.path) for i in self.inputs))
         tip = f"{LABELS}; " if "labels" in extra else ""
         raise CaptureError(
             "called with other arguments than the model was captured with",
-            got=", ".join(
-                f"{k}: {type(v).__name__}" + (f"{list(v.shape)}" if isinstance(v, torch.Tensor) else "")
-                for k, v in named.items()
-            )
-            or "no arguments",
-            wanted=", ".join(i.describe() for i in self.inputs),
+            got=", ".join(f"{k}: {_described(v)}" for k, v in named.items()) or "no arguments",
+            wanted=", ".join(
+                [*(i.describe() for i in self.inputs), *(f"{k}: {defaults[k]}" for k in extra if k in defaults)]
+            ),
             hint=tip + "compile again with these arguments in example_inputs or example_kwargs",
         )
 
@@ -450,7 +466,7 @@ class Signature(Convention):
             }
 
         return {
-            "parameters": [[p.name, p.kind, *(p.default or ())] for p in self.parameters],
+            "parameters": [[p.name, p.kind, p.default] for p in self.parameters],
             "inputs": [leaf(x) for x in self.inputs],
             "outputs": [leaf(x) for x in self.outputs],
             "in_spec": dump_spec(self.in_spec),
@@ -474,7 +490,7 @@ class Signature(Convention):
             return Leaf(d["path"], tuple(d["shape"]), dtype, d["batch_axis"])
 
         return Signature(
-            parameters=tuple(Parameter(n, k, tuple(default) or None) for n, k, *default in data["parameters"]),
+            parameters=tuple(Parameter(*parameter) for parameter in data["parameters"]),
             inputs=tuple(leaf(x) for x in data["inputs"]),
             outputs=tuple(leaf(x) for x in data["outputs"]),
             in_spec=load_spec(data["in_spec"]),

@@ -15,6 +15,7 @@ from eecompile.capture.adapter import FlatCall
 from eecompile.capture.axes import batch_size
 from eecompile.capture.export import Captured, _outputs, _sizes, _Slot, flat_graph
 from eecompile.capture.sizes import conditions, program_inputs, ranges
+from eecompile.constants import spelling
 from eecompile.errors import CaptureError
 from eecompile.signature import POSITIONAL, Leaf, Parameter, Signature
 
@@ -112,6 +113,6 @@ def _program_call(
             wanted="plain tensor arguments",
             hint="pass the model itself instead of its export",
         )
-    parameters = tuple(Parameter(n, POSITIONAL, (None,)) for n in program_inputs(exported))
+    parameters = tuple(Parameter(n, POSITIONAL, spelling(None)) for n in program_inputs(exported))
     _, tree = pytree.tree_flatten(dict.fromkeys(paths, slots[0]))
     return parameters, (None,) * len(paths), tree
