@@ -151,6 +151,10 @@ class CalibratedHalt(Part):
         }
 
 
+def loses(drop: float) -> str:
+    return f"loses {percent(drop)}" if drop >= 0 else f"gains {percent(-drop)}"
+
+
 class Subgroups:
     """Classes and groups of the calibration rows."""
 
@@ -360,17 +364,22 @@ class CalibrationReport(Report):
         return stacked(*found, *self._advice(), *group_tables(self.by_class, self.by_group, self.max_drop), *self.notes)
 
     def _not_beaten(self) -> list[str]:
+        """The best of the simpler choices that lose no more than the calibrated program; empty where it beats them all."""
+        best = min((b for b in self.baselines if not b.beaten), key=lambda b: b.drop, default=None)
+        if best is None:
+            return []
+        one_exit = best.name == "one exit for all rows" and best.what != self.parts[-1].name
+        what = "Choosing an exit for each row" if one_exit or best.name == "random exits" else "Early exit"
         return [
-            f"Early exit does not pay here: {b.name} ({b.what}) costs {percent(b.cost, 1)} and loses {percent(b.drop)}, "
-            f"the calibrated program {percent(self.expected_cost, 1)} and {percent(self.drop)}."
-            for b in self.baselines
-            if not b.beaten
+            f"{what} does not pay here: {best.name} ({best.what}) costs {percent(best.cost, 1)} and {loses(best.drop)}, "
+            f"the calibrated program costs {percent(self.expected_cost, 1)} and {loses(self.drop)}."
+            + (f" {best.what} alone would do." if one_exit else "")
         ]
 
     def _advice(self) -> list[str]:
         found = []
         if self.baselines and not self._not_beaten():
-            others = ", ".join(f"{b.name} ({b.what}) loses {percent(b.drop)}" for b in self.baselines)
+            others = ", ".join(f"{b.name} ({b.what}) {loses(b.drop)}" for b in self.baselines)
             found.append(f"at that cost or less {others}")
         if self.passed_over:
             found.append(

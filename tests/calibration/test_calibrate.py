@@ -287,6 +287,15 @@ def test_baselines_and_what_more_rows_would_buy():
     assert all(0.5 < e.auroc <= 1 for e in report.exits[:-1])
 
 
+def test_one_exit_for_all_rows_that_does_as_well_is_named_once():
+    x = X.clone()
+    x[:, 0] = x[:, -1]  # the first exit answers as the model does
+    report = calibrate(Drawn(), loader(x, Y), max_drop=0.03)
+    first = str(report).replace("\n", " ")
+    assert first.startswith("Choosing an exit for each row does not pay here: one exit for all rows (exit_0) costs")
+    assert "exit_0 alone would do." in first and first.count("does not pay") == 1
+
+
 def test_another_criterion_that_would_save_more_is_named():
     x, y = draw(3000, exits=2, seed=0)
     found = {}
