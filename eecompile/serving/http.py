@@ -1,4 +1,7 @@
-"""The Open Inference Protocol, version 2, over a row server: health, metadata, infer, and Prometheus metrics."""
+"""The Open Inference Protocol, version 2, over a row server: health, metadata, infer, and Prometheus metrics.
+
+`infer` and `refusal` are shared with the adapters for Ray Serve and LitServe, which bring their own web servers.
+"""
 
 from __future__ import annotations
 
@@ -24,20 +27,53 @@ DTYPES = {
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
-def app(server: RowServer, name: str) -> Any:
-    """A FastAPI application that serves one program.
+async def infer(server: RowServer, name: str, body: Any) -> dict[str, Any]:
+    """The reply to an infer request, as JSON data.
 
     A request of several rows is split; its reply comes when the last of them has left. `parameters` of a request may hold
     `deadline_ms` and `budget`; those of the reply hold `exit_index`, `confidence` and `cost` of each row.
+
+    Raises:
+        ServerBusy: The queue is full.
+        ServerClosed: The server has been closed, or its worker has died.
+        EecompileError: The request does not fit the model.
     """
+    signature = server.fast.program.signature
+    try:
+        rows: list[dict[str, Any]] = _rows(body, signature)
+        given = dict(body.get("parameters") or {})
+    except (ValueError, KeyError, TypeError, RuntimeError) as e:
+        raise EecompileError("an infer request that cannot be read", got=f"{type(e).__name__}: {e}") from e
+    limits = {k: given[k] for k in ("deadline_ms", "budget") if k in given}
+    futures = [server.submit(**row, **limits) for row in rows]
+    answers = await asyncio.gather(*(asyncio.wrap_future(f) for f in futures))
+    return _reply(name, body.get("id"), answers, signature)
+
+
+def refusal(error: EecompileError) -> tuple[int, dict[str, str]]:
+    """Status and headers of the reply to a request that failed: 429 with Retry-After, 503, or 400."""
+    if isinstance(error, ServerBusy):
+        return 429, {"Retry-After": str(max(1, round(error.retry_after_s)))}
+    return 503 if isinstance(error, ServerClosed) else 400, {}
+
+
+async def respond(server: RowServer, name: str, request: Request) -> Any:
+    """`infer` over HTTP: a JSON response, of an error too."""
+    try:
+        body = await request.json()
+    except ValueError as e:
+        return JSONResponse({"error": f"an infer request is JSON: {e}"}, 400)
+    try:
+        return JSONResponse(await infer(server, name, body))
+    except EecompileError as e:
+        status, headers = refusal(e)
+        return JSONResponse({"error": str(e)}, status, headers)
+
+
+def app(server: RowServer, name: str) -> Any:
+    """A FastAPI application that serves one program."""
     made = FastAPI(title=f"eecompile: {name}")
     signature = server.fast.program.signature
-
-    def failed(error: Exception) -> Any:
-        if isinstance(error, ServerBusy):
-            headers = {"Retry-After": str(max(1, round(error.retry_after_s)))}
-            return JSONResponse({"error": str(error)}, 429, headers)
-        return JSONResponse({"error": str(error)}, 503 if isinstance(error, ServerClosed) else 400)
 
     async def ready() -> Any:
         return JSONResponse({"ready": server.alive}, 200 if server.alive else 503)
@@ -58,19 +94,8 @@ def app(server: RowServer, name: str) -> Any:
             "outputs": [tensor(leaf) for leaf in signature.outputs],
         }
 
-    async def infer(request: Request) -> Any:
-        try:
-            body = await request.json()
-            rows: list[dict[str, Any]] = _rows(body, signature)
-            limits = {k: v for k, v in (body.get("parameters") or {}).items() if k in ("deadline_ms", "budget")}
-            futures = [server.submit(**row, **limits) for row in rows]
-        except (EecompileError, ValueError, KeyError, TypeError) as e:
-            return failed(e)
-        try:
-            answers = await asyncio.gather(*(asyncio.wrap_future(f) for f in futures))
-        except EecompileError as e:
-            return failed(e)
-        return _reply(name, body.get("id"), answers, signature)
+    async def infers(request: Request) -> Any:
+        return await respond(server, name, request)
 
     async def metrics() -> Any:
         text = b"" if server.metrics is None else server.metrics.text()
@@ -80,7 +105,7 @@ def app(server: RowServer, name: str) -> Any:
         made.add_api_route(path, ready)
     made.add_api_route("/v2", about)
     made.add_api_route(f"/v2/models/{name}", metadata)
-    made.add_api_route(f"/v2/models/{name}/infer", infer, methods=["POST"])
+    made.add_api_route(f"/v2/models/{name}/infer", infers, methods=["POST"])
     made.add_api_route("/metrics", metrics)
     return made
 

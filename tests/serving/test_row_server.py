@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import threading
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from eecompile import CompiledModule, eecompile, strategies
 from eecompile.errors import CaptureError, StrategyError
 from eecompile.serving import Answer, RowServer, ServerBusy, ServerClosed
+from tests.serving.client import asked, infer
 from tests.serving.conftest import Slow
 from tests.serving.whole import WholeBatches, paced
 
@@ -263,21 +262,6 @@ def address(fast: CompiledModule) -> Iterator[tuple[str, RowServer]]:
         thread.join()
 
 
-def asked(url: str, body: Any = None) -> tuple[int, Any, Any]:
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=30) as reply:
-            return reply.status, json.loads(reply.read()), reply.headers
-    except urllib.error.HTTPError as e:
-        return e.code, json.loads(e.read()), e.headers
-
-
-def infer(rows: Tensor, **more: Any) -> dict[str, Any]:
-    data = {"name": "input", "datatype": "FP32", "shape": list(rows.shape), "data": rows.flatten().tolist()}
-    return {"inputs": [data], **more}
-
-
 def test_protocol_over_http(address: tuple[str, RowServer], fast: CompiledModule, rows: Tensor) -> None:
     base, _ = address
     assert asked(f"{base}/v2/health/ready")[:2] == (200, {"ready": True})
@@ -299,8 +283,10 @@ def test_protocol_over_http(address: tuple[str, RowServer], fast: CompiledModule
         [],
         {"inputs": [{"name": "other", "datatype": "FP32", "shape": [1, 8], "data": [0.0] * 8}]},
         infer(torch.zeros(1, 7)),
+        {"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 8], "data": [0.0]}]},
+        infer(torch.zeros(1, 8), parameters="fast"),
     ],
-    ids=["empty", "list", "name", "shape"],
+    ids=["empty", "list", "name", "shape", "too few numbers", "parameters"],
 )
 def test_bad_bodies_get_400(address: tuple[str, RowServer], body: Any) -> None:
     status, reply, _ = asked(f"{address[0]}/v2/models/net/infer", body)
