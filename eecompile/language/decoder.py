@@ -30,10 +30,12 @@ from eecompile.language.projection import SpeculationReport, project
 from eecompile.language.risk import DeferredReport, calibrate_deferred
 from eecompile.language.saved import SavedDecoder, read, write
 from eecompile.language.split import Split, find_block_list
+from eecompile.language.static import StaticSplit
 from eecompile.plain import check_number
 from eecompile.strategies.self_speculative import SelfSpeculative
 from eecompile.training.checkpoint import Checkpoints
 
+CACHES = (None, "dynamic", "static")
 CHECKED = 4  # columns that the check at compile time runs through lower and upper
 TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 5e-2  # of the largest logit
 
@@ -170,10 +172,16 @@ class CompiledDecoder(nn.Module):
             dict_wanted and bool(config.output_logits), rows,
         )  # fmt: skip
         options = DraftOptions(self.threshold, self.max_draft, self.strategy.longest_lookup, self.strategy.kv)
-        split = Split(self.model, self.blocks, self.exit)
+        split = self._split(config)
         head = self.draft_head
         best = head.best if isinstance(head, DraftHead) else None
         return Generation(split, self._head(split), options, choosing, config.max_length, best)
+
+    def _split(self, config: Any) -> Split:
+        if config.cache_implementation != "static":
+            return Split(self.model, self.blocks, self.exit)
+        widest, length = self.max_draft + 1, config.max_length + self.max_draft
+        return StaticSplit(self.model, self.blocks, self.exit, widest, length)
 
     @property
     def draft_head(self) -> DraftHead | None:
@@ -226,7 +234,7 @@ class CompiledDecoder(nn.Module):
         options = DraftFit(self.strategy.draft_vocab, rank, epochs, lr, seed)
         checkpoints = None if checkpoint_dir is None else Checkpoints(Path(checkpoint_dir) / f"exit-{self.exit}")
         head, report = fit_draft_head(states, choices, options, checkpoints, resume)
-        self.draft_heads[str(self.exit)] = head.to(states.device)
+        self.draft_heads[str(self.exit)] = head
         return report
 
     def speculation(
@@ -410,7 +418,7 @@ def _refuse(config: Any, model_kwargs: dict[str, Any], ids: Tensor, streamer: An
         else None,
         "output_attentions": config.output_attentions or None,
         "output_hidden_states": config.output_hidden_states or None,
-        "cache_implementation": config.cache_implementation,
+        "cache_implementation": None if config.cache_implementation in CACHES else config.cache_implementation,
         "use_cache=False": "use_cache=False" if config.use_cache is False else None,
         "guidance_scale": config.guidance_scale if config.guidance_scale not in (None, 1, 1.0) else None,
         "inputs_embeds": True if model_kwargs.get("inputs_embeds") is not None else None,
@@ -448,7 +456,7 @@ def _assembled(generation: Generation, rows: list[Row], config: Any, ids: Tensor
         lists = [getattr(row, kept) for row in rows]
         size = lists[0][0].numel()
         return tuple(
-            torch.stack([line[i] if i < len(line) else torch.full((size,), float("nan")) for line in lists])
+            torch.stack([line[i] if i < len(line) else line[0].new_full((size,), float("nan")) for line in lists])
             for i in range(max(map(len, lists)))
         )
 

@@ -191,17 +191,17 @@ def fit_draft_head(
     """
     counts = torch.bincount(choices)
     kept = counts.argsort(descending=True, stable=True)[: min(options.vocabulary, int((counts > 0).sum()))].sort().values
-    place = torch.full((counts.numel(),), -1)
-    place[kept] = torch.arange(kept.numel())
+    place = torch.full((counts.numel(),), -1, device=states.device)
+    place[kept] = torch.arange(kept.numel(), device=states.device)
     targets = place[choices]
     generator = torch.Generator().manual_seed(options.seed)
-    order = torch.randperm(len(states), generator=generator)
+    order = torch.randperm(len(states), generator=generator).to(states.device)
     held = order[: max(1, int(HELD_OUT * len(order)))]
     train = order[len(held) :]
     train = train[targets[train] >= 0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(options.seed)
-        head = DraftHead(states.shape[1], kept, options.rank)
+        head = DraftHead(states.shape[1], kept, options.rank).to(states.device)
     optimizer = torch.optim.AdamW(head.parameters(), lr=options.lr, weight_decay=0.01)
     best_state, at = head.state_dict(), {"epoch": 0, "waited": 0, "best": -1.0}
     asked = {**asdict(options), "epochs": None, "positions": len(states), "choices": int(choices.sum())}

@@ -350,7 +350,7 @@ def test_the_best_token_of_a_draft_head_is_that_of_its_logits() -> None:
     [
         ({"num_beams": 2}, "beam"),
         ({"output_attentions": True, "return_dict_in_generate": True}, "output_attentions"),
-        ({"cache_implementation": "static"}, "cache_implementation"),
+        ({"cache_implementation": "offloaded"}, "cache_implementation"),
         ({"use_cache": False}, "use_cache"),
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens"),
         ({"guidance_scale": 1.5}, "guidance_scale"),
