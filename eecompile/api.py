@@ -21,7 +21,7 @@ from eecompile.capture import capture as capture_model
 from eecompile.capture.adapter import no_autocast
 from eecompile.capture.axes import BatchAxis
 from eecompile.capture.cascade import capture_cascade, ready
-from eecompile.capture.composite import several
+from eecompile.capture.composite import compose, several
 from eecompile.capture.export import capture_export
 from eecompile.capture.order import order_matters
 from eecompile.capture.untouched import untouched
@@ -241,13 +241,13 @@ def _cascade(
         models, notes = compiled_members(models, ways, args, kwargs, compile_one)
     models, brought = unwrapped(models, [p is None and i is None for p, i in zip(*ways, strict=True)])
     together = ready(
-        models,
+        compose(models, ways[0], ways[1], args, kwargs),
         args,
         kwargs,
+        order=chosen.together.get("order", "check"),
         batch_axis=options.batch_axis,
         prediction=options.prediction,
         measure=options.measure,
-        **chosen.together,
     )
     axes: dict[str, Any] = {"batch_axis": options.batch_axis, "dynamic": options.dynamic}
     captured = capture_cascade(together, args, kwargs, **axes)

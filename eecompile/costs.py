@@ -2,8 +2,8 @@
 
     cost = head_and_stage[exit_index] + sum over choices reached of (decider + sum over arms of share spent * arm FLOPs)
 
-The table by exit counts every gate as open and every row on the model's own route; what was skipped is subtracted, steps of
-halting chains are added.
+The table by exit counts what the model as it was runs: every gate open, every row on the model's own route. What a row ran
+in place of that is added, see `Charge`.
 """
 
 from __future__ import annotations
@@ -13,18 +13,14 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from eecompile.ir.settings import BRANCHES, GATES, Settings
-from eecompile.passes.training_decisions import full_rows
-from eecompile.program import Gate, Halt, Program
-
-
-def runs(record: Gate | Halt, open_exits: Sequence[bool]) -> bool:
-    """Whether a gate's region or a chain runs at all: a model of a cascade does not while its exits are closed."""
-    return not record.only_for or any(open_exits[e] for e in record.only_for)
+from eecompile.ir.records import Decider
+from eecompile.ir.settings import BRANCHES, EXITS, HALTING, Settings
+from eecompile.program import Program
+from eecompile.runtime.known import PerSettings
 
 
 class CostModel:
-    """Costs of one program under given settings; shapes: B rows, E exits, G gates, K routes or steps.
+    """Costs of one program under given settings; shapes: B rows, E exits, C charges, K routes.
 
     Args:
         program: A scheduled program.
@@ -33,6 +29,12 @@ class CostModel:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.total = program.total_flops or 1.0
+        self._values = PerSettings(Settings.to_dict)
+        charges, begins = program.choices.charges, program.choices.begins
+        self._usual = [c.flops * c.usual / self.total for c in charges]
+        self._live = [c.live_flops / self.total for c in charges]
+        self._prices = {h: [(c.flops + c.unit_flops * h) / self.total for c in charges] for h in (False, True)}
+        self._stages = [begins[c.node] for c in charges]
         self._constants: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = {}
         self._tables: dict[tuple[object, ...], tuple[float, ...]] = {}
 
@@ -59,23 +61,35 @@ class CostModel:
             open_exits: Instead of those that are open under `settings`.
         """
         is_open = tuple(self.is_open(settings) if open_exits is None else map(bool, open_exits))
-        scored = tuple(0 < t <= 1 for t in settings[GATES])
-        key = is_open, scored, self.router_runs(settings, is_open)
+        values = self._values(settings)
+        key = is_open, tuple(self._asked(d, values.get(d.family, {}), is_open) for d in self.program.choices.deciders)
         if key not in self._tables:
             self._tables[key] = tuple(self._at_exits(*key))
         return self._tables[key]
 
-    def _at_exits(self, open_exits: Sequence[bool], scored: Sequence[bool], routed: bool) -> list[float]:
-        program = self.program
-        route = program.choices.route
-        one_head = route is not None and route.to_exits  # a router to exits: only the row's own head runs
+    def _asked(self, d: Decider, values: Mapping[str, float], open_exits: Sequence[bool]) -> bool:
+        """Whether a unit's numbers decide anything under a family's values; those of halting steps are charged by row."""
+        if not self.runs(d.end, open_exits) or d.family == HALTING:
+            return False
+        if d.family == EXITS:
+            return any(open_exits)
+        if d.family == BRANCHES:
+            return sum(margin <= 1 for margin in values.values()) > 1
+        return any(0 < values[slot] <= 1 for slot in d.slots)
+
+    def runs(self, end: str, open_exits: Sequence[bool]) -> bool:
+        """Whether what ends at a node runs at all: a model of a cascade does not while its exits are closed."""
+        only_for = self.program.choices.only_for.get(end, ())
+        return not only_for or any(open_exits[e] for e in only_for)
+
+    def _at_exits(self, open_exits: Sequence[bool], asked: Sequence[bool]) -> list[float]:
+        program, choices = self.program, self.program.choices
+        one_head = any(d.family == EXITS for d in choices.deciders)  # a router to exits: only the row's own head runs
         spent, found = 0.0, []
         closed: list[tuple[tuple[int, ...], float]] = []  # work that no open exit needs
         for k, stage in enumerate(program.stages):
             spent += stage.flops
-            mine = (g for g, s in zip(program.choices.gates, scored, strict=True) if s and g.stage == k)
-            spent += sum(g.unit_flops for g in mine if runs(g, open_exits))
-            spent += route.unit_flops if route is not None and routed and route.stage == k else 0.0
+            spent += sum(d.flops for d, a in zip(choices.deciders, asked, strict=True) if a and choices.begins[d.node] == k)
             for exits, cost in stage.only_for:
                 if any(open_exits[e] for e in exits):
                     spent += cost
@@ -90,147 +104,47 @@ class CostModel:
             spent += here if open_exits[k] and not one_head else 0.0
         return found
 
-    def router_runs(self, settings: Settings, open_exits: Sequence[bool]) -> bool:
-        """Whether a router has something to choose."""
-        route = self.program.choices.route
-        if route is None:
-            return False
-        if route.to_exits:
-            return any(open_exits)
-        return sum(m <= 1 for m in settings[BRANCHES]) > 1
-
     def at_routes(self, settings: Settings) -> Tensor:
         """[K] float32: cost of a row on each route, with the exits that are open."""
-        route = self.program.choices.route
-        assert route is not None
         costs = self.constant(self.at_exits(settings), torch.device("cpu"))
-        if route.to_exits:
-            return costs
-        every = torch.eye(len(route.ways))
-        return costs[-1] - self._saved_by_route(every, torch.full((len(route.ways),), len(self.program.exits)))
+        flops = {c.name: c.flops / self.total for c in self.program.choices.charges}
+        for c in self.program.choices:
+            ways = [flops[f"{c.name}.{arm.name}"] for arm in c.arms if f"{c.name}.{arm.name}" in flops]
+            if ways:
+                return costs[-1] + self.constant([w - ways[-1] for w in ways], costs.device)
+        return costs
 
     # ------------------------------------------------------------------ by row
 
     def spent(
-        self,
-        settings: Settings,
-        exit_index: Tensor,
-        gates: Tensor | None,
-        steps: Sequence[Tensor] = (),
-        ways: Tensor | None = None,
-        open_exits: Sequence[bool] | None = None,
+        self, settings: Settings, exit_index: Tensor, ran: Sequence[Tensor], open_exits: Sequence[bool] | None = None
     ) -> Tensor:
         """[B] float32: cost of each row.
 
         Args:
             exit_index: [B] int64.
-            gates: [B, G] 1 for open, differentiable or not; None without gates.
-            steps: Of every chain that halts [B, K], what of a step ran: see `steps_ran`.
-            ways: [B, K] how much of each way of a router to branches, differentiable or not; None without.
+            ran: [B, C] in one or several pieces: how much of what each charge is for ran for a row, differentiable or not.
+                Of a step whose positions halt one by one the share of those that had not.
             open_exits: Instead of those that are open under `settings`.
         """
         is_open = self.is_open(settings) if open_exits is None else open_exits
-        cost = self.constant(self.at_exits(settings, is_open), exit_index.device)[exit_index]
-        for h, ran in zip(self.program.choices.halts, steps, strict=True):
-            if runs(h, is_open):
-                cost = cost + self._of_steps(h, exit_index, ran, settings)
-        if gates is not None and self.program.choices.gates:
-            saves = self.constant([g.flops / self.total for g in self.program.choices.gates], cost.device)
-            stages = self.constant([g.stage for g in self.program.choices.gates], cost.device, torch.int64)
-            reached = (exit_index.unsqueeze(1) >= stages) & self.gates_run(is_open, cost.device)
-            cost = cost - ((1 - gates.float()) * reached * saves).sum(1)
-        return cost if ways is None else cost - self._saved_by_route(ways, exit_index)
+        device, price = exit_index.device, self._prices[settings.halts]
+        cost = self.constant(self.at_exits(settings, is_open), device)[exit_index]
+        if not ran:
+            return cost
+        share = ran[0].float() if len(ran) == 1 else torch.cat([r.float() for r in ran], 1)
+        paid = share * self.constant(price, device)
+        if any(self._live):
+            live = self.constant(self._live, device)
+            whole = torch.where(live > 0, (share > 0).float(), share)
+            paid = whole * self.constant(price, device) - (whole - share) * live
+        runs = self.constant([self.runs(c.end, is_open) for c in self.program.choices.charges], device, torch.bool)
+        reached = (exit_index.unsqueeze(1) >= self.constant(self._stages, device, torch.int64)) & runs
+        return cost + ((paid - self.constant(self._usual, device)) * reached).sum(1)
 
-    def at_end(
-        self,
-        settings: Settings,
-        exit_index: Tensor,
-        gates: Tensor | None,
-        steps: Sequence[Tensor] = (),
-        ways: Tensor | None = None,
-    ) -> Tensor:
+    def at_end(self, settings: Settings, exit_index: Tensor, ran: Sequence[Tensor]) -> Tensor:
         """[B] float32: `spent` of rows that go to the end, gates and routes as they were decided: with every exit closed, or
         in a cascade open, so that all models run."""
         ends = len(self.program.exits)
         every = bool(self.program.capture.models)  # the gates of a cascade's earlier models have a price too
-        return self.spent(settings, torch.full_like(exit_index, ends), gates, steps, ways, [every] * ends)
-
-    def gates_run(self, open_exits: Sequence[bool], device: torch.device) -> Tensor:
-        """[G] bool: gates whose region runs while these exits are open."""
-        return self.constant([runs(g, open_exits) for g in self.program.choices.gates], device, torch.bool)
-
-    def _of_steps(self, halt: Halt, exit_index: Tensor, ran: Tensor, settings: Settings) -> Tensor:
-        """[B] what a chain changes of the cost: steps that were not taken, or taken again, and scores."""
-        cost = torch.zeros_like(ran[:, 0])
-        for k, step in enumerate(halt.steps):
-            share = ran[:, k].detach()
-            mine = (share > 0).to(share.dtype)
-            more = (mine * step.flops if k else 0.0 * mine) if halt.repeated else (mine - 1) * step.flops
-            more = more + mine * step.unit_flops if settings.halts else more
-            more = more - (mine - share) * sum(p.flops for p in step.parts)
-            cost = cost + torch.where(exit_index >= step.stage, more, 0.0)
-        return cost / self.total
-
-    def _saved_by_route(self, ways: Tensor, exit_index: Tensor) -> Tensor:
-        """[B] what branches save; rows that had left before save nothing."""
-        route = self.program.choices.route
-        assert route is not None
-        full = route.ways[-1].flops
-        saves = self.constant([(full - w.flops) / self.total for w in route.ways], ways.device)
-        found: Tensor = (ways * saves).sum(1) * (exit_index.to(ways.device) >= route.way_stage)
-        return found
-
-    # ------------------------------------------------------------------ what ran
-
-    def steps_ran(
-        self, settings: Settings, reports: Mapping[str, Tensor], exit_index: Tensor, training: bool = False
-    ) -> list[Tensor]:
-        """Of every chain that halts [B, K], 1 for a step that ran, where positions halt one by one the share of those that
-        had not: the first one for every row that reached it."""
-        found = []
-        is_open = self.is_open(settings)
-        for h in self.program.choices.halts:
-            first = (exit_index >= h.steps[0].stage).float()
-            ran = torch.stack([reports[s.name].float() if s.carries else first for s in h.steps], 1)
-            found.append(ran if training or runs(h, is_open) else torch.zeros_like(ran))
-        return found
-
-    def widths_ran(self, gates: Tensor, exit_index: Tensor) -> Tensor:
-        """[B, W] float32: the share of the channels that each part with widths ran with; 0 where it was skipped or the row
-        had left before. `gates` [B, G], 1 for open."""
-        names = [g.name for g in self.program.choices.gates]
-        stages = {g.name: g.stage for g in self.program.choices.gates}
-        found = []
-        for w in self.program.choices.widths:
-            mine = self.constant([names.index(g) for g in w.gates], gates.device, torch.int64)
-            opened = (gates.detach()[:, mine] >= 0.5).long().sum(1)
-            shares = self.constant([0.0, *w.fractions] if w.skips else w.fractions, gates.device)
-            found.append(shares[opened] * (exit_index >= stages[w.gates[0]]))
-        return torch.stack(found, 1)
-
-    def gates_free(self, settings: Settings, gates: Tensor, kept_open: int = 0, full_share: float = 0.0) -> Tensor:
-        """[B, G] bool: where the gate's own score decided; see `Trace.gates_free`.
-
-        Args:
-            gates: [B, G], 1 for open.
-            kept_open: How many gates do not decide, in training.
-            full_share: Share of the rows that all gates let in, in training.
-        """
-        names = [g.name for g in self.program.choices.gates]
-        opened = gates.detach() >= 0.5
-        scored = [0 < t <= 1 and i >= kept_open for i, t in enumerate(settings[GATES])]
-        free = self.constant(scored, gates.device, torch.bool).expand(opened.shape).clone()
-        free = free & ~full_rows(gates.shape[0], full_share, gates.device).unsqueeze(1)
-        for group, recipe in enumerate(self.program.choices.gate_recipes):
-            if not recipe.min_open:
-                continue
-            # Gates that open a width are not counted: what they are part of runs already.
-            flags = [g.group == group and g.kind != "width" for g in self.program.choices.gates]
-            counted = self.constant(flags, gates.device, torch.bool)
-            later = counted.long().flip(0).cumsum(0).flip(0) - counted.long()
-            mine = (opened & counted).long()
-            free = free & ((mine.cumsum(1) - mine >= recipe.min_open - later) | ~counted)
-        for i, g in enumerate(self.program.choices.gates):
-            if g.needs:
-                free[:, i] &= opened[:, names.index(g.needs)]
-        return free
+        return self.spent(settings, torch.full_like(exit_index, ends), ran, [every] * ends)

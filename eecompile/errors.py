@@ -59,6 +59,10 @@ class StrategyError(EecompileError):
     """A strategy, head or criterion does not fit this model."""
 
 
+class MissingMethodError(EecompileError, AttributeError):
+    """A method that other compiled modules have and this one does not."""
+
+
 class NoPlaceError(StrategyError):
     """Nowhere in this model fits what a strategy inserts."""
 

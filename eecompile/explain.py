@@ -12,7 +12,7 @@ from rich.pretty import Pretty
 
 from eecompile.passes import facts
 from eecompile.program import Program
-from eecompile.public_records import router_of
+from eecompile.public_records import router_record
 from eecompile.training.report import Report, json_safe
 
 if TYPE_CHECKING:
@@ -40,18 +40,10 @@ class Explanation(Report):
 
 def _routes(fast: CompiledModule) -> dict[str, Any] | None:
     """The router, its routes, and what `evaluate` saw of them last; None without one."""
-    route = fast.program.choices.route
-    if route is None:
+    router = router_record(fast.program)
+    if router is None:
         return None
-    return {
-        "at": route.at,
-        "over": None if route.to_exits else list(route.over),
-        "unit": router_of(fast.program).kind,
-        "unit_cost": route.unit_flops / (fast.program.total_flops or 1.0),
-        "depth": route.depth,
-        "routes": [vars(r) for r in fast.routes],
-        "last_evaluated": fast.seen.routes or None,
-    }
+    return {**vars(router), "routes": [vars(r) for r in fast.routes], "last_evaluated": fast.seen.routes or None}
 
 
 def _guarantee(fast: CompiledModule) -> dict[str, Any] | None:

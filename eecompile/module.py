@@ -339,7 +339,7 @@ class CompiledModule(nn.Module):
         Raises:
             StrategyError: A wrong count, an unknown name, a negative number or NaN.
         """
-        gates = {g.name for g in self.program.choices.gates}
+        gates = self.settings.to_dict().get(families.GATES, {}).keys()
         if isinstance(thresholds, Mapping) and gates & set(thresholds):
             of_gates = {k: v for k, v in thresholds.items() if k in gates}
             of_exits = {k: v for k, v in thresholds.items() if k not in gates}
@@ -371,7 +371,7 @@ class CompiledModule(nn.Module):
         Raises:
             StrategyError: Not a positive number, or the program does not halt.
         """
-        if not self.program.choices.halts:
+        if families.HALTING not in self.settings:
             raise StrategyError("this program does not halt", hint="compile with a strategy that halts, such as act")
         self.live.set({families.HALTING: threshold})
 

@@ -11,7 +11,6 @@ from eecompile.criteria import Criterion
 from eecompile.gates import GateUnit
 from eecompile.heads import Branch
 from eecompile.ir.settings import BRANCHES, CLOSED, EXITS, GATES, HALTING, TEMPERATURES, Settings
-from eecompile.passes.place_routes import ROUTES
 from eecompile.program import Program
 from eecompile.routers import RouterUnit
 from eecompile.runtime.live_settings import units_of
@@ -161,6 +160,25 @@ class HaltRecord:
 
 
 @dataclass(frozen=True)
+class RouterRecord:
+    """A router as users see it.
+
+    Attributes:
+        at: The input or cut that it reads.
+        over: The cuts where branches begin and end; None for a router to exits.
+        unit: What gives its probabilities: "conv", "linear" or "mlp".
+        unit_cost: Of them, as a fraction of the full model's.
+        depth: Fraction of the full model's cost spent before it.
+    """
+
+    at: str
+    over: list[str] | None
+    unit: str
+    unit_cost: float
+    depth: float
+
+
+@dataclass(frozen=True)
 class RouteRecord:
     """One route as users see it.
 
@@ -222,7 +240,7 @@ def gate_records(program: Program, settings: Settings) -> tuple[GateRecord, ...]
                 head_kind=unit.kind,
                 saves=g.flops / _total(program),
                 head_cost=g.unit_flops / _total(program),
-                stage=g.stage,
+                stage=program.choices.begins[g.decision],
             )
         )
     return tuple(found)
@@ -255,18 +273,29 @@ def halt_records(program: Program, settings: Settings) -> tuple[HaltRecord, ...]
                     str(getattr(graph.get_submodule(s.unit), "kind", "custom")),
                     s.flops / total,
                     s.unit_flops / total,
-                    sum(p.flops for p in s.parts) / total,
+                    sum(p.flops for p in program.choices.parts.get(s.name, ())) / total,
                 )
                 for s in h.steps
             ),
         )
-        for h in program.choices.halts
+        for h in program.choices.chains
     )
 
 
 def halting_threshold(program: Program, settings: Settings) -> float:
     """What the halting scores of a row must add up to; above 1, as without halting, no row halts."""
-    return settings[HALTING][0] if program.choices.halts else CLOSED
+    return settings[HALTING][0] if program.choices.chains else CLOSED
+
+
+def router_record(program: Program) -> RouterRecord | None:
+    """The router; None without one."""
+    route = program.choices.route
+    if route is None:
+        return None
+    unit = _marked(program).get_submodule(route.unit)
+    assert isinstance(unit, RouterUnit)
+    over = None if route.to_exits else list(route.over)
+    return RouterRecord(route.at, over, unit.kind, route.unit_flops / _total(program), route.depth)
 
 
 def route_names(program: Program) -> list[str]:
@@ -296,13 +325,6 @@ def branch_of(program: Program, head: str) -> Branch:
     """The head of an exit, by its path in the graph."""
     found = _marked(program).get_submodule(head)
     assert isinstance(found, Branch)
-    return found
-
-
-def router_of(program: Program) -> RouterUnit:
-    """The unit of the program's router."""
-    found = _marked(program).get_submodule(f"{ROUTES}.unit")
-    assert isinstance(found, RouterUnit)
     return found
 
 

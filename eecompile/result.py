@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +11,8 @@ import torch
 from torch import Tensor
 
 from eecompile.costs import CostModel
-from eecompile.ir.settings import THRESHOLDS_BUFFER, Settings
-from eecompile.passes.training_decisions import TrainMode
+from eecompile.ir.settings import GATES, THRESHOLDS_BUFFER, Settings
+from eecompile.passes.training_decisions import TrainMode, full_rows
 from eecompile.program import Program
 from eecompile.reasons import Reason
 from eecompile.runtime.outcome import Outcome
@@ -116,6 +117,17 @@ class Result:
     stop: Stop = field(default_factory=Stop)
     trace: Trace = field(default_factory=Trace)
 
+    def __repr__(self) -> str:
+        """Rows, where they exited, what they cost, and the shapes of what else there is; the values are in the fields."""
+        exited = dict(sorted(Counter(self.exit_index.tolist()).items()))
+        cost, confidence = (float(t.detach().mean()) for t in (self.cost, self.confidence))
+        parts = [f"rows={len(self.exit_index)}", f"exit_index={exited}", f"mean_cost={cost:.3f}"]
+        parts += [f"mean_confidence={confidence:.3f}", f"output={_shapes(self.output)}"]
+        parts += [f"{name}={list(t.shape)}" for name, t in vars(self.choices).items() if t is not None]
+        parts += [f"stopped={self.stopped!r}"] if self.stopped is not None else []
+        traced = [name for name, value in vars(self.trace).items() if value is not None]
+        return f"Result({', '.join([*parts, *([f'trace={traced}'] if traced else [])])})"
+
     @property
     def gates(self) -> Tensor | None:
         """[B, G], see `Choices.gates`."""
@@ -162,6 +174,14 @@ class Result:
         return self.trace.confidences
 
 
+def _shapes(output: Any) -> str:
+    """A type with the shapes of its tensors."""
+    if isinstance(output, Tensor):
+        return f"{str(output.dtype).removeprefix('torch.')}{list(output.shape)}"
+    items = output.items() if isinstance(output, Mapping) else enumerate(output) if isinstance(output, Sequence) else ()
+    return f"{type(output).__name__}({', '.join(f'{k}: {_shapes(v)}' for k, v in items)})"
+
+
 def result_of(
     costs: CostModel, outcome: Outcome, settings: Settings, flat: Sequence[Tensor], mode: TrainMode | None
 ) -> Result:
@@ -175,19 +195,21 @@ def result_of(
     program, index = costs.program, outcome.exit_index
     gates = _of_gates(program, outcome, "") if program.choices.gates else None
     if gates is not None and mode is None:  # nothing runs of a cascade's model while its exits are closed
-        gates = gates * costs.gates_run(costs.is_open(settings), gates.device)
-    steps = costs.steps_ran(settings, outcome.reports, index, mode is not None)
+        is_open = costs.is_open(settings)
+        gates = gates * costs.constant([costs.runs(g.node, is_open) for g in program.choices.gates], gates.device)
+    steps = _steps_ran(costs, settings, outcome, mode is not None)
     route = _route(program, outcome, settings)
     mixed = mode is not None and mode.gates == "soft"
     branches = None if route is None else _branches(program, outcome.reports, route, mixed)
+    ran = [r for r in (gates, *steps, branches) if r is not None]
     result = Result(
         output=program.restore(outcome.leaves, flat),
         exit_index=index,
         confidence=outcome.confidence if outcome.confidence is not None else torch.zeros(()),
-        cost=costs.spent(settings, index, gates, steps, branches),
+        cost=costs.spent(settings, index, ran),
         choices=Choices(
             gates=gates if gates is None or mode is not None else gates >= 0.5,
-            widths=costs.widths_ran(gates, index) if gates is not None and program.choices.widths else None,
+            widths=_widths_ran(costs, gates, index) if gates is not None and program.choices.widths else None,
             steps=_gated_steps(costs, gates),
             route=route,
         ),
@@ -205,9 +227,9 @@ def result_of(
     if gates is not None:
         curriculum = mode or TrainMode()
         trace.gate_scores = _of_gates(program, outcome, ".score")
-        trace.gates_free = costs.gates_free(settings, gates, curriculum.kept_open, curriculum.full_share)
+        trace.gates_free = gates_free(costs, settings, gates, curriculum.kept_open, curriculum.full_share)
     if gates is not None or branches is not None:
-        trace.end_cost = costs.at_end(settings, index, gates, steps, branches)
+        trace.end_cost = costs.at_end(settings, index, ran)
     if program.choices.route is not None:
         trace.route_weights = outcome.reports[f"{program.choices.route.name}.weights"]
         trace.route_costs = costs.at_routes(settings)
@@ -225,13 +247,13 @@ def result_of(
 
 def _halting(program: Program, outcome: Outcome, steps: Sequence[Tensor], training: bool) -> tuple[Tensor, Tensor]:
     """Steps and ponder cost; a row that exited inside a chain has the steps that it ran, and no ponder cost of it."""
-    ledgers = [outcome.reports[h.name] for h in program.choices.halts]
+    ledgers = [outcome.reports[h.name] for h in program.choices.chains]
     counts = []
-    for h, ledger, ran in zip(program.choices.halts, ledgers, steps, strict=True):
+    for h, ledger, ran in zip(program.choices.chains, ledgers, steps, strict=True):
         count, taken = ledger.detach()[..., 1], (ran > 0).sum(1).to(ledger.dtype)
         exited = torch.zeros_like(taken, dtype=torch.bool)
         if not training:
-            exited = (outcome.exit_index < h.stage) | (ran[:, 0] == 0)
+            exited = (outcome.exit_index < program.choices.begins[h.output]) | (ran[:, 0] == 0)
         rows = (-1, *(1,) * (count.ndim - 1))
         counts.append(torch.where(exited.view(rows), taken.view(rows), count))
     ran_at_all = [r[:, 0].view(-1, *(1,) * (ledger.ndim - 2)) for r, ledger in zip(steps, ledgers, strict=True)]
@@ -242,6 +264,61 @@ def _halting(program: Program, outcome: Outcome, steps: Sequence[Tensor], traini
 def _of_gates(program: Program, outcome: Outcome, suffix: str) -> Tensor:
     """[B, G] what every gate reports."""
     return torch.stack([outcome.reports[g.name + suffix] for g in program.choices.gates], 1)
+
+
+def _steps_ran(costs: CostModel, settings: Settings, outcome: Outcome, training: bool) -> list[Tensor]:
+    """Of every chain that halts [B, K], 1 for a step that ran, where positions halt one by one the share of those that had
+    not: the first one for every row that reached it."""
+    found = []
+    is_open, begins = costs.is_open(settings), costs.program.choices.begins
+    for h in costs.program.choices.chains:
+        first = (outcome.exit_index >= begins[h.ys[0]]).float()
+        ran = torch.stack([outcome.reports[s.name].float() if s.carries else first for s in h.steps], 1).detach()
+        found.append(ran if training or costs.runs(h.output, is_open) else torch.zeros_like(ran))
+    return found
+
+
+def _widths_ran(costs: CostModel, gates: Tensor, exit_index: Tensor) -> Tensor:
+    """[B, W] float32: the share of the channels that each part with widths ran with; 0 where it was skipped or the row
+    had exited before. `gates` [B, G], 1 for open."""
+    choices = costs.program.choices
+    index = {g.name: i for i, g in enumerate(choices.gates)}
+    found = []
+    for w in choices.widths:
+        mine = costs.constant([index[g] for g in w.gates], gates.device, torch.int64)
+        opened = (gates.detach()[:, mine] >= 0.5).long().sum(1)
+        shares = costs.constant([0.0, *w.fractions] if w.skips else w.fractions, gates.device)
+        found.append(shares[opened] * (exit_index >= choices.begins[choices.gates[index[w.gates[0]]].decision]))
+    return torch.stack(found, 1)
+
+
+def gates_free(costs: CostModel, settings: Settings, gates: Tensor, kept_open: int = 0, full_share: float = 0.0) -> Tensor:
+    """[B, G] bool: where the gate's own score decided; see `Trace.gates_free`.
+
+    Args:
+        gates: [B, G], 1 for open.
+        kept_open: How many gates do not decide, in training.
+        full_share: Share of the rows that all gates let in, in training.
+    """
+    choices = costs.program.choices
+    opened = gates.detach() >= 0.5
+    scored = [0 < t <= 1 and i >= kept_open for i, t in enumerate(settings[GATES])]
+    free = costs.constant(scored, gates.device, torch.bool).expand(opened.shape).clone()
+    free = free & ~full_rows(gates.shape[0], full_share, gates.device).unsqueeze(1)
+    for group, recipe in enumerate(choices.gate_recipes):
+        if not recipe.min_open:
+            continue
+        # Gates that open a width are not counted: what they are part of runs already.
+        flags = [g.group == group and g.kind != "width" for g in choices.gates]
+        counted = costs.constant(flags, gates.device, torch.bool)
+        later = counted.long().flip(0).cumsum(0).flip(0) - counted.long()
+        mine = (opened & counted).long()
+        free = free & ((mine.cumsum(1) - mine >= recipe.min_open - later) | ~counted)
+    names = [g.name for g in choices.gates]
+    for i, g in enumerate(choices.gates):
+        if g.needs:
+            free[:, i] &= opened[:, names.index(g.needs)]
+    return free
 
 
 def _gated_steps(costs: CostModel, gates: Tensor | None) -> Tensor | None:
@@ -263,7 +340,7 @@ def _route(program: Program, outcome: Outcome, settings: Settings) -> Tensor | N
         thresholds = settings.tensors(choice.device)[THRESHOLDS_BUFFER]
         sent = torch.cat((choice >= thresholds, torch.ones_like(choice[:, :1], dtype=torch.bool)), 1)
         return sent.to(torch.uint8).argmax(1)
-    return choice.long().masked_fill(outcome.exit_index < route.way_stage, -1)
+    return choice.long().masked_fill(outcome.exit_index < program.choices.begins[route.node], -1)
 
 
 def _branches(program: Program, reports: Mapping[str, Tensor], route: Tensor, mixed: bool) -> Tensor | None:

@@ -101,7 +101,7 @@ def neutral(fast: CompiledModule) -> None:
     fast.set_thresholds(CLOSED)
     if fast.gates:
         fast.set_gate_thresholds(0.0)
-    if fast.program.choices.halts:
+    if fast.program.choices.chains:
         fast.set_halting_threshold(CLOSED)
     if len(fast.route_margins):
         fast.set_route_margins(CLOSED)
@@ -110,7 +110,7 @@ def neutral(fast: CompiledModule) -> None:
 def random_settings(fast: CompiledModule, args: Any, kwargs: Any, rng: random.Random) -> None:
     """Settings of every kind that the program has, in gaps of what these inputs give, so that rounding decides nothing."""
     neutral(fast)
-    if fast.program.choices.halts:
+    if fast.program.choices.chains:
         fast.set_halting_threshold(rng.choice([1.0, 0.7, 0.4, CLOSED]))
     if fast.gates:
         scores = fast.observe(*args, **kwargs).trace.gate_scores

@@ -69,7 +69,7 @@ def test_compiled_models_bring_gates_and_halting_along(pair):
             member.set_gate_thresholds([0.4 + 0.02 * i + 0.01 * k for i in range(len(member.gates))])
     fast = eecompile(members, strategies.Cascade(order="given"), example_inputs=(x,))
     assert len(fast.gates) == sum(len(m.gates) for m in members.values())
-    assert len(fast.program.choices.halts) == sum(len(m.program.choices.halts) for m in members.values())
+    assert len(fast.program.choices.chains) == sum(len(m.program.choices.chains) for m in members.values())
     assert fast.gate_thresholds.tolist() == [t for m in members.values() for t in m.gate_thresholds.tolist()]
     shares_parameters(fast, nn.ModuleDict(models))
     brought = {id(p) for m in members.values() for p in m.head_parameters()}

@@ -16,7 +16,6 @@ import pytest
 from torch import nn
 
 from eecompile import CompiledModule, Result
-from eecompile.ir.choices import ChoiceRecords
 from eecompile.program import Program
 
 ROOT = Path(__file__).parents[1]
@@ -160,36 +159,13 @@ def test_every_file_says_which_question_it_answers() -> None:
     assert silent == []
 
 
-# The records of one kind of choice. What places and writes them, strategies and what shows them know which kind they have;
-# all others, lowering and executors first of all, should read `program.choices` as choices. Those that do not yet: a file
-# that is mended goes from this list, and none comes.
-KINDS = {"Carry", "Gate", "Halt", "HaltStep", "Route", "Way", "Width"}
-FIELDS = {f.name for f in fields(ChoiceRecords)} - {"reports"}
+# The records of one kind of choice. What places and writes them, strategies and what shows them know which kind they have,
+# as do the records and results that users read by kind; all others, lowering, executors and costs first of all, read
+# `program.choices` as choices, deciders and charges.
+KINDS = {"Carry", "Gate", "HaltStep", "Route", "Way", "Width"}
+FIELDS = {"gates", "widths", "route", "gate_recipes", "halt_recipes", "route_recipe"}
 MAY_KNOW_KINDS = ("inspect.", "strategies.", "passes.place_", "passes.insert_")
-KNOW_KINDS = {
-    "artifact.read_choices",
-    "artifact.write",
-    "costs",
-    "explain",
-    "export.verify",
-    "ir.choices",
-    "module",
-    "passes",
-    "passes.carried",
-    "passes.carried_choices",
-    "passes.find_cuts",
-    "passes.find_token_parts",
-    "passes.lower",
-    "passes.regions",
-    "passes.sites",
-    "passes.stage",
-    "program",
-    "public_records",
-    "result",
-    "runtime.known",
-    "runtime.live_settings",
-    "training.graphs",
-}
+KNOW_KINDS = {"ir.choices", "public_records", "result"}
 
 
 def names_a_kind(node: ast.AST) -> bool:

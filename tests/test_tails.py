@@ -112,7 +112,7 @@ def test_a_value_that_the_prediction_does_not_give_is_unknown_and_listed() -> No
     assert not found["probs"].isnan().any()
     listed = {o["output"]: o["known_from"] for o in fast.explain().to_dict()["unknown_early"]}
     assert listed == {"hidden": "exit_1", "weighed": "model"}
-    assert "NaN for rows that leave before model" in str(fast)
+    assert "NaN for rows that exit before model" in str(fast)
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ def test_every_batch_and_every_end(zoo, kind):
         taken |= set(r.exit_index.tolist())
         split |= (
             {s / 4 for s in r.steps.flatten().tolist()}
-            if fast.program.choices.halts
+            if fast.program.choices.chains
             else set(r.gates.float().mean(0).tolist())
         )
     assert fast.check_no_sync(*entry.inputs(3)[0], **entry.inputs(3)[1]).ok

@@ -24,7 +24,7 @@ from eecompile.errors import ArtifactError
 
 MANIFEST = "eecompile.json"
 FORMAT = "eecompile program"
-VERSION = 2
+VERSION = 3
 WRITING_FAILS = (OSError, RuntimeError, SafetensorError)  # torch and safetensors have errors of their own for a full disk
 OURS = re.compile(
     r"(?:eval|train|heads|weights|head_\w+|branch_\w+)-[0-9a-f]{12}\.(?:pt2|safetensors)|\.[\w.]+\.\d+\.part[\w.]*"

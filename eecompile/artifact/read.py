@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 import eecompile.ops
 from eecompile.artifact import files
-from eecompile.artifact.read_choices import insert_saved_gates, insert_saved_routes
+from eecompile.artifact.read_choices import insert_saved
 from eecompile.artifact.records import record, records
 from eecompile.calibration.guarantee import Guarantee
 from eecompile.capture.export import Captured, flat_graph
@@ -95,10 +95,9 @@ def _read(directory: Path, data: dict[str, Any]) -> CompiledModule:
     program = Program(graph_module, graph_module, signature, capture=captured, prediction=Prediction(data["prediction"]))
     program = run_passes(program, [*prepared(models), Annotate(), FindBlocks(data.get("blocks")), Unfold(), FindCuts()])
     tensors = _tensors(paths["heads"])
-    program = insert_saved_gates(program, data["choices"], tensors)
     exits = tuple(record(Exit, {**e, "criterion": criterion(e["criterion"])}) for e in data["exits"])
     customs = {name.removeprefix("branch "): _plain(_exported(p)) for name, p in paths.items() if name.startswith("branch ")}
-    program = insert_saved_routes(program.replace(exits=exits), data["choices"], tensors, customs)
+    program = insert_saved(program, data["choices"], exits, tensors, customs)
     program = program.replace(exits=relocate(program, exits))
     if len(exits) != len(data["heads"]):
         raise ArtifactError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,9 +18,9 @@ from eecompile.capture.tensors import MODEL, ROOT
 from eecompile.errors import ArtifactError
 from eecompile.gates import describe as describe_unit
 from eecompile.heads import Branch, describe
+from eecompile.ir.records import Arm, Choice
 from eecompile.passes import facts
 from eecompile.program import Exit
-from eecompile.public_records import router_of
 from eecompile.routers import describe as describe_router
 
 if TYPE_CHECKING:
@@ -88,8 +88,7 @@ def _put_all(fast: CompiledModule, directory: Path, heads: dict[str, Any], entri
     }
     tensors |= {f"gates.{name}": t.detach().cpu().contiguous() for name, t in fast.gate_units.state_dict().items()}
     tensors |= {f"combination.{n}": t.detach().cpu() for n, t in fast.combination.state_dict().items()}
-    ways = program.choices.route.ways if program.choices.route is not None else ()
-    customs = {w.module.rpartition(".")[2]: w for w in ways if w.custom}
+    customs = {arm.module.rpartition(".")[2]: (c, arm) for c in program.choices for arm in c.arms if arm.custom}
     for name, t in fast.route_units.state_dict().items():
         if name.split(".")[0] not in customs:
             tensors[f"routes.{name}"] = t.detach().cpu().contiguous()
@@ -103,19 +102,18 @@ def _put_all(fast: CompiledModule, directory: Path, heads: dict[str, Any], entri
             branch = fast.branch(e.name)
             entries[f"head {e.name}"] = files.put(directory, f"head_{e.name}", ".pt2", partial(_custom, branch, fast))
 
-    for way in customs.values():
-        name, put = f"branch_{way.name}", partial(_custom_branch, fast, way.name, way.module)
-        entries[f"branch {way.name}"] = files.put(directory, name, ".pt2", put)
+    for choice, arm in customs.values():
+        put = partial(_custom_branch, fast, choice, arm)
+        entries[f"branch {arm.name}"] = files.put(directory, f"branch_{arm.name}", ".pt2", put)
 
 
 def _choices(fast: CompiledModule) -> dict[str, Any]:
     """The records of what decides inside, and the units that give its scores, as JSON data."""
-    choices, recipe = fast.program.choices, fast.program.choices.route_recipe
+    router = getattr(fast.route_units, "unit", None)
     return {
-        "records": asdict(replace(choices, route_recipe=None, reports=())),
-        "route_recipe": None if recipe is None else recipe.to_dict(),
+        "records": fast.program.choices.to_dict(),
         "units": {name: describe_unit(unit) for name, unit in fast.gate_units.named_children()},
-        "router": None if recipe is None else describe_router(router_of(fast.program)),
+        "router": None if router is None else describe_router(router),
     }
 
 
@@ -160,15 +158,13 @@ def _custom(branch: Branch, fast: CompiledModule, path: Path) -> None:
     _exported(branch.head, live.shape, live.batch_axis, node.meta["val"].dtype, "head", e.name, path)
 
 
-def _custom_branch(fast: CompiledModule, name: str, module: str, path: Path) -> None:
+def _custom_branch(fast: CompiledModule, choice: Choice, arm: Arm, path: Path) -> None:
     """A user's branch: exported as a user's head is."""
-    route = fast.program.choices.route
-    assert route is not None  # it is one of its branches
-    node = next(n for n in fast.program.source.graph.nodes if n.name == route.x)
+    node = next(n for n in fast.program.source.graph.nodes if n.name == choice.reads[0])
     batch = facts.Batch(fast.program.source, fast.program.signature)
     axis = batch.axis(node)
-    branch = fast.graph_module.get_submodule(module)
-    _exported(branch, batch.sizes(node), axis, node.meta["val"].dtype, "branch", name, path)
+    branch = fast.graph_module.get_submodule(arm.module)
+    _exported(branch, batch.sizes(node), axis, node.meta["val"].dtype, "branch", arm.name, path)
 
 
 def _exported(module: nn.Module, sizes: Any, batch_axis: Any, dtype: torch.dtype, kind: str, where: str, path: Path) -> None:

@@ -66,7 +66,7 @@ class CalibratedExit(Part):
             "exit": self.name,
             "threshold": threshold,
             "temperature": number(self.temperature),
-            "leaving": percent(self.share, 1),
+            "rows": percent(self.share, 1),
             "cost": percent(self.cost, 1),
             "drop up to here": percent(self.gap),
             "AUROC": number(self.auroc, 3),
@@ -98,7 +98,7 @@ class CalibratedGate(Part):
             "gate": self.name,
             "region": self.region,
             "threshold": "always open" if self.threshold == 0 else number(self.threshold),
-            "rows let in": percent(self.open, 1),
+            "open for": percent(self.open, 1),
             "saves when closed": percent(self.saves),
         }
 
@@ -122,7 +122,7 @@ class CalibratedRoute(Part):
         return {
             "route": self.name,
             "margin": "closed" if self.margin > 1 else number(self.margin),
-            "rows sent there": percent(self.share, 1),
+            "rows": percent(self.share, 1),
             "cost": percent(self.cost, 1),
         }
 

@@ -25,7 +25,7 @@ from eecompile.capture import check
 from eecompile.capture.adapter import FlatCall, flatten_call, mode, no_attention_fastpath
 from eecompile.capture.axes import BatchAxis, batch_axes, batch_size, token_axes
 from eecompile.capture.export import Captured
-from eecompile.capture.untouched import untouched
+from eecompile.capture.untouched import trial
 from eecompile.errors import CaptureError, near
 from eecompile.signature import Leaf, Signature, path_of
 
@@ -187,7 +187,7 @@ def capture_blocks(
             out.append(t)
         return out
 
-    with torch.no_grad(), untouched(model), mode(model, False), no_attention_fastpath():
+    with trial(model), no_attention_fastpath():
         names = repeated(model, call, rows(5), pattern)
         five, out5 = record(model, call, names, rows(5))
         seven, out7 = record(model, call, names, rows(7))

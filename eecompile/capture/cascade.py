@@ -11,41 +11,36 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
-from eecompile.capture.adapter import flatten_call, mode, no_attention_fastpath
+from eecompile.capture.adapter import flatten_call, no_attention_fastpath
 from eecompile.capture.axes import BatchAxis, batch_axes, batch_size
-from eecompile.capture.composite import Composite, Inputs, Member, Prepare, compose, tensors
+from eecompile.capture.composite import Composite, Member, tensors
 from eecompile.capture.export import Captured, capture_export
-from eecompile.capture.untouched import untouched
+from eecompile.capture.untouched import trial
 from eecompile.errors import CaptureError, EecompileError, StrategyError
 from eecompile.prediction import find_prediction
 from eecompile.signature import Leaf, arguments_by_name, path_of
 
 
 def ready(
-    models: Mapping[str, nn.Module],
+    composite: Composite,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     *,
-    prepare: Sequence[Prepare | None] | None = None,
-    inputs: Sequence[Inputs | None] | None = None,
     order: str = "check",
     batch_axis: BatchAxis = 0,
     prediction: str | int | Sequence[str | int | None] | None = None,
     measure: bool = False,
 ) -> Composite:
-    """The composite of models, run once on the example, in the order asked for.
+    """A composite of models, run once on the example, in the order asked for.
 
     Raises:
         StrategyError: Predictions that do not agree, or an input that no model takes.
         CaptureError: A model does not run on the example.
     """
-    none = (None,) * len(models)
-    composite = compose(models, prepare or none, inputs or none, args, kwargs)
     found = examine(composite, args, kwargs, batch_axis, prediction, measure)
     return by_cost(composite, found) if order == "cost" else composite
 
@@ -106,7 +101,7 @@ def _run(
     counter = FlopCounterMode(display=False)
     seconds: list[float] = []
     try:
-        with torch.no_grad(), untouched(member), mode(member, False), no_attention_fastpath():
+        with trial(member), no_attention_fastpath():
             if member.prepare is not None:
                 prepared = member.prepare(*found, **by_name)
                 if batch_first:

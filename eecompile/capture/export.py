@@ -39,7 +39,7 @@ from eecompile.capture.sizes import MAX_BATCH, MAX_LENGTH, batch_fixed, conditio
 from eecompile.capture.source import capture_failed, line_of, model_failed, size_line, stack_of, strip
 from eecompile.capture.tensors import name_in_graph, share_tensors
 from eecompile.capture.train_mode import check_training
-from eecompile.capture.untouched import untouched
+from eecompile.capture.untouched import trial, untouched
 from eecompile.errors import CaptureError, UnsupportedModelError
 from eecompile.guards import Number, read_number
 from eecompile.signature import Leaf, Signature, path_of
@@ -369,7 +369,7 @@ def _try_model(model: nn.Module, call: FlatCall, training: bool) -> None:
     """
     args, kwargs = call.arguments(call.tensors)
     try:
-        with torch.no_grad(), untouched(model), mode(model, training):
+        with trial(model, training):
             model(*args, **kwargs)
     except Exception as error:  # the user's code may raise anything
         raise model_failed(model, error, shapes(call)) from error

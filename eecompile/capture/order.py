@@ -9,9 +9,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from eecompile.capture.adapter import mode
 from eecompile.capture.check import LOOSE, difference
-from eecompile.capture.untouched import untouched
+from eecompile.capture.untouched import trial
 from eecompile.signature import Parameter
 
 
@@ -21,7 +20,7 @@ def order_matters(model: nn.Module, parameters: Sequence[Parameter], args: Seque
     if len(kwargs.keys() - named) < 2 and not any(_has_order(a) for a in (*args, *kwargs.values())):
         return False
     turned_args, turned = [_turned(a) for a in args], _turned(dict(kwargs))
-    with torch.no_grad(), untouched(model), mode(model, False):
+    with trial(model):
         usual = _tensors(model(*args, **kwargs))
         try:
             other = _tensors(model(*turned_args, **turned))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from eecompile.capture.adapter import mode
 from eecompile.capture.caches import Caches
 
 
@@ -49,6 +50,13 @@ def untouched(model: nn.Module) -> Iterator[Caches]:
                 # batch norm moves its running statistics without a new version
                 if buffer._version != version or not torch.equal(buffer, value):
                     buffer.copy_(value)
+
+
+@contextlib.contextmanager
+def trial(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """For calls of the user's model that leave nothing behind: in one mode, without gradients, `untouched`."""
+    with torch.no_grad(), untouched(model), mode(model, training):
+        yield
 
 
 def _remember(value: Any, contents: dict[int, tuple[Any, Any]]) -> None:

@@ -232,10 +232,8 @@ class _Check:
         assert want.confidences is not None
         exits = zip(self.program.exits, want.confidences, self.settings[EXITS], strict=False)
         pairs = [(c, t) for e, c, t in exits if t <= 1 and not e.criterion.stateful]
-        scores = (
-            (want.reports.get(f"{g.name}.score"), t)
-            for g, t in zip(self.program.choices.gates, self.settings[GATES], strict=True)
-        )
+        gates = self.settings.to_dict().get(GATES, {})
+        scores = ((want.reports.get(f"{name}.score"), t) for name, t in gates.items())
         pairs += [(s, t) for s, t in scores if s is not None and 0 < t <= 1]
         found = torch.zeros_like(want.exit_index, dtype=torch.bool)
         for value, threshold in pairs:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from eecompile.inspect.text import percent
 from eecompile.ir.settings import HALTING
-from eecompile.public_records import GateRecord, HaltRecord, RouteRecord, WidthRecord, router_of
+from eecompile.public_records import GateRecord, HaltRecord, RouteRecord, WidthRecord, router_record
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -99,7 +99,7 @@ def _chains(fast: CompiledModule) -> Section:
         return Entry(h.name, "", state, rows, "", tuple(steps), h.threshold > 1, HALTING not in fast.untrained)
 
     most = sum(len(h.steps) for h in fast.halts)
-    seen = "" if fast.seen.steps is None else f"{fast.seen.steps:.3g} of {most} steps in the mean of the rows evaluated last"
+    seen = "" if fast.seen.steps is None else f"{fast.seen.steps:.3g} of {most} steps on average in the last evaluation"
     columns = ("step", "block", "state", "unit", "cost", "unit cost")
     return Section("halting chain", seen or f"up to {most} steps", columns, tuple(map(entry, fast.halts)))
 
@@ -115,22 +115,22 @@ def halting(h: HaltRecord) -> str:
 
 
 def _routes(fast: CompiledModule) -> Section:
-    columns = ("route", "leaves out", "state", "cost", "rows", "right")
-    route = fast.program.choices.route
-    if route is None:
+    columns = ("route", "blocks left out", "state", "cost", "rows", "accuracy")
+    router = router_record(fast.program)
+    if router is None:
         return Section("route", "", columns, ())
     seen = {share["name"]: share for share in fast.seen.routes}
 
     def entry(r: RouteRecord) -> Entry:
-        state = "closed" if not r.is_open else "open" if not r.margin else f"taken from {r.margin:.4g} above the others"
+        state = "closed" if not r.is_open else "open" if not r.margin else f"open, margin {r.margin:.4g}"
         share = seen.get(r.name, {})
         rows, right = ("-" if share.get(key) is None else percent(share[key]) for key in ("share", "accuracy"))
-        row = (r.name, f"{len(r.left_out)} blocks" if r.left_out else "", state, percent(r.cost), rows, right)
+        row = (r.name, str(len(r.left_out) or ""), state, percent(r.cost), rows, right)
         more = f"a row costs {percent(r.cost)}" + (f"; {rows} of the rows evaluated last" if share else "")
         place = f"without {', '.join(r.left_out)}" if r.left_out else ""
-        trained = route.to_exits or r.name not in fast.untrained
+        trained = router.over is None or r.name not in fast.untrained
         return Entry(r.name, place, state, (row,), more, fixed=not r.is_open, trained=trained)
 
-    unit = f"{router_of(fast.program).kind} unit of {percent(route.unit_flops / (fast.program.total_flops or 1.0))}"
-    to = "exits" if route.to_exits else f"branches over {route.region}"
-    return Section("route", f"to {to}, by a router at {route.at}, {unit}", columns, tuple(map(entry, fast.routes)))
+    unit = f"{router.unit} unit of {percent(router.unit_cost)}"
+    to = "exits" if router.over is None else f"branches over {' to '.join(router.over)}"
+    return Section("route", f"to {to}, by a router at {router.at}, {unit}", columns, tuple(map(entry, fast.routes)))

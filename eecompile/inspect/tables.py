@@ -35,7 +35,7 @@ def blocks(outline: Outline) -> Table:
 
 
 def exits(fast: CompiledModule) -> Table:
-    made = _table("exits", "exit", "after", "head", "criterion", "threshold", "head cost", "cost of leaving")
+    made = _table("exits", "exit", "after", "head", "criterion", "threshold", "head cost", "cost of exiting")
     made.columns[1].no_wrap = True
     costs = fast.costs([e.is_open for e in fast.exits]).tolist()
     for e, cost in zip(fast.exits, costs, strict=False):
@@ -68,7 +68,7 @@ def decisions(fast: CompiledModule) -> list[Table]:
 
 def cuts(fast: CompiledModule) -> Table:
     taken = {e.after: e.name for e in fast.program.exits}
-    made = _table("cuts: where the work can stop", "cut", "before it", "exit", "survives")
+    made = _table("cuts: where an exit can be", "cut", "cost before it", "exit", "survives")
     for c in fast.program.structure.cuts:
         survives = "\n".join(write.live(v) for v in c.live)
         # Text, not str: rich would read the brackets of a shape as markup
@@ -94,7 +94,7 @@ def refusals(fast: CompiledModule) -> list[Table]:
 
 
 def passes(fast: CompiledModule) -> Table:
-    made = _table("passes", "pass", "level", "time", "nodes", "what")
+    made = _table("passes", "pass", "level", "time", "nodes", "summary")
     for s in fast.history:
         nodes = f"{s.nodes_before} to {s.nodes_after}"
         made.add_row(s.name, s.level, write.seconds(s.seconds), nodes, Text(s.summary))

@@ -90,7 +90,7 @@ def criterion(c: Criterion) -> str:
 
 
 def condition(c: Criterion, threshold: float, classes: int | str) -> str:
-    """When a row leaves, in the terms of the criterion's paper; where these differ from the confidence, both are given.
+    """When a row exits, in the terms of the criterion's paper; where these differ from the confidence, both are given.
 
     Args:
         classes: Size of the last axis of the prediction.

@@ -68,7 +68,7 @@ class _Grown:
             for i, leaf in enumerate(program.signature.outputs):
                 mark = " (the prediction)" if i == program.prediction.index else ""
                 if i in unknown:
-                    mark += f" ({'NaN' if leaf.dtype.is_floating_point else '0'} for rows that leave before {unknown[i]})"
+                    mark += f" ({'NaN' if leaf.dtype.is_floating_point else '0'} for rows that exit before {unknown[i]})"
                 tree.add(Text.assemble(("output ", "dim"), leaf.describe() + mark))
             self._decisions(tree)
             self._executor(tree)
@@ -109,7 +109,7 @@ class _Grown:
         if e.is_open:
             program = self.fast.program
             classes = program.prediction_leaf.shape[-1]
-            state = Text(f"open, leaves at {write.condition(e.criterion, e.threshold, classes)}", "green")
+            state = Text(f"open, rows exit at {write.condition(e.criterion, e.threshold, classes)}", "green")
         else:
             state = Text("closed: neither head nor decision runs", "yellow")
         if not e.trained:
@@ -119,7 +119,7 @@ class _Grown:
         head = f"head {e.head_kind} on {e.node}, {write.percent(e.head_cost)} of the model's cost"
         branch.add(Text(f"{head}, temperature {e.temperature:.3g}"))
         if e.is_open:
-            branch.add(Text(f"a row that leaves here costs {write.percent(self.costs[part.exit])}"))
+            branch.add(Text(f"a row that exits here costs {write.percent(self.costs[part.exit])}"))
         for v in part.live:
             branch.add(Text.assemble(("survives ", "dim"), write.live(v)))
 

@@ -1,4 +1,4 @@
-"""Why each row left where it did: its confidence at every exit against the threshold there."""
+"""Why each row exited where it did: its confidence at every exit against the threshold there."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class At:
     """One row at one exit.
 
     Attributes:
-        prediction: The class that the exit says; None for outputs with positions.
-        sure: Whether the row would leave here.
+        prediction: The class that the exit predicts; None for outputs with positions.
+        sure: Whether the row would exit here.
     """
 
     exit: str
@@ -43,16 +43,16 @@ class At:
 
 @dataclass
 class Departure:
-    """One row: where it left, what it said, and how sure every exit was.
+    """One row: where it exited, with which prediction, and the confidence of every exit.
 
     Attributes:
         left_at: Name of the exit, "model" for the model's own end.
-        prediction: What was answered; None for outputs with positions.
-        full_prediction: What the whole model would have answered, all exits closed and all gates open.
-        gates: Whether each gate let the row in, by name.
+        prediction: The class that was predicted; None for outputs with positions.
+        full_prediction: What the whole model would have predicted, all exits closed and all gates open.
+        gates: Whether each gate was open for the row, by name.
         widths: The share of its channels that each part with widths ran with, by region; 0 for skipped.
         steps: Steps that it took, its positions' mean where each halts by itself; None where nothing halts.
-        route: The exit or the branch that a router sent it to; None without one, or where it had left before.
+        route: The exit or the branch that a router sent it to; None without one, or where it had exited before.
     """
 
     row: int
@@ -97,7 +97,7 @@ class Departure:
 class Departures(Report):
     """What `where` found, a row of the input each."""
 
-    title: ClassVar[str] = "where rows left"
+    title: ClassVar[str] = "where rows exited"
 
     rows: list[Departure]
     criterion: str
@@ -114,7 +114,7 @@ class Departures(Report):
         made.add_column("row", justify="right")
         for at in self.rows[0].exits if self.rows else []:
             made.add_column(_heading(at), justify="right")
-        for name in ("left at", "says", "cost"):
+        for name in ("exit", "prediction", "cost"):
             made.add_column(name, justify="right")
         for r in self.rows[:MOST_ROWS]:
             says = "-" if r.prediction is None else str(r.prediction)
@@ -123,13 +123,13 @@ class Departures(Report):
             made.add_row(str(r.row), *(_cell(a, r) for a in r.exits), r.left_at, says, percent(r.cost))
         gated = self.rows[0].gates if self.rows else {}
         shares = ", ".join(f"{g} {percent(sum(r.gates[g] for r in self.rows) / len(self.rows))}" for g in gated)
-        opened = [Text(f"share of the rows that each gate let in: {shares}")] if gated else []
+        opened = [Text(f"share of the rows that each gate was open for: {shares}")] if gated else []
         if any(r.route is not None for r in self.rows):
             counts = Counter(r.route for r in self.rows if r.route is not None)
             sent = ", ".join(f"{name} {percent(n / len(self.rows))}" for name, n in sorted(counts.items()))
             opened.append(Text(f"share of the rows that went to each route: {sent}"))
         taken = [r.steps for r in self.rows if r.steps is not None]
-        opened += [Text(f"{sum(taken) / len(taken):.3g} steps in the mean")] if taken else []
+        opened += [Text(f"{sum(taken) / len(taken):.3g} steps on average")] if taken else []
         note = f"and {len(self.rows) - MOST_ROWS} more rows" if len(self.rows) > MOST_ROWS else ""
         return Group(made, *([Text(note)] if note else []), *opened)
 
@@ -150,7 +150,7 @@ def _cell(at: At, row: Departure) -> Text:
 
 
 def where(fast: CompiledModule, *args: Any, **kwargs: Any) -> Departures:
-    """Runs every exit on the given input and says why each row leaves where it does.
+    """Runs every exit on the given input; gives for each row where it exits, and why.
 
     Args:
         fast: The compiled module; thresholds as they are now.
@@ -170,7 +170,7 @@ def where(fast: CompiledModule, *args: Any, **kwargs: Any) -> Departures:
     whole = _classes(full_prediction(fast, Batch(args, kwargs, None, 0), result))
     opened = [] if result.gates is None else result.gates.tolist()
     wide = [] if result.widths is None else result.widths.tolist()
-    names = [*fast.route_names, None]  # -1 where the row had left before
+    names = [*fast.route_names, None]  # -1 where the row had exited before
     routes = [None] * len(result.exit_index) if result.route is None else [names[k] for k in result.route.tolist()]
     exits = fast.exits
     rows = []

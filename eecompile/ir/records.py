@@ -198,11 +198,9 @@ class Gate:
         carries: What the region hands on.
         anchors: Of the region.
         needs: Name of a gate that has to be open too, empty for none.
-        stage: How many exits lie before it; set by `stage`.
         width: Share of the channels that the region runs with where this gate is the last open one; 0 where its width
             is never chosen.
         group: Which of the program's gate recipes it was inserted by.
-        only_for: Exits that alone need it, where the model's own output does not: it runs while one of them is open.
     """
 
     name: str
@@ -218,10 +216,8 @@ class Gate:
     carries: tuple[Carry, ...]
     anchors: tuple[Anchor | None, Anchor | None]
     needs: str = ""
-    stage: int = 0
     width: float = 0.0
     group: int = 0
-    only_for: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -299,8 +295,6 @@ class Route:
         depth: Fraction of the full model's cost before the router.
         unit_flops: Cost of the probabilities for one row.
         anchors: Of `reads`, `x` and `y`; None for an input of the model.
-        stage: How many exits lie before the router; set by `stage`.
-        way_stage: How many exits lie before the branches; set by `stage`.
     """
 
     name: str
@@ -320,8 +314,6 @@ class Route:
     depth: float
     unit_flops: float
     anchors: tuple[Anchor | None, ...]
-    stage: int = 0
-    way_stage: int = 0
 
     @property
     def to_exits(self) -> bool:
@@ -392,10 +384,8 @@ class HaltStep:
         anchors: Of the block's `x` and `y`.
         value: Name of the node with the rows' value after it: the block's, or what a halted row keeps.
         last: Name of the last node of the step: an exit may follow it.
-        stage: How many exits lie before it; set by `stage`.
         live: Name of the node `[B, S]` that says which positions still run, where each halts by itself; empty for the first
             step and where rows halt as a whole.
-        parts: What runs at the live positions only; set by `find_token_parts`.
     """
 
     name: str
@@ -408,13 +398,11 @@ class HaltStep:
     anchors: tuple[Anchor | None, Anchor | None]
     value: str = ""
     last: str = ""
-    stage: int = 0
     live: str = ""
-    parts: tuple[TokenPart, ...] = ()
 
 
 @dataclass(frozen=True)
-class Halt:
+class HaltingChain:
     """A chain of steps that a row may stop after (Graves 2016).
 
     Attributes:
@@ -427,9 +415,7 @@ class Halt:
         repeated: Whether the steps are one block again and again, so that the model as it was takes the first alone.
         per_token: Whether every position halts by itself.
         depth: Fraction of the full model's cost before it.
-        stage: How many exits lie before it; set by `stage`.
         group: Which of the program's halting recipes it was inserted by.
-        only_for: As for a gate.
     """
 
     name: str
@@ -441,9 +427,7 @@ class Halt:
     repeated: bool
     per_token: bool
     depth: float
-    stage: int = 0
     group: int = 0
-    only_for: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -476,7 +460,7 @@ class Arm:
         values: Names of the nodes that it hands on, one for each merge.
         skips: Whether nothing runs: the values are what goes past the region.
         module: Name of the submodule that is all of it; empty where nodes of the graph compute it.
-        inputs: Names of the nodes that the module is called with.
+        inputs: Names of the nodes that the module is called with; none of a module of the user's.
     """
 
     name: str
@@ -484,6 +468,11 @@ class Arm:
     skips: bool = False
     module: str = ""
     inputs: tuple[str, ...] = ()
+
+    @property
+    def custom(self) -> bool:
+        """Whether it is a module of the user's."""
+        return bool(self.module) and not self.inputs
 
 
 @dataclass(frozen=True)
@@ -505,8 +494,12 @@ class Choice:
             one that is open from that arm on.
         arms: In order; for branches and widths the last is the model as it was.
         merges: One for each value.
+        family: Family of the settings that say which arms are possible.
+        usual: Number of the arm that the model as it was takes.
         gates: Names of the gates that open one arm after the other.
-        reads: Names of further nodes that lie before the region.
+        scores: Names of the nodes with the gates' scores.
+        needs: Name of a gate of an earlier choice that has to be open too, empty for none.
+        reads: Names of further nodes that lie before the region; for branches first the value that they begin with.
         inner: Names of nodes between the arms' values and the merge.
         live: Name of the node `[B, S]` that says which positions run, where positions choose one by one.
         parts: What runs at the live positions only.
@@ -517,8 +510,58 @@ class Choice:
     index: tuple[str, ...]
     arms: tuple[Arm, ...]
     merges: tuple[Merge, ...]
+    family: str
+    usual: int
     gates: tuple[str, ...] = ()
+    scores: tuple[str, ...] = ()
+    needs: str = ""
     reads: tuple[str, ...] = ()
     inner: tuple[str, ...] = ()
     live: str = ""
     parts: tuple[TokenPart, ...] = ()
+
+
+@dataclass(frozen=True)
+class Decider:
+    """A unit that gives the numbers which are compared with settings.
+
+    Attributes:
+        name: Of the gate, step or router.
+        unit: Submodule that computes them.
+        family: Family of the settings.
+        slots: Those of its numbers that open what the unit decides on.
+        node: Name of the node that says what was decided.
+        end: Name of the node that hands on what was chosen; empty where rows are sent to exits.
+        flops: Cost for one row.
+    """
+
+    name: str
+    unit: str
+    family: str
+    slots: tuple[str, ...]
+    node: str
+    end: str
+    flops: float
+
+
+@dataclass(frozen=True)
+class Charge:
+    """What a row pays for where it runs: a gated region, a step of a chain, a branch.
+
+    Attributes:
+        name: Of the gate or step; of a branch `route.light`.
+        flops: Cost for one row.
+        usual: Whether the model as it was runs it.
+        node: Name of a node where it lies: rows that exited before do not run it.
+        end: Name of the node that hands on its value.
+        unit_flops: Further cost while rows may halt: of a step's score.
+        live_flops: Of `flops`, what runs at live positions only.
+    """
+
+    name: str
+    flops: float
+    usual: bool
+    node: str
+    end: str
+    unit_flops: float = 0.0
+    live_flops: float = 0.0

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from transformers.generation.stopping_criteria import StoppingCriteriaList, StopStringCriteria
 
-from eecompile.errors import StrategyError, UnsupportedModelError, near
+from eecompile.errors import MissingMethodError, StrategyError, UnsupportedModelError, near
 from eecompile.language.cache import SlotCache, Slots
 from eecompile.language.draft import (
     DraftFit,
@@ -38,6 +38,17 @@ from eecompile.training.checkpoint import Checkpoints
 CACHES = (None, "dynamic", "static")
 CHECKED = 4  # columns that the check at compile time runs through lower and upper
 TOLERANCE, TOLERANCE_OF_HALF = 1e-3, 5e-2  # of the largest logit
+
+# Methods of a compiled classifier that a decoder has others for.
+INSTEAD = {
+    "run": "fast.run_generate(**inputs) gives the output, where each token came from, and what was accepted",
+    "evaluate": "fast.speculation(texts) measures acceptance and times, and gives the speed that follows",
+    "benchmark": "fast.speculation(texts) measures acceptance and times, and gives the speed that follows",
+    "export": 'fast.save("dir") keeps it for eecompile.load; the model alone is exported by its own tools',
+    "set_thresholds": "fast.threshold = 0.8 sets when a drafted token counts as sure, fast.max_draft the length of drafts",
+    "explain": "print(fast) shows the split; fast.speculation(texts) the figures of each exit",
+    "monitor": 'a decoder with kv="verify" gives the tokens of the model, so there is nothing to watch',
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +106,11 @@ class CompiledDecoder(nn.Module):
         self.exit = exit
         self.draft_heads = nn.ModuleDict()  # by number of blocks of the lower part
         self.threshold, self.max_draft = strategy.threshold, strategy.max_draft
+
+    def __getattr__(self, name: str) -> Any:
+        if name in INSTEAD:
+            raise MissingMethodError(f"a compiled decoder has no {name}()", hint=INSTEAD[name])
+        return super().__getattr__(name)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.model(*args, **kwargs)

@@ -2,31 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from torch import fx, nn
 
 from eecompile.capture.export import Captured
 from eecompile.errors import StrategyError
-from eecompile.ir.choices import ChoiceRecords
 from eecompile.ir.recipes import Recipe
 from eecompile.passes import facts
 from eecompile.passes.adopt_blocks import AdoptBlocks, StageBlocks
 from eecompile.passes.annotate import Annotate
 from eecompile.passes.base import Pass, PassResult, check_order, run_passes
 from eecompile.passes.carried import Brought
-from eecompile.passes.carried_choices import AdoptChoices
 from eecompile.passes.equilibrium import Equilibrium
 from eecompile.passes.find_blocks import FindBlocks
 from eecompile.passes.find_cuts import FindCuts
 from eecompile.passes.find_regions import FindRegions
 from eecompile.passes.find_token_parts import FindTokenParts
+from eecompile.passes.insert_again import inserted_again, inserting
 from eecompile.passes.insert_exits import COMBINATION, InsertExits, relocate
-from eecompile.passes.insert_gates import InsertGates, norms_name, relocate_gates
-from eecompile.passes.insert_halting import InsertHalting, relocate_halting
-from eecompile.passes.insert_routes import InsertRoutes, relocate_route
+from eecompile.passes.insert_gates import InsertGates
+from eecompile.passes.insert_halting import InsertHalting
+from eecompile.passes.insert_routes import InsertRoutes
 from eecompile.passes.lower import Lower
 from eecompile.passes.normalize import Normalize
+from eecompile.passes.place_carried import AdoptChoices
 from eecompile.passes.place_exits import PlaceExits
 from eecompile.passes.place_gates import GATES, PlaceGates
 from eecompile.passes.place_halting import PlaceHalting
@@ -78,11 +76,7 @@ def insertion(recipe: Recipe, captured: Captured, seed: int, brought: Brought | 
             *([FindTokenParts()] if recipe.halting.unit == "token" else []),
         ]
     for one in brought.choices:
-        passes.append(AdoptChoices(one))
-        passes += [InsertGates(r, units=one.units) for r in one.choices.gate_recipes]
-        for halting in one.choices.halt_recipes:
-            passes.append(InsertHalting(halting, units=one.units))
-            passes += [FindTokenParts()] if halting.unit == "token" else []
+        passes += [AdoptChoices(one), *inserting(one.choices, one.units)]
     if recipe.routes is not None and recipe.routes.branches:  # exits come after them: they may not lie among the branches
         passes += [*([FindRegions()] if recipe.gates is None and recipe.halting is None else []), *routing]
         routing = []
@@ -109,14 +103,8 @@ def prepare_training_graph(
     train = train.replace(index=program.prediction.index)
     known = FindBlocks(program.structure.block_pattern)
     train = run_passes(train, [Normalize(), SplitTail(), Annotate(), known, Unfold(), FindCuts()])
-    if hasattr(program.marked, GATES):
-        units = dict(program.marked.get_submodule(GATES).named_children())
-        train = inserted_again(train, program.choices, units)
-    if program.choices.route is not None and program.choices.route_recipe is not None:
-        modules = dict(program.marked.get_submodule(ROUTES).named_children())
-        # the router's places only; its exits are set below
-        train = relocate_route(train.replace(exits=program.exits), program.choices.route)
-        train = run_passes(train, [InsertRoutes(program.choices.route_recipe, modules=modules)])
+    units, modules = (dict(getattr(program.marked, n, nn.Module()).named_children()) for n in (GATES, ROUTES))
+    train = inserted_again(train, program.choices, program.exits, units, modules)
     heads = {e.name: facts.attribute(program.marked, e.head) for e in program.exits}
     train = train.establish("exits placed").replace(exits=relocate(train, program.exits))
     combination = getattr(program.marked, COMBINATION, None)
@@ -125,26 +113,6 @@ def prepare_training_graph(
     read_copies(train.graph_module)
     facts.tidy(train.graph_module)
     return train
-
-
-def inserted_again(program: Program, like: ChoiceRecords, units: Mapping[str, nn.Module]) -> Program:
-    """The gates and halting steps of `like` in another capture of the same model; units are shared.
-
-    Args:
-        units: By the names that they have in `like`.
-    """
-    for k, gate_recipe in enumerate(like.gate_recipes):
-        gates = tuple(g for g in like.gates if g.group == k)
-        names = {g.unit for g in gates} | {f"{GATES}.{norms_name(w)}" for w in like.widths}
-        own = {name: u for name, u in units.items() if f"{GATES}.{name}" in names}
-        insert = InsertGates(gate_recipe, units=own)
-        program = run_passes(relocate_gates(program, gates, like.widths), [insert])
-    for k, halt_recipe in enumerate(like.halt_recipes):
-        halts = tuple(h for h in like.halts if h.group == k)
-        own = {name: u for name, u in units.items() if f"{GATES}.{name}" in {s.unit for h in halts for s in h.steps}}
-        halting = InsertHalting(halt_recipe, units=own)
-        program = run_passes(relocate_halting(program, halts), [halting, FindTokenParts()])
-    return program
 
 
 __all__ = [
@@ -175,6 +143,7 @@ __all__ = [
     "Verify",
     "analysis",
     "check_order",
+    "inserted_again",
     "insertion",
     "prepare_training_graph",
     "prepared",

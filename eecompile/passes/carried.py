@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from itertools import pairwise
 from typing import TYPE_CHECKING, cast
 
 from torch import fx, nn
@@ -14,7 +13,7 @@ from eecompile.heads import Branch
 from eecompile.ir.recipes import ExitRecipe
 from eecompile.ir.settings import EXITS, TEMPERATURES, Settings
 from eecompile.passes import facts
-from eecompile.passes.carried_choices import CarriedChoices, carried_choices, originals
+from eecompile.passes.place_carried import CarriedChoices, carried_choices, movable, one_halting, originals
 from eecompile.passes.split_tail import criterion_of
 from eecompile.program import Anchor, Cut, Exit, Place, Program
 
@@ -92,31 +91,13 @@ def unwrapped(models: Mapping[str, nn.Module], plain: Sequence[bool]) -> tuple[d
                 threshold=settings[EXITS][k],
                 temperature=settings[TEMPERATURES][k],
             )
-    _one_halting(choices)
+    one_halting(choices)
     return found, Brought(exits, ends, tuple(choices))
 
 
 def within(name: str, a: Anchor) -> Anchor:
     """An anchor of a model's own graph as it is in the cascade's."""
     return replace(a, path=f"{name}.model.{a.path}" if a.path else f"{name}.model")
-
-
-def _one_halting(carried: Sequence[CarriedChoices]) -> None:
-    """Scores of all chains in one program are scaled by one factor.
-
-    Raises:
-        StrategyError: Two compiled models halt in ways that one factor cannot give.
-    """
-    ways = [(c.model, r.threshold, bool(r.repeat)) for c in carried for r in c.choices.halt_recipes]
-    for a, b in pairwise(ways):
-        if a[1:] != b[1:]:
-            kinds = [f"{model}: {'repeats a block' if repeats else 'over depth'}, {t:g}" for model, t, repeats in (a, b)]
-            raise StrategyError(
-                "two models of the cascade halt in different ways",
-                got=" and ".join(kinds),
-                wanted="one kind, and one halting threshold (the factor of the scores is its inverse)",
-                hint="set_halting_threshold() to the same value in both first",
-            )
 
 
 def _able(name: str, fast: CompiledModule, program: Program) -> nn.Module:
@@ -137,7 +118,7 @@ def _able(name: str, fast: CompiledModule, program: Program) -> nn.Module:
         raise refuse("a loaded program, without the Python model", "one that was compiled in this process")
     if program.capture.front_end != "export":
         raise refuse('capture="blocks"', 'capture="export"')
-    if program.choices.route is not None or program.choices.widths:
+    if not movable(program.choices):
         raise refuse("routes or widths", "exits, gates and halting only")
     weights = fast.combination.state_dict()
     if weights and bool(weights["bias"].any()):

@@ -268,14 +268,14 @@ class Sweep:
 
 
 def cuts_before(program: Program) -> dict[str, Cut | Refusal]:
-    """For every gate that is in the graph, the cut between what goes into its region and the gate itself."""
+    """For every choice with gates that is in the graph, the cut between what goes into its region and its first score."""
     sweep, names = Sweep(program), facts.by_name(program.graph_module)
     work = next(i for i, n in enumerate(sweep.nodes) if n.op != "placeholder")
     found = {}
-    for g in program.choices.gates:
-        x = names[g.carries[0].x]
+    for c in (c for c in program.choices if c.gates):
+        x = names[c.arms[0].values[0] if c.arms[0].skips else c.reads[0]]
         low = max(work, sweep.position[x])
-        p = sweep.narrowest(low, max(low, sweep.position[names[g.score]] - 1))
+        p = sweep.narrowest(low, max(low, sweep.position[names[c.scores[0]]] - 1))
         ((_, live),) = sweep.live_at([p])
-        found[g.name] = sweep.cut(p, live, f"before {g.region}", x, False, [])
+        found[c.name] = sweep.cut(p, live, f"before {c.region}", x, False, [])
     return found

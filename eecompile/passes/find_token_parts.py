@@ -8,16 +8,17 @@ leaves it; `LivePositions` runs it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 from torch import fx
 
+from eecompile.ir.settings import HALTING
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.positionwise import FOLDED, Layout, Positions, width, work
-from eecompile.program import HaltStep, Program, Refusal, TokenPart
+from eecompile.program import Program, Refusal, TokenPart
 
 # Gathering or scattering one element takes as long as so many FLOPs: measured on BERT-base, 8 x 128, one thread of a CPU.
 # A part of r FLOPs for each element that is moved is worth gathering where more than MOVING / r of the positions have
@@ -27,7 +28,7 @@ MOVING = 40.0
 
 @dataclass(frozen=True)
 class FindTokenParts(Pass):
-    """Fills `parts` of the halting steps; the graph stays as it is."""
+    """Fills `program.choices.parts`; the graph stays as it is."""
 
     name: ClassVar[str] = "find_token_parts"
     requires: ClassVar[frozenset[str]] = frozenset({"halting"})
@@ -36,15 +37,12 @@ class FindTokenParts(Pass):
     def run(self, program: Program) -> PassResult:
         finder = _Finder(program)
         refusals: list[Refusal] = []
-        halts = tuple(
-            replace(h, steps=tuple(finder.step(s, kept, refusals) for s, kept in zip(h.steps, h.ys, strict=True)))
-            for h in program.choices.halts
-        )
-        parts = [p for h in halts for s in h.steps for p in s.parts]
-        total = sum(s.flops for h in halts for s in h.steps) or 1.0
-        share = sum(p.flops for p in parts) / total
+        steps = {c.name: c for c in program.choices.charges if c.name in {d.name for d in finder.deciders}}
+        found = {c.name: finder.step(c.name, steps[c.name].node, refusals) for c in program.choices if c.live}
+        parts = [p for mine in found.values() for p in mine]
+        share = sum(p.flops for p in parts) / (sum(c.flops for c in steps.values()) or 1.0)
         summary = f"{len(parts)} parts at live positions only, {share:.0%} of the chains' FLOPs"
-        return PassResult(program.replace(halts=halts), False, tuple(refusals), summary)
+        return PassResult(program.replace(parts=found), False, tuple(refusals), summary)
 
 
 class _Finder:
@@ -55,25 +53,25 @@ class _Finder:
         self.nodes = list(self.gm.graph.nodes)
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.names = facts.by_name(self.gm)
-        self.units = {s.unit for h in program.choices.halts for s in h.steps}
+        self.deciders = [d for d in program.choices.deciders if d.family == HALTING]
+        self.units = {d.unit for d in self.deciders}
         # a block that is repeated is written out; its copies cost what the captured nodes with their weights do
         self.known = {_weights(n): f for n in self.nodes if (f := program.costs.flops.get(n.name, 0.0)) and _weights(n)}
 
-    def step(self, step: HaltStep, kept_name: str, refusals: list[Refusal]) -> HaltStep:
-        if not step.live:
-            return step
+    def step(self, name: str, kept_name: str, refusals: list[Refusal]) -> tuple[TokenPart, ...]:
+        """The parts of a halting step, which has the value of the rows at node `kept_name`."""
         kept = self.names[kept_name]
         state: fx.Node = kept.args[1]  # type: ignore[assignment]
         positions = Positions(self.gm, state)
         layouts = self._unneeded(positions, state, kept)
         parts: list[TokenPart] = []
         for end, nodes in self._grouped(positions, layouts, state, kept).items():
-            part = self._part(f"{step.name}_tokens_{len(parts)}", end, nodes, positions, layouts, kept)
+            part = self._part(f"{name}_tokens_{len(parts)}", end, nodes, positions, layouts, kept)
             if isinstance(part, TokenPart):
                 parts.append(part)
             elif part:
                 refusals.append(Refusal(end.name, FindTokenParts.name, part))
-        return replace(step, parts=tuple(parts))
+        return tuple(parts)
 
     def _unneeded(self, positions: Positions, state: fx.Node, kept: fx.Node) -> dict[fx.Node, Layout]:
         """Nodes whose halted positions nothing needs, with the axis of their positions."""

@@ -354,9 +354,9 @@ def relocate(program: Program, exits: tuple[Exit, ...]) -> tuple[Exit, ...]:
     moved = []
     swap = {c.y: names[c.node] for g in program.choices.gates for c in g.carries}
     swap |= {
-        y: names[s.value] for h in program.choices.halts if not h.repeated for y, s in zip(h.ys[:-1], h.steps, strict=False)
+        y: names[s.value] for h in program.choices.chains if not h.repeated for y, s in zip(h.ys[:-1], h.steps, strict=False)
     }
-    swap |= {h.ys[-1]: names[h.output] for h in program.choices.halts}
+    swap |= {h.ys[-1]: names[h.output] for h in program.choices.chains}
     before = cuts_before(program) if any(e.gate for e in exits) else {}
     for e in exits:
         cut = before[e.gate] if e.gate else next((c for c in program.structure.cuts if c.name == e.cut), None)

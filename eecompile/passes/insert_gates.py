@@ -23,6 +23,7 @@ from eecompile.gates import RecurrentCore, RecurrentGate, unit_class
 from eecompile.ir import settings
 from eecompile.ir.graph import Counterparts
 from eecompile.ir.recipes import GateRecipe
+from eecompile.ir.records import Carry, Gate, Width
 from eecompile.ir.settings import Settings
 from eecompile.ir.writer import GraphWriter, Span, add_modules
 from eecompile.passes import facts
@@ -31,7 +32,7 @@ from eecompile.passes.find_regions import exclusive
 from eecompile.passes.narrow import Narrower, Part, new_norms
 from eecompile.passes.place_gates import GATES, make_unit, site_of
 from eecompile.passes.place_widths import part_of
-from eecompile.program import Carry, Gate, Program, Region, Report, Width
+from eecompile.program import Program, Region, Report
 from eecompile.untrained import seeded, untrained
 
 assert eecompile.ops is not None

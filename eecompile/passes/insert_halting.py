@@ -31,6 +31,7 @@ from eecompile.gates import unit_class
 from eecompile.ir import settings
 from eecompile.ir.graph import Counterparts
 from eecompile.ir.recipes import HaltRecipe
+from eecompile.ir.records import Carry, HaltingChain, HaltStep
 from eecompile.ir.writer import GraphWriter, Span, add_modules
 from eecompile.kernels.halt import ACCUMULATED
 from eecompile.passes import facts
@@ -38,7 +39,7 @@ from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.find_regions import exclusive
 from eecompile.passes.place_gates import GATES, make_unit, site_of
 from eecompile.passes.place_halting import starting_bias
-from eecompile.program import Carry, Halt, HaltStep, Program, Region, Report
+from eecompile.program import Program, Region, Report
 from eecompile.untrained import seeded, untrained
 
 ROLE = "eecompile_halting"  # key in a node's meta: "score", "state" (after a step) or "output", and the step
@@ -66,17 +67,17 @@ class InsertHalting(Pass):
     seed: int = 0
 
     def run(self, program: Program) -> PassResult:
-        there = tuple(h for h in program.choices.halts if h.output)
-        program = program.replace(halts=program.choices.halts[len(there) :])
+        there = tuple(h for h in program.choices.chains if h.output)
+        program = program.replace(chains=program.choices.chains[len(there) :])
         units = dict(self.units) or self.build(program)
         gm = facts.copy(program.graph_module)
         add_modules(gm, GATES, units)
         # The scale with which the marked graph is the model as it was.
-        closed = AT_ONCE if any(h.repeated for h in program.choices.halts) else 0.0
+        closed = AT_ONCE if any(h.repeated for h in program.choices.chains) else 0.0
         program = program.replace(settings=program.settings.add(settings.halting(closed), [self.recipe.threshold]))
         program.settings.attach(gm, facts.device_of(gm))
         writer = _Writer(gm, program, self.recipe)
-        halts = tuple(replace(writer.add(h), group=len(program.choices.halt_recipes)) for h in program.choices.halts)
+        halts = tuple(replace(writer.add(h), group=len(program.choices.halt_recipes)) for h in program.choices.chains)
         writer.finish()
         cuts, refusals = writer.moved_cuts(program.structure.cuts, self.name)
         reports = tuple(Report(h.name, h.ledger, h.output) for h in halts)
@@ -84,7 +85,7 @@ class InsertHalting(Pass):
         reports += tuple(Report(s.name, shares[s.name], s.carries[0].node) for h in halts for s in h.steps if s.carries)
         done = program.replace(
             graph_module=gm,
-            halts=(*there, *halts),
+            chains=(*there, *halts),
             cuts=cuts,
             reports=(*program.choices.reports, *reports),
             halt_recipes=(*program.choices.halt_recipes, self.recipe),
@@ -97,7 +98,7 @@ class InsertHalting(Pass):
         device = facts.device_of(program.graph_module)
         units: dict[str, nn.Module] = {}
         with seeded(self.seed):
-            for h in program.choices.halts:
+            for h in program.choices.chains:
                 for step in h.steps:
                     name = step.unit.rsplit(".", 1)[1]
                     if name in units:
@@ -119,7 +120,7 @@ class _Writer(GraphWriter):
         self.shares: dict[str, str] = {}  # where positions halt one by one: node [B] with the share of live ones, by step
         self.scale = self.setting(settings.HALTING_BUFFER, "halt_scale")
 
-    def add(self, halt: Halt) -> Halt:
+    def add(self, halt: HaltingChain) -> HaltingChain:
         x, ys = self.now(halt.x), [self.names[y] for y in halt.ys]
         self.keep(x, *ys)
         inside = exclusive(self.nodes, self.position, [ys[0]], {x})
@@ -220,7 +221,7 @@ PARTS = ("value", "weighted", "ledger", "running")
 class _Chain:
     """What the rows have after the last step that was written."""
 
-    def __init__(self, halt: Halt) -> None:
+    def __init__(self, halt: HaltingChain) -> None:
         self.halt = halt
         self.steps: list[HaltStep] = []
         self.ys: list[str] = []
@@ -234,7 +235,7 @@ class _Chain:
         return k == len(self.halt.steps) - 1
 
 
-def relocate_halting(program: Program, halts: tuple[Halt, ...]) -> Program:
+def relocate_halting(program: Program, halts: tuple[HaltingChain, ...]) -> Program:
     """The same chains in another capture of the same model, found by the anchors of their blocks.
 
     Raises:
@@ -249,8 +250,8 @@ def relocate_halting(program: Program, halts: tuple[Halt, ...]) -> Program:
             x, y = (there.name(a, n, step.region) for a, n in zip(step.anchors, (h.x, old), strict=True))
             ends.append((x, y))
             regions.append(Region(step.region, "block", step.region, x, y, 0, step.flops, h.depth, True, step.anchors))
-        bare = tuple(replace(s, decision="", carries=(), value="", last="", live="", parts=()) for s in h.steps)
+        bare = tuple(replace(s, decision="", carries=(), value="", last="", live="") for s in h.steps)
         moved.append(replace(h, steps=bare, x=ends[0][0], ys=tuple(y for _, y in ends), output="", ledger=""))
     return program.establish("halting placed", "regions").replace(
-        halts=(*program.choices.halts, *moved), regions=(*program.structure.regions, *regions)
+        chains=(*program.choices.chains, *moved), regions=(*program.structure.regions, *regions)
     )

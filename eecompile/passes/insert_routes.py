@@ -31,12 +31,13 @@ from eecompile.errors import PassError
 from eecompile.ir import settings
 from eecompile.ir.graph import Counterparts
 from eecompile.ir.recipes import RouteRecipe
+from eecompile.ir.records import Route, Way
 from eecompile.ir.writer import GraphWriter, Span, add_modules
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.branches import Part
 from eecompile.passes.place_routes import ROUTE, ROUTES, Places
-from eecompile.program import Program, Refusal, Report, Route, Way
+from eecompile.program import Program, Refusal, Report
 from eecompile.routers import unit_class
 from eecompile.untrained import seeded, untrained
 
@@ -51,8 +52,8 @@ class InsertRoutes(Pass):
 
     Args:
         recipe: What the strategy asked for.
-        modules: The unit and the branches to use instead of new ones, by the name after `eecompile_routes.`: for the
-            training capture, or a loaded program.
+        modules: The unit and branches to use instead of new ones, by the name after `eecompile_routes.`: for the training
+            capture, or a loaded program.
         seed: Seed of the new unit's weights; the global generator is left as it was.
     """
 
@@ -68,7 +69,7 @@ class InsertRoutes(Pass):
         route = program.choices.route
         assert route is not None  # placed
         gm = facts.copy(program.graph_module)
-        modules = dict(self.modules) or self.build(program, route)
+        modules = self.build(program, route)
         add_modules(gm, ROUTES, modules)
         writer = _Writer(gm, program)
         route = writer.weights(route, len(program.exits) + 1 if route.to_exits else len(route.ways))
@@ -102,17 +103,20 @@ class InsertRoutes(Pass):
         return PassResult(done, True, refusals, f"{ways} routes")
 
     def build(self, program: Program, route: Route) -> dict[str, nn.Module]:
-        """The unit, new, and the branches: light versions, and copies of the user's modules."""
-        names = facts.by_name(program.graph_module)
-        device = facts.device_of(program.graph_module)
-        site, _ = Places(program, None).site(names[route.reads], self.recipe.mask, route.at)
-        with seeded(self.seed):
-            count = len(route.ways) or len(program.exits) + 1
-            unit = unit_class(self.recipe.unit, site, route.at)(site, count, self.recipe.bias)
-        found: dict[str, nn.Module] = {"unit": untrained(unit, device, site.dtype)}
+        """The unit and the branches: light versions, and copies of the user's modules. New, where they are not given."""
+        found, device = dict(self.modules), facts.device_of(program.graph_module)
+        if "unit" not in found:
+            names = facts.by_name(program.graph_module)
+            site, _ = Places(program, None).site(names[route.reads], self.recipe.mask, route.at)
+            with seeded(self.seed):
+                count = len(route.ways) or len(program.exits) + 1
+                unit = unit_class(self.recipe.unit, site, route.at)(site, count, self.recipe.bias)
+            found["unit"] = untrained(unit, device, site.dtype)
         for way, (_, what) in zip(route.ways, self.recipe.branches, strict=False):
-            made = copy.deepcopy(what).to(device) if isinstance(what, nn.Module) else light_of(program, route, way)
-            found[way.module.rpartition(".")[2]] = made
+            name = way.module.rpartition(".")[2]
+            if name not in found:
+                own = isinstance(what, nn.Module)
+                found[name] = copy.deepcopy(what).to(device) if own else light_of(program, route, way)
         return found
 
 

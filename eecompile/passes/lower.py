@@ -211,7 +211,7 @@ def _reported(
 def fixed(program: Program, arms: Possible) -> set[str]:
     """Names of gates, steps and chains that do the same for every row: nothing is reported of them."""
     known = {name for name, taken in decisions(program, arms).items() if len(taken) == 1}
-    return known | {h.name for h in program.choices.halts if h.steps[-1].name in known}
+    return known | {h.name for h in program.choices.chains if h.steps[-1].name in known}
 
 
 def states_of(program: Program) -> tuple[str, ...]:

@@ -180,7 +180,7 @@ class Candidates:
         """
         placed = []
         cuts = cuts_before(self.program)
-        for gate in self.program.choices.gates:
+        for gate in (c for c in self.program.choices if c.gates):
             cut = cuts[gate.name]
             tail = cut if isinstance(cut, Refusal) else sites.skipping_tail(self.program, cut.value, cut.after, gate.name)
             if isinstance(cut, Refusal) or isinstance(tail, Refusal):

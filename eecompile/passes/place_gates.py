@@ -14,12 +14,13 @@ from eecompile.errors import NoPlaceError, StrategyError, near
 from eecompile.gates import GateUnit, PolicyGate, RecurrentCore, unit_class
 from eecompile.heads import Site
 from eecompile.ir.recipes import GateRecipe
+from eecompile.ir.records import Carry, Gate, Width
 from eecompile.passes import facts, sites
 from eecompile.passes.annotate import ROWS, flops_of
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.narrow import Part
 from eecompile.passes.place_widths import chain, place_widths
-from eecompile.program import Carry, Gate, Program, Refusal, Region, Width
+from eecompile.program import Program, Refusal, Region
 
 GATES = "eecompile_gates"
 DYNAMIC = 64  # a sequence length for counting, where the example gives none

@@ -11,9 +11,10 @@ import torch
 from eecompile.errors import NoPlaceError, StrategyError, near
 from eecompile.gates import unit_class
 from eecompile.ir.recipes import HaltRecipe
+from eecompile.ir.records import HaltingChain, HaltStep
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.place_gates import GATES, KEYWORDS, make_unit, named, site_of, sizes_of, unit_flops
-from eecompile.program import Halt, HaltStep, Program, Refusal, Region
+from eecompile.program import Program, Refusal, Region
 
 UNITS = ("linear", "token")
 RULES_OF_HALTING = ("mean", "stop")
@@ -21,7 +22,7 @@ RULES_OF_HALTING = ("mean", "stop")
 
 @dataclass(frozen=True)
 class PlaceHalting(Pass):
-    """Fills `program.choices.halts` from the recipe; the graph stays as it is.
+    """Fills `program.choices.chains` from the recipe; the graph stays as it is.
 
     Args:
         recipe: What the strategy wants.
@@ -38,7 +39,7 @@ class PlaceHalting(Pass):
     def run(self, program: Program) -> PassResult:
         self._check(program)
         refusals: list[Refusal] = []
-        halts: list[Halt] = []
+        halts: list[HaltingChain] = []
         for chain in self._chains(program, refusals):
             halts.append(self._halt(program, chain, len(halts)))
         if not halts:
@@ -57,7 +58,7 @@ class PlaceHalting(Pass):
                 hint="blocks= names them",
             )
         summary = "; ".join(f"{h.name}: {len(h.steps)} steps" for h in halts)
-        return PassResult(program.replace(halts=tuple(halts)), False, tuple(refusals), summary)
+        return PassResult(program.replace(chains=tuple(halts)), False, tuple(refusals), summary)
 
     def _check(self, program: Program) -> None:
         if program.choices.gates:
@@ -103,7 +104,7 @@ class PlaceHalting(Pass):
         refusals += [Refusal(n, self.name, "no neighbour of the same shape: nothing to stop before") for n in alone]
         return [c for c in chains if len(c) > 1]
 
-    def _halt(self, program: Program, chain: list[Region], index: int) -> Halt:
+    def _halt(self, program: Program, chain: list[Region], index: int) -> HaltingChain:
         steps = chain * self.recipe.repeat if self.recipe.repeat else chain
         name = f"halt_{index}"
         made = []
@@ -115,7 +116,7 @@ class PlaceHalting(Pass):
             module = r.name.partition("@")[0].replace(".", "_")
             own = f"halt_{module}" if self.recipe.repeat else f"{name}_unit_{k}"
             made.append(HaltStep(f"{name}_step_{k}", r.name, "", f"{GATES}.{own}", r.flops, cost, (), r.anchors))
-        return Halt(
+        return HaltingChain(
             name=name,
             steps=tuple(made),
             x=chain[0].x,

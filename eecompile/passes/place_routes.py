@@ -13,11 +13,12 @@ from torch import fx, nn
 from eecompile.errors import StrategyError, near
 from eecompile.heads import Site
 from eecompile.ir.recipes import FULL, RouteRecipe
+from eecompile.ir.records import Route, Way
 from eecompile.passes import facts, sites
 from eecompile.passes.annotate import ROWS, flops_of
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.branches import Part
-from eecompile.program import Program, Route, Way
+from eecompile.program import Program
 from eecompile.routers import unit_class
 
 ROUTES = "eecompile_routes"
@@ -89,7 +90,7 @@ class PlaceRoutes(Pass):
         taken = {n.name for n in part.inside}
         for kind, nodes in (
             ("gate", [(g.name, g.node) for g in program.choices.gates]),
-            ("chain that halts", [(h.name, h.output) for h in program.choices.halts]),
+            ("chain that halts", [(h.name, h.output) for h in program.choices.chains]),
         ):
             among = [name for name, node in nodes if node in taken]
             if among:

@@ -14,11 +14,12 @@ from itertools import takewhile
 from torch import fx
 
 from eecompile.errors import StrategyError
+from eecompile.ir.records import Gate, Width
 from eecompile.passes import facts
 from eecompile.passes.find_channels import Channels, find_channels
 from eecompile.passes.find_regions import exclusive
 from eecompile.passes.narrow import Part
-from eecompile.program import Gate, Program, Refusal, Region, Width
+from eecompile.program import Program, Refusal, Region
 
 RULE = "place_widths"
 LEAST_SAVED = 0.01  # of the model's cost, by layers that have a width and nothing else to choose

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx
@@ -10,7 +10,7 @@ from torch import fx
 import eecompile.ops as ops
 from eecompile.errors import PassError
 from eecompile.ir.records import Arm, Choice
-from eecompile.ir.settings import BRANCHES, BUFFERS, GATES, Settings
+from eecompile.ir.settings import BUFFERS, HALTING, Settings
 from eecompile.passes import facts
 from eecompile.passes.extract import Extractor, extract
 from eecompile.passes.find_regions import exclusive
@@ -43,7 +43,7 @@ class Regions:
 
     def __init__(self, program: Program, gm: fx.GraphModule, batch: facts.Batch, live_only: bool = False) -> None:
         self.live_only = live_only
-        self.choices, self.halts, self.gm, self.batch = program.choices, program.choices.halts, gm, batch
+        self.choices, self.gm, self.batch = program.choices, gm, batch
         nodes = list(gm.graph.nodes)
         position = {n: i for i, n in enumerate(nodes)}
         self.names = names = facts.by_name(gm)
@@ -61,10 +61,12 @@ class Regions:
 
     def plain(self, arms: Possible) -> dict[fx.Node, fx.Node]:
         """Outputs of chains whose halting is closed, and the value that the model as it was has there."""
-        steps = dict(zip((c.name for c in self.choices), arms, strict=True)) if self.halts else {}
+        if not self.choices.chains:
+            return {}
+        steps = dict(zip((c.name for c in self.choices), arms, strict=True))
         return {
             self.names[h.output]: self.names[h.ys[0 if h.repeated else -1]]
-            for h in self.halts
+            for h in self.choices.chains
             if len(steps[h.steps[-1].name]) == 1
         }
 
@@ -192,27 +194,37 @@ def possible(program: Program, settings: Settings | None) -> Possible:
     """Of all choices: the arms that rows can take under these settings; all of them without settings."""
     if settings is None:
         return tuple(frozenset(range(len(c.arms))) for c in program.choices)
+    values, found = settings.to_dict(), list[frozenset[int]]()
     gates: dict[str, frozenset[int]] = {"": RUN}
-    for g, t in zip(program.choices.gates, settings[GATES], strict=True):
-        own, before = RUN if t <= 0 else SKIP if t > 1 else EITHER, gates[g.needs]
-        gates[g.name] = SKIP if SKIP in (own, before) else own if before == RUN else EITHER
-    found = []
-    for c in (c for c in program.choices if c.gates):
-        decided = [gates[name] for name in c.gates]
-        found.append(frozenset(range(decided.count(RUN), len(decided) - decided.count(SKIP) + 1)))
-    for h in program.choices.halts:
-        step = EITHER if settings.halts or h.per_token else SKIP if h.repeated else RUN
-        found += [step] * sum(bool(s.carries) for s in h.steps)
-    open_ways = frozenset(k for k, m in enumerate(settings[BRANCHES]) if m <= 1)
-    return (*found, *([open_ways] if open_ways else []))
+    for c in program.choices:
+        arms = _arms(c, values[c.family], settings.halts)
+        if c.gates:
+            arms = SKIP if gates[c.needs] == SKIP else arms if gates[c.needs] == RUN else frozenset(range(max(arms) + 1))
+            gates |= _gates(c, arms)
+        found.append(arms)
+    return tuple(found)
+
+
+def _arms(choice: Choice, values: Mapping[str, float], halts: bool) -> frozenset[int]:
+    """The arms that rows can take, whatever the input, under a family's values; `halts` whether rows may halt."""
+    if choice.family == HALTING:
+        return EITHER if halts or choice.live else frozenset({choice.usual})
+    if not choice.gates:
+        return frozenset(k for k, margin in enumerate(values.values()) if margin <= 1)
+    thresholds = [values[g] for g in choice.gates]  # each gate opens one arm more, where those before it are open
+    least = next((k for k, t in enumerate(thresholds) if t > 0), len(thresholds))
+    most = next((k for k, t in enumerate(thresholds) if t > 1), len(thresholds))
+    return frozenset(range(least, most + 1))
 
 
 def decisions(program: Program, arms: Possible) -> dict[str, frozenset[int]]:
     """What each gate, halting step and router can still decide, by name: 0 and 1 for closed and open, or a branch."""
     found: dict[str, frozenset[int]] = {}
     for c, possible in zip(program.choices, arms, strict=True):
-        if c.gates:
-            found |= {name: frozenset(int(k > j) for k in possible) for j, name in enumerate(c.gates)}
-        else:
-            found[c.name] = possible
+        found |= _gates(c, possible) if c.gates else {c.name: possible}
     return found
+
+
+def _gates(choice: Choice, arms: frozenset[int]) -> dict[str, frozenset[int]]:
+    """What each gate of a choice can decide where these arms are possible: 0 and 1 for closed and open."""
+    return {name: frozenset(int(k > j) for k in arms) for j, name in enumerate(choice.gates)}

@@ -145,9 +145,10 @@ def shared_tail(program: Program) -> Tail | Refusal:
 
 def skipping_tail(program: Program, value: str, after: str, gate: str) -> Tail | Refusal:
     """All that is left of the model after a cut without the regions of `gate` and of every later gate, as a head."""
-    names = facts.by_name(program.graph_module)
-    first = next(i for i, g in enumerate(program.choices.gates) if g.name == gate)
-    tail = _tail(program, value, after, {names[g.node]: names[g.carries[0].x] for g in program.choices.gates[first:]})
+    names, gated = facts.by_name(program.graph_module), [c for c in program.choices if c.gates]
+    first = next(i for i, c in enumerate(gated) if c.name == gate)
+    skips = [(m, v) for c in gated[first:] if c.arms[0].skips for m, v in zip(c.merges, c.arms[0].values, strict=True)]
+    tail = _tail(program, value, after, {names[m.node]: names[v] for m, v in skips})
     return tail if tail.reads else Refusal(gate, "shared head", "the prediction does not depend on its input")
 
 

@@ -6,7 +6,7 @@ It computes what the marked graph computes, in the same order; each stage is a s
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
@@ -18,7 +18,7 @@ from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.extract import Extractor
 from eecompile.passes.regions import Possible, Regions
-from eecompile.program import Gate, Halt, Live, Program, Stage
+from eecompile.program import Live, Program, Stage
 
 
 def inserted(node: fx.Node) -> bool:
@@ -36,35 +36,19 @@ class StagePass(Pass):
 
     def run(self, program: Program) -> PassResult:
         layout = Layout(program)
-        by_exit, route = layout.only_for(), program.choices.route
-        program = program.replace(
-            gates=tuple(_staged_gate(g, layout, by_exit) for g in program.choices.gates),
-            halts=tuple(_staged(h, layout, by_exit) for h in program.choices.halts),
-            route=route
-            and replace(
-                route, stage=layout.stage_of(route.weights), way_stage=layout.stage_of(route.node) if route.node else 0
-            ),
-            reports=tuple(replace(r, stage=layout.stage_of(r.node)) for r in program.choices.reports),
-        )
+        choices, by_exit = program.choices, layout.only_for()
+        begins = {node: layout.stage_of(node) for node in choices.places}
         # whether a row takes a step is known before an exit that lies in between: who leaves there does not take it
-        begins = {s.name: s.stage for h in program.choices.halts for s in h.steps}
-        reports = tuple(replace(r, stage=begins.get(r.name, r.stage)) for r in program.choices.reports)
-        program = program.replace(reports=reports)
+        steps = {c.name: begins[c.node] for c in choices.charges}
+        program = program.replace(
+            reports=tuple(replace(r, stage=steps.get(r.name, layout.stage_of(r.node))) for r in choices.reports),
+            begins=begins,
+            only_for={n.name: exits for n, exits in by_exit.items()},
+        )
         stages = layout.stages()
         staged = _staged_graph(program, layout, stages)
         done = program.replace(graph_module=staged, level="staged", marked=program.graph_module, stages=stages)
         return PassResult(done, True, summary=f"{len(stages)} stages")
-
-
-def _staged_gate(gate: Gate, layout: Layout, by_exit: Mapping[fx.Node, tuple[int, ...]]) -> Gate:
-    only_for = by_exit.get(layout.names[gate.node], ())
-    return replace(gate, stage=layout.stage_of(gate.decision), only_for=only_for)
-
-
-def _staged(halt: Halt, layout: Layout, by_exit: Mapping[fx.Node, tuple[int, ...]]) -> Halt:
-    steps = tuple(replace(s, stage=layout.stage_of(y)) for s, y in zip(halt.steps, halt.ys, strict=True))
-    only_for = by_exit.get(layout.names[halt.output], ())
-    return replace(halt, steps=steps, stage=layout.stage_of(halt.output), only_for=only_for)
 
 
 class Layout:
@@ -93,8 +77,8 @@ class Layout:
         # the leaves as the trunk gives them, before selection and blanking
         self.leaves = [self._trunk_leaf(g) for g in given]
         # where rows go between branches: `choose` reads it off what is admitted, and lowering groups rows by it
-        r = program.choices.route
-        self.choices = {self.names[r.choice]: self.names[r.node]} if r is not None and r.ways else {}
+        own = [c for c in program.choices if any(arm.module for arm in c.arms)]
+        self.choices = {self.names[c.index[0]]: self.names[c.merges[0].node] for c in own}
         self.own = self._whole(facts.needed_for([*self.leaves, self.prediction(), *self.choices]), None)
 
     def _trunk_leaf(self, given: Any) -> fx.Node:

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from eecompile.capture.adapter import mode
 from eecompile.capture.check import LOOSE, difference
 from eecompile.capture.tensors import CONSTANTS, ROOT, entry, path_in_model
-from eecompile.capture.untouched import untouched
+from eecompile.capture.untouched import trial
 from eecompile.errors import CaptureError
 from eecompile.program import Program
 from eecompile.runtime.precision import few_rows
@@ -280,7 +279,7 @@ class ModelWatch:
         states = dict(zip(STATES, self._states(), strict=True))
         moved |= {name: state for name, state in states.items() if state != self._state[STATES.index(name)]}
         where = ", ".join(list(moved)[:5])
-        with torch.no_grad(), untouched(model), mode(model, False):
+        with trial(model):
             got = list(self.program.source(*rows))
             got = got if self.program.capture.models else got[: len(signature.outputs)]  # a cascade's, of every model
             try:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from eecompile.capture.adapter import mode
 from eecompile.capture.check import LOOSE, difference
-from eecompile.capture.untouched import untouched
+from eecompile.capture.untouched import trial
 from eecompile.program import Program
 from eecompile.runtime.precision import few_rows
 from eecompile.signature import OtherDtypes
@@ -48,7 +47,7 @@ class DtypeCheck:
     def _compare(self, model: nn.Module, given: list[Tensor], converted: list[Tensor], error: OtherDtypes) -> None:
         signature = self.program.signature
         args, kwargs = signature.arguments(given)
-        with torch.no_grad(), untouched(model), mode(model, False):
+        with trial(model):
             try:
                 want = signature.flatten_output(model(*args, **kwargs))
             except Exception as failure:  # the user's code may raise anything

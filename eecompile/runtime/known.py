@@ -8,9 +8,10 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
-from eecompile.ir.settings import Settings
+from eecompile.ir.records import HaltingChain
+from eecompile.ir.settings import BRANCHES, EXITS, HALTING, Settings
 from eecompile.passes.regions import RUN, Possible, decisions
-from eecompile.program import Halt, Program
+from eecompile.program import Program
 from eecompile.runtime.reference import reached
 
 T = TypeVar("T")
@@ -46,38 +47,36 @@ def with_known(program: Program, arms: Possible, reports: Mapping[str, Tensor], 
         exit_index: [B] int64.
     """
     found = {**reports, **_known(program, arms, reports, exit_index)}
-    begins = {s.name: s.stage for h in program.choices.halts for s in h.steps if s.stage}
-    for name in begins.keys() & reports.keys():  # reported before an exit where rows left
+    begins = {d.name: program.choices.begins.get(d.node, 0) for d in program.choices.deciders if d.family == HALTING}
+    for name in (n for n, stage in begins.items() if stage and n in reports):  # reported before an exit where rows left
         found[name] = reached(found[name], exit_index, begins[name])
     return found
 
 
 def _known(program: Program, arms: Possible, reports: Mapping[str, Tensor], exit_index: Tensor) -> dict[str, Tensor]:
     """Decisions of gates that are open or closed whatever the input, and zeros for what no row reached."""
-    taken = decisions(program, arms)
-    stages = {g.name: g.stage for g in program.choices.gates}
-    stages |= {s.name: s.stage for h in program.choices.halts for s in h.steps if s.carries}
+    choices, taken = program.choices, decisions(program, arms)
     known = {
-        name: (exit_index >= stage).float() * (taken[name] == RUN)
-        for name, stage in stages.items()
-        if len(taken[name]) == 1 or name not in reports
+        c.name: (exit_index >= choices.begins.get(c.node, 0)).float() * (taken[c.name] == RUN)
+        for c in choices.charges
+        if c.name in taken and (len(taken[c.name]) == 1 or c.name not in reports)
     }
-    for h in program.choices.halts:
+    for h in choices.chains:
         if h.name not in reports:
-            known[h.name] = closed_ledger(h, exit_index)
-    r = program.choices.route
-    if r is not None and r.name not in reports:  # one way is open, or no row got to the branches; or no exit is open
-        way = next(iter(arms[-1])) if r.ways and len(arms[-1]) == 1 else 0
-        shape = (len(exit_index), len(program.exits)) if r.to_exits else (len(exit_index),)
-        known[r.name] = torch.full(shape, way, device=exit_index.device)
+            known[h.name] = closed_ledger(h, choices.begins.get(h.output, 0), exit_index)
+    for d in choices.deciders:  # of a router: one branch is open, or no row got to the branches; or no exit is open
+        if d.family in (EXITS, BRANCHES) and d.name not in reports:
+            only = taken.get(d.name, ())
+            shape = (len(exit_index), *([len(program.exits)] if d.family == EXITS else []))
+            known[d.name] = torch.full(shape, min(only) if len(only) == 1 else 0, device=exit_index.device)
     return known
 
 
-def closed_ledger(halt: Halt, exit_index: Tensor) -> Tensor:
+def closed_ledger(chain: HaltingChain, stage: int, exit_index: Tensor) -> Tensor:
     """[B, 3] what the ledger of a closed chain says: all steps, or the first of a block that would be repeated. Where every
-    position halts by itself [B, 1, 3]."""
-    steps = 1.0 if halt.repeated else float(len(halt.steps))
+    position halts by itself [B, 1, 3]. `stage` is how many exits lie before its end."""
+    steps = 1.0 if chain.repeated else float(len(chain.steps))
     figures = (1.0, steps, steps + 1.0)
     row = torch.stack([torch.full((), v, device=exit_index.device) for v in figures])  # no copy from the host
-    found = (exit_index >= halt.stage).float().unsqueeze(1) * row
-    return found.unsqueeze(1) if halt.per_token else found
+    found = (exit_index >= stage).float().unsqueeze(1) * row
+    return found.unsqueeze(1) if chain.per_token else found

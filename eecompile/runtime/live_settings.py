@@ -18,7 +18,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from eecompile.errors import StrategyError, UntrainedWarning
-from eecompile.ir.settings import BRANCHES, EXITS, GATES, HALTING, Settings
+from eecompile.ir.settings import EXITS, Settings
 from eecompile.passes import facts
 from eecompile.passes.place_routes import ROUTES
 from eecompile.program import Exit, Program
@@ -208,12 +208,11 @@ class LiveSettings:
 
         if EXITS in program.settings:
             found[EXITS] = [any(map(is_untrained, units_of(program, e))) for e in program.exits]
-        if GATES in program.settings:
-            found[GATES] = [new(g.unit) for g in program.choices.gates]
-        if HALTING in program.settings:  # a last step's unit may learn nothing
-            found[HALTING] = [all(new(s.unit) for h in program.choices.halts for s in h.steps)]
-        if BRANCHES in program.settings:
-            found[BRANCHES] = [new(f"{ROUTES}.unit")] * (len(program.settings[BRANCHES]) - 1) + [False]
+        for family, slots in program.settings.to_dict().items():
+            units = [[d.unit for d in program.choices.deciders if d.family == family and s in d.slots] for s in slots]
+            if any(units):
+                # Halting has a unit for each step, and that of the last one may learn nothing.
+                found[family] = [bool(mine) and all(map(new, mine)) for mine in units]
         return found
 
     def untrained_names(self) -> tuple[str, ...]:

@@ -12,8 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from eecompile.capture.adapter import mode
-from eecompile.capture.untouched import untouched
+from eecompile.capture.untouched import trial
 from eecompile.errors import CaptureError
 from eecompile.program import Program
 
@@ -76,7 +75,7 @@ class AutocastCheck:
     def _same(self, model: nn.Module, flat: Sequence[Tensor], dtype: torch.dtype) -> None:
         signature = self.program.signature
         args, kwargs = signature.arguments(flat)
-        with torch.no_grad(), untouched(model), mode(model, False):
+        with trial(model):
 
             def both() -> list[tuple[Tensor, Tensor]]:
                 want = signature.flatten_output(model(*args, **kwargs))

@@ -68,7 +68,7 @@ class Strategy:
 
     @property
     def together(self) -> dict[str, Any]:
-        """How several models are put together: options of `eecompile.capture.cascade.ready`."""
+        """How several models are put together: `prepare`, `inputs` and `order`."""
         return {}
 
     def __add__(self, other: Strategy) -> Strategy:

@@ -154,7 +154,7 @@ class RouteRow(Decisions):
     name = "routes"
     what = "the router"
     advice = "Lower price= or raise target_cost=, give balance= a weight, train longer, or lower lr=."
-    note = "cost: mean fraction of the full model's FLOPs; of each route the rows that took it, and right of those"
+    note = "cost: mean fraction of the full model's FLOPs; of each route the rows that took it, and the accuracy there"
 
     cost: float
     share: list[float]

@@ -136,15 +136,7 @@ class EvaluationReport(Report):
 
     def __rich__(self) -> RenderableType:
         shown = percent if self.score == "accuracy" else number
-        columns = [
-            "exit",
-            "threshold",
-            "cost",
-            "leaving",
-            "right of those",
-            "right if all leave",
-            "as the model",
-        ]
+        columns = ["exit", "threshold", "cost", "rows", self.score, f"{self.score}, all rows", "agreement, all rows"]
         rows = [
             [
                 row.name,
@@ -163,7 +155,7 @@ class EvaluationReport(Report):
             f"mean cost {percent(self.mean_cost, 1)} of its FLOPs"
         )
         if self.mean_steps is not None:
-            text += f", {number(self.mean_steps, 3)} steps in the mean"
+            text += f", {number(self.mean_steps, 3)} steps on average"
         parts: list[RenderableType] = [table(self.title, columns, rows), text]
         parts += [
             f"{row.name} does not earn its place: without it the mean cost is {percent(row.cost_without, 1)}, "
@@ -172,9 +164,9 @@ class EvaluationReport(Report):
         ]
         if self.gates:
             shares = [[g.name, g.region, number(g.threshold), percent(g.open, 1), percent(g.saved, 1)] for g in self.gates]
-            parts.insert(1, table("Gates", ["gate", "region", "threshold", "rows let in", "saved"], shares))
+            parts.insert(1, table("Gates", ["gate", "region", "threshold", "open for", "saved"], shares))
         if self.routes:
-            heads = ["route", "to", "rows", "cost of those", "right of those", "the full model on those"]
+            heads = ["route", "to", "rows", "cost", self.score, "full model there"]
             sent = [
                 [r.name, r.to, percent(r.share, 1), percent(r.cost, 1), shown(r.accuracy), shown(r.full_accuracy)]
                 for r in self.routes
@@ -189,9 +181,7 @@ class EvaluationReport(Report):
                 + [number(p["steps"], 3) if halting else percent(p["early"], 1)]
                 for p in self.curve
             ]
-            which, last = (
-                ("halting threshold", "mean steps") if halting else ("one threshold for all exits", "leaving early")
-            )
+            which, last = ("halting threshold", "mean steps") if halting else ("one threshold for all exits", "exit early")
             heads = [which, self.score, "cost", last]
             parts.append(table("Trade-off", heads, points))
         if self.degradation is not None:
@@ -199,7 +189,7 @@ class EvaluationReport(Report):
                 [percent(p["budget"], 1), shown(p["accuracy"]), percent(p["cost"], 1), percent(p["stopped"], 1)]
                 for p in self.degradation
             ]
-            parts.append(table("Degradation", ["no row costs more than", self.score, "mean cost", "stopped"], points))
+            parts.append(table("Degradation", ["budget of a row", self.score, "mean cost", "stopped"], points))
         return stacked(*parts)
 
 

@@ -210,7 +210,8 @@ class FitReport(Report):
         return stacked(*parts)
 
     def _kept(self) -> list[str]:
-        kept = f"the trunk ran over the training data {'once' if self.draws == 1 else f'{self.draws} times'}"
+        passes = "once" if self.draws == 1 else f"{self.draws} times"
+        kept = f"the trunk ran over the training data {passes}; heads were fitted to that until the loss stopped falling"
         chosen = f"kinds and weight decay chosen on {self.held_out} rows held out"
         return [kept, chosen if self.held_out else "too few rows to choose on: kinds kept"]
 

@@ -50,7 +50,7 @@ class TrainingGraphs:
         found = self._executors.get((mode, way))
         if found is None:
             graph = with_decisions(self._of_trunk(mode.trunk), mode.gates, mode.kept_open, mode.full_share, way)
-            if any(r.rule == "stop" for r in self.program.choices.halt_recipes):
+            if self.program.choices.stops:
                 graph = with_every_step(graph, len(self.program.signature.outputs) + 2 + len(self.program.exits))
             found = self._executors[mode, way] = ReferenceExecutor(self.program, graph)
         assert found.marked is not None

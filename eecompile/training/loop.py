@@ -194,7 +194,8 @@ class Loop:
             row.val_loss, row.val_scores = choice.measured(features, True)
         row.seconds = time.perf_counter() - started
         self.rows.append(row)
-        self.features = {"held_out": features.held_rows, "draws": features.draws, "notes": features.notes}
+        notes = [*features.notes, f"epochs={self.plan.epochs} sets no limit there, so the stage is one row"]
+        self.features = {"held_out": features.held_rows, "draws": features.draws, "notes": notes}
         self.at.next_epoch()
         self.at.stage_done = True
         self._save()

@@ -137,7 +137,7 @@ def test_evaluation_compares_with_all_gates_open():
     assert found.agreement == found.accuracy
     assert found.gates[0].open == pytest.approx(0.5, abs=0.03)
     assert found.gates[0].saved == pytest.approx(0.25, abs=0.02)
-    assert "rows let in" in str(found)
+    assert "open for" in str(found)
     with pytest.raises(EecompileError, match="no trade-off curve"):
         evaluate(fast, loader(x), curve=True)
 

@@ -10,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from eecompile import EecompileError, StrategyError, strategies
 from eecompile.cli.digits_net import DigitsNet, train
 from eecompile.passes.training_decisions import TrainMode
+from eecompile.result import gates_free
 from eecompile.strategies import TrainingStage, strategy
 from eecompile.training.decisions import GateRow
 from eecompile.training.stages import shared
@@ -114,7 +115,7 @@ def test_free_decisions(trained):
     closed = torch.zeros(1, count)
     closed[0, 0] = 1  # always open; with that and one more of the last two, min_open is kept
     closed[0, count - 1] = 1
-    free = fast.cost_model.gates_free(fast.settings, closed)[0].tolist()
+    free = gates_free(fast.cost_model, fast.settings, closed)[0].tolist()
     assert free == [False, False, *[True] * (count - 3), False]
 
 

@@ -31,7 +31,7 @@ def test_the_output_is_the_weighted_mean_of_the_states(zoo):
     """By hand, from the states of the captured blocks and the scores of the units, in float64."""
     entry, fast = compiled(zoo, "bert", {})
     args, kwargs = entry.inputs(3, seed=6)
-    chain = fast.program.choices.halts[0]
+    chain = fast.program.choices.chains[0]
     graph = fast.graph_module
     wanted = [*chain.ys, *(s.name + "_unit" for s in chain.steps), chain.output]
     values = values_of(graph, fast.program.signature.flatten(args, kwargs), wanted)
@@ -122,7 +122,7 @@ def test_exits_read_the_same_state_in_the_training_capture():
     x = torch.randn(6, 16)
     strategy = strategies.Branchy(exits="every-block", head="linear", max_head_share=9.0) + strategies.Act(halting_bias=-0.5)
     fast = eecompile(model, strategy, example_inputs=(x,))
-    (chain,) = fast.program.choices.halts
+    (chain,) = fast.program.choices.chains
     read = [e.node for e in fast.program.exits]
     assert read == [*(s.value for s in chain.steps[:-1]), chain.output][: len(read)]
     want = fast.observe(x).outputs

@@ -37,7 +37,7 @@ def test_explain_lists_chains_and_their_steps(fast):
     assert shown["mean_steps"] is None
     measured = fast.evaluate([(x, labels)]).mean_steps
     assert fast.explain().to_dict()["mean_steps"] == measured
-    assert f"{measured:.3g} of 4 steps in the mean" in str(fast) and f"{measured:.3g} of 4 steps" in to_text(fast, "table")
+    assert f"{measured:.3g} of 4 steps on average" in str(fast) and f"{measured:.3g} of 4 steps" in to_text(fast, "table")
     fast.set_halting_threshold(2.0)
     assert "never halts, every step is taken" in str(fast) and "never halts" in to_text(fast, "table")
 
@@ -55,7 +55,7 @@ def test_why_a_row_cost_what_it_did(fast):
     steps = fast.run(x).steps.tolist()
     assert [r.steps for r in shown.rows] == steps
     assert shown.rows[0].why == f"it took {steps[0]} step{'' if steps[0] == 1 else 's'}"
-    assert "steps in the mean" in str(shown)
+    assert "steps on average" in str(shown)
     json.dumps(shown.to_dict())
 
 

@@ -68,9 +68,10 @@ def test_compact_agrees_with_the_reference(name, monkeypatch):
     entry = ZOO[name]
     args, kwargs = entry.inputs(4)
     fast = halting(entry.model(), args, kwargs, **entry.options)
-    steps = [s for h in fast.program.choices.halts for s in h.steps if s.live]
-    assert all(any(p.past for p in s.parts) for s in steps), "the end of a block is position-wise"
-    assert sum(p.flops for s in steps for p in s.parts) >= 0.4 * sum(s.flops for s in steps)
+    steps = [s for h in fast.program.choices.chains for s in h.steps if s.live]
+    parts = [fast.program.choices.parts[s.name] for s in steps]
+    assert all(any(p.past for p in mine) for mine in parts), "the end of a block is position-wise"
+    assert sum(p.flops for mine in parts for p in mine) >= 0.4 * sum(s.flops for s in steps)
     for batch in (1, 4, 9):
         at_random(fast, batch)
         agrees(fast, *entry.inputs(batch, seed=batch))
@@ -83,10 +84,9 @@ def minilm():
 
 
 def test_what_runs_at_live_positions(minilm):
-    (chain,) = minilm.program.choices.halts
-    assert chain.steps[0].parts == ()
-    for step in chain.steps[1:]:
-        queries, rest = step.parts
+    (chain,) = minilm.program.choices.chains
+    assert [*minilm.program.choices.parts] == [s.name for s in chain.steps[1:]]
+    for queries, rest in minilm.program.choices.parts.values():
         assert not queries.past
         assert rest.past
         products = [n for n in rest.nodes if n.startswith("linear")]
@@ -108,8 +108,8 @@ def test_only_live_rows_of_the_mlp_are_computed(minilm, batch):
     assert rows == [batch * 24, *live[1:]]
     assert rows[1] < 0.7 * rows[0]
     share = (result.steps.unsqueeze(-1) > torch.arange(1, 3)).float().mean(1)  # [B, 2], of each row's positions
-    steps = minilm.program.choices.halts[0].steps
-    saved = [s.flops - (1 - share[:, k]) * sum(p.flops for p in s.parts) for k, s in enumerate(steps[1:])]
+    steps, parts = minilm.program.choices.chains[0].steps, minilm.program.choices.parts
+    saved = [s.flops - (1 - share[:, k]) * sum(p.flops for p in parts[s.name]) for k, s in enumerate(steps[1:])]
     spent = sum(torch.where(share[:, k] > 0, c, torch.zeros_like(c)) for k, c in enumerate(saved)) + steps[0].flops
     spent = spent + steps[0].unit_flops * (1 + (share > 0).sum(1))
     outside = minilm.program.total_flops - sum(s.flops for s in steps)
@@ -132,11 +132,12 @@ def test_small_parts_are_left_alone_and_a_loaded_program_has_the_same_parts(tmp_
     fast = halting(bert(32, 2), (), padded(4))
     (refused,) = [r.reason for r in fast.program.refusals if r.rule == "find_token_parts"]
     assert refused == "21 FLOPs for each element that gathering would move, wanted 80"
-    (part,) = fast.program.choices.halts[0].steps[1].parts
+    step = fast.program.choices.chains[0].steps[1].name
+    (part,) = fast.program.choices.parts[step]
     assert part.past
     fast.save(tmp_path / "program")
     back = load(tmp_path / "program")
-    assert back.program.choices.halts[0].steps[1].parts == (part,)
+    assert back.program.choices.parts[step] == (part,)
     kwargs = padded(3, seed=8)
     want, got = agrees(fast, (), kwargs), back.run(**kwargs)
     equal_bits(got.output, want.output)

@@ -38,7 +38,7 @@ def by_hand(model, fast, kind: str, x: torch.Tensor):
             h = block(h)
             if kind == "over depth" or k == 1:
                 states.append(h)
-    (chain,) = fast.program.choices.halts
+    (chain,) = fast.program.choices.chains
     scores = [fast.graph_module.get_submodule(s.unit)(h, None) for s, h in zip(chain.steps, states, strict=True)]
     rest = [model.blocks[2:] if kind != "over depth" else [] for _ in states]
     logits = []
@@ -82,7 +82,7 @@ def test_loss_and_gradient_are_those_of_the_enumerated_expectation(kind, trunk):
         torch.testing.assert_close(zero if a is None else a.norm(), zero if b is None else b.norm(), atol=1e-5, rtol=1e-3)
         if a is not None and b is not None:
             torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-3)
-    bias = fast.graph_module.get_submodule(fast.program.choices.halts[0].steps[0].unit).score.bias
+    bias = fast.graph_module.get_submodule(fast.program.choices.chains[0].steps[0].unit).score.bias
     at = next(i for i, p in enumerate(parameters) if p is bias)
     values = []
     for step in (1e-2, -2e-2):
@@ -136,7 +136,7 @@ def test_exits_of_another_strategy_are_trained_beside_it():
     fast = eecompile(tower(STEPS), both, example_inputs=(x,))
     fast.train()
     fast.loss(fast.run(x), labels).backward()
-    last = fast.program.choices.halts[0].steps[-1].unit  # what is left at the last step needs no score
+    last = fast.program.choices.chains[0].steps[-1].unit  # what is left at the last step needs no score
     unused = {id(p) for p in fast.graph_module.get_submodule(last).parameters()}
     assert all(p.grad is not None for p in fast.head_parameters() if id(p) not in unused)
 

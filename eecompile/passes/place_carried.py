@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import nn
@@ -41,10 +42,15 @@ class CarriedChoices:
     units: Mapping[str, nn.Module]
 
 
+def movable(choices: ChoiceRecords) -> bool:
+    """Whether what decides inside a compiled model can be moved into a cascade: gates and halting chains can."""
+    return choices.route is None and not choices.widths
+
+
 def originals(program: Program) -> dict[str, str]:
     """The model's own value that stands where a gate or a chain hands on another one, by the latter's name."""
     found = {c.node: c.y for g in program.choices.gates for c in g.carries}
-    for h in program.choices.halts:
+    for h in program.choices.chains:
         found |= {n: y for s, y in zip(h.steps, h.ys, strict=True) for n in (s.value, s.last)}
         found[h.output] = h.ys[-1]
     return found
@@ -67,15 +73,33 @@ def carried_choices(
     def recipe(one: Any, regions: list[str], threshold: Any) -> Any:
         return replace(one, threshold=threshold, mask=_mask(name, fast.program, regions, one, plain))
 
-    settings, steps = fast.live.wanted, [s.region for h in choices.halts for s in h.steps]
+    settings, steps = fast.live.wanted, [s.region for h in choices.chains for s in h.steps]
     gated = [g.region for g in choices.gates]
     moved_choices = ChoiceRecords(
         gates=tuple(replace(g, score="", decision="", needs="", **place(g)) for g in choices.gates),
-        halts=tuple(replace(h, steps=tuple(replace(s, **place(s)) for s in h.steps)) for h in choices.halts),
+        chains=tuple(replace(h, steps=tuple(replace(s, **place(s)) for s in h.steps)) for h in choices.chains),
         gate_recipes=tuple(recipe(r, gated, settings[GATE_THRESHOLDS]) for r in choices.gate_recipes),
         halt_recipes=tuple(recipe(r, steps, settings[HALTING][0]) for r in choices.halt_recipes),
     )
     return CarriedChoices(name, moved_choices, _units(name, fast))
+
+
+def one_halting(carried: Sequence[CarriedChoices]) -> None:
+    """Scores of all chains in one program are scaled by one factor.
+
+    Raises:
+        StrategyError: Two compiled models halt in ways that one factor cannot give.
+    """
+    ways = [(c.model, r.threshold, bool(r.repeat)) for c in carried for r in c.choices.halt_recipes]
+    for a, b in pairwise(ways):
+        if a[1:] != b[1:]:
+            kinds = [f"{model}: {'repeats a block' if repeats else 'over depth'}, {t:g}" for model, t, repeats in (a, b)]
+            raise StrategyError(
+                "two models of the cascade halt in different ways",
+                got=" and ".join(kinds),
+                wanted="one kind, and one halting threshold (the factor of the scores is its inverse)",
+                hint="set_halting_threshold() to the same value in both first",
+            )
 
 
 def _unit(model: str, unit: str) -> str:
@@ -124,20 +148,20 @@ class AdoptChoices(Pass):
         before, carried = program.choices, self.carried.choices
         gates = [replace(g, name=f"gate_{i}") for i, g in enumerate(carried.gates, len(before.gates))]
         halts = []
-        for i, h in enumerate(carried.halts, len(before.halts)):
+        for i, h in enumerate(carried.chains, len(before.chains)):
             steps = tuple(replace(s, name=f"halt_{i}_step_{k}") for k, s in enumerate(h.steps))
             halts.append(replace(h, name=f"halt_{i}", steps=steps))
         depths = depths_of(program)
         with _elsewhere(self.carried.model):
             found = relocate_gates(program, tuple(gates)) if gates else program
             found = relocate_halting(found, tuple(halts)) if halts else found
-        new_gates, new_halts = found.choices.gates[len(before.gates) :], found.choices.halts[len(before.halts) :]
+        new_gates, new_halts = found.choices.gates[len(before.gates) :], found.choices.chains[len(before.chains) :]
         values = [(g.region, g.carries[0].y) for g in new_gates] + [(h.name, y) for h in new_halts for y in h.ys]
         for where, value in values:
             _its_own(found, self.carried.model, where, value)
         done = found.replace(
             gates=(*before.gates, *(replace(g, depth=depths[g.carries[0].x]) for g in new_gates)),
-            halts=(*before.halts, *(replace(h, depth=depths[h.x]) for h in new_halts)),
+            chains=(*before.chains, *(replace(h, depth=depths[h.x]) for h in new_halts)),
         )
         return PassResult(done, False, summary=f"{len(gates)} gates, {len(halts)} chains of {self.carried.model}")
 
