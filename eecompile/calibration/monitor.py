@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import random
 import threading
 import warnings
 from collections import OrderedDict
@@ -185,6 +187,13 @@ def column(name: str, values: Any) -> Tensor:
     return found
 
 
+def _losses(differ: Any) -> list[float]:
+    found: list[float] = column("differ", differ).tolist()
+    if not all(0 <= d <= 1 for d in found):
+        raise CalibrationError("differences leave [0, 1]", got=found[:5])
+    return found
+
+
 class Monitor:
     """Called like the compiled module. Several threads may call it.
 
@@ -232,7 +241,8 @@ class Monitor:
             counts=[0] * (len(exits) + 1),
         )  # fmt: skip
         self.lock = threading.RLock()
-        self.generator = torch.Generator().manual_seed(options.seed)
+        self.random = random.Random(options.seed)
+        self.until = self._gap(options.shadow)  # rows before the next shadow row
         self.lines = 0  # of the state in `path` that this monitor has written: 0 before the first, then the batches since
         self.waiting: OrderedDict[Any, tuple[int, int]] = OrderedDict()
         if self.path is not None and not self.path.parent.is_dir():
@@ -267,19 +277,20 @@ class Monitor:
         n = len(result.exit_index)
         if ids is not None and len(ids) != n:
             raise CalibrationError("ids= is one name for each row", got=f"{len(ids)} names", wanted=f"{n}")
-        rows = torch.arange(n) if rows is None else rows
-        with self.lock:
-            chosen = torch.rand(len(rows), generator=self.generator) < self.state.options.shadow
-        at, differ = rows[chosen], None
-        device = result.exit_index.device
-        if len(at):
-            early = self.fast.prediction_of(result.output)[at.to(device)].detach()
+        index, confidence, losses = result.exit_index, result.confidence, []
+        chosen = self._chosen(n if rows is None else len(rows))
+        if rows is not None:
+            there = rows.to(index.device)
+            index, confidence = index[there], confidence[there]
+        if chosen:
+            at = torch.tensor(chosen) if rows is None else rows[chosen]
+            early = self.fast.prediction_of(result.output)[at.to(index.device)].detach()
             full = self._full(args, kwargs, at)
-            differ = self._differ(early, full)
+            losses = _losses(self._differ(early, full))
             if ids is not None:
                 self._remember([ids[i] for i in at.tolist()], early, full)
-        rows = rows.to(device)
-        self.take(result.exit_index[rows], result.confidence[rows], differ)
+        counts = torch.bincount(index, minlength=len(self.state.counts)).tolist()
+        self._add(counts, float(confidence.sum()), losses)
 
     def take(self, exit_index: Any, confidence: Any = None, differ: Any = None) -> None:
         """Rows that were answered elsewhere, such as by an exported program.
@@ -301,25 +312,27 @@ class Monitor:
             raise CalibrationError(
                 "this is a log of another program", got=f"exit {int(index.max())}", wanted=f"0 to {ends - 1}"
             )
-        losses = [] if differ is None else column("differ", differ).tolist()
-        if not all(0 <= d <= 1 for d in losses):
-            raise CalibrationError("differences leave [0, 1]", got=losses[:5])
+        losses = [] if differ is None else _losses(differ)
         sure = None if confidence is None else column("confidence", confidence)
         if sure is not None and len(sure) != len(index):
             raise CalibrationError("one confidence for each row", got=len(sure), wanted=len(index))
-        counts = torch.bincount(index, minlength=ends).tolist()
+        self._add(torch.bincount(index, minlength=ends).tolist(), 0.0 if sure is None else float(sure.sum()), losses)
+
+    def _add(self, *batch: Any) -> None:
+        """What `MonitorState.add` takes."""
+        if not math.isfinite(batch[1]):
+            raise CalibrationError("confidence: NaN or infinity is among the numbers", got=batch[1])
         with self.lock:
             state, same_mix = self.state, self.state.mix_alarm is None
-            batch = (counts, 0.0 if sure is None else float(sure.sum()), losses)
             state.add(*batch)
             self._keep(batch)
             if same_mix and state.mix_alarm is not None:
                 warnings.warn(
                     f"the mix of exits has changed after {state.rows} rows; shadow rows show whether answers have",
                     DriftWarning,
-                    stacklevel=2,
+                    stacklevel=3,
                 )
-            if losses:
+            if batch[2]:
                 self._react(state.differ, "of the early answers differ:")
 
     def labels(self, given: Mapping[Any, int]) -> int:
@@ -349,6 +362,20 @@ class Monitor:
         return min(usual + options.max_drop, 0.99)
 
     # ------------------------------------------------------------------ rows that run to the end
+
+    def _chosen(self, n: int) -> list[int]:
+        """Shadow rows among the next n. Gaps between them are drawn, which costs nothing where there is none."""
+        share, found = self.state.options.shadow, []
+        with self.lock:
+            while self.until < n:
+                found.append(self.until)
+                self.until += 1 + self._gap(share)
+            self.until -= n
+        return found
+
+    def _gap(self, share: float) -> int:
+        """How many rows are passed over before the next shadow row: geometric, as if each row were drawn by itself."""
+        return int(min(math.log1p(-self.random.random()) / math.log1p(-share), 1e18)) if share < 1 else 0
 
     def _full(self, args: Any, kwargs: Any, at: Tensor) -> Tensor:
         """The full model's prediction for some rows of a call."""
@@ -465,17 +492,9 @@ class Monitor:
         if self.path is None:
             return
         lines, self.lines = self.lines, 0  # where a line cannot be written whole, the state is written anew
-        if batch is None or not 0 < lines < MOST_LINES or not self.path.exists():
+        if batch is None or not 0 < lines < MOST_LINES or not _append(self.path, f"\n{json.dumps(batch)}".encode()):
             self.save(self.path)
             lines = 0
-        else:
-            line = f"\n{json.dumps(batch)}".encode()
-            try:
-                with open(self.path, "ab", buffering=0) as file:
-                    if file.write(line) != len(line):
-                        raise OSError("the line was cut short")
-            except OSError as error:
-                raise _unwritable(self.path, error) from error
         self.lines = lines + 1
 
     def __str__(self) -> str:
@@ -509,6 +528,22 @@ def read_state(path: str | Path) -> MonitorState:
     except (TypeError, ValueError) as error:
         raise CalibrationError("this is no state of a monitor", where=str(path), got=repr(error)) from error
     return state
+
+
+def _append(path: Path, line: bytes) -> bool:
+    """Whether there was a file to add the line to."""
+    try:
+        file = os.open(path, os.O_WRONLY | os.O_APPEND)  # open() takes four times as long
+        try:
+            if os.write(file, line) != len(line):
+                raise OSError("the line was cut short")
+        finally:
+            os.close(file)
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    return True
 
 
 def _unwritable(path: Path, error: OSError) -> CalibrationError:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from eecompile.errors import ArtifactError, EecompileError
 
-FORMAT = 1
+FORMAT = 2
 KEEP = 2
 _NAME = re.compile(r"step-\d{10}-epoch-\d{5}")
 

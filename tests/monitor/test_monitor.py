@@ -67,6 +67,24 @@ def shifted(n, seed):
     return rows(n, seed, noise=8.0)[0]
 
 
+@pytest.mark.parametrize("share", [1.0, 0.3, 0.01, 1e-300])
+def test_each_row_is_a_shadow_row_with_the_same_probability(fast, share):
+    watch, batches, size = fast.monitor(shadow=share), 6000, 7
+    found = [i for _ in range(batches) for i in watch._chosen(size)]
+    by_place = torch.bincount(torch.tensor(found, dtype=torch.long), minlength=size)
+    assert len(by_place) == size
+    spread = 5 * math.sqrt(batches * share * (1 - share))
+    assert all(abs(int(n) - batches * share) <= spread for n in by_place)
+
+
+@pytest.mark.parametrize("differ", [math.nan, 1.5])
+def test_what_compare_gives_is_checked(fast, differ):
+    watch = fast.monitor(shadow=1.0, compare=lambda early, full: torch.full((len(early),), differ))
+    with pytest.raises(CalibrationError, match=r"NaN|leave \[0, 1\]"):
+        watch(rows(5, 1)[0])
+    assert watch.state.rows == 0
+
+
 def test_the_answers_are_those_of_the_program_and_nothing_alarms(fast):
     watch, x = fast.monitor(max_drop=0.02, shadow=0.3), rows(1500, 2)[0]
     with warnings.catch_warnings():
@@ -260,6 +278,8 @@ def test_logs_of_another_program_and_programs_without_a_guarantee(fast):
         watch.take([0, 5], [0.9, 0.8])
     with pytest.raises(CalibrationError, match=r"leave \[0, 1\]"):
         watch.take([0, 1], differ=[2.0])
+    with pytest.raises(CalibrationError, match="NaN or infinity"):
+        watch.take([0, 1], [0.5, math.inf])
     watch.take([], [])
     fast.guarantee = None
     with pytest.raises(CalibrationError, match="no guarantee"):
