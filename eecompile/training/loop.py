@@ -194,8 +194,9 @@ class Loop:
             row.val_loss, row.val_scores = choice.measured(features, True)
         row.seconds = time.perf_counter() - started
         self.rows.append(row)
-        notes = [*features.notes, f"epochs={self.plan.epochs} sets no limit there, so the stage is one row"]
-        self.features = {"held_out": features.held_rows, "draws": features.draws, "notes": notes}
+        self.features = {"held_out": features.held_rows, "draws": features.draws, "notes": [*features.notes]}
+        if features.draws == 1 < self.plan.epochs:
+            self.features["notes"].append(f"epochs={self.plan.epochs} sets no limit there, so the stage is one row")
         self.at.next_epoch()
         self.at.stage_done = True
         self._save()

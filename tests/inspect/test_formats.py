@@ -29,6 +29,15 @@ def blocks_of(fast: CompiledModule) -> list[str]:
     return BLOCKS["bert" if "Bert" in repr(fast) else "conv"]
 
 
+def test_a_result_prints_as_a_line_without_empty_fields(conv: CompiledModule) -> None:
+    x = images(5)
+    shown = repr(conv.run(x))
+    assert re.fullmatch(
+        r"Result\(rows=5, exit_index=\{.*\}, mean_cost=[\d.]+, mean_confidence=[\d.]+, output=float32\[5, \d+\]\)", shown
+    )
+    assert "trace=['outputs', 'confidences']" in repr(conv.observe(x))
+
+
 def test_levels_are_those_of_the_history(fast: CompiledModule) -> None:
     names = [s.name for s in fast.history]
     assert levels(fast) == ["source", *names, "marked", "staged"]

@@ -46,6 +46,13 @@ def test_a_loaded_decoder_generates_the_same(tmp_path: Path, name: str, rank: in
     assert sorted(p.suffix for p in (tmp_path / "saved").iterdir()) == [".json", ".safetensors", ".safetensors"]
 
 
+def test_methods_of_classifiers_name_those_of_decoders() -> None:
+    fast = compiled(decoder("llama"))
+    with pytest.raises(EecompileError, match=r"no evaluate\(\)[\s\S]*fast.speculation"):
+        fast.evaluate([])
+    assert not hasattr(fast, "export") and hasattr(fast, "generate")
+
+
 def test_what_cannot_be_saved_or_loaded_is_said(tmp_path: Path) -> None:
     fast = compiled(decoder("llama"))
 

@@ -397,6 +397,8 @@ def test_augmented_data_are_drawn_several_times(noise: float, options: dict[str,
     assert report.draws == draws
     assert any("change from pass to pass" in note for note in report.notes) == (draws == 3)
     assert report.held_out == 24 * draws  # the same rows of every pass
+    assert any("epochs=3 sets no limit there" in note for note in report.notes) == (draws == 1)
+    assert "until the loss stopped falling" in str(report)
     assert not any("differ in order" in note for note in report.notes)
 
 
