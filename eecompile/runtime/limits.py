@@ -11,6 +11,7 @@ from eecompile.errors import StrategyError
 from eecompile.plain import plain
 
 NAMES = ("deadline_ms", "budget")
+ROUNDING = 1e-6  # by which costs in float32 may differ: a budget equal to the cost of an exit reaches it
 
 
 @dataclass(frozen=True)
@@ -65,18 +66,18 @@ def deepest(budget: float, costs: Sequence[float], open_exits: Sequence[int]) ->
         StrategyError: A budget that nothing could use up: a percentage, most likely.
     """
     most = max(1.0, costs[-1])
-    if budget > most + 1e-6:
+    if budget > most + ROUNDING:
         raise StrategyError(
             "a budget is a fraction of the full model's cost",
             got=budget,
             wanted=f"above 0, at most {most:.4g}",
             hint="give 0.5 for half of it, and leave it out for no limit",
         )
-    if costs[-1] <= budget + 1e-6:
+    if costs[-1] <= budget + ROUNDING:
         return None, False
     if not open_exits:
         raise no_exit("budget")
-    fits = [k for k in open_exits if costs[k] <= budget + 1e-6]
+    fits = [k for k in open_exits if costs[k] <= budget + ROUNDING]
     return (fits[-1], False) if fits else (open_exits[0], True)
 
 

@@ -21,7 +21,7 @@ from eecompile.errors import EecompileError, StrategyError
 from eecompile.passes import facts
 from eecompile.plain import check_number
 from eecompile.result import Result
-from eecompile.runtime.limits import Limits
+from eecompile.runtime.limits import ROUNDING, Limits
 from eecompile.serving.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -315,7 +315,7 @@ class RowServer:
         if request.deadline is not None and now + self._stage_s.get((at, rows), 0.0) > request.deadline:
             return "deadline"
         following = next((cost for k, cost in costs.items() if k > at), None)
-        if request.budget is not None and following is not None and following > request.budget:
+        if request.budget is not None and following is not None and following > request.budget + ROUNDING:
             return "budget"
         return None
 

@@ -260,6 +260,18 @@ def test_generation_goes_on_with_the_original_model(fast: CompiledDecoder) -> No
         assert torch.equal(rest, wanted)
 
 
+@pytest.mark.parametrize("length", [90, 120])  # of max_position_embeddings 128
+def test_the_cache_is_little_larger_than_that_of_plain_decoding(llama: Any, length: int) -> None:
+    def size(cache: Any) -> int:
+        return sum(t.numel() for layer in cache.layers for t in (layer.keys, layer.values))
+
+    fast, batch = compiled(llama, prompts()), prompts(2, padded=False)
+    options = {"max_length": length, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
+    _, generation = fast._generated((), {**batch, **options})
+    plain = llama.generate(**batch, **options).past_key_values
+    assert size(generation.cache) <= 1.1 * size(plain)
+
+
 def test_scores_and_logits_are_the_models(fast: CompiledDecoder) -> None:
     options = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "return_dict_in_generate": True}
     options |= {"output_scores": True, "output_logits": True, "repetition_penalty": 1.2}
