@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -24,14 +23,13 @@ from eecompile.capture.cascade import capture_cascade, ready
 from eecompile.capture.composite import compose, several
 from eecompile.capture.export import capture_export
 from eecompile.capture.order import order_matters
-from eecompile.capture.untouched import untouched
 from eecompile.errors import CaptureError, EecompileError, MissingDependencyError, PassError, StrategyError
 from eecompile.members import compiled_members
 from eecompile.module import CompiledModule
 from eecompile.options import CompileOptions
 from eecompile.passes import analysis, insertion, run_passes
 from eecompile.passes.carried import Brought, unwrapped
-from eecompile.prediction import check_scores, find_prediction
+from eecompile.prediction import find_prediction
 from eecompile.program import Capture, Prediction, Program
 from eecompile.runtime.origin import Origin
 from eecompile.signature import Signature
@@ -125,8 +123,6 @@ def _compile(
         prediction=Prediction(find_prediction(captured.signature.outputs, subject.prediction)),
     )
     program = run_passes(program, analysis(captured, options.measure, options.blocks), progress)
-    if chosen.recipe().exits is not None and program.prediction.tail is None and not captured.models:
-        _check_scores(model, captured, program)
     program = run_passes(program, insertion(chosen.recipe(), captured, options.seed, subject.brought), progress)
     origin = Origin(
         model=subject.original,
@@ -139,15 +135,6 @@ def _compile(
     fast = CompiledModule(program, chosen, executor=options.executor, backend=options.backend, origin=origin)
     fast.live.hold_back()
     return fast
-
-
-def _check_scores(model: Any, captured: Captured, program: Program) -> None:
-    """Refuses a prediction that looks like probabilities where the model's end was not recognised."""
-    if captured.flat_example is not None:
-        guard = untouched(model) if isinstance(model, nn.Module) else nullcontext()
-        with guard, torch.no_grad():
-            found = captured.graph_module(*captured.flat_example)[program.prediction.index or 0]
-        check_scores(found, captured.front_end, type(model).__name__)
 
 
 def same_outputs(evaluated: Signature, trained: Signature, model: nn.Module | None) -> None:

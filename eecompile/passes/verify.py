@@ -13,12 +13,13 @@ from eecompile.capture.untouched import untouched
 from eecompile.errors import PassError
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
+from eecompile.prediction import check_scores
 from eecompile.program import Program
 
 
 @dataclass(frozen=True)
 class Verify(Pass):
-    """With neutral settings, marked and staged graph give the captured graph's output bit for bit.
+    """With neutral settings, marked and staged graph give the captured graph's output bit for bit, and its scores are logits.
 
     Args:
         example: Flat inputs; None checks nothing but the graphs' own rules.
@@ -42,6 +43,10 @@ class Verify(Pass):
                 for gm in graphs.values():
                     program.settings.neutral().put_into(gm.eval(), device)
                 want = program.source(*self.example)[:count]
+                if program.exits and program.prediction.tail is None and not program.capture.models:
+                    check_scores(
+                        want[program.prediction.index or 0], program.capture.front_end, program.prediction_leaf.path
+                    )
                 for name, gm in graphs.items():
                     got = program.answer(gm(*self.example)[:count], self.example)
                     _equal(want, got, f"{name} graph, neutral settings")
