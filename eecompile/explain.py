@@ -65,7 +65,6 @@ def unknown_early(program: Program) -> list[tuple[int, str]]:
 def explain(fast: CompiledModule) -> Explanation:
     """Collects what is known about a compiled module."""
     program = fast.program
-    total = program.total_flops or 1.0
     costs = fast.costs([e.is_open for e in fast.exits]).tolist()
     return Explanation(
         {
@@ -84,7 +83,7 @@ def explain(fast: CompiledModule) -> Explanation:
             ],
             "prediction": program.prediction_leaf.path,
             "blocks": [
-                {"name": b.name, "kind": b.kind, "share": b.flops / total, "output": b.output}
+                {"name": b.name, "kind": b.kind, "share": program.share(b.flops), "output": b.output}
                 for b in program.structure.blocks
             ],
             "exits": [
@@ -143,7 +142,7 @@ def explain(fast: CompiledModule) -> Explanation:
                 {
                     "name": s.name,
                     "exit": s.exit,
-                    "share": s.flops / total,
+                    "share": program.share(s.flops),
                     "nodes": s.nodes,
                     "live_in": [v.node for v in s.inputs],
                     "live_out": [v.node for v in s.outputs],

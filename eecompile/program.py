@@ -241,6 +241,10 @@ class Program:
         full = self.costs.full_flops
         return float(sum(self.costs.flops.values())) if full is None else full
 
+    def share(self, flops: float) -> float:
+        """FLOPs of a row as a fraction of the full model's."""
+        return flops / (self.total_flops or 1.0)
+
     def restore(self, leaves: Sequence[torch.Tensor], flat: Sequence[torch.Tensor]) -> Any:
         """The model's own output type around what a graph gave for these flat inputs."""
         return self.signature.restore(leaves if self.prediction.tail is None else self.answer(leaves, flat), flat)

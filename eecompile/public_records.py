@@ -213,7 +213,7 @@ def exit_records(program: Program, settings: Settings) -> tuple[ExitRecord, ...]
             temperature=temperatures[i],
             head=branch_of(program, e.head).head,
             head_kind=e.head_kind,
-            head_cost=e.head_flops / _total(program),
+            head_cost=program.share(e.head_flops),
             criterion=e.criterion,
             combine=e.combine,
             units=tuple(units_of(program, e)),
@@ -238,8 +238,8 @@ def gate_records(program: Program, settings: Settings) -> tuple[GateRecord, ...]
                 threshold=thresholds[i],
                 head=unit,
                 head_kind=unit.kind,
-                saves=g.flops / _total(program),
-                head_cost=g.unit_flops / _total(program),
+                saves=program.share(g.flops),
+                head_cost=program.share(g.unit_flops),
                 stage=program.choices.begins[g.decision],
             )
         )
@@ -248,7 +248,7 @@ def gate_records(program: Program, settings: Settings) -> tuple[GateRecord, ...]
 
 def width_records(program: Program) -> tuple[WidthRecord, ...]:
     """The parts that run at one of several widths."""
-    saves = {g.name: g.flops / _total(program) for g in program.choices.gates}
+    saves = {g.name: program.share(g.flops) for g in program.choices.gates}
     return tuple(
         WidthRecord(w.name, w.region, w.fractions, w.channels, w.skips, w.gates, sum(saves[g] for g in w.gates))
         for w in program.choices.widths
@@ -257,7 +257,7 @@ def width_records(program: Program) -> tuple[WidthRecord, ...]:
 
 def halt_records(program: Program, settings: Settings) -> tuple[HaltRecord, ...]:
     """The chains of steps that rows halt in."""
-    total, graph = _total(program), _marked(program)
+    graph = _marked(program)
     return tuple(
         HaltRecord(
             name=h.name,
@@ -271,9 +271,9 @@ def halt_records(program: Program, settings: Settings) -> tuple[HaltRecord, ...]
                     s.name,
                     s.region,
                     str(getattr(graph.get_submodule(s.unit), "kind", "custom")),
-                    s.flops / total,
-                    s.unit_flops / total,
-                    sum(p.flops for p in program.choices.parts.get(s.name, ())) / total,
+                    program.share(s.flops),
+                    program.share(s.unit_flops),
+                    program.share(sum(p.flops for p in program.choices.parts.get(s.name, ()))),
                 )
                 for s in h.steps
             ),
@@ -295,7 +295,7 @@ def router_record(program: Program) -> RouterRecord | None:
     unit = _marked(program).get_submodule(route.unit)
     assert isinstance(unit, RouterUnit)
     over = None if route.to_exits else list(route.over)
-    return RouterRecord(route.at, over, unit.kind, route.unit_flops / _total(program), route.depth)
+    return RouterRecord(route.at, over, unit.kind, program.share(route.unit_flops), route.depth)
 
 
 def route_names(program: Program) -> list[str]:
@@ -331,7 +331,3 @@ def branch_of(program: Program, head: str) -> Branch:
 def _marked(program: Program) -> fx.GraphModule:
     assert program.marked is not None
     return program.marked
-
-
-def _total(program: Program) -> float:
-    return program.total_flops or 1.0

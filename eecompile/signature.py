@@ -247,6 +247,11 @@ class Signature(Convention):
         i, axis = self.batch_input
         return flat[i].shape[axis]
 
+    def lengths(self, flat: Sequence[torch.Tensor]) -> dict[str, int]:
+        """Sizes of the dynamic axes in a call, by their names in the leaves' shapes."""
+        leaves = zip(flat, self.inputs, strict=True)
+        return {n: int(t.shape[i]) for t, leaf in leaves for i, n in enumerate(leaf.shape) if isinstance(n, str)}
+
     # ------------------------------------------------------------------ inputs
 
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[torch.Tensor]:

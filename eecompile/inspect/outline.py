@@ -171,17 +171,16 @@ def outline(fast: CompiledModule, after: str | None = None, collapse: bool = Tru
 
 def _python_blocks(found: Level, program: Program) -> Outline:
     """A model that was captured as blocks: they run one after the other in the model's own Python."""
-    total = program.total_flops or 1.0
     ends = {e.after: i for i, e in enumerate(program.exits)}
     parts: list[Part] = []
     regions: list[Region] = []
     for b in program.structure.blocks:
-        regions.append(Region(b.name, b.kind, (b.output,), b.flops / total))
+        regions.append(Region(b.name, b.kind, (b.output,), program.share(b.flops)))
         at = ends.get(b.output)
         if at is not None:
             parts.append(Part(f"stage_{len(parts)}", tuple(regions), at, live=survivors(program, at)))
             regions = []
-    rest = 1.0 - sum(b.flops for b in program.structure.blocks) / total
+    rest = 1.0 - program.share(sum(b.flops for b in program.structure.blocks))
     regions.append(Region("outside of the blocks", "", (), max(rest, 0.0)))
     parts.append(Part(f"stage_{len(parts)}", tuple(regions), None))
     count = sum(len(p.regions) for p in parts)
@@ -286,7 +285,6 @@ class _Names:
 
 
 def _regions(nodes: Sequence[fx.Node], names: _Names, program: Program) -> list[Region]:
-    total = program.total_flops or 1.0
     runs: list[tuple[Block | None, list[fx.Node]]] = []
     for n in nodes:
         block = names.block(n)
@@ -295,7 +293,7 @@ def _regions(nodes: Sequence[fx.Node], names: _Names, program: Program) -> list[
         runs[-1][1].append(n)
     found = []
     for block, members in runs:
-        share = sum(program.costs.flops.get(n.name, 0.0) for n in members) / total
+        share = program.share(sum(program.costs.flops.get(n.name, 0.0) for n in members))
         name, kind = (block.name, block.kind) if block else (_label(members, names), "")
         found.append(Region(name, kind, tuple(n.name for n in members), share))
     return found

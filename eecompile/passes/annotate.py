@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from eecompile.program import Program
 
 aten = torch.ops.aten
 ROWS = 4  # counted at this batch and divided by it
+DYNAMIC = 64  # a sequence length for counting, where the example gives none
 # Views and element-wise operators count as 0 in torch's counter; skipping them keeps a 10,000-node graph quick.
 COUNTED = (
     "linear", "conv", "matmul", "mm", "bmm", "addmm", "baddbmm", "attention", "lstm", "gru", "rnn", "einsum",
@@ -91,6 +93,20 @@ def _elements(node: fx.Node, sizes: Mapping[sympy.Expr, int]) -> float:
     for d in v.shape:
         count *= _number(d, sizes)
     return float(count)
+
+
+def counting_sizes(
+    program: Program, shape: Sequence[int | str], batch_axis: int | None, example: Sequence[torch.Tensor] | None
+) -> list[int]:
+    """Sizes of a value with ROWS rows and the example's lengths, for FLOPs to be counted on it."""
+    lengths = {} if example is None else program.signature.lengths(example)
+    return [ROWS if i == batch_axis else s if isinstance(s, int) else lengths.get(s, DYNAMIC) for i, s in enumerate(shape)]
+
+
+def module_flops(module: torch.nn.Module, sizes: Sequence[int], dtype: torch.dtype) -> float:
+    """FLOPs of a module of one input for one row, on meta tensors."""
+    on_meta, x = copy.deepcopy(module).to("meta", dtype).eval(), torch.empty(sizes, dtype=dtype, device="meta")
+    return flops_of(lambda: on_meta(x)) / ROWS
 
 
 def count_flops(gm: fx.GraphModule, sizes: Mapping[sympy.Expr, int]) -> dict[str, float]:

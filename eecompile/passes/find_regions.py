@@ -75,10 +75,9 @@ class Finder:
         self.batch = facts.Batch(self.gm, program.signature)
         self.trunk = facts.trunk_nodes(self.gm, self.batch)
         self.anchors = facts.anchors(self.nodes)
-        total = program.total_flops or 1.0
         done, self.depth = 0.0, []
         for n in self.nodes:
-            self.depth.append(done / total)
+            self.depth.append(program.share(done))
             done += program.costs.flops.get(n.name, 0.0)
 
     def block(self, block: Block) -> tuple[Region, list[fx.Node]] | Refusal:

@@ -171,7 +171,7 @@ def depths_of(program: Program) -> dict[str, float]:
     done, found = 0.0, {}
     for n in program.graph_module.graph.nodes:
         done += program.costs.flops.get(n.name, 0.0)
-        found[n.name] = done / (program.total_flops or 1.0)
+        found[n.name] = program.share(done)
     return found
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
@@ -14,7 +13,7 @@ from eecompile.errors import EecompileError, NoPlaceError, StrategyError, near
 from eecompile.heads import Branch, HeadSpec, Site, build_head, score_head
 from eecompile.ir.recipes import ExitRecipe
 from eecompile.passes import facts, sites
-from eecompile.passes.annotate import ROWS, flops_of
+from eecompile.passes.annotate import counting_sizes, module_flops
 from eecompile.passes.at_predictions import at_predictions
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.carried import Brought
@@ -25,7 +24,6 @@ from eecompile.program import Cut, Exit, Program, Refusal
 DECISION_FLOPS_PER_CLASS = 8  # exp, sums, a maximum and a comparison
 LEAST_STEP = 0.03  # of the model's cost between two exits that are placed "everywhere"
 WORTH = 4.0  # work between them over what the later one's head costs
-DYNAMIC = 64  # a sequence length for counting, where the example gives none
 
 
 @dataclass(frozen=True)
@@ -151,15 +149,8 @@ class Candidates:
 
     def sizes(self, cut: Cut) -> list[int]:
         """Sizes of the value at a cut, with ROWS rows and the example's length."""
-        lengths: dict[str, int] = {}
-        if self.example is not None:
-            for t, leaf in zip(self.example, self.program.signature.inputs, strict=True):
-                lengths |= {n: int(t.shape[i]) for i, n in enumerate(leaf.shape) if isinstance(n, str)}
         value = next(v for v in cut.live if v.node == cut.value)
-        return [
-            ROWS if i == value.batch_axis else s if isinstance(s, int) else lengths.get(s, DYNAMIC)
-            for i, s in enumerate(value.shape)
-        ]
+        return counting_sizes(self.program, value.shape, value.batch_axis, self.example)
 
     def every_block(self) -> list[Exit]:
         cuts = self.program.structure.cuts
@@ -242,7 +233,7 @@ class Candidates:
 
     def _lacking(self, e: Exit, before: float) -> str | None:
         """Why an exit is not worth its head; None where it is."""
-        share = e.head_flops / (self.program.total_flops or 1.0)
+        share = self.program.share(e.head_flops)
         wanted = max(LEAST_STEP, WORTH * share)
         since, rest = e.depth - before, 1.0 - e.depth
         if min(since, rest) >= wanted:
@@ -312,10 +303,9 @@ class Candidates:
 
 def head_flops(head: nn.Module, site: Site, sizes: list[int]) -> float:
     """FLOPs of a head for one row, on meta tensors; 0 for a head that does not run there (checked when inserted)."""
-    h = torch.empty(sizes, dtype=getattr(torch, site.dtype), device="meta")
-    branch = Branch(copy.deepcopy(head), takes_mask=False).to("meta", h.dtype).eval()
+    dtype = getattr(torch, site.dtype)
     try:
-        return flops_of(lambda: branch(h)) / ROWS
+        return module_flops(Branch(head, takes_mask=False), sizes, dtype)
     except EecompileError:
         raise
     except (RuntimeError, TypeError, ValueError, NotImplementedError):  # check_head says what is wrong, with the place

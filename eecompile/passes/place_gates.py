@@ -8,7 +8,6 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
-from torch import fx, nn
 
 from eecompile.errors import NoPlaceError, StrategyError, near
 from eecompile.gates import GateUnit, PolicyGate, RecurrentCore, unit_class
@@ -16,14 +15,13 @@ from eecompile.heads import Site
 from eecompile.ir.recipes import GateRecipe
 from eecompile.ir.records import Carry, Gate, Width
 from eecompile.passes import facts, sites
-from eecompile.passes.annotate import ROWS, flops_of
+from eecompile.passes.annotate import counting_sizes, module_flops
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.narrow import Part
 from eecompile.passes.place_widths import chain, place_widths
 from eecompile.program import Program, Refusal, Region
 
 GATES = "eecompile_gates"
-DYNAMIC = 64  # a sequence length for counting, where the example gives none
 
 
 @dataclass(frozen=True)
@@ -81,7 +79,7 @@ class PlaceGates(Pass):
                 wanted="a block whose input and output have the same shape",
                 hint="eecompile inspect MODEL shows the blocks; exits need no such block",
             )
-        summary = f"{len(gates)} gates over {sum(g.flops for g in gates) / (program.total_flops or 1):.0%} of the cost"
+        summary = f"{len(gates)} gates over {program.share(sum(g.flops for g in gates)):.0%} of the cost"
         if widths:
             summary += f", {len(widths)} parts of {len(self.recipe.widths)} widths"
         return PassResult(program.replace(gates=tuple(gates), widths=tuple(widths)), False, tuple(refusals), summary)
@@ -141,7 +139,7 @@ class PlaceGates(Pass):
         cost = 0.0
         if not kind.common or index == 0:
             unit = make_unit(kind, site, self.recipe.open_bias, count, None)
-            cost = unit_flops(unit, site, sizes_of(program, region, self.example))
+            cost = module_flops(unit, sizes_of(program, region, self.example), getattr(torch, site.dtype))
         if not kind.common and cost > region.flops * self.recipe.max_unit_share:
             reason = f"its score costs {cost / max(region.flops, 1):.0%} of what it could save"
             refusals.append(Refusal(region.name, self.name, reason))
@@ -191,16 +189,8 @@ def site_of(program: Program, region: Region, mask: str | None) -> tuple[Site, s
 
 def sizes_of(program: Program, region: Region, example: tuple[torch.Tensor, ...] | None) -> list[int]:
     """Sizes of the region's input with ROWS rows and the example's length."""
-    lengths: dict[str, int] = {}
-    if example is not None:
-        for t, leaf in zip(example, program.signature.inputs, strict=True):
-            lengths |= {n: int(t.shape[i]) for i, n in enumerate(leaf.shape) if isinstance(n, str)}
-    batch = facts.Batch(program.graph_module, program.signature)
-    node: fx.Node = facts.by_name(program.graph_module)[region.x]
-    return [
-        ROWS if i == region.batch_axis else s if isinstance(s, int) else lengths.get(s, DYNAMIC)
-        for i, s in enumerate(batch.sizes(node))
-    ]
+    shape = facts.Batch(program.graph_module, program.signature).sizes(facts.by_name(program.graph_module)[region.x])
+    return counting_sizes(program, shape, region.batch_axis, example)
 
 
 def make_unit(kind: type[GateUnit], site: Site, open_bias: float, count: int, shared: RecurrentCore | None) -> GateUnit:
@@ -209,10 +199,3 @@ def make_unit(kind: type[GateUnit], site: Site, open_bias: float, count: int, sh
     if issubclass(kind, PolicyGate):
         options["gates"] = count
     return kind(site, open_bias, **options)
-
-
-def unit_flops(unit: nn.Module, site: Site, sizes: list[int]) -> float:
-    """FLOPs of a unit for one row, on meta tensors."""
-    x = torch.empty(sizes, dtype=getattr(torch, site.dtype), device="meta")
-    on_meta = unit.to("meta").eval()
-    return flops_of(lambda: on_meta(x)) / ROWS

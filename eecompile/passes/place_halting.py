@@ -12,8 +12,9 @@ from eecompile.errors import NoPlaceError, StrategyError, near
 from eecompile.gates import unit_class
 from eecompile.ir.recipes import HaltRecipe
 from eecompile.ir.records import HaltingChain, HaltStep
+from eecompile.passes.annotate import module_flops
 from eecompile.passes.base import Pass, PassResult
-from eecompile.passes.place_gates import GATES, KEYWORDS, make_unit, named, site_of, sizes_of, unit_flops
+from eecompile.passes.place_gates import GATES, KEYWORDS, make_unit, named, site_of, sizes_of
 from eecompile.program import Program, Refusal, Region
 
 UNITS = ("linear", "token")
@@ -111,7 +112,7 @@ class PlaceHalting(Pass):
         for k, r in enumerate(steps):
             site, _ = site_of(program, r, self.recipe.mask)
             unit = make_unit(unit_class(self.recipe.unit, site, r.name), site, 0.0, 1, None)
-            cost = unit_flops(unit, site, sizes_of(program, r, self.example))
+            cost = module_flops(unit, sizes_of(program, r, self.example), getattr(torch, site.dtype))
             # A block that is repeated has one unit, wherever it is called; one among several blocks has its own.
             module = r.name.partition("@")[0].replace(".", "_")
             own = f"halt_{module}" if self.recipe.repeat else f"{name}_unit_{k}"

@@ -15,7 +15,7 @@ from eecompile.heads import Site
 from eecompile.ir.recipes import FULL, RouteRecipe
 from eecompile.ir.records import Route, Way
 from eecompile.passes import facts, sites
-from eecompile.passes.annotate import ROWS, flops_of
+from eecompile.passes.annotate import ROWS, counting_sizes, flops_of, module_flops
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.branches import Part
 from eecompile.program import Program
@@ -24,7 +24,6 @@ from eecompile.routers import unit_class
 ROUTES = "eecompile_routes"
 ROUTE = "route"
 INPUT, OUTPUT = "input", "output"
-DYNAMIC = 64  # a sequence length for counting, where the example gives none
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ class PlaceRoutes(Pass):
         depth = places.depth(reads)
         count = len(self.recipe.branches) + 1 if self.recipe.branches else len(program.exits) + 1
         unit = unit_class(self.recipe.unit, site, self.recipe.at)(site, count)
-        cost = _flops(unit, torch.empty(places.sizes(reads), dtype=getattr(torch, site.dtype)))
+        cost = module_flops(unit, places.sizes(reads), getattr(torch, site.dtype))
         route = Route(
             name=ROUTE, at=self.recipe.at, reads=reads.name, mask=mask, unit=f"{ROUTES}.unit", weights="", choice="",
             admitted="", node="", x="", y="", batch_axis=0, ways=(), over=("", ""), depth=depth, unit_flops=cost,
@@ -137,16 +136,12 @@ class Places:
     """The places of a graph that a router may name."""
 
     def __init__(self, program: Program, example: tuple[torch.Tensor, ...] | None) -> None:
-        self.program, self.gm = program, program.graph_module
+        self.program, self.gm, self.example = program, program.graph_module, example
         self.nodes = list(self.gm.graph.nodes)
         self.position = {n: i for i, n in enumerate(self.nodes)}
         self.names = facts.by_name(self.gm)
         self.batch = facts.Batch(self.gm, program.signature)
         self.anchors = facts.anchors(self.nodes)
-        self.lengths: dict[str, int] = {}
-        if example is not None:
-            for t, leaf in zip(example, program.signature.inputs, strict=True):
-                self.lengths |= {n: int(t.shape[i]) for i, n in enumerate(leaf.shape) if isinstance(n, str)}
 
     def named(self, name: str, option: str) -> fx.Node:
         """The value that a name means."""
@@ -193,21 +188,12 @@ class Places:
     def sizes(self, node: fx.Node) -> list[int]:
         """Sizes of a value with ROWS rows and the example's length."""
         axis = self.batch.axis(node)
-        known = self.batch.sizes(node)
-        return [
-            ROWS if i == axis else s if isinstance(s, int) else self.lengths.get(s, DYNAMIC) for i, s in enumerate(known)
-        ]
+        return counting_sizes(self.program, self.batch.sizes(node), axis if isinstance(axis, int) else None, self.example)
 
     def depth(self, node: fx.Node) -> float:
         """Fraction of the model's cost up to a node, itself included."""
         done = sum(self.program.costs.flops.get(n.name, 0.0) for n in self.nodes[: self.position[node] + 1])
-        return done / (self.program.total_flops or 1.0)
-
-
-def _flops(module: nn.Module, x: torch.Tensor) -> float:
-    """FLOPs of a module of our own for one row."""
-    on_meta = copy.deepcopy(module).to("meta").eval()
-    return flops_of(lambda: on_meta(x.to("meta"))) / ROWS
+        return self.program.share(done)
 
 
 def _tried(module: nn.Module, x: torch.Tensor, name: str) -> tuple[float, torch.Tensor]:

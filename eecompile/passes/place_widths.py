@@ -76,7 +76,7 @@ def place_widths(
             placed.refusals.append(Refusal(region.name, RULE, "always on"))
             continue
         part, reason = part_of(gm, names[region.x], names[region.y])
-        saved = (region.flops - part.flops(program.costs.flops, fractions[0])) / (program.total_flops or 1.0)
+        saved = program.share(region.flops - part.flops(program.costs.flops, fractions[0]))
         if saved < LEAST_SAVED:
             placed.refusals.append(Refusal(region.name, RULE, f"the smallest width saves {saved:.2%} of the model's cost"))
             continue
@@ -129,7 +129,6 @@ def _pairs(program: Program, taken: set[fx.Node], refusals: list[Refusal]) -> li
             before.append(g)
     batch = facts.Batch(gm, program.signature)
     anchors = facts.anchors(nodes)
-    total = program.total_flops or 1.0
     found: list[Region] = []
     for together in joined:
         name = _name(together, [r.name for r in found])
@@ -141,7 +140,7 @@ def _pairs(program: Program, taken: set[fx.Node], refusals: list[Refusal]) -> li
         inside = exclusive(nodes, position, [y], {x})
         flops = sum(program.costs.flops.get(n.name, 0.0) for n in inside)
         first = min(position[n] for n in inside)
-        depth = sum(program.costs.flops.get(n.name, 0.0) for n in nodes[:first]) / total
+        depth = program.share(sum(program.costs.flops.get(n.name, 0.0) for n in nodes[:first]))
         block = next((b.name for b in program.structure.blocks if _within(b.first, b.last, y, position)), "")
         ends = (anchors.get(x), anchors.get(y))
         found.append(Region(name, "width", block, x.name, y.name, axis, flops, depth, False, ends))

@@ -19,7 +19,7 @@ from eecompile.program import Program
 
 @dataclass(frozen=True)
 class Verify(Pass):
-    """With neutral settings, marked and staged graph give the captured graph's output bit for bit, and its scores are logits.
+    """With neutral settings, marked and staged graph give the captured graph's output bit for bit; its scores are logits.
 
     Args:
         example: Flat inputs; None checks nothing but the graphs' own rules.
@@ -43,10 +43,9 @@ class Verify(Pass):
                 for gm in graphs.values():
                     program.settings.neutral().put_into(gm.eval(), device)
                 want = program.source(*self.example)[:count]
-                if program.exits and program.prediction.tail is None and not program.capture.models:
-                    check_scores(
-                        want[program.prediction.index or 0], program.capture.front_end, program.prediction_leaf.path
-                    )
+                made, capture = program.prediction, program.capture
+                if program.exits and made.tail is None and not capture.models:
+                    check_scores(want[made.index or 0], capture.front_end, program.prediction_leaf.path)
                 for name, gm in graphs.items():
                     got = program.answer(gm(*self.example)[:count], self.example)
                     _equal(want, got, f"{name} graph, neutral settings")

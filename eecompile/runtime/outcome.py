@@ -142,9 +142,7 @@ def times_of(program: Program) -> StageTimes:
 
 def nothing(like: Leaf, signature: Signature, flat: Sequence[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
     """An output leaf that holds nothing: NaN, or 0 where the dtype has no NaN. Sizes from the call's inputs."""
-    sizes: dict[str, int] = {}
-    for t, leaf in zip(flat, signature.inputs, strict=True):
-        sizes |= {n: int(t.shape[i]) for i, n in enumerate(leaf.shape) if isinstance(n, str)}
+    sizes = signature.lengths(flat)
     shape = [s if isinstance(s, int) else _size(s, sizes) for s in like.shape]
     fill = math.nan if dtype.is_floating_point else 0
     return torch.full(shape, fill, dtype=dtype, device=device)
