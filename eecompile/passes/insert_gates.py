@@ -19,7 +19,7 @@ from torch import fx, nn
 
 import eecompile.ops  # registers torch.ops.eecompile.*
 from eecompile.errors import PassError, StrategyError
-from eecompile.gates import RecurrentCore, RecurrentGate, unit_class
+from eecompile.gates import RecurrentCore, RecurrentGate
 from eecompile.ir import settings
 from eecompile.ir.graph import Counterparts
 from eecompile.ir.recipes import GateRecipe
@@ -30,10 +30,10 @@ from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.find_regions import exclusive
 from eecompile.passes.narrow import Narrower, Part, new_norms
-from eecompile.passes.place_gates import GATES, make_unit, site_of
+from eecompile.passes.place_gates import GATES, mask_of, new_units, site_of
 from eecompile.passes.place_widths import part_of
 from eecompile.program import Program, Region, Report
-from eecompile.untrained import seeded, untrained
+from eecompile.untrained import seeded
 
 assert eecompile.ops is not None
 
@@ -96,18 +96,10 @@ class InsertGates(Pass):
     def build(self, program: Program) -> dict[str, nn.Module]:
         """New units, in the dtype and on the device of the model; norms of the narrower widths are those of the model."""
         gm, regions = program.graph_module, {r.name: r for r in program.structure.regions}
-        device = facts.device_of(gm)
-        units: dict[str, nn.Module] = {}
+        device, bias = facts.device_of(gm), self.recipe.open_bias
         with seeded(self.seed):
-            shared = RecurrentCore(self.recipe.open_bias) if self.recipe.unit == "recurrent" else None
-            for g in program.choices.gates:
-                name = g.unit.rsplit(".", 1)[1]
-                if name in units:
-                    continue
-                site, _ = site_of(program, regions[g.region], self.recipe.mask)
-                kind = unit_class(self.recipe.unit, site, g.region)
-                unit = make_unit(kind, site, self.recipe.open_bias, len(program.choices.gates), shared)
-                units[name] = untrained(unit, device, site.dtype)
+            shared = RecurrentCore(bias) if self.recipe.unit == "recurrent" else None
+            units = new_units(program, self.recipe, [(g.unit, g.region, bias) for g in program.choices.gates], shared)
         names = facts.by_name(gm)
         for w in program.choices.widths:
             region = regions[w.region]
@@ -234,10 +226,7 @@ class _Writer(GraphWriter):
         return self.call(f"{gate.name}_score", torch.ops.aten.select.int, call, 1, i) if common else call
 
     def _mask(self, gate: Gate) -> fx.Node | None:
-        region = next((r for r in self.program.structure.regions if r.name == gate.region), None)
-        if region is None:
-            raise PassError("a gate's region is not in this graph", where=gate.region)
-        _, name = site_of(self.program, region, self.recipe.mask)
+        name = mask_of(self.program, gate.region, self.recipe.mask)
         return self.names[name] if name is not None else None
 
     def before(self, i: int) -> str:

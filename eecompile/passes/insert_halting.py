@@ -26,8 +26,6 @@ import torch
 from torch import fx, nn
 
 import eecompile.ops  # registers torch.ops.eecompile.*
-from eecompile.errors import PassError
-from eecompile.gates import unit_class
 from eecompile.ir import settings
 from eecompile.ir.graph import Counterparts
 from eecompile.ir.recipes import HaltRecipe
@@ -37,10 +35,10 @@ from eecompile.kernels.halt import ACCUMULATED
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.find_regions import exclusive
-from eecompile.passes.place_gates import GATES, make_unit, site_of
+from eecompile.passes.place_gates import GATES, mask_of, new_units
 from eecompile.passes.place_halting import starting_bias
 from eecompile.program import Program, Region, Report
-from eecompile.untrained import seeded, untrained
+from eecompile.untrained import seeded
 
 ROLE = "eecompile_halting"  # key in a node's meta: "score", "state" (after a step) or "output", and the step
 AT_ONCE = 2.0**100  # a scale with which any score halts
@@ -94,20 +92,9 @@ class InsertHalting(Pass):
 
     def build(self, program: Program) -> dict[str, nn.Module]:
         """New units, in the dtype and on the device of the model."""
-        regions = {r.name: r for r in program.structure.regions}
-        device = facts.device_of(program.graph_module)
-        units: dict[str, nn.Module] = {}
+        chains = [(h, starting_bias(self.recipe, len(h.steps))) for h in program.choices.chains]
         with seeded(self.seed):
-            for h in program.choices.chains:
-                for step in h.steps:
-                    name = step.unit.rsplit(".", 1)[1]
-                    if name in units:
-                        continue
-                    site, _ = site_of(program, regions[step.region], self.recipe.mask)
-                    kind = unit_class(self.recipe.unit, site, step.region)
-                    unit = make_unit(kind, site, starting_bias(self.recipe, len(h.steps)), 1, None)
-                    units[name] = untrained(unit, device, site.dtype)
-        return units
+            return new_units(program, self.recipe, [(s.unit, s.region, bias) for h, bias in chains for s in h.steps])
 
 
 class _Writer(GraphWriter):
@@ -195,10 +182,7 @@ class _Writer(GraphWriter):
         return self.call(f"{step.name}_left", aten.sub.Tensor, self.scale, spent)
 
     def unit(self, step: HaltStep, y: fx.Node) -> fx.Node:
-        region = next((r for r in self.program.structure.regions if r.name == step.region), None)
-        if region is None:
-            raise PassError("a step's block is not in this graph", where=step.region)
-        _, mask = site_of(self.program, region, self.recipe.mask)
+        mask = mask_of(self.program, step.region, self.recipe.mask)
         sizes = facts.value(y).shape[: 2 if self.recipe.unit == "token" else 1]
         args = (y, self.names[mask] if mask is not None else None)
         return self.module(f"{step.name}_unit", step.unit, args, self.empty(y, sizes))

@@ -8,11 +8,12 @@ from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import torch
+from torch import nn
 
-from eecompile.errors import NoPlaceError, StrategyError, near
+from eecompile.errors import NoPlaceError, PassError, StrategyError, near
 from eecompile.gates import GateUnit, PolicyGate, RecurrentCore, unit_class
 from eecompile.heads import Site
-from eecompile.ir.recipes import GateRecipe
+from eecompile.ir.recipes import GateRecipe, HaltRecipe
 from eecompile.ir.records import Carry, Gate, Width
 from eecompile.passes import facts, sites
 from eecompile.passes.annotate import counting_sizes, module_flops
@@ -20,6 +21,7 @@ from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.narrow import Part
 from eecompile.passes.place_widths import chain, place_widths
 from eecompile.program import Program, Refusal, Region
+from eecompile.untrained import untrained
 
 GATES = "eecompile_gates"
 
@@ -185,6 +187,41 @@ def site_of(program: Program, region: Region, mask: str | None) -> tuple[Site, s
     sizes = batch.sizes(node)
     dtype = str(facts.value(node).dtype).removeprefix("torch.")
     return sites.made_site(program, node, (sizes, dtype), region.batch_axis, mask)
+
+
+def mask_of(program: Program, region: str, mask: str | None) -> str | None:
+    """Name of the input that marks padding at the region of this name; None without one.
+
+    Raises:
+        PassError: The region is not in this graph.
+    """
+    found = next((r for r in program.structure.regions if r.name == region), None)
+    if found is None:
+        raise PassError("a region with a gate or halting is not in this graph", where=region)
+    return site_of(program, found, mask)[1]
+
+
+def new_units(
+    program: Program,
+    recipe: GateRecipe | HaltRecipe,
+    wanted: Sequence[tuple[str, str, float]],
+    shared: RecurrentCore | None = None,
+) -> dict[str, nn.Module]:
+    """New units by name, in the dtype and on the device of the model.
+
+    Args:
+        wanted: Of each gate or step its unit's path, its region and the bias that it starts with.
+        shared: What recurrent units share.
+    """
+    regions, device = {r.name: r for r in program.structure.regions}, facts.device_of(program.graph_module)
+    units: dict[str, nn.Module] = {}
+    for path, region, bias in wanted:
+        name = path.rsplit(".", 1)[1]
+        if name not in units:
+            site, _ = site_of(program, regions[region], recipe.mask)
+            unit = make_unit(unit_class(recipe.unit, site, region), site, bias, len(wanted), shared)
+            units[name] = untrained(unit, device, site.dtype)
+    return units
 
 
 def sizes_of(program: Program, region: Region, example: tuple[torch.Tensor, ...] | None) -> list[int]:

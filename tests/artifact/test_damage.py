@@ -82,7 +82,7 @@ def test_a_damaged_file_is_named(place, pattern, how):
     [
         (
             lambda d: d.update(version=99),
-            ["another format version", "got:    99", "wanted: 2", "install the eecompile version"],
+            ["another format version", "got:    99", f"wanted: {files.VERSION}", "install the eecompile version"],
         ),
         (lambda d: d.update(format="pickle"), ["not one of eecompile's"]),
         (lambda d: d.pop("exits"), ["does not describe a program", "KeyError: 'exits'"]),
