@@ -24,12 +24,14 @@ class Slots:
         padding: [B] int64; slots of padding at the start of each row.
         length: Number of slots that attention reads.
         together: Whether the columns are the same consecutive slots in every row.
+        padded: Number of last columns that are none of any row's and are not written.
     """
 
     index: Tensor
     padding: Tensor
     length: int
     together: bool
+    padded: int = 0
 
     @property
     def positions(self) -> Tensor:
@@ -73,13 +75,15 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         if missing > 0:
             self.keys = _grown(self.keys, max(missing, self.cache.growth(slots.length)))
             self.values = _grown(self.values, max(missing, self.cache.growth(slots.length)))
-        for held, new in ((self.keys, key_states), (self.values, value_states)):
+        columns = slots.index.shape[1] - slots.padded
+        for held, given in ((self.keys, key_states), (self.values, value_states)):
+            new = given[:, :, :columns]
             if slots.together:
                 first = self.cache.first + 1
-                held[:, :, first : first + new.shape[2]] = new
+                held[:, :, first : first + columns] = new
             else:
                 rows = torch.arange(new.shape[0], device=new.device)[:, None]
-                held[rows, :, slots.index + 1] = new.transpose(1, 2)
+                held[rows, :, slots.index[:, :columns] + 1] = new.transpose(1, 2)
         if self.cache.only_written:
             raise Written
         return self.keys[:, :, 1 : slots.length + 1], self.values[:, :, 1 : slots.length + 1]
@@ -88,7 +92,8 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
         return self.cache.slots.length, 0
 
     def get_seq_length(self) -> int:
-        return self.cache.slots.length - self.cache.slots.index.shape[1]
+        slots = self.cache.slots
+        return slots.length - slots.index.shape[1] + slots.padded
 
     def get_max_length(self) -> int:
         return -1

@@ -106,6 +106,7 @@ class CompiledDecoder(nn.Module):
         self.exit = exit
         self.draft_heads = nn.ModuleDict()  # by number of blocks of the lower part
         self.threshold, self.max_draft = strategy.threshold, strategy.max_draft
+        self.widths: tuple[int, ...] = ()  # with how many columns passes of 1, 2, ... columns run
 
     def __getattr__(self, name: str) -> Any:
         if name in INSTEAD:
@@ -195,7 +196,7 @@ class CompiledDecoder(nn.Module):
 
     def _split(self, config: Any) -> Split:
         if config.cache_implementation != "static":
-            return Split(self.model, self.blocks, self.exit)
+            return Split(self.model, self.blocks, self.exit, self.widths)
         widest, length = self.max_draft + 1, config.max_length + self.max_draft
         return StaticSplit(self.model, self.blocks, self.exit, widest, length)
 
@@ -313,7 +314,7 @@ class CompiledDecoder(nn.Module):
                 wanted=f"at least {min_speed}x",
                 hint="fit() a light draft head first, or lower min_speed=",
             )
-        self.exit, self.threshold, self.max_draft = best.exit, best.threshold, best.max_draft
+        self.exit, self.threshold, self.max_draft, self.widths = best.exit, best.threshold, best.max_draft, best.widths
         return report
 
     def _by_risk(self, loader: Iterable[Any], max_new_tokens: int = 32, **risk: Any) -> DeferredReport:
@@ -343,7 +344,7 @@ class CompiledDecoder(nn.Module):
             ArtifactError: The model's class is none of transformers; the directory holds something else; a write failed.
         """
         parts = SavedDecoder(
-            self.model, self.strategy, self.blocks, self.exit, self.threshold, self.max_draft, self.draft_heads
+            self.model, self.strategy, self.blocks, self.exit, self.threshold, self.max_draft, self.widths, self.draft_heads
         )
         write(parts, path)
 
@@ -357,6 +358,7 @@ class CompiledDecoder(nn.Module):
         parts = read(directory, manifest)
         found = cls(parts.model, parts.strategy, parts.blocks)
         found.exit, found.threshold, found.max_draft = parts.exit, parts.threshold, parts.max_draft
+        found.widths = parts.widths
         found.draft_heads = parts.draft_heads
         return found.eval()
 

@@ -46,9 +46,12 @@ class DraftHead(nn.Module):
         return logits
 
     def best(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        """The likeliest token [n] of hidden states [n, D] and its probability [n]; the kernel of a large vocabulary on CUDA,
-        which writes no logits.
+        """The likeliest token [n] of hidden states [n, D] and its probability [n]; on CUDA by the kernel of a large
+        vocabulary, which writes no logits.
         """
+        if not hidden.is_cuda:
+            sure, best = self(hidden).softmax(-1).max(-1)
+            return self.vocabulary[best], sure
         down = self.down(self.norm(hidden))
         one = torch.ones((), device=hidden.device)
         sure, best, _ = torch.ops.eecompile.head_confidence(down, self.up.weight, None, one)

@@ -25,6 +25,8 @@ from eecompile.language.split import Split
 
 # Two scores are a near-tie where they differ by less than so many roundings of the largest logit.
 TIE, TIE_OF_HALF = 32, 4
+# Prompt lookup pauses in a row where a draft of it gives fewer tokens than its columns cost, in tokens of plain decoding.
+WORTH, LATEST, PAUSE = 0.4, 0.3, 8  # the share of the newest draft in the mean; drafts that are left out in a pause
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Row:
         ids: Token ids, padding on the left included.
         drafts: Tokens drafted after the last id, with whether prompt lookup gave each.
         sources: For each generated token: 0 the full model, 1 the draft head, 2 prompt lookup.
+        gain: Mean of the tokens that a draft of prompt lookup gave, the latest ones weighing most.
+        pause: Drafts of prompt lookup that are still left out.
     """
 
     ids: list[int]
@@ -80,6 +84,8 @@ class Row:
     done: bool = False
     drafts: list[tuple[int, bool]] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
+    gain: float = 1.0
+    pause: int = 0
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
 
@@ -142,6 +148,7 @@ class Generation:
         choosing: Choosing, capacity: int | None, best: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None
     ) -> None:  # fmt: skip
         self.split, self.head, self.options, self.choosing, self.best = split, head, options, choosing, best
+        self.longest = capacity
         self.cache = SlotCache(split.count, None if capacity is None else capacity + options.max_draft)
         self.counts = Counts()
         self.rows: list[Row] = []
@@ -205,13 +212,20 @@ class Generation:
         self._flush(queue)
 
     def _room(self, row: Row) -> int:
-        """How many more tokens may be drafted now."""
-        return self.options.max_draft - len(row.drafts)
+        """How many more tokens may be drafted now; none that would come after the longest text."""
+        most = self.options.max_draft
+        if self.longest is not None:
+            given = 1 if self.options.kv == "verify" else 0  # by the upper part, when all drafts are kept
+            most = min(most, self.longest - len(row.ids) - given)
+        return most - len(row.drafts)
 
     def _looked_up(self, row: Row) -> list[tuple[int, bool]]:
         if not self.options.lookup:
             return []
-        found = lookup(row.ids, self.options.lookup, self.options.max_draft)
+        found = lookup(row.ids, self.options.lookup, self._room(row))
+        if found and row.pause:
+            row.pause -= 1
+            return []
         self.counts.looked_up += len(found)
         return [(token, True) for token in found]
 
@@ -223,17 +237,31 @@ class Generation:
         self.counts.lower += 1
         for b, given in tokens.items():
             queue[b] += list(hidden[b, : len(given)].unbind(0))
-        going = [b for b in tokens if self._room(self.rows[b]) > 0]
+        on = [b for b in tokens if self._overruled(b, queue[b])]
+        going = [b for b in tokens if b not in on and self._room(self.rows[b]) > 0]
         if not going or self.options.threshold > 1:
-            return []
+            return on
         last = torch.stack([queue[b][-1] for b in going])[:, None]  # [B', 1, D]
-        on = []
         for b, token in zip(going, self._proposed(going, ids[going, :1], last), strict=True):
             if token is not None:
                 self.rows[b].drafts.append((token, False))
                 self.counts.drafted += 1
                 on.append(b)
         return on
+
+    def _overruled(self, b: int, states: list[Tensor]) -> bool:
+        """Ends a looked-up draft at the first token where the draft head is sure of another one, which takes its place."""
+        row = self.rows[b]
+        if self.best is None or not self.choosing.plain or not row.drafts or not row.drafts[-1][1]:
+            return False
+        tokens, sure = self.best(torch.stack(states[:-1]).float())
+        for j, (token, p) in enumerate(zip(tokens.tolist(), sure.tolist(), strict=True)):
+            if p >= self.options.threshold and token != row.drafts[j][0]:
+                row.drafts[j:] = [(token, False)]
+                states[j + 1 :] = []
+                self.counts.drafted += 1
+                return True
+        return False
 
     def _proposed(self, going: list[int], ids: Tensor, last: Tensor) -> list[int | None]:
         """A token for each of these rows, None where the draft head is not sure enough; `last` [B', 1, D]."""
@@ -284,6 +312,7 @@ class Generation:
         """Takes tokens from the logits `[Q, V]` of the row's undecided tokens; with "copy", of the last one alone."""
         row = self.rows[b]
         drafts, row.drafts = row.drafts, []
+        before = self.counts.looked_up_accepted
         copying = self.options.kv == "copy"
         for j in range(len(drafts) + 1):
             drafted = drafts[j] if j < len(drafts) else None
@@ -299,7 +328,10 @@ class Generation:
             self.counts.looked_up_accepted += source == 2
             self._commit(b, token, source)
             if row.done or not kept:
-                return
+                break
+        if any(looked_up for _, looked_up in drafts):
+            row.gain += LATEST * (self.counts.looked_up_accepted - before - row.gain)
+            row.pause = PAUSE if row.gain < WORTH else 0
 
     # ------------------------------------------------------------------ tokens
 

@@ -22,6 +22,7 @@ from eecompile.training.report import Report, json_safe, percent, stacked, table
 THRESHOLDS = (0.3, 0.5, 0.7, 0.8, 0.9, 0.95)
 DRAFTS = (1, 2, 3, 4, 6, 8)
 ROUNDS = 7
+GAIN = 0.95  # of its time that a pass takes at most with columns added
 CONTEXT = 64  # tokens in the cache while passes are timed
 
 
@@ -36,6 +37,7 @@ class Candidate:
         acceptance: Share of drafted tokens that would be kept with them.
         tokens: New tokens for each run of the upper part.
         lower_ms, head_ms, upper_ms: Time of a pass of one token; of `max_draft + 1` tokens for the upper part.
+        widths: With how many columns passes of 1, 2, ... columns run fastest.
         speed: Projected tokens a second over those of plain decoding.
     """
 
@@ -48,6 +50,7 @@ class Candidate:
     lower_ms: float
     head_ms: float
     upper_ms: float
+    widths: tuple[int, ...]
     speed: float
 
 
@@ -186,7 +189,7 @@ def _times(
             return split.upper(columns(width), hidden[:, :width], slots(width), cache)
 
         calls[e, "lower"], calls[e, "head"] = lower, draft
-        for width in sorted({1, *(d + 1 for d in DRAFTS)}):
+        for width in range(1, widest + 1):
             calls[e, width] = partial(upper, width)
     taken: dict[Any, list[float]] = {key: [] for key in calls}
     for _ in range(ROUNDS + 1):
@@ -195,14 +198,23 @@ def _times(
             call()
             taken[key].append(time.perf_counter() - start)
     seconds = {key: median(values[1:]) for key, values in taken.items()}
-    uppers = {e: [seconds[e, w] for w in sorted({1, *(d + 1 for d in DRAFTS)})] for e in splits}
+    uppers = {e: [seconds[e, w] for w in range(1, widest + 1)] for e in splits}
     return seconds["plain"], {e: (seconds[e, "lower"], seconds[e, "head"], uppers[e]) for e in splits}
+
+
+def _fastest(uppers: list[float]) -> tuple[int, ...]:
+    """With how many columns a pass of 1, 2, ... columns takes least; one column stays one."""
+    found = [1]
+    for width in range(2, len(uppers) + 1):
+        best = min(range(width, len(uppers) + 1), key=lambda w: uppers[w - 1])
+        found.append(best if uppers[best - 1] < GAIN * uppers[width - 1] else width)
+    return tuple(found)
 
 
 def _best(exit: int, rows: list[tuple[Tensor, Tensor]], plain: float, times: tuple[float, float, list[float]]) -> Candidate:
     """The threshold and length of a draft with the largest projected speed, by walking along the text."""
     lower, head, uppers = times
-    widths = sorted({1, *(d + 1 for d in DRAFTS)})
+    widths = _fastest(uppers)
     best: Candidate | None = None
     for threshold in THRESHOLDS:
         for most in DRAFTS:
@@ -219,8 +231,7 @@ def _best(exit: int, rows: list[tuple[Tensor, Tensor]], plain: float, times: tup
                     while kept < count and ok[at + kept]:
                         kept += 1
                     heads_run = count + (count < most)
-                    width = next(i for i, w in enumerate(widths) if w >= count + 1)
-                    spent += (count + 1) * lower + heads_run * head + uppers[width]
+                    spent += (count + 1) * lower + heads_run * head + uppers[widths[count] - 1]
                     tokens += kept + 1
                     rounds += 1
                     drafted += count
@@ -231,7 +242,7 @@ def _best(exit: int, rows: list[tuple[Tensor, Tensor]], plain: float, times: tup
                 agreement = float(torch.cat([r for r, _ in rows]).float().mean())
                 best = Candidate(
                     exit, agreement, threshold, most, accepted / drafted if drafted else float("nan"), tokens / rounds,
-                    1e3 * lower, 1e3 * head, 1e3 * uppers[widths.index(most + 1)], speed,
+                    1e3 * lower, 1e3 * head, 1e3 * uppers[widths[most] - 1], widths, speed,
                 )  # fmt: skip
     assert best is not None
     return best

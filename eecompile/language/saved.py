@@ -36,6 +36,7 @@ class SavedDecoder:
     exit: int
     threshold: float
     max_draft: int
+    widths: tuple[int, ...]
     draft_heads: nn.ModuleDict
 
 
@@ -68,6 +69,7 @@ def write(decoder: SavedDecoder, path: Any) -> None:
         "exit": decoder.exit,
         "threshold": decoder.threshold,
         "max_draft": decoder.max_draft,
+        "widths": list(decoder.widths),
     }
 
     def put_all(entries: dict[str, Any]) -> None:
@@ -101,7 +103,7 @@ def _rebuilt(manifest: dict[str, Any], paths: dict[str, Path]) -> SavedDecoder:
         head = DraftHead(state["norm.weight"].numel(), state["vocabulary"], 0 if down is None else len(down))
         head.load_state_dict(state)
         heads[exit] = head.eval()
-    numbers = (manifest["exit"], manifest["threshold"], manifest["max_draft"])
+    numbers = (manifest["exit"], manifest["threshold"], manifest["max_draft"], tuple(manifest.get("widths", ())))
     return SavedDecoder(_model(manifest, paths["weights"]), _strategy(manifest), manifest["blocks"], *numbers, heads)
 
 

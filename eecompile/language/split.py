@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional
 
 from eecompile.errors import UnsupportedModelError
 from eecompile.language.cache import SlotCache, Slots, Written
@@ -83,10 +85,11 @@ class Split:
         model: A causal language model with a cache (`past_key_values`) in its forward.
         blocks: Path of its list of blocks.
         exit: Number of blocks in the lower part, 1 to the number of blocks - 1.
+        widths: With how many columns a pass of 1, 2, ... columns runs: some matrix products take longer than larger ones.
     """
 
-    def __init__(self, model: nn.Module, blocks: str, exit: int) -> None:
-        self.model, self.exit = model, exit
+    def __init__(self, model: nn.Module, blocks: str, exit: int, widths: Sequence[int] = ()) -> None:
+        self.model, self.exit, self.widths = model, exit, widths
         self.count = len(model.get_submodule(blocks))  # type: ignore[arg-type]
         self._hidden: Any = None
         self._tuple = False  # whether blocks return tuples; known after the first lower pass
@@ -180,18 +183,29 @@ class Split:
 
     # ------------------------------------------------------------------ passes
 
+    def padded(self, ids: Tensor, slots: Slots) -> tuple[Tensor, Slots]:
+        """Ids and slots with the columns added that make the pass faster."""
+        given = ids.shape[1]
+        more = self.widths[given - 1] - given if given <= len(self.widths) else 0
+        if not more:
+            return ids, slots
+        index = functional.pad(slots.index, (0, more), value=-1)
+        return functional.pad(ids, (0, more)), replace(slots, index=index, padded=more)
+
     def lower(self, ids: Tensor, slots: Slots, cache: SlotCache) -> Tensor:
         """Hidden states `[B, Q, D]` after the first `exit` blocks for token ids `[B, Q]`."""
+        given, (ids, slots) = ids.shape[1], self.padded(ids, slots)
         try:
             self._call(self._lower, ids, slots, cache)
         except _Reached as reached:
-            return reached.hidden
+            return reached.hidden[:, :given]
         raise UnsupportedModelError("the model did not run its blocks in order", got=type(self.model).__name__)
 
     def upper(self, ids: Tensor, hidden: Tensor, slots: Slots, cache: SlotCache) -> Tensor:
         """Logits `[B, Q, V]` from the hidden states `[B, Q, D]` of the lower part."""
-        self._hidden = hidden
-        return self._logits(self._call(self._upper, ids, slots, cache))
+        given, (ids, slots) = ids.shape[1], self.padded(ids, slots)
+        self._hidden = functional.pad(hidden, (0, 0, 0, slots.padded)) if slots.padded else hidden
+        return self._logits(self._call(self._upper, ids, slots, cache))[:, :given]
 
     def copy(self, ids: Tensor, hidden: Tensor, slots: Slots, cache: SlotCache) -> None:
         """Writes the upper part's keys and values as if its blocks handed on the hidden states `[B, Q, D]` unchanged."""

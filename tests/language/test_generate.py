@@ -200,6 +200,74 @@ def test_the_users_model_is_as_it_was_also_after_an_exception(llama: Any) -> Non
     assert before == {name: (id(m), len(m._forward_hooks), "forward" in m.__dict__) for name, m in llama.named_modules()}
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("widths", [(1, 3, 3, 6, 6), (1, 2, 5, 5, 7, 7)])
+def test_added_columns_change_nothing_but_speed(name: str, widths: tuple[int, ...]) -> None:
+    model, batch = decoder(name), prompts()
+    fast = compiled(model, batch)
+    options = {"max_new_tokens": 14, "do_sample": False, "return_dict_in_generate": True}
+    for inputs in (batch, prompts(1, padded=False)):
+        fast.widths = ()
+        wanted = fast.run_generate(**inputs, **options)
+        fast.widths = widths
+        got = fast.run_generate(**inputs, **options)
+        assert torch.equal(got.output.sequences, wanted.output.sequences) and got.counts == wanted.counts
+        for mine, theirs in zip(got.output.past_key_values.layers, wanted.output.past_key_values.layers, strict=True):
+            torch.testing.assert_close(mine.keys, theirs.keys, atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_a_context_is_filled_to_its_end(name: str) -> None:
+    model = decoder(name)
+    batch = prompts(2, 100, padded=False)
+    options = {"max_length": 128, "do_sample": False, "eos_token_id": None}
+    for kv in ("verify", "deferred", "copy"):
+        fast = compiled(model, batch, kv=kv)
+        got = fast.generate(**batch, **options)
+        assert got.shape == (2, 128)
+        assert kv != "verify" or torch.equal(got, model.generate(**batch, **options))
+
+
+def test_a_draft_head_overrules_prompt_lookup_where_it_is_sure(llama: Any) -> None:
+    class Sure(DraftHead):
+        sure = 0.9
+
+        def best(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+            return torch.full(hidden.shape[:1], 60), torch.full(hidden.shape[:1], self.sure)
+
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10] * 4])
+    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
+    found = {}
+    for sure in (0.9, 0.1):
+        fast = compiled(llama, batch, threshold=0.5)
+        fast.draft_heads["2"] = head = Sure(32, torch.arange(V), 4)
+        head.sure = sure
+        found[sure] = fast.run_generate(**batch, **options)
+        assert torch.equal(found[sure].output, llama.generate(**batch, **options))
+        assert found[sure].counts.looked_up > 0
+    assert found[0.9].counts.drafted > 0 and found[0.9].counts.looked_up_accepted <= found[0.1].counts.looked_up_accepted
+    assert found[0.1].counts.drafted == 0
+
+
+def test_prompt_lookup_pauses_where_it_gives_nothing(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def wrong(ids: Any, longest: int, most: int) -> list[int]:
+        asked.append(len(ids))
+        return [(wanted[len(ids)] + 1) % V] * min(most, 1)
+
+    batch = prompts(1, padded=False)
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    out = llama.generate(**batch, **options)
+    wanted = [*out[0].tolist(), 0, 0]
+    monkeypatch.setattr("eecompile.language.generation.lookup", wrong)
+    trace = compiled(llama, batch, threshold=2.0).run_generate(**batch, **options)
+    assert torch.equal(trace.output, out)
+    assert trace.counts.looked_up_accepted == 0 and len(asked) == 39
+    assert trace.counts.looked_up == 3 + (39 - 1 - 3) // 9, "three in a row, then one after eight that are left out"
+
+
 def test_other_threads_generate_with_the_model_meanwhile(fast: CompiledDecoder) -> None:
     batch, options = prompts(), {"max_new_tokens": 12, "do_sample": False}
     wanted = fast.model.generate(**batch, **options)
