@@ -27,7 +27,7 @@ def new_axes(count: int = 1) -> tuple[Any, list[Any]]:
         from matplotlib.figure import Figure
     except ImportError as e:
         raise MissingDependencyError("plots need matplotlib", hint="pip install 'eecompile[report]'") from e
-    figure = Figure(figsize=(5 * count, 3.4), layout="constrained")
+    figure = Figure(figsize=(4.5 * count, 3.2), layout="constrained")
     every = figure.subplots(1, count, squeeze=False)[0].tolist()
     for axes in every:
         axes.spines[["top", "right"]].set_visible(False)
@@ -40,7 +40,7 @@ def accuracy_against_cost(found: Gathered) -> Any:
     e = found.evaluation
     exits = [(r.name, r.cost, r.accuracy_if_all) for r in e.rows if r.accuracy_if_all is not None]
     trade_off(axes, exits, [("as the thresholds are now", e.mean_cost, float(e.accuracy or 0.0))])
-    axes.legend(fontsize=8, frameon=False)
+    axes.legend(fontsize=9, frameon=False)
     return figure
 
 
@@ -69,9 +69,10 @@ def trade_off(
     if static:
         axes.plot([c for _, c, _ in static], [a for *_, a in static], "^", color=COLOURS[4], label="smaller model")
     for name, cost, accuracy in (*constants, *static):
-        axes.annotate(name, (cost, accuracy), fontsize=7, xytext=(3, -9), textcoords="offset points")
+        axes.annotate(name, (cost, accuracy), fontsize=9, xytext=(4, -12), textcoords="offset points")
     for marker, (name, cost, accuracy) in zip(cycle("*PXD"), chosen, strict=False):
         axes.plot([cost], [accuracy], marker, color=COLOURS[2], markersize=13 if marker == "*" else 9, label=name)
+    axes.margins(x=0.14, y=0.14)  # room for the names
     axes.set(xlabel="mean cost, fraction of the full model's FLOPs", ylabel="accuracy")
 
 
@@ -99,7 +100,7 @@ def _shares(found: Gathered, names: list[str], masks: list[torch.Tensor], about:
         axes.bar(names, share.tolist(), bottom=bottom.tolist(), color=COLOURS[k % len(COLOURS)], label=exit)
         bottom += share
     axes.set(xlabel=about, ylabel="share of rows", ylim=(0, 1))
-    axes.legend(fontsize=7, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    axes.legend(fontsize=9, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return figure
 
 
@@ -110,7 +111,7 @@ def latency(found: Gathered) -> Any:
     if found.original_seconds:
         boxes["original"] = [1e3 * s for s in found.original_seconds]
     axes.boxplot(list(boxes.values()), showfliers=False)
-    axes.set_xticks(range(1, len(boxes) + 1), [f"{name}\n{len(values)} rows" for name, values in boxes.items()], fontsize=8)
+    axes.set_xticks(range(1, len(boxes) + 1), [f"{name}\n{len(values)} rows" for name, values in boxes.items()], fontsize=9)
     axes.set(ylabel="milliseconds, batch 1", ylim=(0, None))
     return figure
 
@@ -128,7 +129,7 @@ def reliability(found: Gathered) -> Any:
             xs, [float(right[bins == b].mean()) for b in filled], "o-", markersize=3, color=COLOURS[k % 10], label=name
         )
     axes.set(xlabel="confidence", ylabel="share right", xlim=(0, 1), ylim=(0, 1.02))
-    axes.legend(fontsize=7, frameon=False)
+    axes.legend(fontsize=9, frameon=False)
     return figure
 
 

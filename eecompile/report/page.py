@@ -88,17 +88,19 @@ def verdict(found: Gathered) -> tuple[bool, str]:
     if e.mean_cost >= 1:
         return False, f"Early exit does not pay here: {now}. Nothing is saved."
     if by_chance is not None and by_chance >= e.accuracy:
-        return False, f"Early exit does not pay here: {now}. A random choice of exits of the same cost has {by_chance:.2%}."
+        simpler = f"A choice of exits that does not look at the row, at no more cost, has {by_chance:.2%}"
+        return False, f"Choosing an exit for each row does not pay here: {now}. {simpler}."
     if by_chance is None:
         return True, f"Early exit pays: {now}."
     return True, f"Early exit pays: {now}. A random choice of exits of the same cost has {by_chance:.2%}."
 
 
 def _svg(figure: Any) -> str:
+    """A figure without ground, its black in the page's colour of text: readable in the light and in the dark."""
     text = StringIO()
-    figure.savefig(text, format="svg")
+    figure.savefig(text, format="svg", transparent=True)
     made = text.getvalue()
-    return made[made.index("<svg") :]
+    return made[made.index("<svg") :].replace("#000000", "currentColor")
 
 
 def _shown(examples: list[Example]) -> list[dict[str, Any]]:
