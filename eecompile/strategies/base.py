@@ -26,6 +26,17 @@ PLAIN = {"name": "exits"}  # the task's loss alone: what strategies without exit
 KINDS: dict[str, type[Strategy]] = {}  # by name, each there once its file is imported
 
 
+def check_thresholds(given: float | Sequence[float]) -> None:
+    """Checks one threshold or several.
+
+    Raises:
+        StrategyError: One is no number of 0 or more.
+    """
+    for t in given if isinstance(given, tuple) else (given,):
+        if not (isinstance(t, int | float) and t >= 0):
+            raise StrategyError("a threshold is 0 or more", got=given, wanted="0 to 1; an exit or gate is closed above 1")
+
+
 @dataclass(frozen=True)
 class Strategy:
     """Base of all strategies: frozen options with units in their names."""
@@ -47,7 +58,9 @@ class Strategy:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, plain(getattr(self, f.name)))
+            value = plain(getattr(self, f.name))
+            tuples = isinstance(value, Sequence) and not isinstance(value, str)
+            object.__setattr__(self, f.name, tuple(value) if tuples else value)
 
     @property
     def within(self) -> Strategy | None:
@@ -154,10 +167,6 @@ class ExitStrategy(Strategy):
         object.__setattr__(self, "criterion", criterion(self.criterion))
         object.__setattr__(self, "router", router(self.router))
         self._check_router()
-        for name in ("exits", "threshold", "weights"):
-            v = getattr(self, name)
-            if isinstance(v, Sequence) and not isinstance(v, str):
-                object.__setattr__(self, name, tuple(v))
         least = 0 if isinstance(self.router, Router) and not self.router.to_exits else 1
         if isinstance(self.exits, bool) or (isinstance(self.exits, int) and self.exits < least):
             raise StrategyError("a strategy needs at least one exit", got=self.exits, wanted="an integer >= 1")
@@ -169,9 +178,8 @@ class ExitStrategy(Strategy):
             bad = [e for e in self.exits if isinstance(e, float) and not 0.0 < e < 1.0]
             if bad or any(not isinstance(e, str | float) for e in self.exits):
                 raise StrategyError("exits= takes names or fractions of the cost between 0 and 1", got=list(self.exits))
-        for t in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
-            if t is not None and not (isinstance(t, int | float) and t >= 0):
-                raise StrategyError("a threshold is 0 or more", got=self.threshold, wanted="0 or more; above 1 closes")
+        if self.threshold is not None:
+            check_thresholds(self.threshold)
         if not 0.0 <= self.distillation <= 1.0:
             raise StrategyError("distillation= is a share of the loss", got=self.distillation, wanted="0 to 1")
 

@@ -76,10 +76,6 @@ class DepthAdaptive(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("gates", "threshold", "weights"):
-            v = getattr(self, name)
-            if isinstance(v, Sequence) and not isinstance(v, str):
-                object.__setattr__(self, name, tuple(v))
         if self.mode not in MODES:
             raise StrategyError("unknown mode of depth_adaptive", got=repr(self.mode), wanted=near(str(self.mode), MODES))
         if self.targets is None:

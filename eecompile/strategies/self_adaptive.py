@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from eecompile.criteria import Criterion
 from eecompile.errors import StrategyError, near
 from eecompile.ir.recipes import GateRecipe, Recipe, TrainingStage, Where
-from eecompile.strategies.base import PLAIN, ExitStrategy
+from eecompile.strategies.base import PLAIN, ExitStrategy, check_thresholds
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 ESTIMATORS = {"gumbel": "gumbel", "straight_through": "hard", "reinforce": "sample"}
@@ -73,15 +73,9 @@ class SelfAdaptive(ExitStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("parts", "gate_threshold", "always_on", "widths"):
-            v = getattr(self, name)
-            if isinstance(v, Sequence) and not isinstance(v, str):
-                object.__setattr__(self, name, tuple(v))
         if isinstance(self.always_on, str):
             object.__setattr__(self, "always_on", (self.always_on,))
-        for t in self.gate_threshold if isinstance(self.gate_threshold, tuple) else (self.gate_threshold,):
-            if not (isinstance(t, int | float) and t >= 0):
-                raise StrategyError("a gate's threshold is 0 or more", got=self.gate_threshold, wanted="above 1 is closed")
+        check_thresholds(self.gate_threshold)
         if not 0 < self.target_cost <= 1:
             raise StrategyError("target_cost= is a fraction of the model's cost", got=self.target_cost, wanted="0 to 1")
         check_widths(self.widths)

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from eecompile.errors import StrategyError, near
 from eecompile.ir.recipes import GateRecipe, Recipe, TrainingStage
-from eecompile.strategies.base import PLAIN, Strategy
+from eecompile.strategies.base import PLAIN, Strategy, check_thresholds
 
 ESTIMATORS = {"straight_through": "hard", "gumbel": "gumbel"}
 REWARDS = ("log_likelihood", "correctness")
@@ -59,17 +59,9 @@ class SkipNet(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("gates", "threshold", "always_on", "shares"):
-            v = getattr(self, name)
-            if isinstance(v, Sequence) and not isinstance(v, str):
-                object.__setattr__(self, name, tuple(v))
         if isinstance(self.always_on, str):
             object.__setattr__(self, "always_on", (self.always_on,))
-        for t in self.threshold if isinstance(self.threshold, tuple) else (self.threshold,):
-            if not (isinstance(t, int | float) and t >= 0):
-                raise StrategyError(
-                    "a threshold is 0 or more", got=self.threshold, wanted="0 is always open, above 1 closed"
-                )
+        check_thresholds(self.threshold)
         if not 0 < self.target_cost <= 1:
             raise StrategyError("target_cost= is a fraction of the model's cost", got=self.target_cost, wanted="0 to 1")
         if self.min_open < 0:
