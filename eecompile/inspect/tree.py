@@ -109,7 +109,7 @@ class _Grown:
         if e.is_open:
             program = self.fast.program
             classes = program.prediction_leaf.shape[-1]
-            state = Text(f"open, rows exit at {write.condition(e.criterion, e.threshold, classes)}", "green")
+            state = Text(f"open, exits at {write.condition(e.criterion, e.threshold, classes)}", "green")
         else:
             state = Text("closed: neither head nor decision runs", "yellow")
         if not e.trained:

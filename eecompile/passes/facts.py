@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import sympy
@@ -21,6 +22,7 @@ from eecompile.ir.graph import stack as stack
 from eecompile.ir.graph import target_name as target_name
 from eecompile.ir.graph import value as value
 from eecompile.ir.records import Anchor, Live
+from eecompile.program import Program
 from eecompile.signature import Signature
 
 aten = torch.ops.aten
@@ -96,6 +98,28 @@ class Batch:
             raise PassError("this value cannot cross a cut", where=node.name, got=axis)
         dtype = str(value(node).dtype).removeprefix("torch.")
         return Live(node.name, axis, self.sizes(node), dtype, trunk)
+
+
+class View:
+    """A program's graph in execution order, with what searches ask for again and again computed once."""
+
+    def __init__(self, program: Program) -> None:
+        self.program, self.gm = program, program.graph_module
+        self.nodes: list[fx.Node] = list(self.gm.graph.nodes)
+        self.position = {n: i for i, n in enumerate(self.nodes)}
+        self.names = by_name(self.gm)
+
+    @cached_property
+    def batch(self) -> Batch:
+        return Batch(self.gm, self.program.signature)
+
+    @cached_property
+    def trunk(self) -> set[fx.Node]:
+        return trunk_nodes(self.gm, self.batch)
+
+    @cached_property
+    def anchors(self) -> dict[fx.Node, Anchor]:
+        return anchors(self.nodes)
 
 
 def placeholders(graph_module: fx.GraphModule) -> list[fx.Node]:

@@ -71,18 +71,12 @@ class FindCuts(Pass):
         return PassResult(program.replace(cuts=tuple(cuts)), False, tuple(refusals), summary)
 
 
-class Sweep:
-    """One graph in execution order, with everything that the search needs computed once."""
+class Sweep(facts.View):
+    """The search for cuts in one graph."""
 
     def __init__(self, program: Program) -> None:
-        self.program = program
-        self.gm = program.graph_module
-        self.nodes = list(self.gm.graph.nodes)
-        self.position = {n: i for i, n in enumerate(self.nodes)}
+        super().__init__(program)
         self.last = facts.last_uses(self.nodes)
-        self.batch = facts.Batch(self.gm, program.signature)
-        self.trunk = facts.trunk_nodes(self.gm, self.batch)
-        self.anchors = facts.anchors(self.nodes)
         costs = program.costs.seconds or program.costs.flops
         total = sum(costs.values())
         if program.capture.models:

@@ -63,18 +63,11 @@ class FindRegions(Pass):
         return PassResult(program.replace(regions=tuple(regions)), False, tuple(refusals), summary)
 
 
-class Finder:
-    """One graph, with what the search needs computed once."""
+class Finder(facts.View):
+    """The search for regions in one graph."""
 
     def __init__(self, program: Program) -> None:
-        self.program = program
-        self.gm = program.graph_module
-        self.nodes = list(self.gm.graph.nodes)
-        self.position = {n: i for i, n in enumerate(self.nodes)}
-        self.names = facts.by_name(self.gm)
-        self.batch = facts.Batch(self.gm, program.signature)
-        self.trunk = facts.trunk_nodes(self.gm, self.batch)
-        self.anchors = facts.anchors(self.nodes)
+        super().__init__(program)
         done, self.depth = 0.0, []
         for n in self.nodes:
             self.depth.append(program.share(done))

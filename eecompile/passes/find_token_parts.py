@@ -45,14 +45,12 @@ class FindTokenParts(Pass):
         return PassResult(program.replace(parts=found), False, tuple(refusals), summary)
 
 
-class _Finder:
-    """One graph."""
+class _Finder(facts.View):
+    """The search for token parts in one graph."""
 
     def __init__(self, program: Program) -> None:
-        self.gm, self.flops = program.graph_module, program.costs.flops
-        self.nodes = list(self.gm.graph.nodes)
-        self.position = {n: i for i, n in enumerate(self.nodes)}
-        self.names = facts.by_name(self.gm)
+        super().__init__(program)
+        self.flops = program.costs.flops
         self.deciders = [d for d in program.choices.deciders if d.family == HALTING]
         self.units = {d.unit for d in self.deciders}
         # a block that is repeated is written out; its copies cost what the captured nodes with their weights do

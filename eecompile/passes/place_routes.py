@@ -132,16 +132,12 @@ class PlaceRoutes(Pass):
         return Way(name, module, "", (), (), cost, custom=True)
 
 
-class Places:
+class Places(facts.View):
     """The places of a graph that a router may name."""
 
     def __init__(self, program: Program, example: tuple[torch.Tensor, ...] | None) -> None:
-        self.program, self.gm, self.example = program, program.graph_module, example
-        self.nodes = list(self.gm.graph.nodes)
-        self.position = {n: i for i, n in enumerate(self.nodes)}
-        self.names = facts.by_name(self.gm)
-        self.batch = facts.Batch(self.gm, program.signature)
-        self.anchors = facts.anchors(self.nodes)
+        super().__init__(program)
+        self.example = example
 
     def named(self, name: str, option: str) -> fx.Node:
         """The value that a name means."""

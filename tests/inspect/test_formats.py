@@ -74,7 +74,7 @@ def test_the_tree_names_blocks_exits_survivors_refusals_passes(conv: CompiledMod
         for v in s.outputs:
             assert f"survives {v.node}: {v.dtype}[batch, " in text
     condition = "entropy <= 0.9657 (1 - entropy / log 5 as confidence >= 0.4)"
-    assert f"exit_0 after layer1.0: open, rows exit at {condition}" in text
+    assert f"exit_0 after layer1.0: open, exits at {condition}" in text
     assert text.count("closed: neither head nor decision runs") == 1
     costs = conv.costs([True, False, True]).tolist()
     assert f"a row that exits here costs {100 * costs[0]:.1f}%" in text
