@@ -197,8 +197,7 @@ class CompiledDecoder(nn.Module):
     def _split(self, config: Any) -> Split:
         if config.cache_implementation != "static":
             return Split(self.model, self.blocks, self.exit, self.widths)
-        widest, length = self.max_draft + 1, config.max_length + self.max_draft
-        return StaticSplit(self.model, self.blocks, self.exit, widest, length)
+        return StaticSplit(self.model, self.blocks, self.exit, self.max_draft + 1, config.max_length)
 
     @property
     def draft_head(self) -> DraftHead | None:

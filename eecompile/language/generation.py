@@ -149,7 +149,7 @@ class Generation:
     ) -> None:  # fmt: skip
         self.split, self.head, self.options, self.choosing, self.best = split, head, options, choosing, best
         self.longest = capacity
-        self.cache = SlotCache(split.count, None if capacity is None else capacity + options.max_draft)
+        self.cache = SlotCache(split.count, capacity)
         self.counts = Counts()
         self.rows: list[Row] = []
 

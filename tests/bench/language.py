@@ -1,7 +1,9 @@
 """Self-speculative generation of a real language model against plain decoding and what transformers offers.
 
-``python -m tests.bench.language --model DIR`` takes a local directory of transformers (SmolLM2-135M, say). Rounds are
-interleaved; a figure is the median of tokens a second over those of `model.generate`. Tokens are compared with it.
+``python -m tests.bench.language --model DIR --text FILE`` takes a local directory of transformers (SmolLM2-135M, say) and
+lines of plain text. Light draft heads are fitted on what the model writes after the first words of most lines, and
+calibrated on the others; ``--decoder DIR`` keeps them there, or takes those that it finds. Ways take turns; a figure is
+the median of tokens a second over those of `model.generate`. Tokens are compared with it.
 """
 
 from __future__ import annotations
@@ -15,12 +17,16 @@ from statistics import median
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from eecompile import eecompile, strategies
+from eecompile import eecompile, load, strategies
 from eecompile.errors import StrategyError
+from eecompile.measuring import Bystanders
 from tests.bench import machine, record
 
-COUNTED = ("lower", "upper", "drafted", "accepted", "looked_up_accepted", "ties")
+COUNTED = ("lower", "upper", "full", "drafted", "accepted", "looked_up", "looked_up_accepted", "ties")
+COPIED = (0.5, 0.7, 0.9)  # thresholds at which copied keys and values are tried
+HELD, WRITTEN, ROWS = 0.1, 128, 24  # share of lines for calibration; new tokens of a line; lines written at a time
 PROMPTS = {
     "continuation": [
         "The history of the city begins in the twelfth century, when a small settlement near the river",
@@ -43,83 +49,158 @@ PROMPTS = {
 }
 
 
-def main() -> None:
+def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.language", description=__doc__)
-    parser.add_argument("--model", required=True, help="local directory of a causal language model")
+    parser.add_argument("--model", type=Path, required=True, help="local directory of a causal language model")
+    parser.add_argument("--text", type=Path, help="lines of plain text")
+    parser.add_argument("--decoder", type=Path, help="directory of the decoder with fitted heads: made, or taken")
+    parser.add_argument("--exits", type=int, nargs="+", default=[2, 3, 5], help="blocks of the lower part to fit heads for")
+    parser.add_argument("--lines", type=int, default=320, help="lines that are continued for fitting")
     parser.add_argument("--tokens", type=int, default=48, help="new tokens for each prompt")
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--fit", action="store_true", help="train a light draft head on the model's own text first")
+    parser.add_argument("--batch", type=int, default=1, help="prompts at a time")
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=record.RESULTS / "language.json")
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = parse()
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(options.threads)
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
-    tokenizer = AutoTokenizer.from_pretrained(options.model)
-    prompts = {kind: [tokenizer(p, return_tensors="pt")["input_ids"] for p in texts] for kind, texts in PROMPTS.items()}
-    settings: dict[str, Any] = {
-        "max_new_tokens": options.tokens,
-        "do_sample": False,
-        "pad_token_id": 0,
-        "eos_token_id": None,
-    }
-    # The model's own text, from other prompts than those timed: what it is calibrated on.
-    starts = [
-        tokenizer(p.split()[0] + " " + p.split()[1], return_tensors="pt")["input_ids"] for t in PROMPTS.values() for p in t
-    ]
-    texts = [model.generate(s, **{**settings, "max_new_tokens": 80}) for s in starts]
-    fast: Any = eecompile(model, strategies.SelfSpeculative(), example_kwargs={"input_ids": prompts["list"][0]})
-    fitted = fast.fit(texts, epochs=20).to_dict() if options.fit else None
-    projected = fast.calibrate(texts, positions=300, min_speed=0.0)
+    tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    fast, held = decoder(model, tokenizer, options)
+    projected = fast.calibrate(held, positions=600, min_speed=0.0)
     print(projected)
-    ways: dict[str, Callable[[Any], Any]] = {
-        "plain": lambda x: model.generate(x, **settings),
-        "ours": lambda x: fast.generate(x, **settings),
-        "prompt_lookup_num_tokens": lambda x: model.generate(x, prompt_lookup_num_tokens=4, **settings),
-        "assistant_early_exit": lambda x: model.generate(x, assistant_early_exit=fast.exit, **settings),
+    found = {kind: measured(fast, batches(tokenizer, texts, options.batch), options) for kind, texts in PROMPTS.items()}
+    print(json.dumps(found, indent=1))
+    every = [b for texts in PROMPTS.values() for b in batches(tokenizer, texts, 1)]
+    made = {
+        "command": "python -m tests.bench.language --model DIR --text FILE "
+        f"--batch {options.batch} --tokens {options.tokens} --rounds {options.rounds} --threads {options.threads}",
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "draft_heads": {exit: head.vocabulary.numel() for exit, head in fast.draft_heads.items()},
+        "projection": projected.to_dict(),
+        "results": found,
+        "copied": {str(t): copied(fast, every, t, options.tokens) for t in COPIED},
+        "cache": cache(fast, every[0], options.tokens),
+        "machine": machine.facts(torch.device("cpu")),
     }
-    found: dict[str, Any] = {}
-    for kind, inputs in prompts.items():
-        seconds: dict[str, list[float]] = {name: [] for name in ways}
-        same = dict.fromkeys(ways, 0)
-        wanted = [ways["plain"](x) for x in inputs]
-        for _ in range(options.rounds):
-            for name, way in ways.items():
-                start = time.perf_counter()
-                try:
-                    outputs = [way(x) for x in inputs]
-                except (ValueError, TypeError, RuntimeError, AttributeError, StrategyError) as e:
-                    same[name] = -1
-                    print(f"{name}: {type(e).__name__}: {str(e)[:120]}")
-                    continue
-                seconds[name].append(time.perf_counter() - start)
-                same[name] = sum(torch.equal(a, b) for a, b in zip(outputs, wanted, strict=True))
-        traces = [fast.run_generate(x, **settings).to_dict() for x in inputs]
-        base = median(seconds["plain"])
-        found[kind] = {
-            "speed": {name: base / median(s) for name, s in seconds.items() if s},
-            "same": {name: f"{n} of {len(inputs)}" for name, n in same.items() if n >= 0},
-            "ours": {
-                key: sum(t[key] for t in traces)
-                for key in ("lower", "upper", "drafted", "accepted", "looked_up_accepted", "ties")
-            },
-        }
-        print(kind, json.dumps(found[kind]))
-    options.out.write_text(
-        json.dumps(
-            {
-                "command": f"python -m tests.bench.language --model DIR{' --fit' if options.fit else ''}",
-                "model": type(model).__name__,
-                "parameters": sum(p.numel() for p in model.parameters()),
-                "tokens": options.tokens,
-                "rounds": options.rounds,
-                "fit": fitted,
-                "projection": projected.to_dict(),
-                "results": found,
-                "machine": machine.facts(torch.device("cpu")),
-            },
-            indent=1,
-        )
+    before = json.loads(options.out.read_text()) if options.out.exists() else {}
+    before[f"{options.model.name}, batch {options.batch}"] = made
+    options.out.write_text(json.dumps(before, indent=1) + "\n")
+
+
+def decoder(model: Any, tokenizer: Any, options: argparse.Namespace) -> tuple[Any, list[Tensor]]:
+    """A decoder with fitted draft heads, and held-out text of the model."""
+    if options.text is None:
+        raise SystemExit("--text FILE is needed, for fitting and for calibration")
+    lines = [line for line in options.text.read_text().splitlines() if len(line.split()) > 8]
+    count = max(2, int(HELD * options.lines))
+    held = written(model, tokenizer, lines[:count])
+    if options.decoder is not None and options.decoder.exists():
+        fast: Any = load(options.decoder)
+        return fast, held
+    fast = eecompile(model, strategies.SelfSpeculative(), example_kwargs={"input_ids": held[0][:, :8]})
+    texts = written(model, tokenizer, lines[count : count + options.lines])
+    for exit in options.exits:
+        fast.exit = exit
+        print(exit, fast.fit(texts, epochs=8))
+    if options.decoder is not None:
+        fast.save(options.decoder)
+    return fast, held
+
+
+def written(model: Any, tokenizer: Any, lines: list[str]) -> list[Tensor]:
+    """What the model writes `[1, S]` after two to eight words of each line, every other batch of lines greedily."""
+    found = []
+    torch.manual_seed(0)
+    for start in range(0, len(lines), ROWS):
+        words = [" ".join(line.split()[: 2 + i % 7]) for i, line in enumerate(lines[start : start + ROWS])]
+        inputs = tokenizer(words, return_tensors="pt", padding=True, return_token_type_ids=False)
+        sampled = {"do_sample": True, "temperature": 0.8} if start // ROWS % 2 else {"do_sample": False}
+        out = model.generate(**inputs, **sampled, max_new_tokens=WRITTEN, eos_token_id=None, pad_token_id=0)
+        found += [row[None, int(mask.argmax()) :] for row, mask in zip(out, inputs["attention_mask"], strict=True)]
+    return found
+
+
+def batches(tokenizer: Any, texts: list[str], rows: int) -> list[dict[str, Tensor]]:
+    return [
+        dict(tokenizer(texts[i : i + rows], return_tensors="pt", padding=True, return_token_type_ids=False))
+        for i in range(0, len(texts), rows)
+    ]
+
+
+def greedy(tokens: int) -> dict[str, Any]:
+    return {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
+
+
+def measured(fast: Any, inputs: list[dict[str, Tensor]], options: argparse.Namespace) -> dict[str, Any]:
+    """Speed of every way over plain decoding on these batches, and whether its tokens are the same."""
+    model, settings = fast.model, greedy(options.tokens)
+    ways: dict[str, Callable[[Any], Any]] = {
+        "plain": lambda x: model.generate(**x, **settings),
+        "ours": lambda x: fast.generate(**x, **settings),
+    }
+    if options.batch == 1:  # those of transformers take one row
+        ways["prompt_lookup_num_tokens"] = lambda x: model.generate(**x, prompt_lookup_num_tokens=4, **settings)
+        ways["assistant_early_exit"] = lambda x: model.generate(**x, assistant_early_exit=fast.exit, **settings)
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    outputs: dict[str, list[Tensor]] = {}
+    others = []
+    for _ in range(options.rounds):
+        watch = Bystanders()
+        for name, way in ways.items():
+            start = time.perf_counter()
+            try:
+                outputs[name] = [way(x) for x in inputs]
+            except (ValueError, TypeError, RuntimeError, AttributeError, StrategyError) as e:
+                print(f"{name}: {type(e).__name__}: {str(e)[:120]}")
+                continue
+            seconds[name].append(time.perf_counter() - start)
+        others.append(watch.share())
+    rows = sum(len(x["input_ids"]) for x in inputs)
+    traces = [fast.run_generate(**x, **settings).to_dict() for x in inputs]
+    return {
+        "speed": {name: median(seconds["plain"]) / median(s) for name, s in seconds.items() if s},
+        "tokens_per_second": {name: rows * options.tokens / median(s) for name, s in seconds.items() if s},
+        "same_texts": {name: f"{same(out, outputs['plain'])} of {rows}" for name, out in outputs.items()},
+        "ours": {key: sum(t[key] for t in traces) for key in COUNTED},
+        "others": median(o for o in others if o is not None) if None not in others else None,
+    }
+
+
+def same(one: list[Tensor], other: list[Tensor]) -> int:
+    return sum(torch.equal(a, b) for x, y in zip(one, other, strict=True) for a, b in zip(x, y, strict=True))
+
+
+def copied(fast: Any, inputs: list[dict[str, Tensor]], threshold: float, tokens: int) -> dict[str, float]:
+    """How often the text changes where exited tokens skip the upper part (`kv="copy"`)."""
+    other: Any = eecompile(fast.model, strategies.SelfSpeculative(kv="copy"), example_kwargs=inputs[0])
+    other.draft_heads, other.exit, other.threshold, other.max_draft = fast.draft_heads, fast.exit, threshold, fast.max_draft
+    changed, equal, early = 0, 0.0, 0.0
+    for x in inputs:
+        wanted = fast.generate(**x, **greedy(tokens))[0, -tokens:]
+        trace = other.run_generate(**x, **greedy(tokens))
+        text = trace.output[0, -tokens:]
+        changed += not torch.equal(text, wanted)
+        equal += float((text == wanted).float().mean()) / len(inputs)
+        early += trace.sources[0].count(1) / tokens / len(inputs)
+    return {"texts": len(inputs), "changed": changed, "same_tokens": equal, "tokens_at_the_exit": early}
+
+
+def cache(fast: Any, inputs: dict[str, Tensor], tokens: int) -> float:
+    """Size of the cache over that of plain decoding, after the same text."""
+
+    def size(kept: Any) -> int:
+        return sum(t.numel() for layer in kept.layers for t in (layer.keys, layer.values))
+
+    settings = {**greedy(tokens), "return_dict_in_generate": True}
+    return size(fast._generated((), {**inputs, **settings})[1].cache) / size(
+        fast.model.generate(**inputs, **settings).past_key_values
     )
 
 
