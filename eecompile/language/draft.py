@@ -55,7 +55,7 @@ class DraftHead(nn.Module):
         down = self.down(self.norm(hidden))
         one = torch.ones((), device=hidden.device)
         sure, best, _ = torch.ops.eecompile.head_confidence(down, self.up.weight, None, one)
-        return self.vocabulary[best.clamp(min=0)], sure
+        return self.vocabulary.index_select(0, best.clamp(min=0)), sure
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,8 @@ import transformers as hf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from eecompile import eecompile, strategies
 from eecompile.errors import EecompileError, StrategyError, UnsupportedModelError
@@ -423,6 +425,20 @@ def test_the_best_token_of_a_draft_head_is_that_of_its_logits() -> None:
         wanted = head(hidden).softmax(-1).max(-1)
         assert torch.equal(tokens[real], head.vocabulary[wanted.indices][real])
         torch.testing.assert_close(sure, wanted.values.detach(), equal_nan=True)
+
+
+def test_on_cuda_a_draft_head_calls_the_fused_operator() -> None:
+    class Seen(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    with torch.device("meta"):
+        head = DraftHead(16, torch.arange(5), 4)
+    with FakeTensorMode(allow_non_fake_inputs=True), Seen(), torch.no_grad():
+        tokens, _ = head.to_empty(device="cuda").best(torch.empty(3, 16, device="cuda"))
+    assert tokens.is_cuda and "eecompile.head_confidence.default" in names
 
 
 @pytest.mark.parametrize(
