@@ -29,14 +29,13 @@ class CostModel:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.total = program.total_flops or 1.0
-        self._values = PerSettings(Settings.to_dict)
         charges, begins = program.choices.charges, program.choices.begins
         self._usual = [c.flops * c.usual / self.total for c in charges]
         self._live = [c.live_flops / self.total for c in charges]
         self._prices = {h: [(c.flops + c.unit_flops * h) / self.total for c in charges] for h in (False, True)}
         self._stages = [begins[c.node] for c in charges]
         self._constants: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = {}
-        self._tables: dict[tuple[object, ...], tuple[float, ...]] = {}
+        self._tables = PerSettings[dict[tuple[bool, ...], tuple[float, ...]]](lambda _: {})
 
     def constant(self, values: Sequence[float], device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
         """Values on a device, sent there once. Not to be written to."""
@@ -61,11 +60,12 @@ class CostModel:
             open_exits: Instead of those that are open under `settings`.
         """
         is_open = tuple(self.is_open(settings) if open_exits is None else map(bool, open_exits))
-        values = self._values(settings)
-        key = is_open, tuple(self._asked(d, values.get(d.family, {}), is_open) for d in self.program.choices.deciders)
-        if key not in self._tables:
-            self._tables[key] = tuple(self._at_exits(*key))
-        return self._tables[key]
+        tables = self._tables(settings)
+        if is_open not in tables:
+            values = settings.to_dict()
+            asked = [self._asked(d, values.get(d.family, {}), is_open) for d in self.program.choices.deciders]
+            tables[is_open] = tuple(self._at_exits(is_open, asked))
+        return tables[is_open]
 
     def _asked(self, d: Decider, values: Mapping[str, float], open_exits: Sequence[bool]) -> bool:
         """Whether a unit's numbers decide anything under a family's values; those of halting steps are charged by row."""
