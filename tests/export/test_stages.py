@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 
-from eecompile import ExportError
+from eecompile import ExportError, strategies
 from eecompile.export import verify
 from tests.export.cases import same_as_reference, undecided
-from tests.kinds import KINDS, Program
+from tests.kinds import KINDS, Program, text
 from tests.support import close, run_by
 
 pytest.importorskip("onnx")
@@ -111,6 +113,68 @@ def test_numpy_and_onnx_runtime_are_enough(written: tuple[Program, Path], tmp_pa
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, cwd=tmp_path)
     want = run_by("reference", program.fast, x).exit_index
     assert np.load(tmp_path / "out.npz")["exit_index"].tolist() == want.tolist()
+
+
+HEADER = os.environ.get("ONNXRUNTIME_INCLUDE", "")
+"""The folder of onnxruntime_c_api.h: wheels have the library alone."""
+
+
+@pytest.fixture(scope="module")
+def cpp(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The driver of examples/cpp, built against the library of the wheel."""
+    import onnxruntime
+
+    folder = tmp_path_factory.mktemp("build")
+    library = folder / "libonnxruntime.so.1"  # the name that it is loaded by; the wheel has it with all of its version
+    library.symlink_to(next(Path(onnxruntime.__file__).parent.glob("capi/libonnxruntime.so.*")))
+    source = Path(__file__).parents[2] / "examples/cpp"
+    given = [f"-DONNXRUNTIME_INCLUDE={HEADER}", f"-DONNXRUNTIME_LIB={library}"]
+    for command in (["cmake", "-S", source, "-B", folder, *given], ["cmake", "--build", folder]):
+        done = subprocess.run([*map(str, command)], capture_output=True, text=True, check=False)
+        assert not done.returncode, done.stdout[-2000:] + done.stderr[-2000:]
+    return folder / "stages"
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not HEADER or shutil.which("cmake") is None, reason="no cmake, or no ONNXRUNTIME_INCLUDE")
+class TestCpp:
+    @pytest.mark.parametrize("name", ["exits by margin", "ensemble", "weighted ensemble", "cascade", "text"])
+    def test_rows_are_the_references(self, name: str, cpp: Path, tmp_path: Path) -> None:
+        program = (KINDS | {"text": text(lambda: strategies.MeBert(exits=2, criterion="margin"))})[name].build()
+        fast = program.fast
+        fast.set_thresholds(1.0)  # all are in the file
+        args, kwargs = program.kind.call(64, 1)
+        confidences = fast.observe(*args, **kwargs).confidences
+        fast.set_thresholds([float(c.quantile(0.4)) + 1e-4 for c in confidences[:-1]])
+        path = fast.export(tmp_path / "net", target="stages")
+        for size in (1, 5, 64):
+            args, kwargs = program.kind.call(size, 1)
+            want = run_by("reference", fast, *args, **kwargs)
+            files = []
+            for i, t in enumerate(fast.program.signature.flatten(args, kwargs)):
+                files.append(tmp_path / f"{i}.bin")
+                t.numpy().tofile(files[-1])
+            done = subprocess.run([*map(str, (cpp, path, size, *files))], capture_output=True, text=True, check=False)
+            assert not done.returncode, done.stderr
+            found = [line.split() for line in done.stdout.splitlines()]
+            assert size < 64 or len(set(want.exit_index.tolist())) > 1
+            assert [int(exit) for _, exit, _ in found] == want.exit_index.tolist()
+            assert [int(label) for label, _, _ in found] == fast.prediction_of(want.output).argmax(-1).tolist()
+            close(torch.tensor([float(sure) for *_, sure in found]), want.confidence)
+
+    def test_what_is_refused(self, written: tuple[Program, Path], cpp: Path, tmp_path: Path) -> None:
+        _, path = written
+        (tmp_path / "x.bin").write_bytes(bytes(7))
+        cases = {
+            "cannot read": [tmp_path, 1, tmp_path / "x.bin"],
+            "x.bin has another size": [path, 2, tmp_path / "x.bin"],
+            "wanted 1": [path, 2, tmp_path / "x.bin", tmp_path / "x.bin"],
+            "wanted 1 or more": [path, 0, tmp_path / "x.bin"],
+        }
+        for message, arguments in cases.items():
+            done = subprocess.run([*map(str, (cpp, *arguments))], capture_output=True, text=True, check=False)
+            assert done.returncode == 1
+            assert message in done.stderr
 
 
 def test_the_folder_says_what_is_in_it(written: tuple[Program, Path]) -> None:
