@@ -8,7 +8,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, fx, nn
@@ -19,6 +18,7 @@ from eecompile.artifact import files
 from eecompile.artifact.read_choices import insert_saved
 from eecompile.artifact.records import record, records
 from eecompile.calibration.guarantee import Guarantee
+from eecompile.capture.archive import load_archive
 from eecompile.capture.export import Captured, flat_graph
 from eecompile.capture.exported import program_graph
 from eecompile.capture.quiet import quiet
@@ -151,7 +151,7 @@ def _exported(path: Path) -> ExportedProgram:
     files.refuse_pickles(path)
     try:
         with quiet():
-            return torch.export.load(path)
+            return load_archive(path)
     except Exception as error:  # torch raises many unrelated types on a damaged archive
         raise ArtifactError(
             "the exported program cannot be read", where=str(path), got=f"{type(error).__name__}: {error}"[:300]

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 from torch.export import ExportedProgram
 
+from eecompile.capture.archive import load_archive
 from eecompile.capture.axes import BatchAxis
 from eecompile.capture.blocks import capture_blocks
 from eecompile.capture.export import Captured, capture_export
@@ -62,7 +62,7 @@ def read_pt2(path: Path) -> ExportedProgram:
         raise CaptureError("there is no such file", where=str(path), wanted="a .pt2 file of torch.export.save")
     try:
         with quiet():
-            return torch.export.load(path)
+            return load_archive(path)
     except Exception as error:  # torch raises many unrelated types on a foreign file
         raise CaptureError(
             "the file is not a program of torch.export", where=str(path), got=f"{type(error).__name__}: {error}"[:300]

@@ -100,10 +100,25 @@ class FlatAdapter(nn.Module):
 
 @contextlib.contextmanager
 def mode(model: nn.Module, training: bool) -> Iterator[None]:
-    """`model` in one mode, every submodule's own flag restored afterwards."""
+    """`model` in one mode, every submodule's own flag restored afterwards.
+
+    Raises:
+        CaptureError: Train mode is asked for, and `model` is a graph of `torch.export`, whose mode is fixed in it.
+    """
     flags = {m: m.training for m in model.modules()}
     try:
-        model.train(training)
+        try:
+            model.train(training)
+        except NotImplementedError as error:  # how graphs of torch.export and of PT2E refuse
+            if training:
+                raise CaptureError(
+                    "the model has no train mode: it is a graph of torch.export",
+                    where=type(model).__name__,
+                    got=" ".join(str(error).split())[:200],
+                    hint="fit(trunk=False) trains what was inserted; train the model itself before it is exported",
+                ) from error
+            for m in flags:
+                m.training = False
         yield
     finally:
         for m, flag in flags.items():

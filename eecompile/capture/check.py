@@ -243,7 +243,8 @@ def independent(
                 where=f"{where}, output {leaf.path}",
                 got=f"row 1 alone differs from the same row in its batch by {worst:.2g}",
                 wanted=f"at most {LOOSE:g}",
-                hint="look for a mean over the batch axis or batch norm in train mode; compile in eval mode",
+                hint="look for a mean over the batch axis, batch norm in train mode (compile in eval mode), or activations "
+                "quantized with one scale for the whole batch (PT2E with is_dynamic=True: take static scales)",
             )
     return ()
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eecompile.capture.archive import load_archive
 from eecompile.errors import EecompileError, ExportError
 from eecompile.export.description import KEY, Description
 from eecompile.export.files import FOLDER
@@ -103,7 +104,7 @@ def _by_name(description: Description, call: Callable[..., Sequence[Any]]) -> Op
 
 def _open_pt2(path: Path) -> Opened:
     extra = {f"{KEY}.json": ""}
-    program = torch.export.load(path, extra_files=extra)
+    program = load_archive(path, extra_files=extra)
     description = Description.from_json(extra[f"{KEY}.json"], str(path))
     return _by_name(description, program.module())
 

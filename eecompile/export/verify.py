@@ -30,6 +30,9 @@ from eecompile.training.report import Report, json_safe, number, percent, stacke
 
 SIZES = (1, 2, 5, 64)
 NEAR = 1e-3
+ROUNDED = 2e-2
+"""How far activations that are rounded to integers carry a sum in another order: both what an output of a quantized program
+may be off, relative to the largest value, and how near to a threshold its rows are left out."""
 """A confidence that is no further than this from its threshold may be rounded to either side."""
 CHECKED = (1, 2, 37)
 """Batch sizes at which compiled code is compared before it is given out."""
@@ -53,7 +56,7 @@ class ExportReport(Report):
         rows: Rows compared.
         sizes: Batch sizes that they were compared at.
         near: Rows, by batch and row of the loader, that were left out: a confidence or score of theirs is within 1e-3 of its
-            threshold.
+            threshold, or 2e-2 where activations are quantized.
         largest_difference: Of an output of the other rows, relative to the largest value of the reference.
         times: For each place that rows leave at: `rows` per call, `seconds` per call of the quickest round, `full_seconds`
             of the full model in the same runtime, their `ratio`, and the `cost` that the ratio would be if only FLOPs
@@ -162,6 +165,7 @@ class _Check:
     def __init__(self, program: Program, settings: Settings, found: Opened, rounds: int) -> None:
         self.program, self.settings, self.found, self.rounds = program, settings, found, rounds
         self.reference = ReferenceExecutor(program)
+        self.rounded = rounds_activations(program)
         self.report = ExportReport(found.description.target, 0, [])
         self.left: dict[int, tuple[list[Tensor], int]] = {}  # by exit: a batch and one of its rows that leaves there
 
@@ -224,7 +228,7 @@ class _Check:
                 a, b = a.index_select(leaf.batch_axis, keep), b.index_select(leaf.batch_axis, keep)
             off = _difference(a, b)
             report.largest_difference = max(report.largest_difference, off)
-            if off > tolerance(b.dtype):
+            if off > tolerance(b.dtype, self.rounded):
                 report.problems.append(f"{leaf.path} differs by {off:.1e} of its largest value at batch size {size}")
 
     def _near(self, want: Outcome) -> Tensor:
@@ -237,7 +241,7 @@ class _Check:
         pairs += [(s, t) for s, t in scores if s is not None and 0 < t <= 1]
         found = torch.zeros_like(want.exit_index, dtype=torch.bool)
         for value, threshold in pairs:
-            found |= (value.float() - threshold).abs() <= NEAR
+            found |= (value.float() - threshold).abs() <= (ROUNDED if self.rounded else NEAR)
         return found
 
     # -------------------------------------------------------------- time
@@ -302,10 +306,18 @@ class _Check:
         )
 
 
-def tolerance(dtype: torch.dtype) -> float:
+def rounds_activations(program: Program) -> bool:
+    """Whether a graph that was quantized rounds activations to integers."""
+    names = (str(getattr(n.target, "_opname", "")) for n in program.source.graph.nodes)
+    return any(name.startswith("quantize") for name in names)
+
+
+def tolerance(dtype: torch.dtype, rounded: bool = False) -> float:
     """How far an output may be from the reference's, relative to the largest value: runtimes sum in orders of their own."""
     if not dtype.is_floating_point:
         return 0.0
+    if rounded:
+        return ROUNDED
     return 1e-4 if torch.finfo(dtype).eps < 1e-4 else 20 * torch.finfo(dtype).eps
 
 

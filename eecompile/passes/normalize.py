@@ -12,7 +12,7 @@ import sympy
 import torch
 from torch import fx
 
-from eecompile.capture.memory import written
+from eecompile.capture.memory import memory, written
 from eecompile.passes import facts
 from eecompile.passes.base import Pass, PassResult
 from eecompile.passes.recurrent import split_layers
@@ -32,6 +32,8 @@ class Normalize(Pass):
     - `squeeze()` names its axes: it would drop the batch axis when one row is left.
     - Masks that are all true, or causal, whatever the input, become what eager models pass: none, or a flag.
     - Stacks of recurrent layers become one call for each layer (`recurrent`).
+    - What is computed from weights alone, such as a quantized weight in floats, comes right before its first reader, so
+      that rows which leave early neither wait for it nor carry it along.
     - Dropout in eval mode and run-time checks that the signature makes anyway go away.
     - So does work that no output needs, in-place operators on it included.
     """
@@ -48,6 +50,7 @@ class Normalize(Pass):
             "masks": _fold_masks(graph_module, batch),
             "no-ops": _drop_noops(graph_module),
             "dead nodes": _drop_dead(graph_module),
+            "weights' values": _sink_constants(graph_module),
         }
         facts.tidy(graph_module)
         done = {k: v for k, v in counts.items() if v}
@@ -103,6 +106,35 @@ def _writes_own(node: fx.Node) -> bool:
     """Whether an in-place operator writes to memory of the graph's own, not to an input or a buffer of the model."""
     found = written(node)
     return bool(found) and all(facts.memory(w).op == "call_function" for w in found)
+
+
+def _sink_constants(graph_module: fx.GraphModule) -> int:
+    """Moves values that depend on weights alone, through operators without effects, to before their first reader."""
+    nodes = list(graph_module.graph.nodes)
+    changed = {memory(w) for n in nodes for w in written(n)}
+    constant: set[fx.Node] = set()
+    for n in nodes:
+        sources = n.all_input_nodes
+        if n.op == "get_attr" or (_is_pure(n) and sources and all(s in constant for s in sources)):
+            if memory(n) not in changed:
+                constant.add(n)
+    count = 0
+    for n in reversed(nodes):
+        if n.op != "call_function" or n not in constant or not n.users:
+            continue
+        first = min(n.users)
+        between = n.next
+        while between is not first and between in constant:
+            between = between.next
+        if between is not first:
+            first.prepend(n)
+            count += 1
+    return count
+
+
+def _is_pure(node: fx.Node) -> bool:
+    drawn = torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ())
+    return node.op == "call_function" and not drawn and not written(node) and not node.is_impure()
 
 
 class _Unknown(Exception):

@@ -42,6 +42,17 @@ def test_an_exported_program_is_a_model():
     assert "captured" not in repr(program)
 
 
+def test_the_module_of_a_program_is_a_model_with_one_mode():
+    """Its `train` and `eval` raise."""
+    module = exported().module()
+    fast = compiled(module, rows(4))
+    with torch.no_grad():
+        equal_bits(fast(rows(3)), made(Net)(rows(3)))
+    fast.fit([(rows(6), torch.arange(6) % 2)], epochs=1)
+    with pytest.raises(CaptureError, match="no train mode"):
+        fast.fit([(rows(6), torch.arange(6) % 2)], epochs=1, trunk=True)
+
+
 def test_a_file_is_a_model_too_and_needs_no_example(tmp_path):
     path = tmp_path / "net.pt2"
     torch.export.save(exported(), path)

@@ -187,3 +187,32 @@ def test_work_that_no_output_needs_goes_away_and_writes_that_are_read_stay() -> 
         assert after.count(kept) == before.count(kept), kept
     assert "dead nodes" in program.history["normalize"].summary
     check_numbers(s, program)
+
+
+class Early(nn.Module):
+    """Weights that are computed at the start: one for the end, one that is read twice, one that is written to first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Parameter(noise(8, 8)), nn.Parameter(noise(3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        last, both = (self.b * 0.5).relu(), self.a.tanh()
+        own = self.a.clone()
+        before = own + 1
+        own.mul_(2)
+        h = F.linear(F.linear(x, both).relu(), both)
+        return F.linear(F.linear(h, own) + F.linear(h, before), last)
+
+
+def test_values_of_weights_come_before_their_first_reader() -> None:
+    s = source(built(Early), (noise(4, 8),))
+    program = normalized(s)
+    order = list(program.graph_module.graph.nodes)
+    place = {name: next(i for i, n in enumerate(order) if n.name == name) for name in ("relu", "tanh", "add", "mul_")}
+    readers = [i for i, n in enumerate(order) if n.target is aten.linear.default]
+    assert place["tanh"] < readers[0], "both of its readers come later"
+    assert readers[1] < place["relu"] < readers[-1]
+    assert place["add"] < place["mul_"], "it is what stood there before the write"
+    check_numbers(s, program)
+    assert not run_passes(program, [Normalize()]).history[-1].modified
