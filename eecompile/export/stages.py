@@ -226,6 +226,7 @@ def _save(
     path: Path,
 ) -> None:
     free = {n: free_axes(shapes[n], program.signature.dynamic) for n in given}
+    given = {n: t.contiguous() for n, t in given.items()}  # as a driver hands them over; torch.onnx fails at a view's guards
     exported: ExportedProgram = traced(module, given, free)
     convert(exported, path, Description("stages", tuple(given), gives, ()), [shapes[n] for n in given], {})
 
