@@ -25,7 +25,7 @@ from eecompile.language.split import Split
 
 # Two scores are a near-tie where they differ by less than so many roundings of the largest logit.
 TIE, TIE_OF_HALF = 32, 4
-# Prompt lookup pauses in a row where a draft of it gives fewer tokens than its columns cost, in tokens of plain decoding.
+# A drafter pauses in a row where a draft of it gives fewer tokens than it costs, about so many tokens of plain decoding.
 WORTH, LATEST, PAUSE = 0.4, 0.3, 8  # the share of the newest draft in the mean; drafts that are left out in a pause
 
 
@@ -68,6 +68,29 @@ class Counts:
 
 
 @dataclass
+class Standing:
+    """What a drafter gave in one row so far.
+
+    Attributes:
+        gain: Mean of the tokens that were kept of a draft, the latest drafts weighing most.
+        pause: Drafts that are still left out.
+    """
+
+    gain: float = 1.0
+    pause: int = 0
+
+    def rests(self) -> bool:
+        """Whether the draft that could begin now is left out."""
+        resting = self.pause > 0
+        self.pause -= resting
+        return resting
+
+    def learn(self, kept: int) -> None:
+        self.gain += LATEST * (kept - self.gain)
+        self.pause = PAUSE if self.gain < WORTH else 0
+
+
+@dataclass
 class Row:
     """One sequence. The last id has not been through the model yet; all before it have.
 
@@ -75,8 +98,7 @@ class Row:
         ids: Token ids, padding on the left included.
         drafts: Tokens drafted after the last id, with whether prompt lookup gave each.
         sources: For each generated token: 0 the full model, 1 the draft head, 2 prompt lookup.
-        gain: Mean of the tokens that a draft of prompt lookup gave, the latest ones weighing most.
-        pause: Drafts of prompt lookup that are still left out.
+        head, lookup: How the draft head and prompt lookup do.
     """
 
     ids: list[int]
@@ -84,8 +106,8 @@ class Row:
     done: bool = False
     drafts: list[tuple[int, bool]] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
-    gain: float = 1.0
-    pause: int = 0
+    head: Standing = field(default_factory=Standing)
+    lookup: Standing = field(default_factory=Standing)
     scores: list[Tensor] = field(default_factory=list)
     logits: list[Tensor] = field(default_factory=list)
 
@@ -219,12 +241,16 @@ class Generation:
             most = min(most, self.longest - len(row.ids) - given)
         return most - len(row.drafts)
 
+    def _goes_on(self, row: Row) -> bool:
+        """Whether the draft head may add a token; it begins where all that is drafted comes from prompt lookup."""
+        begins = not row.drafts or row.drafts[-1][1]
+        return self._room(row) > 0 and not (begins and row.head.rests())
+
     def _looked_up(self, row: Row) -> list[tuple[int, bool]]:
         if not self.options.lookup:
             return []
         found = lookup(row.ids, self.options.lookup, self._room(row))
-        if found and row.pause:
-            row.pause -= 1
+        if found and row.lookup.rests():
             return []
         self.counts.looked_up += len(found)
         return [(token, True) for token in found]
@@ -238,7 +264,7 @@ class Generation:
         for b, given in tokens.items():
             queue[b] += list(hidden[b, : len(given)].unbind(0))
         on = [b for b in tokens if self._overruled(b, queue[b])]
-        going = [b for b in tokens if b not in on and self._room(self.rows[b]) > 0]
+        going = [b for b in tokens if b not in on and self._goes_on(self.rows[b])]
         if not going or self.options.threshold > 1:
             return on
         last = torch.stack([queue[b][-1] for b in going])[:, None]  # [B', 1, D]
@@ -250,9 +276,12 @@ class Generation:
         return on
 
     def _overruled(self, b: int, states: list[Tensor]) -> bool:
-        """Ends a looked-up draft at the first token where the draft head is sure of another one, which takes its place."""
+        """Ends a looked-up draft at the first token where the draft head is sure of another one, which takes its place;
+        in rows where the draft head gives more than prompt lookup.
+        """
         row = self.rows[b]
-        if self.best is None or not self.choosing.plain or not row.drafts or not row.drafts[-1][1]:
+        looked_up = len(row.drafts) > 0 and row.drafts[-1][1]
+        if self.best is None or not self.choosing.plain or not looked_up or row.head.gain <= row.lookup.gain:
             return False
         tokens, sure = self.best(torch.stack(states[:-1]).float())
         for j, (token, p) in enumerate(zip(tokens.tolist(), sure.tolist(), strict=True)):
@@ -312,7 +341,7 @@ class Generation:
         """Takes tokens from the logits `[Q, V]` of the row's undecided tokens; with "copy", of the last one alone."""
         row = self.rows[b]
         drafts, row.drafts = row.drafts, []
-        before = self.counts.looked_up_accepted
+        kept_drafts, looked_up = 0, sum(looked_up for _, looked_up in drafts)  # those of prompt lookup come first
         copying = self.options.kv == "copy"
         for j in range(len(drafts) + 1):
             drafted = drafts[j] if j < len(drafts) else None
@@ -324,14 +353,16 @@ class Generation:
                 token = self._choose(b, logits[0 if copying else j], checked=len(drafts) > 0 and not copying)
                 kept = drafted is not None and token == drafted[0]
             source = 0 if not kept or drafted is None else 2 if drafted[1] else 1
+            kept_drafts += source > 0
             self.counts.accepted += source == 1
             self.counts.looked_up_accepted += source == 2
             self._commit(b, token, source)
             if row.done or not kept:
                 break
-        if any(looked_up for _, looked_up in drafts):
-            row.gain += LATEST * (self.counts.looked_up_accepted - before - row.gain)
-            row.pause = PAUSE if row.gain < WORTH else 0
+        if looked_up:
+            row.lookup.learn(min(kept_drafts, looked_up))
+        if looked_up <= kept_drafts and looked_up < len(drafts):
+            row.head.learn(kept_drafts - looked_up)
 
     # ------------------------------------------------------------------ tokens
 

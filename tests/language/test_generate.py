@@ -19,7 +19,9 @@ from eecompile import eecompile, strategies
 from eecompile.errors import EecompileError, StrategyError, UnsupportedModelError
 from eecompile.language.decoder import CompiledDecoder
 from eecompile.language.draft import DraftHead
+from eecompile.language.generation import Choosing, DraftOptions, Generation, Row, Standing
 from eecompile.language.lookup import lookup
+from eecompile.language.split import Split
 from tests.language.decoders import DECODERS, V, decoder, prompts
 
 PADDED = [name for name in DECODERS if name != "gemma2"]  # in float64 its own scores of padded rows are NaN
@@ -230,26 +232,44 @@ def test_a_context_is_filled_to_its_end(name: str) -> None:
         assert kv != "verify" or torch.equal(got, model.generate(**batch, **options))
 
 
-def test_a_draft_head_overrules_prompt_lookup_where_it_is_sure(llama: Any) -> None:
-    class Sure(DraftHead):
-        sure = 0.9
+@pytest.mark.parametrize(
+    ("head", "lookup", "sure", "drafts"),
+    [
+        (1.5, 0.5, (0.9, 0.9, 0.9), [(5, True), (60, False)]),  # the head agrees with the first, not with the second
+        (1.5, 0.5, (0.9, 0.1, 0.1), [(5, True), (6, True), (7, True)]),
+        (0.5, 1.5, (0.9, 0.9, 0.9), [(5, True), (6, True), (7, True)]),
+    ],
+)
+def test_a_draft_head_overrules_prompt_lookup_where_it_gives_more(
+    llama: Any, head: float, lookup: float, sure: tuple[float, ...], drafts: list[tuple[int, bool]]
+) -> None:
+    options = DraftOptions(0.5, 4, 3, "verify")
+    answers = torch.tensor([5, 60, 60]), torch.tensor(sure)
+    generation = Generation(Split(llama, "model.layers", 2), None, options, Choosing([], []), 64, lambda states: answers)  # type: ignore[arg-type]
+    row = Row([1, 2], 2, drafts=[(5, True), (6, True), (7, True)], head=Standing(head), lookup=Standing(lookup))
+    generation.rows = [row]
+    states = [torch.zeros(32)] * 4
+    assert generation._overruled(0, states) == (len(drafts) == 2)
+    assert row.drafts == drafts and len(states) == (2 if len(drafts) == 2 else 4)
 
+
+def test_a_draft_head_pauses_where_it_gives_nothing(llama: Any) -> None:
+    batch = prompts(1, padded=False)
+    options = {"max_new_tokens": 40, "do_sample": False, "eos_token_id": None}
+    out = llama.generate(**batch, **options)
+    text = [*out[0].tolist(), 0]
+
+    class Wrong(DraftHead):
         def best(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-            return torch.full(hidden.shape[:1], 60), torch.full(hidden.shape[:1], self.sure)
+            unused = torch.tensor([next(t for t in range(V) if t not in text)])
+            return unused, torch.ones(1)
 
-    ids = torch.tensor([[5, 6, 7, 8, 9, 10] * 4])
-    batch = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    options = {"max_new_tokens": 24, "do_sample": False, "eos_token_id": None}
-    found = {}
-    for sure in (0.9, 0.1):
-        fast = compiled(llama, batch, threshold=0.5)
-        fast.draft_heads["2"] = head = Sure(32, torch.arange(V), 4)
-        head.sure = sure
-        found[sure] = fast.run_generate(**batch, **options)
-        assert torch.equal(found[sure].output, llama.generate(**batch, **options))
-        assert found[sure].counts.looked_up > 0
-    assert found[0.9].counts.drafted > 0 and found[0.9].counts.looked_up_accepted <= found[0.1].counts.looked_up_accepted
-    assert found[0.1].counts.drafted == 0
+    fast = compiled(llama, batch, lookup=0)
+    fast.draft_heads["2"] = Wrong(32, torch.arange(V), 4)
+    trace = fast.run_generate(**batch, **options)
+    assert torch.equal(trace.output, out) and trace.counts.accepted == 0
+    assert trace.counts.lower == 39 + trace.counts.drafted
+    assert trace.counts.drafted <= 4 * (3 + 35 // 9), "three drafts in a row, then one after eight that are left out"
 
 
 def test_prompt_lookup_pauses_where_it_gives_nothing(llama: Any, monkeypatch: pytest.MonkeyPatch) -> None:
