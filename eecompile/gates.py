@@ -8,13 +8,12 @@ A unit is called with the value `x` that comes in and, where it is a masked sequ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from eecompile.heads import Site, fitting, mean_over_positions
+from eecompile.heads import Site, as_data, fitting, from_data, mean_over_positions
 
 OPEN_BIAS = 2.0
 HIDDEN = 10  # of the recurrent gate, as in the paper
@@ -45,6 +44,7 @@ class GateUnit(nn.Module):
             return mean_over_positions(self.site.sequence(x), mask)
         return x
 
+    @property
     def options(self) -> dict[str, Any]:
         """Further arguments, as JSON data."""
         return {"open_bias": self.open_bias}
@@ -181,6 +181,7 @@ class PolicyGate(GateUnit):
         found: Tensor = self.score(torch.relu(self.hidden(self.norm(self.features(x, mask)))))
         return found
 
+    @property
     def options(self) -> dict[str, Any]:
         return {"open_bias": self.open_bias, "gates": self.gates, "hidden": self.hidden_size}
 
@@ -260,7 +261,7 @@ def unit_class(kind: str, site: Site, where: str) -> type[GateUnit]:
 def describe(unit: nn.Module) -> dict[str, Any]:
     """The unit as JSON data."""
     if isinstance(unit, GateUnit):
-        return {"kind": unit.kind, "site": asdict(unit.site), **unit.options()}
+        return as_data(unit)
     widths = range(len(list(unit.get_submodule("levels").children())))
     return {"kind": WidthNorms.kind, "sizes": [[len(norm.weight) for norm in norms_at(unit, k)] for k in widths]}
 
@@ -269,9 +270,4 @@ def rebuild(data: dict[str, Any], shared: RecurrentCore | None = None) -> GateUn
     """The inverse of `describe`; weights are loaded afterwards. Recurrent units share `shared`."""
     if data["kind"] == WidthNorms.kind:
         return WidthNorms(data["sizes"])
-    options = dict(data)
-    kind, fields = options.pop("kind"), dict(options.pop("site"))
-    site = Site(**{**fields, "sizes": tuple(fields["sizes"])})
-    if UNITS[kind].recurrent:
-        options["shared"] = shared
-    return UNITS[kind](site, **options)
+    return from_data(UNITS, data, **({"shared": shared} if UNITS[data["kind"]].recurrent else {}))

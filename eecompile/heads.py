@@ -388,12 +388,21 @@ def describe(branch: Branch) -> dict[str, Any] | None:
     head = branch.head
     if not isinstance(head, Head) or type(head) is not HEADS.get(head.kind):
         return None
-    return {"kind": head.kind, "site": asdict(head.site), "options": head.options, "score": branch.score is not None}
+    return {**as_data(head), "score": branch.score is not None}
 
 
 def rebuild(data: dict[str, Any]) -> Branch:
     """The inverse of `describe`; weights are loaded afterwards."""
-    fields = dict(data["site"])
-    site = Site(**{**fields, "sizes": tuple(fields["sizes"])})
-    head = HEADS[data["kind"]](site, **data["options"])
-    return Branch(head, score_head(site) if data["score"] else None)
+    head = from_data(HEADS, data)
+    return Branch(head, score_head(head.site) if data["score"] else None)
+
+
+def as_data(unit: Any) -> dict[str, Any]:
+    """A head, a gate's unit or a router's as JSON data: its kind, its site, and the options that it was built with."""
+    return {"kind": unit.kind, "site": asdict(unit.site), "options": unit.options}
+
+
+def from_data(kinds: Mapping[str, type[Fits]], data: Mapping[str, Any], **more: Any) -> Fits:
+    """The inverse of `as_data` among these kinds; weights are loaded afterwards."""
+    site = Site(**{**data["site"], "sizes": tuple(data["site"]["sizes"])})
+    return kinds[data["kind"]](site, **data["options"], **more)

@@ -7,7 +7,6 @@ left out on a guess.
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Any, ClassVar
 
 import torch
@@ -31,6 +30,11 @@ class RouterUnit(nn.Module):
     def __init__(self, site: Site, routes: int, bias: float = 0.0) -> None:
         super().__init__()
         self.site, self.routes, self.bias = site, routes, bias
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Further arguments, as JSON data."""
+        return {"routes": self.routes, "bias": self.bias}
 
     def pooled(self, x: Tensor, mask: Tensor | None) -> Tensor:
         """`[B, features]`: a sequence's mean over its positions, a map's over each quarter."""
@@ -129,14 +133,3 @@ def unit_class(kind: str, site: Site, where: str) -> type[RouterUnit]:
         kind = "conv" if site.kind == "map" else "mlp"
     hint = "at= names a cut whose value the router can read; eecompile inspect MODEL shows them"
     return fitting("router unit", UNITS, kind, site, where, hint=hint)
-
-
-def describe(unit: RouterUnit) -> dict[str, Any]:
-    """The unit as JSON data."""
-    return {"kind": unit.kind, "site": asdict(unit.site), "routes": unit.routes, "bias": unit.bias}
-
-
-def rebuild(data: dict[str, Any]) -> RouterUnit:
-    """The inverse of `describe`; weights are loaded afterwards."""
-    site = Site(**{**data["site"], "sizes": tuple(data["site"]["sizes"])})
-    return UNITS[data["kind"]](site, data["routes"], data["bias"])

@@ -10,11 +10,12 @@ from torch import Tensor, fx, nn
 from eecompile.artifact.records import record
 from eecompile.errors import ArtifactError
 from eecompile.gates import RecurrentCore, rebuild
+from eecompile.heads import from_data
 from eecompile.ir.choices import ChoiceRecords
 from eecompile.passes import FindRegions, inserted_again, run_passes
 from eecompile.passes.place_routes import ROUTES
 from eecompile.program import Exit, Program
-from eecompile.routers import rebuild as rebuild_router
+from eecompile.routers import UNITS as ROUTERS
 
 
 def insert_saved(
@@ -45,7 +46,7 @@ def insert_saved(
         raise ArtifactError("a branch is missing", where=missing[0], got=", ".join(customs) or "none")
     modules = {f"branch_{name}": _single(module) for name, module in customs.items()}
     if data["router"] is not None:
-        modules["unit"] = rebuild_router(data["router"])
+        modules["unit"] = from_data(ROUTERS, data["router"])
     if not all(arm.custom for arm in branches):
         program = run_passes(program, [FindRegions()])
     program = inserted_again(program, saved, exits, units, modules)

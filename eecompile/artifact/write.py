@@ -17,11 +17,10 @@ from eecompile.artifact import files
 from eecompile.capture.tensors import MODEL, ROOT
 from eecompile.errors import ArtifactError
 from eecompile.gates import describe as describe_unit
-from eecompile.heads import Branch, describe
+from eecompile.heads import Branch, as_data, describe
 from eecompile.ir.records import Arm, Choice
 from eecompile.passes import facts
 from eecompile.program import Exit
-from eecompile.routers import describe as describe_router
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -113,7 +112,7 @@ def _choices(fast: CompiledModule) -> dict[str, Any]:
     return {
         "records": fast.program.choices.to_dict(),
         "units": {name: describe_unit(unit) for name, unit in fast.gate_units.named_children()},
-        "router": None if router is None else describe_router(router),
+        "router": None if router is None else as_data(router),
     }
 
 
