@@ -7,7 +7,7 @@ and the next step. The command line prints it in red and exits with 2.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 
 class EecompileError(Exception):
@@ -97,3 +97,17 @@ def near(name: object, valid: Iterable[str]) -> str:
     close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
     listed = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
     return f"did you mean {', '.join(close)}? valid: {listed}" if close else f"one of: {listed}"
+
+
+def check_name(what: str, name: object, valid: Collection[str], error: type[EecompileError] = EecompileError) -> None:
+    """Checks a name that a user gave; the message has the nearest valid ones.
+
+    Args:
+        what: Of what it is the name.
+        error: The class to raise.
+
+    Raises:
+        EecompileError: It is none of the valid ones.
+    """
+    if name not in valid:
+        raise error(f"unknown {what}", got=repr(name), wanted=near(name, valid))

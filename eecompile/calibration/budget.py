@@ -15,7 +15,7 @@ from eecompile.calibration.lines import exits_are_set, line_within, lines_of
 from eecompile.calibration.options import Options
 from eecompile.calibration.report import CalibrationReport
 from eecompile.calibration.solver import METHODS, Solver
-from eecompile.errors import CalibrationError, near
+from eecompile.errors import CalibrationError, check_name
 from eecompile.ir.settings import EXITS
 from eecompile.plain import check_number
 
@@ -86,8 +86,7 @@ def gathered(exits: Exits) -> tuple[Collected, Evidence]:
 
 
 def check_method(method: str) -> None:
-    if method not in METHODS:
-        raise CalibrationError("unknown method", got=repr(method), wanted=near(str(method), METHODS))
+    check_name("method", method, METHODS, CalibrationError)
 
 
 def check_budget(budget: Any) -> None:

@@ -25,7 +25,7 @@ from rich.console import RenderableType
 from torch import Tensor
 
 from eecompile.calibration.sequences import LowerBound, MeanAbove, mix_evidence, sparkline
-from eecompile.errors import CalibrationError, DriftWarning, near
+from eecompile.errors import CalibrationError, DriftWarning, check_name
 from eecompile.ir.settings import EXITS
 from eecompile.plain import check_number
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
@@ -68,8 +68,7 @@ class MonitorOptions:
                 check_number(name, getattr(self, name), above=0, most=1, error=CalibrationError)
         check_number("alpha", self.alpha, above=0, below=1, error=CalibrationError)
         check_number("seed", self.seed, whole=True, error=CalibrationError)
-        if self.react not in REACTIONS:
-            raise CalibrationError("unknown reaction", got=repr(self.react), wanted=near(str(self.react), REACTIONS))
+        check_name("reaction", self.react, REACTIONS, CalibrationError)
 
 
 @dataclass

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from eecompile.calibration.risk import rows_needed
-from eecompile.errors import CalibrationError, near
+from eecompile.errors import CalibrationError, check_name, near
 from eecompile.plain import check_number
 from eecompile.training.full import skips
 from eecompile.training.scores import Metric
@@ -94,8 +94,7 @@ class Options:
         if self.delta is not None:
             check_number("delta", self.delta, above=0, below=1, error=CalibrationError)
         check_number("seed", self.seed, whole=True, error=CalibrationError)
-        if self.target not in TARGETS:
-            raise CalibrationError("unknown target", got=repr(self.target), wanted=near(str(self.target), TARGETS))
+        check_name("target", self.target, TARGETS, CalibrationError)
         if self.metric is not None and self.target == "agreement":
             raise CalibrationError(
                 "agreement is for classification", got="metric= and target='agreement'", hint="leave out target"

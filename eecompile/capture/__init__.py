@@ -15,7 +15,7 @@ from eecompile.capture.blocks import capture_blocks
 from eecompile.capture.export import Captured, capture_export
 from eecompile.capture.exported import capture_program
 from eecompile.capture.quiet import quiet
-from eecompile.errors import CaptureError, near
+from eecompile.errors import CaptureError, check_name
 
 FRONT_ENDS = ("export", "blocks")
 
@@ -35,8 +35,7 @@ def capture(
     Raises:
         CaptureError: Unknown front end, unreadable file, or the front end's own reasons.
     """
-    if front_end not in FRONT_ENDS:
-        raise CaptureError("unknown way to capture", got=repr(front_end), wanted=near(front_end, FRONT_ENDS))
+    check_name("way to capture", front_end, FRONT_ENDS, CaptureError)
     if isinstance(model, str | Path):
         model = read_pt2(Path(model))
     if isinstance(model, ExportedProgram):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import RenderableType
 
-from eecompile.errors import EecompileError, near
+from eecompile.errors import check_name
 from eecompile.explain import Explanation, explain
 from eecompile.inspect.code import code, diff
 from eecompile.inspect.graphs import dot, mermaid
@@ -41,8 +41,7 @@ def render(fast: CompiledModule, format: str = "tree", after: str | None = None)
     Raises:
         EecompileError: Unknown format or level; the message lists the valid ones.
     """
-    if format not in FORMATS:
-        raise EecompileError("unknown format", got=repr(format), wanted=near(str(format), FORMATS))
+    check_name("format", format, FORMATS)
     if format == "code":
         return code(fast, after)
     if format == "diff":

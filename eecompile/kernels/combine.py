@@ -26,7 +26,7 @@ import math
 import torch
 from torch import Tensor
 
-from eecompile.errors import StrategyError, near
+from eecompile.errors import StrategyError, check_name
 from eecompile.kernels._autograd import differentiable
 
 COMBINATIONS = ("last", "ensemble", "confident", "weighted")
@@ -135,8 +135,7 @@ def check_combination(name: str) -> str:
     Raises:
         StrategyError: It is unknown; the message lists the valid ones.
     """
-    if name not in COMBINATIONS:
-        raise StrategyError("unknown combination of exits", got=repr(name), wanted=near(str(name), COMBINATIONS))
+    check_name("combination of exits", name, COMBINATIONS, StrategyError)
     return name
 
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 import torch
 
-from eecompile.errors import NoPlaceError, StrategyError, near
+from eecompile.errors import NoPlaceError, StrategyError, check_name, near
 from eecompile.gates import unit_class
 from eecompile.ir.recipes import HaltRecipe
 from eecompile.ir.records import HaltingChain, HaltStep
@@ -66,8 +66,7 @@ class PlaceHalting(Pass):
             raise StrategyError(
                 "gates and halting on the same blocks", got="both", wanted="one of them: a row that halted skips the rest"
             )
-        if self.recipe.unit not in UNITS:
-            raise StrategyError("unknown halting unit", got=repr(self.recipe.unit), wanted=near(self.recipe.unit, UNITS))
+        check_name("halting unit", self.recipe.unit, UNITS, StrategyError)
         if self.recipe.rule not in RULES_OF_HALTING:
             wanted = near(self.recipe.rule, RULES_OF_HALTING)
             raise StrategyError("unknown meaning of halting scores", got=repr(self.recipe.rule), wanted=wanted)

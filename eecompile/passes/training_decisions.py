@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, fx
 
 import eecompile.ops  # registers torch.ops.eecompile.*
-from eecompile.errors import EecompileError, near
+from eecompile.errors import check_name
 from eecompile.kernels.choose import per_row
 from eecompile.passes import facts
 
@@ -65,8 +65,7 @@ def with_decisions(
     Raises:
         EecompileError: Unknown mode.
     """
-    if mode not in MODES:
-        raise EecompileError("unknown way to train gates", got=repr(mode), wanted=near(mode, MODES))
+    check_name("way to train gates", mode, MODES)
     if mode == "hard" and not kept_open and not full_share and way is None:
         return gm
     new = facts.copy(gm)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from eecompile.errors import StrategyError, near
+from eecompile.errors import StrategyError, check_name
 from eecompile.ir.recipes import HaltRecipe, Recipe
 from eecompile.strategies.base import PLAIN, Strategy
 
@@ -80,8 +80,7 @@ loss over where it stops + beta x KL from a geometric prior |
             raise StrategyError("epsilon= is out of range", got=self.epsilon, wanted="above 0 and below 1")
         if not self.ponder_price >= 0:
             raise StrategyError("ponder_price= weighs a cost", got=self.ponder_price, wanted="0 or more")
-        if self.halting not in HALTING:
-            raise StrategyError("unknown way to halt", got=repr(self.halting), wanted=near(str(self.halting), HALTING))
+        check_name("way to halt", self.halting, HALTING, StrategyError)
         if self.threshold is not None and not 0 < self.threshold <= 1:
             raise StrategyError("threshold= is out of range", got=self.threshold, wanted="above 0 to 1")
         if not 0 < self.prior < 1:

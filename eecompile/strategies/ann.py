@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from eecompile.criteria import Criterion
-from eecompile.errors import StrategyError, near
+from eecompile.errors import StrategyError, check_name
 from eecompile.ir.recipes import Recipe, Where
 from eecompile.strategies.base import ExitStrategy
 
@@ -41,8 +41,7 @@ class Ann(ExitStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.balance not in BALANCES:
-            raise StrategyError("unknown balance of the losses", got=repr(self.balance), wanted=near(self.balance, BALANCES))
+        check_name("balance of the losses", self.balance, BALANCES, StrategyError)
         if not 0 <= self.memory < 1:
             raise StrategyError("memory= of the running means is a share", got=self.memory, wanted="0 to below 1")
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from eecompile.criteria import Criterion
-from eecompile.errors import StrategyError, near
+from eecompile.errors import StrategyError, check_name
 from eecompile.ir.recipes import Recipe, Where
 from eecompile.strategies.base import ExitStrategy, Strategy
 
@@ -46,8 +46,7 @@ class Cascade(ExitStrategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.order not in ORDERS:
-            raise StrategyError("unknown order", got=repr(self.order), wanted=near(str(self.order), ORDERS))
+        check_name("order", self.order, ORDERS, StrategyError)
         for name in ("prepare", "inputs"):
             given = getattr(self, name)
             if given is not None and (isinstance(given, str | Mapping) or not isinstance(given, Sequence)):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from eecompile.criteria import criterion
-from eecompile.errors import StrategyError, near
+from eecompile.errors import StrategyError, check_name
 from eecompile.ir.recipes import ExitRecipe, GateRecipe, Recipe, TrainingStage
 from eecompile.strategies.base import PLAIN, Strategy
 from eecompile.strategies.skipnet import SkipNet
@@ -76,12 +76,10 @@ class DepthAdaptive(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.mode not in MODES:
-            raise StrategyError("unknown mode of depth_adaptive", got=repr(self.mode), wanted=near(str(self.mode), MODES))
+        check_name("mode of depth_adaptive", self.mode, MODES, StrategyError)
         if self.targets is None:
             object.__setattr__(self, "targets", "cost" if self.mode == "gates" else "oracle")
-        if self.targets not in TARGETS:
-            raise StrategyError("unknown targets", got=repr(self.targets), wanted=near(str(self.targets), TARGETS))
+        check_name("targets", self.targets, TARGETS, StrategyError)
         if self.mode == "gates" and self.targets != "cost":
             raise StrategyError(
                 "gates that skip single blocks have no depth to aim at",

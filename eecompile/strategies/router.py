@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from eecompile.errors import StrategyError, near
+from eecompile.errors import StrategyError, check_name, near
 from eecompile.ir.recipes import CUSTOM, FULL, RouteRecipe
 from eecompile.plain import plain
 
@@ -91,8 +91,7 @@ class Router:
             if self.to_exits:
                 raise StrategyError("over= is for branches", got='to="exits"', hint="leave it out")
             object.__setattr__(self, "over", tuple(self.over))
-        if self.estimator not in ESTIMATORS:
-            raise StrategyError("unknown estimator", got=repr(self.estimator), wanted=near(str(self.estimator), ESTIMATORS))
+        check_name("estimator", self.estimator, ESTIMATORS, StrategyError)
         for name in ("price", "balance", "warm_up"):
             v = getattr(self, name)
             if isinstance(v, bool) or not isinstance(v, int | float) or not 0 <= v < math.inf:

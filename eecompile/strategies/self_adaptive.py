@@ -13,7 +13,7 @@ from fractions import Fraction
 from typing import Any, ClassVar
 
 from eecompile.criteria import Criterion
-from eecompile.errors import StrategyError, near
+from eecompile.errors import StrategyError, check_name
 from eecompile.ir.recipes import GateRecipe, Recipe, TrainingStage, Where
 from eecompile.strategies.base import PLAIN, ExitStrategy, check_thresholds
 
@@ -81,8 +81,7 @@ class SelfAdaptive(ExitStrategy):
         check_widths(self.widths)
         if not self.parts and not self.widths:
             raise StrategyError("there is nothing to choose", got="parts=() and widths=()", wanted="parts or widths")
-        if self.estimator not in ESTIMATORS:
-            raise StrategyError("unknown estimator", got=repr(self.estimator), wanted=near(str(self.estimator), ESTIMATORS))
+        check_name("estimator", self.estimator, ESTIMATORS, StrategyError)
         for name, least in (("curriculum", 1), ("min_open", 0)):
             v = getattr(self, name)
             if isinstance(v, bool) or not isinstance(v, int) or v < least:

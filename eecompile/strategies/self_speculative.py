@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from eecompile.errors import StrategyError, near
+from eecompile.errors import StrategyError, check_name
 from eecompile.ir.recipes import Recipe
 from eecompile.strategies.base import Strategy
 
@@ -44,8 +44,7 @@ class SelfSpeculative(Strategy):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kv not in KV:
-            raise StrategyError("unknown kv=", got=repr(self.kv), wanted=near(str(self.kv), KV))
+        check_name("kv=", self.kv, KV, StrategyError)
         for name, least in (("max_draft", 1), ("draft_vocab", 1), ("lookup", 0)):
             value = getattr(self, name)
             if value is None and name == "lookup":

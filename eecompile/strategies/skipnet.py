@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from eecompile.errors import StrategyError, near
+from eecompile.errors import StrategyError, check_name
 from eecompile.ir.recipes import GateRecipe, Recipe, TrainingStage
 from eecompile.strategies.base import PLAIN, Strategy, check_thresholds
 
@@ -73,10 +73,8 @@ class SkipNet(Strategy):
                 got=self.shares,
                 wanted="three numbers of 0 or more, not all 0",
             )
-        if self.estimator not in ESTIMATORS:
-            raise StrategyError("unknown estimator", got=repr(self.estimator), wanted=near(self.estimator, ESTIMATORS))
-        if self.reward not in REWARDS:
-            raise StrategyError("unknown reward", got=repr(self.reward), wanted=near(self.reward, REWARDS))
+        check_name("estimator", self.estimator, ESTIMATORS, StrategyError)
+        check_name("reward", self.reward, REWARDS, StrategyError)
         if not self.entropy >= 0:
             raise StrategyError("entropy= is the weight of a bonus", got=self.entropy, wanted="0 or more")
         if not 0 <= self.full_share < 1:

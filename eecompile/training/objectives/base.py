@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from eecompile.errors import EecompileError, near
+from eecompile.errors import EecompileError, check_name, near
 from eecompile.kernels.confidence import yes_or_no
 from eecompile.result import Result
 from eecompile.training.scores import IGNORE, check_labels, over_classes
@@ -94,8 +94,7 @@ def objective(spec: str | Mapping[str, Any] | Objective | None) -> Objective:
         return OBJECTIVES["sum"](parts=tuple(objective(part.strip()) for part in spec.split("+")))  # type: ignore[call-arg]
     options: dict[str, Any] = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
     name: Any = options.pop("name", None)
-    if name not in OBJECTIVES:
-        raise EecompileError("unknown objective", got=repr(name), wanted=near(str(name), OBJECTIVES))
+    check_name("objective", name, OBJECTIVES)
     known = [f.name for f in fields(OBJECTIVES[name]) if f.init]  # type: ignore[arg-type]
     for option in options:
         if option not in known:

@@ -30,7 +30,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from eecompile.errors import EecompileError, near
+from eecompile.errors import EecompileError, check_name
 from eecompile.result import Result
 from eecompile.training.objectives.base import Objective, losses_of, outputs_of
 from eecompile.training.objectives.price import Price, Steering
@@ -193,8 +193,7 @@ class Reinforce(Balanced):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.reward not in REWARDS:
-            raise EecompileError("unknown reward", got=repr(self.reward), wanted=near(self.reward, REWARDS))
+        check_name("reward", self.reward, REWARDS)
         if not self.entropy >= 0:
             raise EecompileError("entropy is the weight of a bonus", got=self.entropy, wanted="0 or more")
         if not 0 <= self.memory < 1:
