@@ -59,8 +59,12 @@ class FindCuts(Pass):
                 continue
             positions[max(sweep.position[value], sweep.position[last])] = (place.name, value, True)
         cuts = []
+        given = sweep.prediction()
         for p, live in sweep.live_at(sorted(positions)):
             name, value, is_block = positions[p]
+            if given is not None and p > sweep.position[given]:
+                refusals.append(Refusal(name, "find_cuts", "the prediction is computed before this place"))
+                continue
             cut = sweep.cut(p, live, name, value, is_block, dominators)
             if isinstance(cut, Refusal):
                 refusals.append(cut)

@@ -113,6 +113,26 @@ def test_inside_parallel_branches_there_is_no_bottleneck() -> None:
     assert not any("tanh" in name for name in shapes)
 
 
+class Again(nn.Module):
+    """Scores first, then the same blocks once more for an output of features."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.Sequential(*[nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(3)])
+        self.out = nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return {"logits": self.out(self.blocks(x)), "features": self.blocks(x)}
+
+
+def test_there_is_no_cut_after_the_prediction() -> None:
+    program = source(built(Again), (noise(4, 8),)).upto("find_cuts")
+    order = [n.name for n in program.graph_module.graph.nodes]
+    given = facts.output_leaves(program.graph_module)[program.prediction.index or 0].name
+    assert program.structure.cuts and all(order.index(c.value) <= order.index(given) for c in program.structure.cuts)
+    assert "the prediction is computed before this place" in reasons(program).values()
+
+
 class Folding(nn.Module):
     """Blocks that hand on their windows, with the batch folded into the first axis."""
 
