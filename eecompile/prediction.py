@@ -32,7 +32,7 @@ def find_prediction(leaves: Sequence[Leaf], wanted: str | int | None, where: str
             wanted=listed,
             hint=near(str(wanted), [leaf.path for leaf in leaves]),
         )
-    named = [i for i, leaf in enumerate(leaves) if leaf.path.rsplit(".", 1)[-1] == "logits"]
+    named = [i for i, leaf in enumerate(leaves) if leaf.path.rsplit(".", 1)[-1] in ("logits", "logit")]
     if len(named) == 1:
         return _checked(leaves, named[0], where)
     able = [

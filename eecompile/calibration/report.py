@@ -15,7 +15,7 @@ from eecompile.calibration.collect import Members
 from eecompile.calibration.options import Options
 from eecompile.ir.settings import Settings
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
-from eecompile.training.subgroups import GroupRow, group_rows, group_tables, harmed
+from eecompile.training.subgroups import GroupRow, below_constant, group_rows, group_tables, harmed
 
 
 class Part:
@@ -360,7 +360,16 @@ class CalibrationReport(Report):
             drop += f", {percent(self.drop_test)} on those of the test"
         given = ["given these, against the model as it is set; costs of exits count nothing as skipped:"]
         text = f"expected cost {percent(self.expected_cost, 1)} of the full model's FLOPs, {self.rows} rows"
-        found = [*self._not_beaten(), *self.before, shown, *(given if self.before else ()), text, drop, self.guarantee]
+        found = [
+            *below_constant(self.by_class),
+            *self._not_beaten(),
+            *self.before,
+            shown,
+            *(given if self.before else ()),
+            text,
+            drop,
+            self.guarantee,
+        ]
         return stacked(*found, *self._advice(), *group_tables(self.by_class, self.by_group, self.max_drop), *self.notes)
 
     def _not_beaten(self) -> list[str]:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 from rich.console import RenderableType
 
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
-from eecompile.training.subgroups import GroupRow, group_tables
+from eecompile.training.subgroups import GroupRow, below_constant, group_tables
 
 
 @dataclass
@@ -156,7 +156,7 @@ class EvaluationReport(Report):
         )
         if self.mean_steps is not None:
             text += f", {number(self.mean_steps, 3)} steps on average"
-        parts: list[RenderableType] = [table(self.title, columns, rows), text]
+        parts: list[RenderableType] = [table(self.title, columns, rows), text, *below_constant(self.by_class)]
         parts += [
             f"{row.name} does not earn its place: without it the mean cost is {percent(row.cost_without, 1)}, "
             f"{self.score} {shown(row.accuracy_without)}"

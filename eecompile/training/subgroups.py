@@ -17,6 +17,7 @@ from eecompile.training.batches import Batch
 from eecompile.training.report import percent, table
 
 LEVEL = 0.05
+CERTAIN = 0.001  # level at which the full model is said to be worse than a constant answer
 SHOWN = 10
 LEAST_DROP = 0.005  # below which no class is said to be harmed
 
@@ -62,6 +63,25 @@ def harmed(rows: Sequence[GroupRow], max_drop: float) -> list[GroupRow]:
     """
     most = max(max_drop, LEAST_DROP)
     return [r for r in rows if upper_tail(round(r.drop * r.rows), r.rows, most) < LEVEL / len(rows)]
+
+
+def below_constant(rows: Sequence[GroupRow]) -> list[str]:
+    """A line where the full model is right less often than one class for all rows would be, by more than chance.
+
+    Another output than the class scores, or labels in another order, are the usual causes.
+    """
+    n = sum(r.rows for r in rows)
+    commonest = max(rows, key=lambda r: r.rows, default=None)
+    if commonest is None:
+        return []
+    wrong = round(sum((1 - r.full_score) * r.rows for r in rows))
+    if upper_tail(wrong, n, 1 - commonest.rows / n) >= CERTAIN:
+        return []
+    return [
+        f"The full model is right on {percent(1 - wrong / n, 1)} of these rows, class {commonest.name} for all of them on "
+        f"{percent(commonest.rows / n, 1)}. Look at prediction= (which output holds the class scores), the order of the "
+        "labels, and how the inputs are prepared."
+    ]
 
 
 def upper_tail(k: int, n: int, p: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -36,6 +37,18 @@ class Two(Net):
 class OneScore(Net):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)[:, 0]
+
+
+class NamedLogit(Net):
+    """One score [B, 1] beside hidden states, or without its last axis."""
+
+    def __init__(self, flat: bool = False) -> None:
+        super().__init__()
+        self.flat = flat
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        logit = super().forward(x)[:, :1]
+        return {"hidden": self.trunk(x), "logit": logit[:, 0] if self.flat else logit}
 
 
 class NoScores(Net):
@@ -171,6 +184,11 @@ def test_several_possible_predictions_are_listed():
         (Tree, "aux[1][0]", ["must be class scores per row", "aux[1][0]: float32[batch]"]),
         (OneScore, None, ["no output looks like class scores", "scores.unsqueeze(-1)"]),
         (OneScore, "output", ["must be class scores per row", "scores.unsqueeze(-1)"]),
+        (
+            partial(NamedLogit, flat=True),
+            None,
+            ["must be class scores per row", "logit: float32", "unsqueeze"],
+        ),
         (NoScores, None, ["no output looks like class scores", "int64[batch]"]),
     ],
 )
@@ -179,6 +197,11 @@ def test_a_prediction_that_is_none(kind, prediction, said):
         eecompile(made(kind), example_inputs=(rows(4),), prediction=prediction)
     for text in said:
         assert text in str(caught.value)
+
+
+def test_one_output_named_logit_is_the_prediction():
+    fast = compiled(made(NamedLogit), rows(4))
+    assert fast.program.signature.outputs[fast.program.prediction.index].path == "logit"
 
 
 def test_a_model_that_returns_no_tensor():

@@ -51,6 +51,17 @@ FAST = Table(
 LABELS = torch.tensor([0, 1, 1, 1])
 
 
+def test_a_full_model_that_is_worse_than_one_class_for_all_is_named():
+    n = 60
+    always = logits([0] * n, [0.9] * n)
+    table = Table([always, always], [2.0])
+    rows, others = torch.arange(n), torch.arange(n) % 6
+    said = str(evaluate(table, [(rows, torch.where(others == 0, 0, 1))])).replace("\n", " ")
+    assert "right on 16.7% of these rows, class 1 for all of them on 83.3%. Look at prediction=" in said
+    for labels in (torch.zeros(n, dtype=torch.long), torch.where(others < 4, 0, 1), others % 2):
+        assert "Look at prediction=" not in str(evaluate(table, [(rows, labels)]))
+
+
 def test_numbers_by_hand():
     report = evaluate(FAST, [(ROWS[:3], LABELS[:3]), (ROWS[3:], LABELS[3:])])
     # row 0 leaves at 0 (right), row 1 at 1 (right), row 2 at 0 (wrong), row 3 at the end (wrong)
