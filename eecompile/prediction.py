@@ -11,7 +11,7 @@ from eecompile.errors import StrategyError, near
 from eecompile.signature import Leaf
 
 ONE_SCORE = "return one score a row as [B, 1]: scores.unsqueeze(-1), in a module around the model if need be"
-LEAST_TO_TELL = 8  # scores between 0 and 1, by which a sigmoid is told from logits
+LEAST_TO_TELL = 8  # scores between 0 and 1, by which a sigmoid is recognised
 
 
 def find_prediction(leaves: Sequence[Leaf], wanted: str | int | None, where: str | None = None) -> int:

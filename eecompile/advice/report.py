@@ -173,7 +173,7 @@ def _why_not(strategies: list[Option], options: list[Option], drops: tuple[float
         simpler = _simpler(best, options)
         if not best.exits or best.cost > WORTH:
             said.append(
-                f"At a loss of {percent(most, 0)} hardly a row may leave early: the best costs {percent(best.cost, 1)}."
+                f"At a loss of {percent(most, 0)} hardly a row may exit early: the best costs {percent(best.cost, 1)}."
             )
         elif best.time is not None and best.time + best.spread >= WORTH:
             said.append(

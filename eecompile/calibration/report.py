@@ -421,7 +421,7 @@ class CalibrationReport(Report):
             if self.qualified:
                 return f"No guarantee was asked for: {rows} {loss}."
             return f"No {words.what} save anything while {loss} {rows}; {words.otherwise}."
-        where = " among the rows leaving at or before each exit, and overall," if self.conditional else ""
+        where = " among the rows that exit at or before each exit, and overall," if self.conditional else ""
         where += " in each group, and overall," if self.groups_controlled else ""
         if self.qualified:
             return (

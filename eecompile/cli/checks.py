@@ -214,13 +214,13 @@ def _agreed(fast: Any, x: Any) -> str:
             results.append(fast.run(x))
     first, *others = results
     if not all(torch.equal(first.exit_index, r.exit_index) for r in others):
-        return "wrong: rows leave elsewhere"
+        return "wrong: rows exit elsewhere"
     if not all(torch.allclose(first.output, r.output, atol=1e-5) for r in others):
         return "wrong: outputs differ"
     leaving = int((first.exit_index < len(fast.exits)).sum())
     if leaving != wanted:
-        return f"wrong: {leaving} of {len(x)} rows left, the thresholds let {wanted} leave"
-    return f"the same output and exits, {leaving} of {len(x)} rows left early"
+        return f"wrong: {leaving} of {len(x)} rows exited early, by the thresholds {wanted} do"
+    return f"the same output and exits, {leaving} of {len(x)} rows exited early"
 
 
 def _saved(fast: Any, x: Any) -> str:

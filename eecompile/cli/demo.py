@@ -153,8 +153,8 @@ class _Demo:
         for r in rows:
             label = int(self.test[1][r.row])
             right = "right" if r.prediction == label else f"wrong, it is a {label}"
-            lines = [f"says {r.prediction} ({right}), left at {r.left_at}, cost {r.cost:.0%} of the model", r.why]
-            lines.append("; ".join(f"{a.exit} says {a.prediction} ({a.confidence:.3f})" for a in r.exits if a.open))
+            lines = [f"prediction {r.prediction} ({right}), exit {r.left_at}, cost {r.cost:.0%} of the model", r.why]
+            lines.append("; ".join(f"{a.exit} predicts {a.prediction} ({a.confidence:.3f})" for a in r.exits if a.open))
             table.add_row(Text(picture(self.test[0][r.row, 0])), Text("\n".join(lines)))
         return table
 

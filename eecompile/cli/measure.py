@@ -112,7 +112,7 @@ def report(
     as_json: o.Json = False,
     debug: o.Debug = False,
 ) -> None:
-    """One page: accuracy against cost, who leaves where, latency, reliability, the graph, examples.
+    """One page: accuracy against cost, where rows exit, latency, reliability, the graph, examples.
 
     Needs matplotlib and jinja2: pip install 'eecompile[report]'.
     """

@@ -124,7 +124,7 @@ def calibrate(
     ] = "accuracy",
     temperature: Annotated[bool, typer.Option(help="Fit a temperature for each exit.")] = True,
     conditional: Annotated[
-        bool, typer.Option("--conditional", help="Keep the bound among the rows leaving at or before each exit too.")
+        bool, typer.Option("--conditional", help="Keep the bound among the rows that exit at or before each exit too.")
     ] = False,
     groups: Annotated[
         str | None,

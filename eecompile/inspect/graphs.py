@@ -44,7 +44,7 @@ class Drawing:
 
 
 def drawing(fast: CompiledModule, outline: Outline) -> Drawing:
-    """Boxes and arrows of a level: data between blocks, what exits read, and who leaves where."""
+    """Boxes and arrows of a level: data between blocks, what exits read, and where rows exit."""
     clusters: dict[str, list[Box]] = defaultdict(list)
     where: dict[str, int] = {}
     for number, part, region in outline.regions():

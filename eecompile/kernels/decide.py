@@ -1,4 +1,4 @@
-"""One decision: who leaves at this exit, and the list of those who stay, in one launch without the host.
+"""One decision: which rows exit here, and the list of the active ones, in one launch without the host.
 
 There are n live rows, n = `count[0]` on the device, at most `capacity`; live row i belongs to sample
 `rows[i]`. With `c_i` the confidence of `logits[i]` (see `confidence`; criterion "given": `logits`
@@ -6,7 +6,7 @@ There are n live rows, n = `count[0]` on the device, at most `capacity`; live ro
 
     leave_i    = c_i >= thresholds[exit]; a NaN never; at the model's own end (`final`) everyone
     output[rows[i]], exit_index[rows[i]], confidence[rows[i]] = result[i], exit, c_i   where leave_i
-    positions  = the i of those who stay, in order, then -1
+    positions  = the i of the active rows, in order, then -1
     survivors  = rows[positions], then -1
     control    = how many stay, the smallest bucket that holds them (K for no row), 1 if any row stays
 

@@ -38,7 +38,7 @@ class StagePass(Pass):
         layout = Layout(program)
         choices, by_exit = program.choices, layout.only_for()
         begins = {node: layout.stage_of(node) for node in choices.places}
-        # whether a row takes a step is known before an exit that lies in between: who leaves there does not take it
+        # whether a row takes a step is known before an exit that lies in between: a row that exits there does not take it
         steps = {c.name: begins[c.node] for c in choices.charges}
         program = program.replace(
             reports=tuple(replace(r, stage=steps.get(r.name, layout.stage_of(r.node))) for r in choices.reports),

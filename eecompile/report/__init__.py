@@ -1,4 +1,4 @@
-"""One page about a compiled module: accuracy against cost, who leaves where, latency, reliability, the graph, examples."""
+"""One page about a compiled module: accuracy against cost, where rows exit, latency, reliability, the graph, examples."""
 
 from __future__ import annotations
 

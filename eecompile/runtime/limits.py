@@ -84,7 +84,7 @@ def deepest(budget: float, costs: Sequence[float], open_exits: Sequence[int]) ->
 def no_exit(what: str) -> StrategyError:
     return StrategyError(
         f"a {what} cannot be kept: every exit is closed, so there is nothing to stop at",
-        hint="open exits with fast.set_thresholds(1.0): hardly any row leaves there by itself, every row may be stopped",
+        hint="open exits with fast.set_thresholds(1.0): hardly any row exits there by itself, every row may be stopped",
     )
 
 

@@ -233,13 +233,13 @@ class Seen:
     def _routes(
         self, fast: CompiledModule, index: Tensor, cost: Tensor, scores: Tensor | None, valid: Tensor
     ) -> list[RouteShare]:
-        """One entry per route, and "left before" for rows that an exit took before the branches, where there are such."""
+        """One entry per route, and "exited before" for rows that an exit took before the branches, where there are such."""
         route, full = self["route"], self["full"]
         if route is None:
             return []
         given = None if scores is None else scores.gather(1, index[:, None])[:, 0]
         kinds = [(k, r.name, r.to) for k, r in enumerate(fast.routes)]
-        kinds += [(-1, "left before", "exit")] if bool((route < 0).any()) else []
+        kinds += [(-1, "exited before", "exit")] if bool((route < 0).any()) else []
         found = []
         for k, name, to in kinds:
             mine = route == k

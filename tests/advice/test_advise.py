@@ -128,7 +128,7 @@ def test_where_no_head_can_know_nothing_is_advised() -> None:
     found = advise(model, list(zip(x.split(64), y.split(64), strict=True)), minutes=1, only=["branchy"])
     assert not found.pays and found.strategy is None
     assert found.commands == [] and found.python == []
-    assert "hardly a row may leave early" in " ".join(found.why)
+    assert "hardly a row may exit early" in " ".join(found.why)
     assert "does not pay" in str(found)
 
 

@@ -106,7 +106,7 @@ class Scatter:
 
 @dataclass(frozen=True)
 class Decide:
-    """Who leaves at an exit (`kernels/decide.py`).
+    """Which rows exit (`kernels/decide.py`).
 
     Attributes:
         logits: What the confidence is computed of, or the confidence itself for the criterion "given".
