@@ -29,11 +29,11 @@ class CostModel:
     def __init__(self, program: Program) -> None:
         self.program = program
         self.total = program.total_flops or 1.0
-        charges, begins = program.choices.charges, program.choices.begins
+        charges = program.choices.charges
         self._usual = [c.flops * c.usual / self.total for c in charges]
         self._live = [c.live_flops / self.total for c in charges]
         self._prices = {h: [(c.flops + c.unit_flops * h) / self.total for c in charges] for h in (False, True)}
-        self._stages = [begins[c.node] for c in charges]
+        self._stages = [program.choices.stage_of(c.node) for c in charges]
         self._constants: dict[tuple[tuple[float, ...], torch.device, torch.dtype], Tensor] = {}
         self._tables = PerSettings[dict[tuple[bool, ...], tuple[float, ...]]](lambda _: {})
 
@@ -89,7 +89,8 @@ class CostModel:
         closed: list[tuple[tuple[int, ...], float]] = []  # work that no open exit needs
         for k, stage in enumerate(program.stages):
             spent += stage.flops
-            spent += sum(d.flops for d, a in zip(choices.deciders, asked, strict=True) if a and choices.begins[d.node] == k)
+            mine = (d for d, a in zip(choices.deciders, asked, strict=True) if a and choices.stage_of(d.node) == k)
+            spent += sum(d.flops for d in mine)
             for exits, cost in stage.only_for:
                 if any(open_exits[e] for e in exits):
                     spent += cost

@@ -240,7 +240,7 @@ def gate_records(program: Program, settings: Settings) -> tuple[GateRecord, ...]
                 head_kind=unit.kind,
                 saves=program.share(g.flops),
                 head_cost=program.share(g.unit_flops),
-                stage=program.choices.begins[g.decision],
+                stage=program.choices.stage_of(g.decision),
             )
         )
     return tuple(found)

@@ -253,7 +253,7 @@ def _halting(program: Program, outcome: Outcome, steps: Sequence[Tensor], traini
         count, taken = ledger.detach()[..., 1], (ran > 0).sum(1).to(ledger.dtype)
         exited = torch.zeros_like(taken, dtype=torch.bool)
         if not training:
-            exited = (outcome.exit_index < program.choices.begins[h.output]) | (ran[:, 0] == 0)
+            exited = (outcome.exit_index < program.choices.stage_of(h.output)) | (ran[:, 0] == 0)
         rows = (-1, *(1,) * (count.ndim - 1))
         counts.append(torch.where(exited.view(rows), taken.view(rows), count))
     ran_at_all = [r[:, 0].view(-1, *(1,) * (ledger.ndim - 2)) for r, ledger in zip(steps, ledgers, strict=True)]
@@ -270,9 +270,9 @@ def _steps_ran(costs: CostModel, settings: Settings, outcome: Outcome, training:
     """Of every chain that halts [B, K], 1 for a step that ran, where positions halt one by one the share of those that had
     not: the first one for every row that reached it."""
     found = []
-    is_open, begins = costs.is_open(settings), costs.program.choices.begins
-    for h in costs.program.choices.chains:
-        first = (outcome.exit_index >= begins[h.ys[0]]).float()
+    is_open, choices = costs.is_open(settings), costs.program.choices
+    for h in choices.chains:
+        first = (outcome.exit_index >= choices.stage_of(h.ys[0])).float()
         ran = torch.stack([outcome.reports[s.name].float() if s.carries else first for s in h.steps], 1).detach()
         found.append(ran if training or costs.runs(h.output, is_open) else torch.zeros_like(ran))
     return found
@@ -288,7 +288,7 @@ def _widths_ran(costs: CostModel, gates: Tensor, exit_index: Tensor) -> Tensor:
         mine = costs.constant([index[g] for g in w.gates], gates.device, torch.int64)
         opened = (gates.detach()[:, mine] >= 0.5).long().sum(1)
         shares = costs.constant([0.0, *w.fractions] if w.skips else w.fractions, gates.device)
-        found.append(shares[opened] * (exit_index >= choices.begins[choices.gates[index[w.gates[0]]].decision]))
+        found.append(shares[opened] * (exit_index >= choices.stage_of(choices.gates[index[w.gates[0]]].decision)))
     return torch.stack(found, 1)
 
 
@@ -340,7 +340,7 @@ def _route(program: Program, outcome: Outcome, settings: Settings) -> Tensor | N
         thresholds = settings.tensors(choice.device)[THRESHOLDS_BUFFER]
         sent = torch.cat((choice >= thresholds, torch.ones_like(choice[:, :1], dtype=torch.bool)), 1)
         return sent.to(torch.uint8).argmax(1)
-    return choice.long().masked_fill(outcome.exit_index < program.choices.begins[route.node], -1)
+    return choice.long().masked_fill(outcome.exit_index < program.choices.stage_of(route.node), -1)
 
 
 def _branches(program: Program, reports: Mapping[str, Tensor], route: Tensor, mixed: bool) -> Tensor | None:

@@ -116,6 +116,10 @@ class ChoiceRecords(Sequence[Choice]):
         """Names of the nodes whose place among the exits is asked for."""
         return {d.node for d in self.deciders} | {c.node for c in self.charges} | {h.output for h in self.chains}
 
+    def stage_of(self, node: str) -> int:
+        """How many exits lie before a node of `places`; 0 in a graph without stages."""
+        return self.begins.get(node, 0)
+
     @property
     def stops(self) -> bool:
         """Whether halting scores are probabilities of stopping: training reads a prediction for every step then."""

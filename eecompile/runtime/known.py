@@ -47,7 +47,7 @@ def with_known(program: Program, arms: Possible, reports: Mapping[str, Tensor], 
         exit_index: [B] int64.
     """
     found = {**reports, **_known(program, arms, reports, exit_index)}
-    begins = {d.name: program.choices.begins.get(d.node, 0) for d in program.choices.deciders if d.family == HALTING}
+    begins = {d.name: program.choices.stage_of(d.node) for d in program.choices.deciders if d.family == HALTING}
     for name in (n for n, stage in begins.items() if stage and n in reports):  # reported before an exit where rows left
         found[name] = reached(found[name], exit_index, begins[name])
     return found
@@ -57,13 +57,13 @@ def _known(program: Program, arms: Possible, reports: Mapping[str, Tensor], exit
     """Decisions of gates that are open or closed whatever the input, and zeros for what no row reached."""
     choices, taken = program.choices, decisions(program, arms)
     known = {
-        c.name: (exit_index >= choices.begins.get(c.node, 0)).float() * (taken[c.name] == RUN)
+        c.name: (exit_index >= choices.stage_of(c.node)).float() * (taken[c.name] == RUN)
         for c in choices.charges
         if c.name in taken and (len(taken[c.name]) == 1 or c.name not in reports)
     }
     for h in choices.chains:
         if h.name not in reports:
-            known[h.name] = closed_ledger(h, choices.begins.get(h.output, 0), exit_index)
+            known[h.name] = closed_ledger(h, choices.stage_of(h.output), exit_index)
     for d in choices.deciders:  # of a router: one branch is open, or no row got to the branches; or no exit is open
         if d.family in (EXITS, BRANCHES) and d.name not in reports:
             only = taken.get(d.name, ())
