@@ -2,9 +2,9 @@
 
 ``python -m tests.bench.language --model DIR --text FILE`` takes a local directory of transformers (SmolLM2-135M, say) and
 lines of plain text. Light draft heads are fitted on what the model writes after the first words of most lines, and
-calibrated on the others; ``--decoder DIR`` keeps them there, or takes those that it finds. Ways take turns; `speed` is the
-median of tokens a second over those of `model.generate`, `processor_speed` the same by the process's own processor time, for
-a machine that others use and a single thread. Tokens are compared with `model.generate`.
+calibrated on the others; ``--decoder DIR`` keeps them there, or takes a decoder that it finds as it is. Ways take turns.
+`speed` is the median of tokens a second over those of `model.generate`, `processor_speed` the same by the process's own
+processor time, for a machine that others use and a single thread. Tokens are compared with those of `model.generate`.
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m tests.bench.language", description=__doc__)
     parser.add_argument("--model", type=Path, required=True, help="local directory of a causal language model")
     parser.add_argument("--text", type=Path, help="lines of plain text")
-    parser.add_argument("--decoder", type=Path, help="directory of the decoder with fitted heads: made, or taken")
+    parser.add_argument("--decoder", type=Path, help="directory of the fitted and calibrated decoder: made, or taken")
+    parser.add_argument("--kinds", nargs="+", choices=[*PROMPTS, "copied", "cache"], default=[*PROMPTS, "copied", "cache"])
     parser.add_argument("--exits", type=int, nargs="+", default=[2, 3, 5], help="blocks of the lower part to fit heads for")
     parser.add_argument("--lines", type=int, default=320, help="lines that are continued for fitting")
     parser.add_argument("--tokens", type=int, default=48, help="new tokens for each prompt")
@@ -74,46 +75,50 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    fast, held = decoder(model, tokenizer, options)
-    projected = fast.calibrate(held, positions=600, min_speed=0.0)
-    print(projected)
-    found = {kind: measured(fast, batches(tokenizer, texts, options.batch), options) for kind, texts in PROMPTS.items()}
-    print(json.dumps(found, indent=1))
-    every = [b for texts in PROMPTS.values() for b in batches(tokenizer, texts, 1)]
-    made = {
+    fast, projected = decoder(model, tokenizer, options)
+    before = json.loads(options.out.read_text()) if options.out.exists() else {}
+    made = before.setdefault(f"{options.model.name}, batch {options.batch}", {})
+    made |= {
         "command": "python -m tests.bench.language --model DIR --text FILE "
         f"--batch {options.batch} --tokens {options.tokens} --rounds {options.rounds} --threads {options.threads}",
         "parameters": sum(p.numel() for p in model.parameters()),
-        "draft_heads": {exit: head.vocabulary.numel() for exit, head in fast.draft_heads.items()},
-        "projection": projected.to_dict(),
-        "results": found,
-        "copied": {str(t): copied(fast, every, t, options.tokens) for t in COPIED},
-        "cache": cache(fast, every[0], options.tokens),
+        "draft_tokens": fast.draft_head.vocabulary.numel(),
+        "set": {name: getattr(fast, name) for name in ("exit", "threshold", "max_draft", "widths")},
         "machine": machine.facts(torch.device("cpu")),
     }
-    before = json.loads(options.out.read_text()) if options.out.exists() else {}
-    before[f"{options.model.name}, batch {options.batch}"] = made
+    if projected is not None:
+        made["projection"] = projected.to_dict()
+    every = [b for texts in PROMPTS.values() for b in batches(tokenizer, texts, 1)]
+    for kind in options.kinds:
+        if kind in PROMPTS:
+            made[kind] = measured(fast, batches(tokenizer, PROMPTS[kind], options.batch), options)
+        elif kind == "cache":
+            made[kind] = cache(fast, every[0], options.tokens)
+        else:
+            made[kind] = {str(t): copied(fast, every, t, options.tokens) for t in COPIED}
+        print(kind, json.dumps(made[kind], indent=1))
     options.out.write_text(json.dumps(before, indent=1) + "\n")
 
 
-def decoder(model: Any, tokenizer: Any, options: argparse.Namespace) -> tuple[Any, list[Tensor]]:
-    """A decoder with fitted draft heads, and held-out text of the model."""
+def decoder(model: Any, tokenizer: Any, options: argparse.Namespace) -> tuple[Any, Any]:
+    """A decoder with fitted draft heads, and the report of its calibration where it was made here."""
+    if options.decoder is not None and options.decoder.exists():
+        return load(options.decoder), None
     if options.text is None:
         raise SystemExit("--text FILE is needed, for fitting and for calibration")
     lines = [line for line in options.text.read_text().splitlines() if len(line.split()) > 8]
     count = max(2, int(HELD * options.lines))
     held = written(model, tokenizer, lines[:count])
-    if options.decoder is not None and options.decoder.exists():
-        fast: Any = load(options.decoder)
-        return fast, held
-    fast = eecompile(model, strategies.SelfSpeculative(), example_kwargs={"input_ids": held[0][:, :8]})
+    fast: Any = eecompile(model, strategies.SelfSpeculative(), example_kwargs={"input_ids": held[0][:, :8]})
     texts = written(model, tokenizer, lines[count : count + options.lines])
     for exit in options.exits:
         fast.exit = exit
         print(exit, fast.fit(texts, epochs=8))
+    projected = fast.calibrate(held, positions=2000, min_speed=0.0)
+    print(projected)
     if options.decoder is not None:
         fast.save(options.decoder)
-    return fast, held
+    return fast, projected
 
 
 def written(model: Any, tokenizer: Any, lines: list[str]) -> list[Tensor]:
