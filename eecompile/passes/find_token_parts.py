@@ -37,7 +37,7 @@ class FindTokenParts(Pass):
     def run(self, program: Program) -> PassResult:
         finder = _Finder(program)
         refusals: list[Refusal] = []
-        steps = {c.name: c for c in program.choices.charges if c.name in {d.name for d in finder.deciders}}
+        steps = {c.name: c for c in program.choices.charges if c.name in finder.steps}
         found = {c.name: finder.step(c.name, steps[c.name].node, refusals) for c in program.choices if c.live}
         parts = [p for mine in found.values() for p in mine]
         share = sum(p.flops for p in parts) / (sum(c.flops for c in steps.values()) or 1.0)
@@ -51,8 +51,7 @@ class _Finder(facts.View):
     def __init__(self, program: Program) -> None:
         super().__init__(program)
         self.flops = program.costs.flops
-        self.deciders = [d for d in program.choices.deciders if d.family == HALTING]
-        self.units = {d.unit for d in self.deciders}
+        self.steps = {d.name: d.unit for d in program.choices.deciders if d.family == HALTING}
         # a block that is repeated is written out; its copies cost what the captured nodes with their weights do
         self.known = {_weights(n): f for n in self.nodes if (f := program.costs.flops.get(n.name, 0.0)) and _weights(n)}
 
@@ -85,7 +84,7 @@ class _Finder(facts.View):
     def _reads(self, state: fx.Node, kept: fx.Node) -> bool:
         """Whether only the choice of what is kept and the halting unit read a state."""
         return kept.args[2] is not state and all(
-            u is kept or (u.op == "call_module" and u.target in self.units) for u in state.users
+            u is kept or (u.op == "call_module" and u.target in self.steps.values()) for u in state.users
         )
 
     def _layout(self, positions: Positions, n: fx.Node, found: dict[fx.Node, Layout]) -> Layout | None:
