@@ -21,7 +21,7 @@ from tests.zoo import ZOO
 
 pytestmark = [
     pytest.mark.nightly,
-    pytest.mark.filterwarnings("ignore:::torchao", "ignore:`torch.jit:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:::torchao", "ignore:`torch.jit"),
 ]
 ENTRY = ZOO["bert"]
 

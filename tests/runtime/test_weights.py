@@ -255,7 +255,7 @@ TRACES = {
 
 
 @pytest.mark.parametrize("by", TRACES)
-@pytest.mark.filterwarnings("ignore:`torch.jit.trace:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.trace")
 def test_traces_are_refused(by: str) -> None:
     fast, _, x = made()
     with pytest.raises(EecompileError, match=f"cannot be exported by {by}"):
