@@ -25,7 +25,7 @@ from eecompile.language.draft import (
     text_batches,
     vocabulary_of,
 )
-from eecompile.language.generation import Choosing, Counts, DraftOptions, Generation, Row
+from eecompile.language.generation import DRAFT_COST, Choosing, Counts, DraftOptions, Generation, Row
 from eecompile.language.projection import SpeculationReport, project
 from eecompile.language.risk import DeferredReport, calibrate_deferred
 from eecompile.language.saved import SavedDecoder, read, write
@@ -106,6 +106,7 @@ class CompiledDecoder(nn.Module):
         self.exit = exit
         self.draft_heads = nn.ModuleDict()  # by number of blocks of the lower part
         self.threshold, self.max_draft = strategy.threshold, strategy.max_draft
+        self.draft_cost = DRAFT_COST  # in tokens of plain decoding
         self.widths: tuple[int, ...] = ()  # with how many columns passes of 1, 2, ... columns run
 
     def __getattr__(self, name: str) -> Any:
@@ -188,7 +189,8 @@ class CompiledDecoder(nn.Module):
             processor, stopping, seed, dict_wanted and bool(config.output_scores),
             dict_wanted and bool(config.output_logits), rows,
         )  # fmt: skip
-        options = DraftOptions(self.threshold, self.max_draft, self.strategy.longest_lookup, self.strategy.kv)
+        cost = self.draft_cost if self.strategy.kv == "verify" else 0.0  # kept drafts always give
+        options = DraftOptions(self.threshold, self.max_draft, self.strategy.longest_lookup, cost, self.strategy.kv)
         split = self._split(config)
         head = self.draft_head
         best = head.best if isinstance(head, DraftHead) else None
@@ -313,7 +315,8 @@ class CompiledDecoder(nn.Module):
                 wanted=f"at least {min_speed}x",
                 hint="fit() a light draft head first, or lower min_speed=",
             )
-        self.exit, self.threshold, self.max_draft, self.widths = best.exit, best.threshold, best.max_draft, best.widths
+        self.exit, self.threshold, self.max_draft = best.exit, best.threshold, best.max_draft
+        self.widths, self.draft_cost = best.widths, best.draft_cost
         return report
 
     def _by_risk(self, loader: Iterable[Any], max_new_tokens: int = 32, **risk: Any) -> DeferredReport:
@@ -343,7 +346,15 @@ class CompiledDecoder(nn.Module):
             ArtifactError: The model's class is none of transformers; the directory holds something else; a write failed.
         """
         parts = SavedDecoder(
-            self.model, self.strategy, self.blocks, self.exit, self.threshold, self.max_draft, self.widths, self.draft_heads
+            self.model,
+            self.strategy,
+            self.blocks,
+            self.exit,
+            self.threshold,
+            self.max_draft,
+            self.widths,
+            self.draft_cost,
+            self.draft_heads,
         )
         write(parts, path)
 
@@ -357,7 +368,7 @@ class CompiledDecoder(nn.Module):
         parts = read(directory, manifest)
         found = cls(parts.model, parts.strategy, parts.blocks)
         found.exit, found.threshold, found.max_draft = parts.exit, parts.threshold, parts.max_draft
-        found.widths = parts.widths
+        found.widths, found.draft_cost = parts.widths, parts.draft_cost
         found.draft_heads = parts.draft_heads
         return found.eval()
 

@@ -25,8 +25,9 @@ from eecompile.language.split import Split
 
 # Two scores are a near-tie where they differ by less than so many roundings of the largest logit.
 TIE, TIE_OF_HALF = 32, 4
-# A drafter pauses in a row where a draft of it gives fewer tokens than it costs, about so many tokens of plain decoding.
-WORTH, LATEST, PAUSE = 0.4, 0.3, 8  # the share of the newest draft in the mean; drafts that are left out in a pause
+# A drafter pauses in a row where a draft of it gives fewer tokens than it costs.
+DRAFT_COST = 0.4  # until calibrate measures
+LATEST, PAUSE = 0.3, 8  # the share of the newest draft in the mean; drafts that are left out in a pause
 
 
 @dataclass(frozen=True)
@@ -37,12 +38,14 @@ class DraftOptions:
         threshold: Probability that the draft head must give a token; above 1 nothing is drafted.
         max_draft: Most tokens that are drafted before the upper part runs.
         lookup: Longest n-gram that is looked for in the text before, as a second drafter; 0 for none.
+        draft_cost: What a draft costs, in tokens of plain decoding.
         kv: "verify" keeps drafted tokens only where the model agrees; "deferred" and "copy" keep all.
     """
 
     threshold: float
     max_draft: int
     lookup: int
+    draft_cost: float
     kv: str
 
 
@@ -85,9 +88,9 @@ class Standing:
         self.pause -= resting
         return resting
 
-    def learn(self, kept: int) -> None:
+    def learn(self, kept: int, cost: float) -> None:
         self.gain += LATEST * (kept - self.gain)
-        self.pause = PAUSE if self.gain < WORTH else 0
+        self.pause = PAUSE if self.gain < cost else 0
 
 
 @dataclass
@@ -360,9 +363,9 @@ class Generation:
             if row.done or not kept:
                 break
         if looked_up:
-            row.lookup.learn(min(kept_drafts, looked_up))
+            row.lookup.learn(min(kept_drafts, looked_up), self.options.draft_cost)
         if looked_up <= kept_drafts and looked_up < len(drafts):
-            row.head.learn(kept_drafts - looked_up)
+            row.head.learn(kept_drafts - looked_up, self.options.draft_cost)
 
     # ------------------------------------------------------------------ tokens
 

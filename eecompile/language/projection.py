@@ -36,6 +36,7 @@ class Candidate:
         acceptance: Share of drafted tokens that would be kept with them.
         tokens: New tokens for each run of the upper part.
         lower_ms, head_ms, upper_ms: Time of a pass of one token; of `max_draft + 1` tokens for the upper part.
+        draft_cost: Time that a draft of one token adds, in tokens of plain decoding.
         widths: With how many columns passes of 1, 2, ... columns run fastest.
         speed: Projected tokens a second over those of plain decoding.
     """
@@ -49,6 +50,7 @@ class Candidate:
     lower_ms: float
     head_ms: float
     upper_ms: float
+    draft_cost: float
     widths: tuple[int, ...]
     speed: float
 
@@ -214,6 +216,7 @@ def _best(exit: int, rows: list[tuple[Tensor, Tensor]], plain: float, times: tup
     """The threshold and length of a draft with the largest projected speed, by walking along the text."""
     lower, head, uppers = times
     widths = _fastest(uppers)
+    added = (uppers[widths[1] - 1] - uppers[0] + lower + head) / plain
     best: Candidate | None = None
     for threshold in THRESHOLDS:
         for most in DRAFTS:
@@ -241,7 +244,7 @@ def _best(exit: int, rows: list[tuple[Tensor, Tensor]], plain: float, times: tup
                 agreement = float(torch.cat([r for r, _ in rows]).float().mean())
                 best = Candidate(
                     exit, agreement, threshold, most, accepted / drafted if drafted else float("nan"), tokens / rounds,
-                    1e3 * lower, 1e3 * head, 1e3 * uppers[widths[most] - 1], widths, speed,
+                    1e3 * lower, 1e3 * head, 1e3 * uppers[widths[most] - 1], added, widths, speed,
                 )  # fmt: skip
     assert best is not None
     return best

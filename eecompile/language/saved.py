@@ -15,6 +15,7 @@ from torch import nn
 from eecompile.artifact import files
 from eecompile.errors import ArtifactError
 from eecompile.language.draft import DraftHead
+from eecompile.language.generation import DRAFT_COST
 from eecompile.strategies.self_speculative import SelfSpeculative
 
 KIND = "decoder"
@@ -37,6 +38,7 @@ class SavedDecoder:
     threshold: float
     max_draft: int
     widths: tuple[int, ...]
+    draft_cost: float
     draft_heads: nn.ModuleDict
 
 
@@ -70,6 +72,7 @@ def write(decoder: SavedDecoder, path: Any) -> None:
         "threshold": decoder.threshold,
         "max_draft": decoder.max_draft,
         "widths": list(decoder.widths),
+        "draft_cost": decoder.draft_cost,
     }
 
     def put_all(entries: dict[str, Any]) -> None:
@@ -103,7 +106,8 @@ def _rebuilt(manifest: dict[str, Any], paths: dict[str, Path]) -> SavedDecoder:
         head = DraftHead(state["norm.weight"].numel(), state["vocabulary"], 0 if down is None else len(down))
         head.load_state_dict(state)
         heads[exit] = head.eval()
-    numbers = (manifest["exit"], manifest["threshold"], manifest["max_draft"], tuple(manifest.get("widths", ())))
+    settings = (tuple(manifest.get("widths", ())), manifest.get("draft_cost", DRAFT_COST))
+    numbers = (manifest["exit"], manifest["threshold"], manifest["max_draft"], *settings)
     return SavedDecoder(_model(manifest, paths["weights"]), _strategy(manifest), manifest["blocks"], *numbers, heads)
 
 

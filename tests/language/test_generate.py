@@ -243,7 +243,7 @@ def test_a_context_is_filled_to_its_end(name: str) -> None:
 def test_a_draft_head_overrules_prompt_lookup_where_it_gives_more(
     llama: Any, head: float, lookup: float, sure: tuple[float, ...], drafts: list[tuple[int, bool]]
 ) -> None:
-    options = DraftOptions(0.5, 4, 3, "verify")
+    options = DraftOptions(0.5, 4, 3, 0.4, "verify")
     answers = torch.tensor([5, 60, 60]), torch.tensor(sure)
     generation = Generation(Split(llama, "model.layers", 2), None, options, Choosing([], []), 64, lambda states: answers)  # type: ignore[arg-type]
     row = Row([1, 2], 2, drafts=[(5, True), (6, True), (7, True)], head=Standing(head), lookup=Standing(lookup))
@@ -412,6 +412,7 @@ def test_a_trained_head_drafts_and_calibration_chooses(llama: Any) -> None:
     projected = fast.calibrate(texts, positions=100, min_speed=0.0)
     assert (fast.exit, fast.threshold, fast.max_draft) == (2, projected.best.threshold, projected.best.max_draft)
     assert projected.to_dict()["best"]["speed"] == projected.best.speed
+    assert fast.draft_cost == projected.best.draft_cost > 0 and fast.widths[0] == 1
     before = (fast.exit, fast.threshold, fast.max_draft)
     with pytest.raises(StrategyError, match="does not pay"):
         fast.calibrate(texts, positions=100, min_speed=1e6)

@@ -30,13 +30,14 @@ def test_a_loaded_decoder_generates_the_same(tmp_path: Path, name: str, rank: in
     model = decoder(name)
     fast = compiled(model, max_draft=3)
     fast.fit([prompts(rows=8, length=20)["input_ids"]], epochs=1, rank=rank)
-    fast.exit, fast.threshold = 2, 0.01
+    fast.exit, fast.threshold, fast.widths, fast.draft_cost = 2, 0.01, (1, 3, 3, 4), 0.0
     fast.save(tmp_path / "saved")
     state = torch.get_rng_state()
     again = load(tmp_path / "saved")
     assert torch.equal(torch.get_rng_state(), state)
     assert isinstance(again, CompiledDecoder) and not again.training
     assert (again.exit, again.threshold, again.max_draft, again.strategy) == (2, 0.01, 3, fast.strategy)
+    assert (again.widths, again.draft_cost) == (fast.widths, fast.draft_cost)
     for given in (prompts(), prompts(rows=1, padded=False)):
         one, other = (f.run_generate(**given, max_new_tokens=12, pad_token_id=0) for f in (fast, again))
         assert torch.equal(one.output, other.output)
