@@ -271,7 +271,7 @@ class Collector:
         assert isinstance(head, Head)
         mask = values[slot.exit.mask_input] if slot.exit.mask_input else None
         if read == "first":
-            return h.movedim(slot.axis, 0)[:, 0]
+            return head.site.sequence(h)[:, 0]
         return head.site.sequence(h) if head.site.positions else head.pooled(h, mask)
 
     def _fits(self, kept: Mapping[str, Tensor], length: int | None) -> None:
