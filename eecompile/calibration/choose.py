@@ -1,7 +1,7 @@
 """Learn then Test: the cheapest of several settings that provably lose little, whatever it is that they set.
 
-**Search.** On one part of the rows every setting gets the test that promises more there (`risk.best_bet`) and the p-value
-that is to be expected of it; those that are no cheaper than a safer one are dropped, the others stand in order.
+**Search.** On one part of the rows every setting gets its test (`risk.planned`) and the p-value that is to be expected of
+it; those that are no cheaper than a safer one are dropped, the others stand in order.
 
 **Test.** On the other part the hypotheses "E[drop] > max_drop" are tested in that order (`risk.fallback`). All rejected ones
 satisfy the bound at once with probability 1 - delta over the calibration data, so the cheapest of them may be chosen by
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from eecompile.calibration.options import Options, starts
-from eecompile.calibration.risk import Bet, best_bet, fallback
+from eecompile.calibration.risk import PlannedTest, fallback, planned
 
 T = TypeVar("T")
 MORE_ROWS = 1000
@@ -85,10 +85,10 @@ class Path(Generic[T]):
         known: dict[int, float] = {}
 
         def p_value(i: int) -> float:
-            setting, bets = path[i]
+            setting, tests = path[i]
             drop = self.drop(setting)
-            parts = zip(self._parts(setting), bets, strict=True)
-            known[i] = max(bet.p_value(drop[second[rows[second]]], options.max_drop) for rows, bet in parts)
+            parts = zip(self._parts(setting), tests, strict=True)
+            known[i] = max(test.p_value(drop[second[rows[second]]], options.max_drop) for rows, test in parts)
             return known[i]
 
         accepted = fallback(p_value, len(path), starts(len(path), options.delta))
@@ -104,27 +104,27 @@ class Path(Generic[T]):
         subsets = [s for s in self.subsets(setting) if bool(s.any())]
         return [torch.ones(self.rows, dtype=torch.bool), *subsets]
 
-    def _bets(self, setting: T, rows: Tensor, n: int, options: Options) -> list[Bet]:
+    def _tests(self, setting: T, rows: Tensor, n: int, options: Options) -> list[PlannedTest]:
         """The test of each part, if `n` rows like `rows` are tested."""
         drop, level = self.drop(setting)[rows], options.delta or 0.05
         doubt, found = max(0.0, 1 - self._cost(setting) / self.full_cost), []
         for part in self._parts(setting):
             mine = part[rows]
             size = round(n * float(mine.double().mean()))
-            found.append(best_bet(drop[mine], size, options.max_drop, level, binary=self.binary, doubt=doubt))
+            found.append(planned(drop[mine], size, options.max_drop, level, binary=self.binary, doubt=doubt))
         return found
 
-    def _ordered(self, settings: Sequence[T], rows: Tensor, n: int, options: Options) -> list[tuple[T, list[Bet]]]:
+    def _ordered(self, settings: Sequence[T], rows: Tensor, n: int, options: Options) -> list[tuple[T, list[PlannedTest]]]:
         """The settings that no safer one beats in cost, the safest first."""
         measured = []
         for i, s in enumerate(settings):
-            bets = self._bets(s, rows, n, options)
-            measured.append((max(bet.expected for bet in bets), self._cost(s), i, s, bets))
+            tests = self._tests(s, rows, n, options)
+            measured.append((max(test.expected for test in tests), self._cost(s), i, s, tests))
         measured.sort(key=lambda m: m[:3])
         kept, cheapest = [], self.full_cost - 1e-12
-        for _, cost, _, s, bets in measured:
+        for _, cost, _, s, tests in measured:
             if cost < cheapest:
-                kept.append((s, bets))
+                kept.append((s, tests))
                 cheapest = cost - 1e-12
         return kept
 
@@ -147,7 +147,7 @@ class Path(Generic[T]):
         return Chosen(None, None, None, *counts, (), tuple(passed_over))
 
     def _with_more(self, path: Sequence[T], chosen: Chosen[T], rows: tuple[Tensor, Tensor], options: Options) -> Chosen[T]:
-        """With what more rows are expected to buy, from the growth of the wealth on all rows."""
+        """With what more rows are expected to buy, from the p-values that all rows let expect."""
         every, n = torch.cat(rows), len(rows[1])
         share, level = n / len(every), math.log(options.delta or 1.0)
         cost = self.full_cost if chosen.value is None else self._cost(chosen.value)
@@ -155,7 +155,7 @@ class Path(Generic[T]):
         best, needed = cost, None
         for s in cheaper:
             test = round(n + MORE_ROWS * share)
-            if max(b.expected for b in self._bets(s, every, test, options)) <= level and not self.harm(s):
+            if max(t.expected for t in self._tests(s, every, test, options)) <= level and not self.harm(s):
                 best = min(best, self._cost(s))
         if cheaper:
             needed = self._rows_for(cheaper[0], every, share, options)
@@ -166,7 +166,7 @@ class Path(Generic[T]):
         level = math.log(options.delta or 1.0)
         rows = len(every)
         while rows <= 100 * len(every):
-            if max(b.expected for b in self._bets(setting, every, round(rows * share), options)) <= level:
+            if max(t.expected for t in self._tests(setting, every, round(rows * share), options)) <= level:
                 return rows
             rows = math.ceil(rows * 1.1)
         return None

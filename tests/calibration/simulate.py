@@ -20,7 +20,8 @@ from torch import Tensor
 from eecompile.calibration.calibrate import RAMP, calibrate
 from eecompile.calibration.evidence import Evidence, pattern, remembered
 from eecompile.calibration.options import split_sizes, starts
-from eecompile.calibration.risk import exact_binomial, fallback
+from eecompile.calibration.paired import log_binomial_tail
+from eecompile.calibration.risk import fallback
 from eecompile.calibration.search import Search, candidates
 from eecompile.ir.settings import EXITS
 from eecompile.training.curve import first_exit
@@ -90,7 +91,7 @@ def previous(x: Tensor, y: Tensor, seed: int) -> list[float]:
     path = ([search.between(search.closed, path[0], share) for share in RAMP] if path else []) + path
 
     def p_value(i: int) -> float:
-        return float(exact_binomial(torch.tensor(test.measure(path[i])[0]), test.rows, MAX_DROP))
+        return float(log_binomial_tail(torch.tensor(test.measure(path[i])[0]), test.rows, MAX_DROP).exp())
 
     found = [search.closed] + [path[i] for i, _ in fallback(p_value, len(path), starts(len(path), DELTA))]
     return min(found, key=lambda v: evidence.measure(v)[1]).tolist()

@@ -15,7 +15,7 @@ from eecompile.calibration import collect as collecting
 from eecompile.calibration.baselines import auroc
 from eecompile.calibration.calibrate import calibrate
 from eecompile.calibration.options import FIRST_START, LEAST_SEARCH_ROWS, split_sizes
-from eecompile.calibration.risk import best_bet, rows_needed
+from eecompile.calibration.risk import planned, rows_needed
 from eecompile.criteria import Learned, Margin, Patience, criterion
 from eecompile.errors import CalibrationError, EecompileError
 from eecompile.training.evaluate import evaluate
@@ -56,8 +56,8 @@ def test_the_p_value_is_that_of_the_rows_of_the_test():
     early, full = fast.observe(X).output.argmax(1) == Y, X[:, -1].argmax(1) == Y
     drops = full.double() - early.double()
     assert float(drops[second].mean()) == pytest.approx(report.drop_test)
-    bet = best_bet(drops[first], 2000, 0.03, 0.05, binary=True, doubt=1 - report.expected_cost)
-    assert bet.p_value(drops[second], 0.03) == pytest.approx(report.p_value)
+    test = planned(drops[first], 2000, 0.03, 0.05, binary=True)
+    assert test.p_value(drops[second], 0.03) == pytest.approx(report.p_value)
 
 
 def test_deterministic_and_the_seed_matters():

@@ -10,15 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eecompile.calibration.risk import (
-    Bet,
-    best_bet,
-    betting,
-    exact_binomial,
-    fallback,
-    log_binomial_tail,
-    rows_needed,
-)
+from eecompile.calibration import paired
+from eecompile.calibration.paired import log_binomial_tail
+from eecompile.calibration.risk import PlannedTest, betting, fallback, planned, rows_needed
 
 
 def tail(k: int, n: int, p: Fraction) -> float:
@@ -36,16 +30,46 @@ def test_binomial_tail_against_fractions(n, percent):
 
 def test_known_values():
     # 298 rows without a loss do not show 1% at 5%, 299 do
-    assert float(exact_binomial(torch.tensor(0.0), 298, 0.01)) > 0.05
-    assert float(exact_binomial(torch.tensor(0.0), 299, 0.01)) == pytest.approx(0.99**299, rel=1e-12)
     assert rows_needed(0.01, 0.05) == 299
     assert rows_needed(0.05, 0.05) == 59
     assert rows_needed(0.0, 0.05) is None
-    # P(Bin(100000, 0.01) <= 900), from scipy 1.17: binom.cdf(900, 100000, 0.01)
-    assert float(exact_binomial(torch.tensor(900.0), 100_000, 0.01)) == pytest.approx(SCIPY_900, rel=1e-8)
+    # from scipy 1.17: binom.cdf(900, 100000, 0.01)
+    assert float(log_binomial_tail(torch.tensor(900), 100_000, 0.01).exp()) == pytest.approx(0.0006608413334501454, rel=1e-8)
 
 
-SCIPY_900 = 0.0006608413334501454
+def extreme(losses: int, gains: int, n: int, alpha: float, p: float) -> float:
+    """Probability of the tables at least as extreme, where gains have probability p, by summing them all."""
+    seen = paired.score(*torch.tensor([[losses], [gains]]).double(), n, alpha)
+    total = 0.0
+    for lost in range(n + 1):
+        for won in range(n - lost + 1):
+            if paired.score(*torch.tensor([[lost], [won]]).double(), n, alpha) <= seen + 1e-9:
+                ways = math.comb(n, lost) * math.comb(n - lost, won)
+                total += ways * (p + alpha) ** lost * p**won * (1 - alpha - 2 * p) ** (n - lost - won)
+    return total
+
+
+@pytest.mark.parametrize(
+    ("losses", "gains", "n", "alpha"), [(0, 0, 12, 0.1), (1, 2, 15, 0.2), (3, 6, 14, 0.05), (0, 9, 9, 0.3)]
+)
+def test_the_paired_test_against_all_tables(losses, gains, n, alpha):
+    slack = 0.002
+    found = paired.p_value(losses, gains, n, alpha, slack)
+    largest = min(paired._upper(gains, n, slack), (1 - alpha) / 2)
+    tried = [largest * (i / 40) ** 2 for i in range(41)]
+    worst = max(extreme(losses, gains, n, alpha, p) for p in tried)
+    assert found == pytest.approx(worst + slack, rel=0.03)
+    assert found >= extreme(losses, gains, n, alpha, largest) + slack - 1e-12
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.integers(1, 3000), st.floats(0.001, 0.5), st.floats(0, 1), st.floats(0, 1))
+def test_more_losses_never_lower_the_p_value(n, alpha, share, rest):
+    gains = int(share * n)
+    losses = int(rest * (n - gains))
+    found = [paired.p_value(lost, gains, n, alpha, 1e-3) for lost in (losses, min(losses + 1, n - gains))]
+    assert 0 < found[0] <= found[1] + 1e-9 <= 1 + 1e-9
+    assert found[0] == 1 or losses - gains < n * alpha
 
 
 def test_the_wealth_written_out():
@@ -59,9 +83,9 @@ def test_the_wealth_written_out():
 
 
 def test_no_rows_or_no_room_show_nothing():
-    for bet in (Bet(None, 0.0), Bet(0.5, 0.0)):
-        assert bet.p_value(torch.zeros(0), 0.1) == 1
-        assert bet.p_value(torch.zeros(100), 0.0) == 1
+    for test in (PlannedTest(None, 0.0), PlannedTest(0.5, 0.0)):
+        assert test.p_value(torch.zeros(0), 0.1) == 1
+        assert test.p_value(torch.zeros(100), 0.0) == 1
     with pytest.raises(ValueError):
         log_binomial_tail(torch.tensor(1), 5, 1.5)
     assert log_binomial_tail(torch.tensor([-1, 0, 5]), 5, 1.0).exp().tolist() == [0, 0, 1]
@@ -71,12 +95,12 @@ def test_no_rows_or_no_room_show_nothing():
 @given(st.integers(1, 2000), st.floats(0.001, 0.5), st.floats(0, 0.2), st.floats(0, 0.2), st.booleans())
 def test_no_bet_can_lose_more_than_there_is(n, alpha, worse, better, binary):
     g = torch.Generator().manual_seed(n)
-    bet = best_bet(ternary(200, worse, better, g), n, alpha, 0.05, binary=binary)
-    assert bet.size is None or 0 <= bet.size * (1 - alpha) <= 1
-    assert binary or bet.size is not None
-    assert bet.expected <= 0
+    test = planned(ternary(200, worse, better, g), n, alpha, 0.05, binary=binary)
+    assert (test.bet is None) == binary
+    assert binary or 0 <= test.bet * (1 - alpha) <= 1
+    assert test.expected <= 0
     for d in (torch.ones(5), -torch.ones(5), torch.zeros(5)):
-        assert 0 < bet.p_value(d.double(), alpha) <= 1
+        assert 0 < test.p_value(d.double(), alpha) <= 1
 
 
 def ternary(n, worse, better, g, draws=None):
@@ -87,8 +111,8 @@ def ternary(n, worse, better, g, draws=None):
 @pytest.mark.parametrize(("worse", "better"), [(0.03, 0.0), (0.05, 0.02), (0.3, 0.27), (None, None)])
 @pytest.mark.parametrize("level", [0.05, 0.2])
 def test_p_values_are_valid_at_the_border(worse, better, level):
-    """The mean drop is alpha: at most `level` of the p-values are that small, whichever test the other rows choose."""
-    n, alpha, draws = 300, 0.03, 1500
+    """The mean drop is alpha: at most `level` of the p-values are that small, whatever the other rows plan."""
+    n, alpha, draws = 300, 0.03, 500
     g = torch.Generator().manual_seed(1)
     if worse is None:  # losses in [0, 1] of mean alpha
         sample = lambda *size: torch.rand(*size, generator=g).double() ** (1 / alpha - 1)  # noqa: E731
@@ -97,20 +121,20 @@ def test_p_values_are_valid_at_the_border(worse, better, level):
         tested, others = ternary(n, worse, better, g, draws), ternary(100, worse, better, g, draws)
     wrong = 0
     for d, o in zip(tested, others, strict=True):
-        wrong += best_bet(o, n, alpha, level, binary=worse is not None).p_value(d, alpha) <= level
+        wrong += planned(o, n, alpha, level, binary=worse is not None).p_value(d, alpha) <= level
     assert wrong / draws <= level + 3 * math.sqrt(level * (1 - level) / draws)
 
 
-def test_gains_count_for_betting():
+def test_gains_count():
     """Share of draws that show a drop of at most 2%, at level 5%, where 2% are worse and 1.5% better."""
     g = torch.Generator().manual_seed(0)
     shown = [0, 0]
-    for _ in range(200):
+    for _ in range(100):
         other, rows = ternary(1000, 0.02, 0.015, g), ternary(2000, 0.02, 0.015, g)
-        shown[0] += best_bet(other, 2000, 0.02, 0.05, binary=True).p_value(rows, 0.02) <= 0.05
-        shown[1] += Bet(None, 0.0).p_value(rows, 0.02) <= 0.05
-    assert shown[0] > 150
-    assert shown[1] < 30
+        for k, binary in enumerate((True, False)):
+            shown[k] += planned(other, 2000, 0.02, 0.05, binary=binary).p_value(rows, 0.02) <= 0.05
+    assert shown[0] > 92  # with the normal distribution, 97% are expected
+    assert shown[0] > shown[1] > 80  # betting, which may stop at any row, shows fewer
 
 
 def run(p, levels):
