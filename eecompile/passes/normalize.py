@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import sympy
 import torch
 from torch import fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from eecompile.capture.memory import memory, written
 from eecompile.passes import facts
@@ -115,9 +116,9 @@ def _sink_constants(graph_module: fx.GraphModule) -> int:
     constant: set[fx.Node] = set()
     for n in nodes:
         sources = n.all_input_nodes
-        if n.op == "get_attr" or (_is_pure(n) and sources and all(s in constant for s in sources)):
-            if memory(n) not in changed:
-                constant.add(n)
+        known = _is_plain(graph_module, n) or (_is_pure(n) and bool(sources) and all(s in constant for s in sources))
+        if known and memory(n) not in changed:
+            constant.add(n)
     count = 0
     for n in reversed(nodes):
         if n.op != "call_function" or n not in constant or not n.users:
@@ -130,6 +131,11 @@ def _sink_constants(graph_module: fx.GraphModule) -> int:
             first.prepend(n)
             count += 1
     return count
+
+
+def _is_plain(graph_module: fx.GraphModule, node: fx.Node) -> bool:
+    """Whether it is a tensor of torch's own class; conditions of exported programs take no other as an operand."""
+    return node.op == "get_attr" and not is_traceable_wrapper_subclass(facts.attribute(graph_module, str(node.target)))
 
 
 def _is_pure(node: fx.Node) -> bool:
