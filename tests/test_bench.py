@@ -52,7 +52,7 @@ def check(whole: dict) -> None:
 
 
 @pytest.mark.nightly
-@pytest.mark.parametrize("group", ["closed", "no-exit", "memory", "deadlines", "export"])
+@pytest.mark.parametrize("group", ["closed", "no-exit", "memory", "deadlines", "export", "backends"])
 def test_a_group_runs_and_is_merged(tmp_path, capsys, group):
     out = tmp_path / "cpu.json"
     other = {
