@@ -44,7 +44,7 @@ def score(losses: Tensor, gains: Tensor, n: float, alpha: float) -> Tensor:
 
 def p_value(losses: int, gains: int, n: int, alpha: float, slack: float) -> float:
     """Of whole numbers with `losses + gains <= n`; 1 where the mean drop is alpha or more."""
-    seen = score(*torch.tensor([[losses], [gains]]).double(), n, alpha)
+    seen = score(torch.tensor(losses).double(), torch.tensor(gains).double(), n, alpha)
     if alpha <= 0 or n == 0 or float(seen) >= 0:
         return 1.0
     largest = min(_upper(gains, n, slack), (1 - alpha) / 2)

@@ -74,7 +74,7 @@ def planned(drops: Tensor, n: int, alpha: float, level: float, *, binary: bool, 
         if won < LEAST_GAINS:
             return PlannedTest(None, _log_tail(lost * n / m, n, alpha), slack)
         rates = torch.tensor([[lost], [won * fewer]], dtype=torch.float64) * (n / (m + doubt))
-        return PlannedTest(None, float(torch.special.log_ndtr(paired.score(*rates, n, alpha))), slack)
+        return PlannedTest(None, float(torch.special.log_ndtr(paired.score(rates[0], rates[1], n, alpha))), slack)
     variance = max((float(drops.square().sum()) + 1) / (m + 1) - float(drops.mean()) ** 2, 1e-9)
     bet = min(math.sqrt(2 * math.log(1 / level) / (n * variance)), MOST / (1 - alpha))
     expected = torch.where(drops < 0, drops * fewer, drops)
