@@ -29,7 +29,7 @@ SIZES = (1, 64)
 MOST_LOST = 0.02
 AT, END, EXITS = "stage1.2", "stage3.2", ("stage2.0", "stage3.0")
 AT_QUICK, END_QUICK, EXITS_QUICK = "stage1", "stage3", ("stage2",)  # of ResNet-8, one block a stage
-EPOCHS = {"light": 32, "exits": 24}
+EPOCHS = {"light": 20, "exits": 12}
 
 
 def strategies(quick: bool) -> dict[str, Branchy]:
