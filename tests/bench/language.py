@@ -67,6 +67,16 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def command(options: argparse.Namespace) -> str:
+    """What makes the figures, with DIR and FILE for what lies on this machine."""
+    places = {"model": "DIR", "text": "FILE", "decoder": "DIR"}
+    said = [(name, places.get(name, value)) for name, value in vars(options).items() if value and name != "out"]
+    words = ["python -m tests.bench.language"]
+    for name, value in said:
+        words += [f"--{name.replace('_', '-')}", *map(str, value if isinstance(value, list) else [value])]
+    return " ".join(words)
+
+
 def main() -> None:
     options = parse()
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -79,8 +89,7 @@ def main() -> None:
     before = json.loads(options.out.read_text()) if options.out.exists() else {}
     made = before.setdefault(f"{options.model.name}, batch {options.batch}", {})
     made |= {
-        "command": "python -m tests.bench.language --model DIR --text FILE "
-        f"--batch {options.batch} --tokens {options.tokens} --rounds {options.rounds} --threads {options.threads}",
+        "command": command(options),
         "parameters": sum(p.numel() for p in model.parameters()),
         "draft_tokens": fast.draft_head.vocabulary.numel(),
         "set": {name: getattr(fast, name) for name in ("exit", "threshold", "max_draft", "widths")},
