@@ -21,6 +21,7 @@ FIRST = ("branchy + skipnet", "ann + self_adaptive", "branchy + act", "branchy +
 SLOW = {"resnet110"}  # 54 blocks: hf_resnet is of the same kind
 MODELS = sorted(set(ZOO) - SLOW)
 NAMES = sorted(SUMS)
+LONG = {("hf_resnet", "widths and exits")}
 CASES = [(name, NAMES[i % len(NAMES)]) for i, name in enumerate(MODELS)]  # each sum with models of several kinds
 CASES += [
     ("gpt2_lm", "branchy + act per position"),  # with labels for every position
@@ -44,7 +45,7 @@ def compiled(zoo, name: str, kind: str) -> CompiledModule:
     return fast
 
 
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(("name", "kind"), [nightly(*case) if case in LONG else case for case in CASES])
 def test_a_sum_keeps_the_invariants(zoo, name, kind):
     entry = ZOO[name]
     missing = NO_CHAIN if "act" in kind.split() else NO_REGION

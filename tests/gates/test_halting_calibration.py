@@ -65,9 +65,12 @@ def loader(n, seed, size=150, labels=True):
     return [(part, torch.ones(len(part), dtype=torch.long)) if labels else part for part in x.split(size)]
 
 
-@pytest.mark.parametrize(("target", "labels"), [("accuracy", True), nightly("agreement", False)])
-def test_the_drop_is_bounded_as_often_as_promised(target, labels):
-    trials, delta, max_drop = 100, 0.1, 0.059  # threshold 0.8 loses 0.06: barely too much
+@pytest.mark.parametrize(
+    ("target", "labels", "trials"),
+    [("accuracy", True, 40), nightly("accuracy", True, 100), nightly("agreement", False, 100)],
+)
+def test_the_drop_is_bounded_as_often_as_promised(target, labels, trials):
+    delta, max_drop = 0.1, 0.059  # threshold 0.8 loses 0.06: barely too much
     wrong = qualified = 0
     for seed in range(trials):
         fast = OneChain()
