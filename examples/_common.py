@@ -160,6 +160,7 @@ def _kept(path: Path, fast: Any) -> dict[str, Any] | None:
             with_kinds(fast, [HeadRow(**row) for row in found["heads"]])
             for key, value in _state(fast).items():
                 value.copy_(file.get_tensor(key))
+        fast.train().eval()  # thresholds that waited for training hold, as after `fit`
     except (SafetensorError, RuntimeError, KeyError, TypeError) as error:
         raise DatasetError(f"{path} does not hold these weights ({error}). Delete it and run again.") from error
     return found

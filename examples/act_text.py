@@ -51,7 +51,7 @@ def at_threshold(fast: Any, loader: Iterable[Any], threshold: float) -> dict[str
             taken = result.steps
             # padding halts at once: only tokens count
             steps.append(taken if taken.ndim == 1 else taken[batch.kwargs["attention_mask"].expand_as(taken).bool()])
-    most = len(fast.program.choices.halts[0].steps)
+    most = len(fast.program.choices.chains[0].steps)
     taken = torch.cat(steps)
     return {
         "threshold": threshold,

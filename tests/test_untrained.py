@@ -131,6 +131,20 @@ def test_a_loop_of_ones_own_counts_as_training(trained: Any) -> None:
     assert [e.threshold for e in fast.exits] == pytest.approx([0.4, 0.4])
 
 
+@pytest.mark.parametrize("trained", ["unit", "head"])
+def test_a_routed_exit_needs_both_its_head_and_the_router(trained: str) -> None:
+    x, _ = data()
+    fast = eecompile(Residual().eval(), STRATEGIES["router to exits"], example_inputs=x)
+    fast.train()
+    with torch.no_grad():
+        for name, parameter in fast.named_parameters():
+            if f".{trained}." in name:
+                parameter.add_(0.1)
+    fast.eval()
+    assert fast.untrained == ("exit_0", "exit_1")
+    assert not any(e.is_open for e in fast.exits)
+
+
 def test_train_mode_without_training_opens_nothing() -> None:
     x, y = data()
     fast = eecompile(Residual().eval(), strategies.Branchy(exits=2) + strategies.SkipNet(), example_inputs=x)
