@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eecompile.calibration.risk import exact_binomial
+from eecompile.calibration import paired
 from eecompile.training.batches import split
 from examples._registry import DatasetError, atomic
 from examples.trunks import console
@@ -54,7 +54,8 @@ class Depths:
         full, found = self.right()[:, -1], 0.0
         for threshold in thresholds:
             right = self.right().gather(1, self.depth_at(threshold).unsqueeze(1)).squeeze(1)
-            if float(exact_binomial((full & ~right).sum(), len(full), allowed)) > delta:
+            lost, won = int((full & ~right).sum()), int((right & ~full).sum())
+            if paired.p_value(lost, won, len(full), allowed, delta / 500) > delta:
                 break
             found = threshold
         return found
