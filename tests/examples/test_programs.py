@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -204,6 +205,12 @@ def test_errors_are_one_line(environment: dict[str, str], tmp_path: Path) -> Non
     assert "no command 'npm' here" in done.stderr
     assert "--quick runs on a generated stand-in" in done.stderr
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("name", sorted(p.stem for p in (ROOT / "examples").glob("*.py")))
+def test_imports(name: str) -> None:
+    """What an example takes from the package is there."""
+    importlib.import_module(f"examples.{name}")
 
 
 @pytest.mark.nightly
