@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from enum import Enum
 from typing import Any
@@ -25,6 +26,8 @@ def spelling(value: Any) -> str | None:
         value = value.item()
     if isinstance(value, Enum):
         return f"{type(value).__module__}.{type(value).__qualname__}.{value.name}"
+    if type(value) is int and value.bit_length() > 10_000:
+        return hex(value)  # Python refuses decimals of more than 4300 digits
     if type(value) in (*ATOMS, *ATOMS_OF_TORCH):
         return repr(value)
     if type(value) is np.ndarray and value.dtype != object:
@@ -50,10 +53,32 @@ def same(value: Any, other: Any) -> bool:
     text = spelling(value)
     if text is not None:
         return text == spelling(other)
-    return type(value) is type(other) and (value == other) is True
+    try:
+        return type(value) is type(other) and (value == other) is True
+    except (TypeError, ValueError, RuntimeError):  # of tensors and arrays, `==` has no truth value
+        return False
+
+
+def to_json(value: Any) -> Any:
+    """A number, string, boolean or None as JSON, which has no infinity and no NaN.
+
+    Raises:
+        TypeError: Another value, such as a member of an enumeration that is a string too.
+    """
+    value = value.item() if isinstance(value, np.generic) else value
+    if type(value) not in (bool, int, float, str, type(None)):
+        raise TypeError(type(value).__name__)
+    return {"float": repr(value)} if type(value) is float and not math.isfinite(value) else value
+
+
+def from_json(value: Any) -> Any:
+    """The inverse of `to_json`."""
+    return float(value["float"]) if isinstance(value, dict) else value
 
 
 def _joined(value: Any, parts: list[str | None]) -> str | None:
     known = [p for p in parts if p is not None]
-    left, right = BRACKETS.get(type(value), (f"{type(value).__name__}(", ")"))
+    kind = type(value)
+    told = f"{kind.__module__}.{kind.__qualname__}{getattr(kind, '_fields', '')}"  # two named tuples may share a name
+    left, right = BRACKETS.get(kind, (f"{told}{getattr(value, 'default_factory', '')}(", ")"))
     return f"{left}{', '.join(known)}{right}" if len(known) == len(parts) else None

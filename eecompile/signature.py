@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils import _pytree as pytree
 
-from eecompile.constants import same, spelling
+from eecompile.constants import from_json, same, spelling, to_json
 from eecompile.containers import dump_spec, load_spec
 from eecompile.errors import ArtifactError, CaptureError, near
 from eecompile.guards import Guard, Number, load_guard, load_number
@@ -454,13 +454,18 @@ class Signature(Convention):
                 wanted="tensors, and whole or floating numbers",
                 hint="leave it out of what the model returns",
             )
-        for constant in (*self.constants, *self.out_constants):
-            if constant is not None and not isinstance(constant[0], bool | int | float | str | type(None) | Number):
+
+        def saved(constant: tuple[Any] | None) -> list[Any] | None:
+            if constant is None:
+                return None
+            try:
+                return [constant[0].to_json() if isinstance(constant[0], Number) else to_json(constant[0])]
+            except TypeError as error:
                 raise ArtifactError(
                     "an argument that was burned in cannot be saved",
-                    got=f"{type(constant[0]).__name__}",
+                    got=str(error),
                     wanted="tensors, numbers, strings, booleans or None",
-                )
+                ) from error
 
         def leaf(x: Leaf) -> dict[str, Any]:
             return {
@@ -476,10 +481,8 @@ class Signature(Convention):
             "outputs": [leaf(x) for x in self.outputs],
             "in_spec": dump_spec(self.in_spec),
             "out_spec": dump_spec(self.out_spec),
-            "constants": [None if c is None else list(c) for c in self.constants],
-            "out_constants": [
-                None if c is None else [c[0].to_json() if isinstance(c[0], Number) else c[0]] for c in self.out_constants
-            ],
+            "constants": [saved(c) for c in self.constants],
+            "out_constants": [saved(c) for c in self.out_constants],
             "dynamic": {k: list(v) for k, v in self.dynamic.items()},
             "guards": [g.to_json() for g in self.guards],
             "fixed": [list(f) for f in self.fixed],
@@ -494,17 +497,17 @@ class Signature(Convention):
             dtype = getattr(torch, d["dtype"])
             return Leaf(d["path"], tuple(d["shape"]), dtype, d["batch_axis"])
 
+        def out(value: Any) -> Any:
+            return load_number(value) if isinstance(value, dict) and "of_sizes" in value else from_json(value)
+
         return Signature(
             parameters=tuple(Parameter(*parameter) for parameter in data["parameters"]),
             inputs=tuple(leaf(x) for x in data["inputs"]),
             outputs=tuple(leaf(x) for x in data["outputs"]),
             in_spec=load_spec(data["in_spec"]),
             out_spec=load_spec(data["out_spec"]),
-            constants=tuple(None if c is None else (c[0],) for c in data["constants"]),
-            out_constants=tuple(
-                None if c is None else (load_number(c[0]),) if isinstance(c[0], dict) else (c[0],)
-                for c in data["out_constants"]
-            ),
+            constants=tuple(None if c is None else (from_json(c[0]),) for c in data["constants"]),
+            out_constants=tuple(None if c is None else (out(c[0]),) for c in data["out_constants"]),
             dynamic={k: (v[0], v[1]) for k, v in data["dynamic"].items()},
             guards=tuple(load_guard(g) for g in data["guards"]),
             fixed=tuple((path, axis, line) for path, axis, line in data.get("fixed", ())),

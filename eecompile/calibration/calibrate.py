@@ -1,19 +1,13 @@
 """`calibrate`: a temperature per exit, then the cheapest thresholds that provably lose little.
 
-**The loss.** For `target="accuracy"` a row's loss is L = [the full model is right and the early answer is
-wrong]; for "agreement" L = [the early answer is not the full model's]; with a metric in [0, 1], and for
-outputs with positions, where a row's score is the share of its positions, L = max(0, full score - early
-score). The drop of accuracy is E[full - early] <= E[max(0, full - early)] = E[L]: gains, where the early
-answer is right and the full one wrong, are not counted. So a bound of E[L] bounds the drop. The loss full -
-early in {-1, 0, 1} itself would be the drop, but as a bounded loss it must be scaled to (1 + L) / 2, and to
-tell 0.5 from 0.505 takes some 60,000 rows without any error (n h(0.5, 0.505) >= log 20) where the binary
-loss needs 299 for the same 1% at 95%: near zero a binomial has next to no variance, and in the middle of [0,
-1] it has the most.
+**The drop.** A row's drop is the full model's score less the early one. For `target="accuracy"` scores are 0 or 1, for
+"agreement" the early score is whether the answer is the full model's; a metric, and outputs with positions, where a row's
+score is the share of its positions, give scores in [0, 1]. Gains, where only the early answer is right, count.
 
 **The test.** Learn then Test (Angelopoulos et al. 2021) in the form of Pareto testing (Laufer-Goldshtein et
 al. 2023). The rows are split at random by `seed`. On the first part temperatures are fitted and a path of
 threshold vectors is found, from hardly any exit to more and more loss, each cheaper than the one before. On
-the second part the hypotheses "E[L] > max_drop" are tested along the path, each at the level that is carried
+the second part the hypotheses "E[drop] > max_drop" are tested along the path, each at the level that is carried
 on by rejecting the one before. All rejected ones satisfy the bound at once with probability 1 - delta over
 the calibration data, so the cheapest of them may be chosen by looking at all rows.
 

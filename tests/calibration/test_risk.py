@@ -55,11 +55,28 @@ def extreme(losses: int, gains: int, n: int, alpha: float, p: float) -> float:
 def test_the_paired_test_against_all_tables(losses, gains, n, alpha):
     slack = 0.002
     found = paired.p_value(losses, gains, n, alpha, slack)
-    largest = min(paired._upper(gains, n, slack), (1 - alpha) / 2)
-    tried = [largest * (i / 40) ** 2 for i in range(41)]
-    worst = max(extreme(losses, gains, n, alpha, p) for p in tried)
-    assert found == pytest.approx(worst + slack, rel=0.03)
-    assert found >= extreme(losses, gains, n, alpha, largest) + slack - 1e-12
+    low, high = interval(gains, n, alpha, slack)
+    worst = max(extreme(losses, gains, n, alpha, low + (high - low) * i / 40) for i in range(41))
+    assert found == pytest.approx(worst + slack, rel=0.01)
+
+
+def interval(gains: int, n: int, alpha: float, slack: float) -> tuple[float, float]:
+    """Of the probability of a gain: each side misses it with probability slack / 2 at most."""
+    low, high = 1 - paired._upper(n - gains, n, slack / 2), min(paired._upper(gains, n, slack / 2), (1 - alpha) / 2)
+    assert low == 0 or float(log_binomial_tail(torch.tensor(n - gains), n, 1 - low).exp()) <= slack / 2 * 1.001
+    assert high == (1 - alpha) / 2 or float(log_binomial_tail(torch.tensor(gains), n, high).exp()) <= slack / 2 * 1.001
+    return min(low, high), high
+
+
+@pytest.mark.parametrize(
+    ("n", "alpha", "losses", "gains"), [(200, 0.002, 36, 49), (100, 0.02, 13, 32), (500, 0.005, 76, 90)]
+)
+def test_the_largest_probability_is_found(n, alpha, losses, gains):
+    seen = float(paired.score(torch.tensor(losses).double(), torch.tensor(gains).double(), n, alpha))
+    low, high = interval(gains, n, alpha, 1e-4)
+    reach = paired._reach(torch.arange(n + 1).double(), n, alpha, seen)
+    every = [paired._probability(reach, n, alpha, (low**0.5 + (high**0.5 - low**0.5) * i / 200) ** 2) for i in range(201)]
+    assert paired.p_value(losses, gains, n, alpha, 1e-4) >= (max(every) + 1e-4) * 0.999
 
 
 @settings(max_examples=80, deadline=None)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections import namedtuple
+import math
+from collections import defaultdict, namedtuple
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 
 from eecompile import CaptureError, eecompile, load, strategies
 from eecompile.constants import same
+from eecompile.errors import ArtifactError
 from tests.support import equal_bits
 
 
@@ -96,11 +99,42 @@ def test_equal_constants_are_equal(said: bool, tmp_path: Path) -> None:
                         one(x=x, **{name: value})
 
 
+@dataclass
+class Holds:
+    tensor: Tensor
+
+
 def test_what_is_the_same() -> None:
     assert same(Pair(1, [np.zeros(2)]), Pair(1, [np.zeros(2)]))
     assert not same(Pair(1, 2), (1, 2))
     assert not same(np.zeros(2), np.zeros(3))
     assert same({1, 2}, {2, 1})
     assert not same({1}, {True})
+    assert not same(Pair(1, 2), namedtuple("Pair", "b a")(2, 1))
+    assert not same(defaultdict(int, a=1), defaultdict(list, a=1))
+    assert not same(Holds(torch.ones(3)), Holds(torch.ones(3)))  # their `==` has no truth value
+    assert same(10**5000, 10**5000) and not same(10**5000, 10**5001)
     anything = object()
     assert same((anything, 1), (anything, 1)) and not same(object(), object())
+
+
+class Text(str, Enum):
+    ONE = "one"
+
+
+@pytest.mark.parametrize("level", [math.inf, -math.inf, NAN])
+def test_infinity_and_nan_are_saved(level: float, tmp_path: Path) -> None:
+    x = torch.randn(6, 8)
+    model = Options().eval()
+    fast = eecompile(model, strategies.Branchy(exits=1, max_head_share=9.0), example_kwargs={"x": x, "level": level})
+    fast.save(tmp_path / "saved")
+    equal_bits(load(tmp_path / "saved")(x=x, level=level), model(x))
+
+
+def test_a_text_that_is_more_than_a_text_is_not_saved(tmp_path: Path) -> None:
+    x = torch.randn(6, 8)
+    fast = eecompile(
+        Options().eval(), strategies.Branchy(exits=1, max_head_share=9.0), example_kwargs={"x": x, "level": Text.ONE}
+    )
+    with pytest.raises(ArtifactError, match="Text"):
+        fast.save(tmp_path / "saved")
