@@ -30,10 +30,10 @@ from eecompile.training.report import Report, json_safe, number, percent, stacke
 
 SIZES = (1, 2, 5, 64)
 NEAR = 1e-3
+"""A confidence that is no further than this from its threshold may be rounded to either side."""
 ROUNDED = 2e-2
 """How far activations that are rounded to integers carry a sum in another order: both what an output of a quantized program
 may be off, relative to the largest value, and how near to a threshold its rows are left out."""
-"""A confidence that is no further than this from its threshold may be rounded to either side."""
 CHECKED = (1, 2, 37)
 """Batch sizes at which compiled code is compared before it is given out."""
 QUICK = 1e-2

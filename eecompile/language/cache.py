@@ -76,14 +76,14 @@ class _SlotLayer(CacheLayerMixin):  # type: ignore[misc]
             self.keys = _grown(self.keys, max(missing, self.cache.growth(slots.length)))
             self.values = _grown(self.values, max(missing, self.cache.growth(slots.length)))
         columns = slots.index.shape[1] - slots.padded
-        for held, given in ((self.keys, key_states), (self.values, value_states)):
+        for stored, given in ((self.keys, key_states), (self.values, value_states)):
             new = given[:, :, :columns]
             if slots.together:
                 first = self.cache.first + 1
-                held[:, :, first : first + columns] = new
+                stored[:, :, first : first + columns] = new
             else:
                 rows = torch.arange(new.shape[0], device=new.device)[:, None]
-                held[rows, :, slots.index[:, :columns] + 1] = new.transpose(1, 2)
+                stored[rows, :, slots.index[:, :columns] + 1] = new.transpose(1, 2)
         if self.cache.only_written:
             raise Written
         return self.keys[:, :, 1 : slots.length + 1], self.values[:, :, 1 : slots.length + 1]

@@ -28,8 +28,8 @@ class StaticSplit(Split):
     """
 
     def __init__(self, model: nn.Module, blocks: str, exit: int, widest: int, length: int) -> None:
-        super().__init__(model, blocks, exit)
-        self.widest, self.length = widest, length
+        super().__init__(model, blocks, exit, (1, *[widest] * (widest - 1)))
+        self.length = length
         self.passes: dict[tuple[str, int], FixedPass] = {}
 
     def lower(self, ids: Tensor, slots: Slots, cache: SlotCache) -> Tensor:
@@ -46,14 +46,12 @@ class StaticSplit(Split):
 
     def _fixed(self, name: str, run: Callable[..., Tensor], ids: Tensor, slots: Slots, *hidden: Tensor) -> Tensor:
         """The pass on columns without a place added up to its width; their output is left out."""
-        given = ids.shape[1]
-        width = given if given == 1 else self.widest
-        more = (0, width - given)
-        inputs = [functional.pad(ids, more), functional.pad(slots.index, more, value=-1), slots.padding]
-        inputs += [functional.pad(h, (0, 0, *more)) for h in hidden]
-        if (name, width) not in self.passes:
-            self.passes[name, width] = FixedPass(run, inputs)
-        return self.passes[name, width](*inputs)[:, :given]
+        given, (ids, slots) = ids.shape[1], self.padded(ids, slots)
+        inputs = [ids, slots.index, slots.padding, *(functional.pad(h, (0, 0, 0, slots.padded)) for h in hidden)]
+        key = name, ids.shape[1]
+        if key not in self.passes:
+            self.passes[key] = FixedPass(run, inputs)
+        return self.passes[key](*inputs)[:, :given]
 
 
 class FixedPass:
@@ -82,8 +80,8 @@ class FixedPass:
             self.output = self.run(*self.inputs)
 
     def __call__(self, *inputs: Tensor) -> Tensor:
-        for held, given in zip(self.inputs, inputs, strict=True):
-            held.copy_(given)
+        for fixed, given in zip(self.inputs, inputs, strict=True):
+            fixed.copy_(given)
         if self.graph is None:
             return self.run(*self.inputs)
         self.graph.replay()
