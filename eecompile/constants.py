@@ -79,6 +79,6 @@ def from_json(value: Any) -> Any:
 def _joined(value: Any, parts: list[str | None]) -> str | None:
     known = [p for p in parts if p is not None]
     kind = type(value)
-    told = f"{kind.__module__}.{kind.__qualname__}{getattr(kind, '_fields', '')}"  # two named tuples may share a name
-    left, right = BRACKETS.get(kind, (f"{told}{getattr(value, 'default_factory', '')}(", ")"))
+    known_as = f"{kind.__module__}.{kind.__qualname__}{getattr(kind, '_fields', '')}"  # two named tuples may share a name
+    left, right = BRACKETS.get(kind, (f"{known_as}{getattr(value, 'default_factory', '')}(", ")"))
     return f"{left}{', '.join(known)}{right}" if len(known) == len(parts) else None

@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from eecompile.calibration import paired
+from eecompile.calibration.risk import SLACK, PlannedTest
 from eecompile.training.batches import split
 from examples._registry import DatasetError, atomic
 from examples.trunks import console
@@ -48,14 +48,13 @@ class Depths:
     def guaranteed(self, allowed: float, delta: float, thresholds: Sequence[float]) -> float:
         """The last of ascending thresholds that loses at most `allowed` with probability `1 - delta`; 0 where none does.
 
-        Lost is a row that all blocks answer right and its own depth wrong. Tested in order up to the first that cannot be
-        shown (fixed-sequence testing of Learn then Test, Angelopoulos et al. 2021), so the level is not divided.
+        Tested in order up to the first that cannot be shown (fixed-sequence testing of Learn then Test, Angelopoulos et al.
+        2021), so the level is not divided.
         """
-        full, found = self.right()[:, -1], 0.0
+        full, found, test = self.right()[:, -1].double(), 0.0, PlannedTest(None, 0.0, SLACK * delta)
         for threshold in thresholds:
             right = self.right().gather(1, self.depth_at(threshold).unsqueeze(1)).squeeze(1)
-            lost, won = int((full & ~right).sum()), int((right & ~full).sum())
-            if paired.p_value(lost, won, len(full), allowed, delta / 500) > delta:
+            if test.p_value(full - right.double(), allowed) > delta:
                 break
             found = threshold
         return found

@@ -15,25 +15,11 @@ import math
 import torch
 from torch import Tensor
 
+from eecompile.binomial import log_binomial_tail, log_choose
+
 GAINS = 16  # steps of the grid: the interval has some 8 standard deviations
 CLOSER = 4  # times that the stretch around the best of them is cut to two thirds
 TAILS = 9.0  # standard deviations on either side of which nothing is summed
-
-
-def log_binomial_tail(k: Tensor, n: int, p: float) -> Tensor:
-    """`log P(Bin(n, p) <= k)`, float64, for whole numbers `k` of any shape; -inf below 0, 0 from n on."""
-    if not 0 <= p <= 1:
-        raise ValueError(f"p = {p} is no probability")
-    k = k.double()
-    if p == 0 or n == 0:
-        return torch.where(k >= 0, 0.0, -math.inf).double()
-    if p == 1:
-        return torch.where(k >= n, 0.0, -math.inf).double()
-    most = int(k.max().clamp(0, n)) if k.numel() else 0
-    i = torch.arange(most + 1, dtype=torch.float64)
-    cumulative = torch.logcumsumexp(_log_choose(torch.tensor(n), i) + i * math.log(p) + (n - i) * math.log1p(-p), 0)
-    found = cumulative.clamp(max=0)[k.clamp(0, most).long()]
-    return torch.where(k < 0, -math.inf, torch.where(k >= n, 0.0, found))
 
 
 def score(losses: Tensor, gains: Tensor, n: float, alpha: float) -> Tensor:
@@ -46,13 +32,13 @@ def score(losses: Tensor, gains: Tensor, n: float, alpha: float) -> Tensor:
 
 def p_value(losses: int, gains: int, n: int, alpha: float, slack: float) -> float:
     """Of whole numbers with `losses + gains <= n`; 1 where the mean drop is alpha or more."""
-    seen = score(torch.tensor(losses).double(), torch.tensor(gains).double(), n, alpha)
-    if alpha <= 0 or n == 0 or float(seen) >= 0:
+    if alpha <= 0 or losses - gains >= n * alpha:
         return 1.0
+    seen = float(score(torch.tensor(losses).double(), torch.tensor(gains).double(), n, alpha))
     high = math.sqrt(min(_upper(gains, n, slack / 2), (1 - alpha) / 2))
     low = min(high, math.sqrt(1 - _upper(n - gains, n, slack / 2)))
     most = torch.arange(_window(n, high**2)[1] + 1, dtype=torch.float64)
-    reach = _reach(most, n, alpha, float(seen))
+    reach = _reach(most, n, alpha, seen)
 
     def probability(root: float) -> float:
         return _probability(reach, n, alpha, root**2)
@@ -85,13 +71,13 @@ def _probability(reach: Tensor, n: int, alpha: float, g: float) -> float:
     gains = torch.arange(first, last + 1, dtype=torch.float64)
     rest, reach = n - gains, reach[first : last + 1]
     p = min(1.0, (g + alpha) / (1 - g))  # of a row that is no gain to be a loss
-    of_gains = _log_choose(torch.tensor(n), gains) + torch.xlogy(gains, g) + rest * math.log1p(-g)
+    of_gains = log_choose(torch.tensor(n), gains) + torch.xlogy(gains, g) + rest * math.log1p(-g)
     lowest, highest = _window(n - last, p)[0], int(reach.max())
     if highest < lowest:
         return 0.0
     losses = torch.arange(lowest, highest + 1, dtype=torch.float64)
     stay = rest[:, None] - losses
-    of_losses = _log_choose(rest[:, None], losses) + losses * math.log(p) + torch.xlogy(stay, 1 - p)
+    of_losses = log_choose(rest[:, None], losses) + losses * math.log(p) + torch.xlogy(stay, 1 - p)
     return float((of_gains[:, None] + of_losses).masked_fill_(losses > reach[:, None], -math.inf).exp().sum())
 
 
@@ -109,8 +95,3 @@ def _upper(k: int, n: int, slack: float) -> float:
         above = float(log_binomial_tail(torch.tensor(k), n, middle)) > math.log(slack)
         low, high = (middle, high) if above else (low, middle)
     return high
-
-
-def _log_choose(n: Tensor, k: Tensor) -> Tensor:
-    found: Tensor = torch.lgamma(n.double() + 1) - torch.lgamma(k + 1) - torch.lgamma(n.double() - k + 1)
-    return found

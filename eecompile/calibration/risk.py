@@ -22,6 +22,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from eecompile.binomial import log_binomial_tail
 from eecompile.calibration import paired
 
 
@@ -84,7 +85,7 @@ def planned(drops: Tensor, n: int, alpha: float, level: float, *, binary: bool, 
 
 def _log_tail(k: float, n: int, p: float) -> float:
     """`log P(Bin(n, p) <= k)`, linear between whole numbers."""
-    below, above = paired.log_binomial_tail(torch.tensor([math.floor(k), math.floor(k) + 1]), n, p).tolist()
+    below, above = log_binomial_tail(torch.tensor([math.floor(k), math.floor(k) + 1]), n, p).tolist()
     found: float = below + (k - math.floor(k)) * (above - below)
     return found
 

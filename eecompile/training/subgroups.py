@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from rich.console import RenderableType
 from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
+from eecompile.binomial import log_binomial_tail
 from eecompile.errors import EecompileError
 from eecompile.training.batches import Batch
 from eecompile.training.report import percent, table
@@ -86,13 +86,7 @@ def below_constant(rows: Sequence[GroupRow]) -> list[str]:
 
 def upper_tail(k: int, n: int, p: float) -> float:
     """`P(Bin(n, p) >= k)`."""
-    if k <= 0:
-        return 1.0
-    if p <= 0:
-        return 0.0
-    i = torch.arange(k, n + 1, dtype=torch.float64)
-    choose = math.lgamma(n + 1) - torch.lgamma(i + 1) - torch.lgamma(n - i + 1)
-    return float(torch.logsumexp(choose + i * math.log(p) + (n - i) * math.log1p(-p), 0).exp())
+    return float(log_binomial_tail(torch.tensor(n - k), n, 1 - p).exp())
 
 
 def check_groups(groups: Any, loader: Any) -> None:

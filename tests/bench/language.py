@@ -27,7 +27,7 @@ from tests.bench import machine, record
 
 COUNTED = ("lower", "upper", "full", "drafted", "accepted", "looked_up", "looked_up_accepted", "ties")
 COPIED = (0.5, 0.7, 0.9)  # thresholds at which copied keys and values are tried
-HELD, WRITTEN, ROWS = 0.1, 128, 24  # share of lines for calibration; new tokens of a line; lines written at a time
+HELD_OUT, WRITTEN, ROWS = 0.1, 128, 24  # share of lines for calibration; new tokens of a line; lines written at a time
 PROMPTS = {
     "continuation": [
         "The history of the city begins in the twelfth century, when a small settlement near the river",
@@ -116,7 +116,7 @@ def decoder(model: Any, tokenizer: Any, options: argparse.Namespace) -> tuple[An
     if options.text is None:
         raise SystemExit("--text FILE is needed, for fitting and for calibration")
     lines = [line for line in options.text.read_text().splitlines() if len(line.split()) > 8]
-    count = max(2, int(HELD * options.lines))
+    count = max(2, int(HELD_OUT * options.lines))
     held = written(model, tokenizer, lines[:count])
     fast: Any = eecompile(model, strategies.SelfSpeculative(), example_kwargs={"input_ids": held[0][:, :8]})
     texts = written(model, tokenizer, lines[count : count + options.lines])

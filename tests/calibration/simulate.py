@@ -17,10 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from eecompile.binomial import log_binomial_tail
 from eecompile.calibration.calibrate import RAMP, calibrate
 from eecompile.calibration.evidence import Evidence, pattern, remembered
 from eecompile.calibration.options import split_sizes, starts
-from eecompile.calibration.paired import log_binomial_tail
 from eecompile.calibration.risk import fallback
 from eecompile.calibration.search import Search, candidates
 from eecompile.ir.settings import EXITS

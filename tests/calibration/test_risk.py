@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eecompile.binomial import log_binomial_tail
 from eecompile.calibration import paired
-from eecompile.calibration.paired import log_binomial_tail
 from eecompile.calibration.risk import PlannedTest, betting, fallback, planned, rows_needed
 
 

@@ -40,7 +40,7 @@ class OneScore(Net):
 
 
 class NamedLogit(Net):
-    """One score [B, 1] beside hidden states, or without its last axis."""
+    """One score [B, 1] next to hidden states, or without its last axis."""
 
     def __init__(self, flat: bool = False) -> None:
         super().__init__()
