@@ -70,7 +70,7 @@ def test_the_proof_goes_on_after_failures_and_keeps_a_record(tmp_path, capsys):
     some, none = tmp_path / "test_some.py", tmp_path / "test_none.py"
     some.write_text(TESTS)
     none.write_text("")
-    pytest_of = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null"]
+    pytest_of = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", "/dev/null", "--rootdir", str(tmp_path)]
     asked = {
         "good": ([*pytest_of, f"{some}::test_e"], 60),
         "bad": ([*pytest_of, str(some)], 60),
