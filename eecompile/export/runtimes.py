@@ -19,7 +19,9 @@ from eecompile.capture.archive import load_archive
 from eecompile.errors import EecompileError, ExportError
 from eecompile.export.description import KEY, Description
 from eecompile.export.files import FOLDER
-from eecompile.export.targets import TARGETS, require
+from eecompile.export.targets import TARGETS
+from eecompile.onnx import session
+from eecompile.translating import require
 
 Call = Callable[[Sequence[Tensor]], Sequence[Any]]
 
@@ -58,7 +60,7 @@ def opened(path: Any) -> Opened:
         raise ExportError("there is no exported program", where=str(place), hint="write one with fast.export(...)")
     kinds = {".onnx": "onnx", ".xml": "openvino", ".pte": "executorch", "": "stages"}
     target = kinds.get(place.suffix) or ("aoti" if _is_native(place) else "pt2")
-    require(TARGETS[target].extra, TARGETS[target].packages)
+    require(f"target {target!r}", TARGETS[target].extra, TARGETS[target].packages)
     with _runtime_errors("the runtime could not load the program", str(place)):
         return OPENERS[target](place)
 
@@ -116,15 +118,10 @@ def _open_aoti(path: Path) -> Opened:
 
 
 def _open_onnx(path: Path) -> Opened:
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    description = Description.from_json(session.get_modelmeta().custom_metadata_map.get(KEY), str(path))
+    made = session(path)
+    description = Description.from_json(made.get_modelmeta().custom_metadata_map.get(KEY), str(path))
     names = description.inputs
-    return Opened(description, lambda flat: session.run(None, {n: t.numpy() for n, t in zip(names, flat, strict=True)}))
+    return Opened(description, lambda flat: made.run(None, {n: t.numpy() for n, t in zip(names, flat, strict=True)}))
 
 
 def _open_openvino(path: Path) -> Opened:

@@ -18,8 +18,8 @@ from torch.export import ExportedProgram
 from eecompile.costs import CostModel
 from eecompile.errors import ExportError
 from eecompile.export.description import KEY, Description
-from eecompile.export.to_onnx import convert
 from eecompile.ir.settings import EXITS, Settings
+from eecompile.onnx import convert
 from eecompile.passes.lower import Segment, states_of
 from eecompile.passes.lower_cond import (
     Holder,
@@ -228,7 +228,7 @@ def _save(
     free = {n: free_axes(shapes[n], program.signature.dynamic) for n in given}
     given = {n: t.contiguous() for n, t in given.items()}  # as a driver hands them over; torch.onnx fails at a view's guards
     exported: ExportedProgram = traced(module, given, free)
-    convert(exported, path, Description("stages", tuple(given), gives, ()), [shapes[n] for n in given], {})
+    convert(exported, path, tuple(given), gives, [shapes[n] for n in given])
 
 
 def stage_inputs(program: Program, settings: Settings, loader: Iterable[Any]) -> dict[str, list[dict[str, Any]]]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from eecompile.errors import ExportError, MissingDependencyError, near
+from eecompile.errors import ExportError, near
 from eecompile.export.description import KEY, Description
 from eecompile.export.files import placing
 from eecompile.export.to_pt2 import write as _pt2
-from eecompile.export.translating import translating
 from eecompile.ir.settings import Settings
+from eecompile.onnx import PACKAGES
 from eecompile.program import Program
+from eecompile.translating import require, translating
 
 
 @dataclass(frozen=True)
@@ -64,26 +64,12 @@ def export(
             got=place.suffix or "no suffix",
             wanted=f"{found.suffix} for target {target!r}",
         )
-    require(found.extra, found.packages)
+    require(f"target {target!r}", found.extra, found.packages)
     with placing(place) as scratch:
         found.write(program, settings, Description.of(program, settings, target), scratch)
         if found.compiled and check is not None:
             check(scratch)
     return place
-
-
-def require(extra: str, packages: tuple[str, ...]) -> None:
-    """Raises `MissingDependencyError` unless these packages can be imported."""
-    for package in packages:
-        try:
-            import_module(package)
-        except ImportError as error:
-            raise MissingDependencyError(
-                "this target needs a package that is not installed",
-                got=str(error),
-                wanted=package,
-                hint=f"pip install 'eecompile[{extra}]'",
-            ) from error
 
 
 def _onnx(program: Program, settings: Settings, description: Description, path: Path) -> None:
@@ -123,12 +109,11 @@ def _executorch(program: Program, settings: Settings, description: Description, 
     write(program, settings, description, path)
 
 
-ONNX = ("onnx", "onnxscript", "onnxruntime")
 TARGETS = {
     "pt2": Target(".pt2", "", (), _pt2),
-    "onnx": Target(".onnx", "onnx", ONNX, _onnx),
+    "onnx": Target(".onnx", "onnx", PACKAGES, _onnx),
     "aoti": Target(".pt2", "", (), _aoti, compiled=True),
-    "stages": Target("", "onnx", ONNX, _stages),
-    "openvino": Target(".xml", "openvino", (*ONNX, "openvino"), _openvino),
+    "stages": Target("", "onnx", PACKAGES, _stages),
+    "openvino": Target(".xml", "openvino", (*PACKAGES, "openvino"), _openvino),
     "executorch": Target(".pte", "executorch", ("executorch.exir", "executorch.runtime"), _executorch),
 }

@@ -11,10 +11,10 @@ import torch
 
 from eecompile.export.description import KEY, Description
 from eecompile.export.to_pt2 import archive
-from eecompile.export.translating import translating
 from eecompile.ir.settings import Settings
 from eecompile.passes.lower_cond import lower_cond
 from eecompile.program import Program
+from eecompile.translating import translating
 
 
 def write(program: Program, settings: Settings, description: Description, path: Path) -> None:

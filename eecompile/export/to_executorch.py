@@ -11,10 +11,10 @@ from pathlib import Path
 
 from eecompile.errors import ExportError
 from eecompile.export.description import KEY, Description
-from eecompile.export.translating import translating
 from eecompile.ir.settings import Settings
 from eecompile.passes.lower_cond import lower_cond
 from eecompile.program import Program
+from eecompile.translating import translating
 
 
 def write(program: Program, settings: Settings, description: Description, path: Path) -> None:

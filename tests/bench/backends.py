@@ -19,6 +19,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
+from eecompile import onnx
 from eecompile.export import TARGETS
 from eecompile.export.runtimes import opened
 from eecompile.strategies import MeBert
@@ -84,7 +85,6 @@ def in_runtimes(subject: models.Subject, folder: Path) -> Calls:
 
 
 def in_int8(subject: models.Subject, folder: Path) -> tuple[Calls, Calls]:
-    import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
     quantize: Any = torch.ao.quantization.quantize_dynamic
@@ -95,9 +95,7 @@ def in_int8(subject: models.Subject, folder: Path) -> tuple[Calls, Calls]:
     quantize_dynamic(
         subject.fast.export(folder / "net.onnx", target="onnx"), folder / "int8.onnx", weight_type=QuantType.QInt8
     )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    session = onnxruntime.InferenceSession(str(folder / "int8.onnx"), options, providers=["CPUExecutionProvider"])
+    session = onnx.session(folder / "int8.onnx")
     given: dict[str, Tensor] = dict(subject.inputs)
     return (
         {"torch dynamic int8": lambda: ours(**given)},

@@ -13,8 +13,7 @@ from typing import Any
 
 import torch
 
-from eecompile.export.description import Description
-from eecompile.export.to_onnx import convert
+from eecompile import onnx
 from eecompile.measuring import summary
 from eecompile.strategies import Branchy
 from tests.bench import models, saving
@@ -123,16 +122,11 @@ def original(subject: models.Subject, path: Path) -> Callable[[dict[str, Any]], 
     with torch.no_grad():
         exported = torch.export.export(subject.model, (), inputs, dynamic_shapes=free, strict=False)
     shapes = [("batch", *t.shape[1:]) for t in inputs.values()]
-    convert(exported, path, Description("onnx", tuple(inputs), ("output",), ()), shapes, {})
+    onnx.convert(exported, path, tuple(inputs), ("output",), shapes)
     return session(path)
 
 
 def session(path: Path) -> Callable[[dict[str, Any]], Any]:
     """Runs a file in ONNX Runtime with as many threads as torch has."""
-    import onnxruntime
-
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.intra_op_num_threads = torch.get_num_threads()
-    made = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    made = onnx.session(path)
     return lambda inputs: made.run(None, {name: t.numpy() for name, t in inputs.items()})

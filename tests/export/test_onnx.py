@@ -9,8 +9,9 @@ import pytest
 from torch import Tensor
 
 from eecompile import ExportError, MissingDependencyError
-from eecompile.export import description, runtimes, targets, to_onnx
+from eecompile.export import description, runtimes, targets
 from eecompile.ir.settings import THRESHOLDS_BUFFER
+from eecompile.onnx import IR, session
 from tests.export.cases import same_as_reference, undecided
 from tests.export.test_pt2 import REFUSED
 from tests.kinds import KINDS, Program
@@ -19,12 +20,6 @@ from tests.support import run_by
 onnx = pytest.importorskip("onnx")
 ort = pytest.importorskip("onnxruntime")
 KIND = [pytest.param(k, marks=pytest.mark.nightly) for k in KINDS if k not in REFUSED]
-
-
-def session(path: Path) -> Any:
-    options = ort.SessionOptions()
-    options.log_severity_level = 3
-    return ort.InferenceSession(path, options)
 
 
 def runner(path: Path) -> Any:
@@ -107,7 +102,7 @@ def test_the_runtime_refuses_other_shapes(written: tuple[Program, Path], given: 
 @pytest.mark.parametrize(("field", "says"), [("ir_version", "IR version: 99"), ("opset", "opset")])
 def test_a_runtime_that_is_too_old_is_named(written: tuple[Program, Path], tmp_path: Path, field: str, says: str) -> None:
     model = onnx.load(written[1])
-    assert model.ir_version == to_onnx.IR, "the lowest that the opset has, so that older runtimes read it"
+    assert model.ir_version == IR, "the lowest that the opset has, so that older runtimes read it"
     if field == "opset":
         model.opset_import[0].version = 99
     else:
@@ -123,7 +118,7 @@ def test_a_runtime_that_is_too_old_is_named(written: tuple[Program, Path], tmp_p
 def test_weights_that_do_not_fit_into_one_file_lie_beside_it(
     written: tuple[Program, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(to_onnx, "EXTERNAL", 0)
+    monkeypatch.setattr("eecompile.onnx.EXTERNAL", 0)
     program, _ = written
     path = program.fast.export(tmp_path / "net.onnx", target="onnx")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["net.onnx", "net.onnx.data"]

@@ -1,13 +1,14 @@
-"""Translators of other projects: quiet about themselves, their errors those of this package."""
+"""Translators and runtimes of other projects: what is missing is named, their errors are those of this package."""
 
 from __future__ import annotations
 
 import contextlib
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from importlib import import_module
 
-from eecompile.errors import ExportError
+from eecompile.errors import ExportError, MissingDependencyError
 
 LOGGERS = ("torch.onnx", "onnxscript", "onnx_ir", "torch.onnx._internal.exporter")
 
@@ -30,3 +31,22 @@ def translating(what: str, hint: str = 'target="pt2" needs no translation') -> I
     finally:
         for log, level in before:
             log.setLevel(level)
+
+
+def require(what: str, extra: str, packages: Sequence[str]) -> None:
+    """Raises `MissingDependencyError` unless these packages can be imported.
+
+    Args:
+        what: What needs them.
+        extra: The extra of this package that brings them.
+    """
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise MissingDependencyError(
+                f"{what} needs a package that is not installed",
+                got=str(error),
+                wanted=package,
+                hint=f"pip install 'eecompile[{extra}]'",
+            ) from error
