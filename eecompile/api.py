@@ -66,7 +66,8 @@ def eecompile(
             For a cascade also a list, one entry for each model.
         executor: "auto", "compact" (survivors only), "reference" (computes everything; the truth), "device" (one CUDA graph
             that takes all decisions itself; not verified on a GPU yet) or "simulate" (the device's program on any machine).
-        backend: "eager", or "inductor" for stages through `torch.compile` with a dynamic batch.
+        backend: "eager", "inductor" for segments through `torch.compile` with a dynamic batch, or "onnxruntime" for segments
+            in ONNX Runtime: CPU, float32, without gradients.
         batch_axis: Axis of the batch in every tensor input, or by input name (None: that input has no batch).
         capture: "export" (one graph), or "blocks" for models that cannot be traced: exits at module boundaries.
         dynamic: Further free axes, `{"input_ids": {1: "seq"}}`; None finds the sequence axis of token inputs, `{}` has none.

@@ -79,7 +79,7 @@ class CompiledModule(nn.Module):
         program: A program at level "schedule".
         strategy: What inserted the exits.
         executor: "auto" or the name of an executor.
-        backend: "eager" or "inductor".
+        backend: "eager", "inductor" or "onnxruntime".
         origin: What the program was made from.
 
     Attributes:
@@ -666,7 +666,7 @@ class CompiledModule(nn.Module):
 
     @property
     def backend(self) -> str:
-        """ "eager" or "inductor": how the compact executor's segments run."""
+        """ "eager", "inductor" or "onnxruntime": how the compact executor's segments run."""
         return self.engine.backend
 
     @backend.setter

@@ -21,7 +21,7 @@ class CompileOptions:
         prediction: Which output holds the class scores, by name or index; None to find it. For a cascade also a list, one
             entry for each model.
         executor: "auto" or the name of an executor.
-        backend: "eager" or "inductor".
+        backend: "eager", "inductor" or "onnxruntime".
         batch_axis: Axis of the batch in every tensor input, or by input name.
         capture: "export" or "blocks".
         dynamic: Further free axes by input name; None to find them.

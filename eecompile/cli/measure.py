@@ -194,7 +194,9 @@ def bench(
     compile: Annotated[bool, typer.Option("--compile", help="Also the original under torch.compile.")] = False,
     threshold: o.Threshold = None,
     executor: o.Executor = "auto",
-    backend: Annotated[str | None, typer.Option(help="eager or inductor.", show_default="the saved one")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="eager, inductor or onnxruntime.", show_default="the saved one")
+    ] = None,
     threads: Threads = None,
     texts: o.TextOptions,
     seed: o.Seed = 0,

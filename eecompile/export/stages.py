@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from eecompile.costs import CostModel
@@ -20,10 +20,11 @@ from eecompile.errors import ExportError
 from eecompile.export.description import KEY, Description
 from eecompile.ir.settings import EXITS, Settings
 from eecompile.onnx import convert
-from eecompile.passes.lower import Segment, states_of
+from eecompile.passes.lower import Segment, state_shapes, states_of
 from eecompile.passes.lower_cond import (
     Holder,
     Traced,
+    Whole,
     example_of,
     free_axes,
     input_names,
@@ -100,14 +101,6 @@ class Stage(Holder):
         )
 
 
-class Tail(Holder):
-    """What the model computes from its class scores at its end."""
-
-    def __init__(self, module: fx.GraphModule, settings: Settings, names: list[str]) -> None:
-        super().__init__(module, settings=settings)
-        self.forward = signed(lambda given: tuple(Traced(module, self.tensors()).run(*(given[n] for n in names))), names)
-
-
 def steps_of(program: Program, settings: Settings) -> list[Step]:
     """The stages of a program.
 
@@ -148,12 +141,9 @@ def steps_of(program: Program, settings: Settings) -> list[Step]:
 
 
 def _states(program: Program, stage: int, count: int) -> tuple[Value, ...]:
-    """What rows carry from one decision to the next; sizes but the rows' and the positions' are fixed."""
-    scores = program.prediction_leaf.shape
-    positions = scores[1:-1] if len(scores) > 2 else ()
-    several = bool(program.exits) and program.exits[0].combine == "weighted"
-    last = {"state": (2,), "memory": (0, 0) if several else (0,)}  # what is fixed may be any number here
-    return tuple(Value(f"{name}_{stage}", 0, ("batch", *positions, *last[name])) for name in states_of(program)[:count])
+    """What rows carry from one decision to the next."""
+    shapes = state_shapes(program)
+    return tuple(Value(f"{name}_{stage}", 0, shapes[name]) for name in states_of(program)[:count])
 
 
 def write(program: Program, settings: Settings, description: Description, path: Path) -> None:
@@ -178,7 +168,7 @@ def write(program: Program, settings: Settings, description: Description, path: 
         leaves = program.signature.inputs
         shapes = {SCORES: program.signature.outputs[at].shape} | {n: x.shape for n, x in zip(inputs, leaves, strict=True)}
         gives = tuple(outputs[i] for i in program.prediction.tail.slots)
-        _save(program, Tail(program.prediction.tail.module, settings, names), given, shapes, gives, path / "tail.onnx")
+        _save(program, Whole(program.prediction.tail.module, settings, names), given, shapes, gives, path / "tail.onnx")
         tail = {"file": "tail.onnx", "takes": names, "gives": gives}
     costs = CostModel(program).at_exits(settings)
     data = {

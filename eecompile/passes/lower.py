@@ -222,6 +222,14 @@ def states_of(program: Program) -> tuple[str, ...]:
     return (*(("state",) if e.criterion.stateful else ()), *(("memory",) if e.combine != "last" else ()))
 
 
+def state_shapes(program: Program) -> dict[str, tuple[int | str, ...]]:
+    """Shapes of what a row carries, by name: strings are dynamic sizes; what is fixed may be any number here."""
+    scores = program.prediction_leaf.shape
+    positions = scores[1:-1] if len(scores) > 2 else ()
+    several = bool(program.exits) and program.exits[0].combine == "weighted"
+    return {"state": ("batch", *positions, 2), "memory": ("batch", *positions, *((0, 0) if several else (0,)))}
+
+
 # Inserted operators by their definitions; the argument that is a state, and which.
 DEFINED: dict[Any, tuple[Callable[..., Any], int, str]] = {
     torch.ops.eecompile.confidence.default: (ops.confidence, 1, "state"),

@@ -227,6 +227,14 @@ class Holder(nn.Module):
         self.names[key] = name
 
 
+class Whole(Holder):
+    """One graph as a module whose inputs have these names."""
+
+    def __init__(self, module: fx.GraphModule, settings: Settings, names: Sequence[str]) -> None:
+        super().__init__(module, settings=settings)
+        self.forward = signed(lambda given: tuple(Traced(module, self.tensors()).run(*(given[n] for n in names))), names)
+
+
 class ConditionalProgram(Holder):
     """The schedule as one module with conditions."""
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from eecompile.ir.settings import EXITS, Settings
+from eecompile.onnx import PACKAGES
 from eecompile.passes.lower import Segment, schedule
 from eecompile.passes.regions import Possible, possible
 from eecompile.passes.settings import with_settings
@@ -23,10 +24,12 @@ from eecompile.program import Program
 from eecompile.runtime.anytime import run_within, stream_of
 from eecompile.runtime.known import PerSettings, with_known
 from eecompile.runtime.limits import Allowance
+from eecompile.runtime.onnx_runtime import onnx_segments
 from eecompile.runtime.outcome import Outcome, assemble, nothing, times_of
 from eecompile.runtime.precision import OutputDtypes
 from eecompile.runtime.runnable import EagerSegment, compiled
 from eecompile.runtime.survivors import Logits, Survivors, taken
+from eecompile.translating import require
 
 Call = Callable[..., tuple[Tensor, ...]]
 
@@ -64,12 +67,17 @@ class CompactExecutor:
 
     Args:
         program: A scheduled program.
-        backend: "eager", or "inductor" for segments through `torch.compile`.
+        backend: "eager", "inductor" for segments through `torch.compile`, or "onnxruntime".
+
+    Raises:
+        MissingDependencyError: The backend is not installed.
     """
 
     name = "compact"
 
     def __init__(self, program: Program, backend: str = "eager") -> None:
+        if backend == "onnxruntime":
+            require('backend="onnxruntime"', "onnx", PACKAGES)
         self.program, self.backend = program, backend
         self._plans: dict[tuple[tuple[int, ...], bool, Possible], tuple[Step, ...]] = {}
         self._lock = threading.Lock()
@@ -91,15 +99,23 @@ class CompactExecutor:
             with self._lock:
                 if key not in self._plans:
                     segments = schedule(self.program, open_exits, decide_at_end, arms, live_only=True).segments
-                    self._plans[key] = tuple(self._step(s) for s in segments)
+                    ready = zip(segments, self._ready(segments), strict=True)
+                    self._plans[key] = tuple(
+                        Step(s, call, tuple(v.batch_axis for v in s.outputs), names, head)
+                        for s, (names, call, head) in ready
+                    )
                 found = self._plans[key]
         return found
 
-    def _step(self, segment: Segment) -> Step:
-        ready: Callable[..., Call] = EagerSegment if self.backend == "eager" else compiled
-        head = None if segment.head is None else ready(segment.head)
-        module, settings = with_settings(segment.module)
-        return Step(segment, ready(module), tuple(v.batch_axis for v in segment.outputs), settings, head)
+    def _ready(self, segments: Sequence[Segment]) -> Iterator[tuple[tuple[str, ...], Call, Call | None]]:
+        """Of each segment the settings that it takes first, its call and that of its head."""
+        if self.backend == "onnxruntime":
+            yield from onnx_segments(self.program, segments)
+            return
+        make: Callable[..., Call] = EagerSegment if self.backend == "eager" else compiled
+        for segment in segments:
+            module, names = with_settings(segment.module)
+            yield names, make(module), None if segment.head is None else make(segment.head)
 
     def run(
         self,

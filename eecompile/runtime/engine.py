@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from eecompile.errors import StrategyError, near
+from eecompile.errors import EecompileError, StrategyError, near
 from eecompile.ir.settings import THRESHOLDS_BUFFER, Settings
 from eecompile.passes import facts
 from eecompile.program import Program
@@ -26,7 +26,7 @@ from eecompile.runtime.outcome import Executor
 from eecompile.runtime.reference import ReferenceExecutor
 
 EXECUTORS = ("auto", "reference", "compact", "simulate", "device")
-BACKENDS = ("eager", "inductor")
+BACKENDS = ("eager", "inductor", "onnxruntime")
 
 
 class Engine:
@@ -37,7 +37,7 @@ class Engine:
     Args:
         program: A marked program.
         executor: "auto" or the name of an executor.
-        backend: "eager" or "inductor": how the compact executor's segments run.
+        backend: "eager", "inductor" or "onnxruntime": how the compact executor's segments run.
 
     Attributes:
         asked: The executor asked for; "auto" takes another one.
@@ -45,7 +45,8 @@ class Engine:
         executors: Those that have been built, by name and backend.
 
     Raises:
-        StrategyError: An unknown executor or backend.
+        StrategyError: An unknown executor or backend, or one that cannot run this program.
+        MissingDependencyError: The backend is not installed.
     """
 
     def __init__(self, program: Program, executor: str = "auto", backend: str = "eager") -> None:
@@ -64,8 +65,12 @@ class Engine:
         self.asked = executor
 
     def set_backend(self, backend: str) -> None:
-        self.backend = _known("backend", backend, BACKENDS)
-        self.choose(self.asked)
+        before, self.backend = self.backend, _known("backend", backend, BACKENDS)
+        try:
+            self.choose(self.asked)
+        except EecompileError:
+            self.backend = before
+            raise
 
     @property
     def reason(self) -> str:
@@ -106,6 +111,12 @@ class Engine:
         if name == "device":
             return CudaExecutor(self.program, self._options)
         if self.program.capture.front_end == "blocks":
+            if self.backend != "eager":
+                raise StrategyError(
+                    "a program captured as blocks runs the model's own Python code: there is no graph for another backend",
+                    got=f"backend={self.backend!r}",
+                    wanted='backend="eager"',
+                )
             return BlocksExecutor(self.program)
         return CompactExecutor(self.program, self.backend)
 
