@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar
 
-from eecompile.errors import StrategyError, near
-from eecompile.plain import plain
+from eecompile.errors import StrategyError, check_name, near
+from eecompile.plain import check_switches, plain
 
 REDUCTIONS = ("min", "mean", "last")
 
@@ -38,12 +38,8 @@ class Criterion:
     multi_label: bool = False
 
     def __post_init__(self) -> None:
-        if self.reduce not in REDUCTIONS:
-            raise StrategyError(
-                "unknown reduction over positions",
-                got=repr(self.reduce),
-                wanted=near(self.reduce, REDUCTIONS),
-            )
+        check_name("reduction over positions", self.reduce, REDUCTIONS, StrategyError)
+        check_switches(type(self), vars(self), StrategyError)
 
     @property
     def patience(self) -> int:

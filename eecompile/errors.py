@@ -91,10 +91,18 @@ class MissingDependencyError(EecompileError):
     """An optional package is needed for this call."""
 
 
+def shown(value: object) -> str:
+    """`repr` for an error message, also of an int with more digits than Python writes out."""
+    try:
+        return repr(value)
+    except ValueError:
+        return f"{type(value).__name__} with too many digits to print"
+
+
 def near(name: object, valid: Iterable[str]) -> str:
     """The valid names for an error message, nearest to `name` first, whatever that is."""
     names = sorted(set(valid))
-    close = difflib.get_close_matches(str(name), names, n=3, cutoff=0.5)
+    close = difflib.get_close_matches(name if isinstance(name, str) else shown(name), names, n=3, cutoff=0.5)
     listed = ", ".join(names[:20]) + (f", ... ({len(names)} in all)" if len(names) > 20 else "")
     return f"did you mean {', '.join(close)}? valid: {listed}" if close else f"one of: {listed}"
 
@@ -109,5 +117,5 @@ def check_name(what: str, name: object, valid: Collection[str], error: type[Eeco
     Raises:
         EecompileError: It is none of the valid ones.
     """
-    if name not in valid:
-        raise error(f"unknown {what}", got=repr(name), wanted=near(name, valid))
+    if not isinstance(name, str) or name not in valid:
+        raise error(f"unknown {what}", got=shown(name), wanted=near(name, valid))

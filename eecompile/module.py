@@ -25,7 +25,7 @@ from eecompile.calibration.monitor import Monitor, MonitorOptions
 from eecompile.capture.adapter import mode
 from eecompile.costs import CostModel
 from eecompile.criteria import MaxProbability
-from eecompile.errors import CaptureError, EecompileError, StrategyError, near
+from eecompile.errors import CaptureError, EecompileError, StrategyError, check_name
 from eecompile.export import ExportReport, export, stage_inputs, verify_export
 from eecompile.heads import Branch, Head
 from eecompile.ir import settings as families
@@ -34,7 +34,7 @@ from eecompile.passes.insert_exits import COMBINATION, HEADS
 from eecompile.passes.place_gates import GATES
 from eecompile.passes.place_routes import ROUTES
 from eecompile.passes.training_decisions import TrainMode
-from eecompile.plain import plain
+from eecompile.plain import arguments, plain
 from eecompile.program import History, Program
 from eecompile.report import plot, report
 from eecompile.result import Result
@@ -501,7 +501,7 @@ class CompiledModule(nn.Module):
 
     def fit(self, loader: Iterable[Any], **options: Any) -> Any:
         """Trains what was inserted; see `eecompile.training.fit.fit`. The trunk stays frozen unless asked."""
-        return fit(self, loader, **_plain(options))
+        return fit(self, loader, **arguments("fit", fit, options))
 
     def calibrate(self, loader: Iterable[Any], *, budget: float | None = None, **options: Any) -> Any:
         """Sets temperatures and thresholds with a guarantee; see `eecompile.calibration.calibrate.calibrate`.
@@ -513,32 +513,32 @@ class CompiledModule(nn.Module):
             _no_drop(options)
         with self._mode(False):
             if budget is None:
-                report: Any = calibrate(self, loader, **_plain(options))
+                report: Any = calibrate(self, loader, **options)
             else:
-                report = calibrate_budget(self, loader, plain(budget), **_plain(options))
+                report = calibrate_budget(self, loader, plain(budget), **options)
             self.live.calibrated(report.settings)
             self.guarantee = guarantee_of(self, report)
         return report
 
     def monitor(self, *, path: Any = None, loader: Any = None, compare: Any = None, **options: Any) -> Monitor:
         """Watches, without labels, whether the guarantee still holds; see `eecompile.calibration.monitor`."""
-        return Monitor(self, MonitorOptions(**_plain(options)), path, loader, compare)
+        return Monitor(self, MonitorOptions.of(options), path, loader, compare)
 
     def budget_curve(self, loader: Iterable[Any], test_loader: Iterable[Any] | None = None, **options: Any) -> Any:
         """Budget against accuracy; see `eecompile.calibration.budget.budget_curve`."""
         with self._mode(False):
-            return budget_curve(self, loader, test_loader, **_plain(options))
+            return budget_curve(self, loader, test_loader, **arguments("budget_curve", budget_curve, options))
 
     def evaluate(self, loader: Iterable[Any], **options: Any) -> Any:
         """Accuracy against compute; see `eecompile.training.evaluate.evaluate`."""
         with self.live.measuring():
-            report = evaluate(self, loader, **_plain(options))
+            report = evaluate(self, loader, **arguments("evaluate", evaluate, options))
         report.guarantee = said(self)
         return report
 
     def benchmark(self, example: Any, **options: Any) -> Any:
         """Measured time against the original; see `eecompile.benchmark.benchmark`."""
-        return benchmarks.benchmark(self, example, **_plain(options))
+        return benchmarks.benchmark(self, example, **arguments("benchmark", benchmarks.benchmark, options))
 
     def loss(self, result: Result, labels: Any) -> Tensor:
         """The strategy's objective on a result of `run` in train mode; with gates their price for `gate_mode` included.
@@ -554,8 +554,8 @@ class CompiledModule(nn.Module):
 
     @task.setter
     def task(self, task: str | None) -> None:
-        if task is not None and task not in TASKS:
-            raise StrategyError("unknown task", got=repr(task), wanted=near(str(task), TASKS))
+        if task is not None:
+            check_name("task", task, TASKS, StrategyError)
         self._task = task
 
     @property
@@ -793,6 +793,7 @@ class CompiledModule(nn.Module):
     def verify_export(self, path: Any, loader: Iterable[Any], **options: Any) -> ExportReport:
         """Runs what `export` wrote in its runtime and compares it with the reference; see `eecompile.export.verify`."""
         self.unchanged()
+        options = arguments("verify_export", verify_export, options)
         return verify_export(self.program, self.settings, path, loader, **options)
 
     def report(self, path: Any, loader: Iterable[Any]) -> Path:
@@ -814,10 +815,6 @@ class CompiledModule(nn.Module):
 
     def _replicate_for_data_parallel(self) -> Any:
         raise wrapping.no_replicas()
-
-
-def _plain(options: dict[str, Any]) -> dict[str, Any]:
-    return {name: plain(value) for name, value in options.items()}
 
 
 def _no_drop(options: Mapping[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from eecompile.capture import BatchAxis
 from eecompile.errors import CaptureError
-from eecompile.plain import plain
+from eecompile.plain import check_number, check_switches, plain
 
 Prediction = str | int | Sequence[str | int | None] | None
 
@@ -42,7 +42,9 @@ class CompileOptions:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, plain(getattr(self, f.name)))
+            object.__setattr__(self, f.name, plain(getattr(self, f.name), f.name))
+        check_switches(type(self), vars(self))
+        check_number("seed", self.seed, whole=True)
         free: Any = self.dynamic
         if free is not None and not (isinstance(free, Mapping) and all(isinstance(a, Mapping) for a in free.values())):
             raise CaptureError(

@@ -11,8 +11,9 @@ from torch import nn
 
 from eecompile.advice.probe import Point, Probe, probe
 from eecompile.advice.report import Advice, Option, decide
-from eecompile.advice.rivals import AGAINST, Rival, accuracy, check_static, plain, rivals, smaller
+from eecompile.advice.rivals import AGAINST, Rival, accuracy, plain, rivals, smaller
 from eecompile.advice.sample import Clock, Sample, sample
+from eecompile.calibration.collect import static_output
 from eecompile.calibration.options import Options
 from eecompile.capture.adapter import mode
 from eecompile.errors import EecompileError, near
@@ -67,14 +68,14 @@ def advise(
     Raises:
         EecompileError: No model, no labels, too few rows, or an option out of range.
     """
-    names = _checked(model, minutes, static, only)
+    names = _checked(model, minutes, static, only, seed)
     clock, say = Clock(60 * minutes), progress or (lambda _: None)
     skipped = dict(NOT_PROBED)
     with mode(model, False), mode(model if static is None else static, False), torch.random.fork_rng(devices=[]):
         say("read a sample")
         taken = sample(model, loader, clock)
         if static is not None:
-            check_static(static, taken.val[0])
+            static_output(static, taken.val[0])
         options = {"prediction": prediction, "seed": seed}
         probes: list[Probe] = []
         longest = 0.0
@@ -96,7 +97,7 @@ def advise(
         return _advice(model, static, probes, taken, clock, skipped, names, say)
 
 
-def _checked(model: Any, minutes: Any, static: Any, only: Any) -> tuple[str, ...]:
+def _checked(model: Any, minutes: Any, static: Any, only: Any, seed: Any) -> tuple[str, ...]:
     """The names to try."""
     known = (*PROBED, *AGAINST)
     if isinstance(model, CompiledModule):
@@ -106,6 +107,7 @@ def _checked(model: Any, minutes: Any, static: Any, only: Any) -> tuple[str, ...
     if static is not None and not isinstance(static, nn.Module):
         raise EecompileError("static= is a smaller model", got=type(static).__name__, wanted="torch.nn.Module")
     check_number("minutes", minutes, above=0)
+    check_number("seed", seed, whole=True)
     if isinstance(only, str):
         raise EecompileError("only= is a list of names", got=repr(only), wanted=f"({only!r},)")
     for name in only or ():

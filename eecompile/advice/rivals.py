@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from eecompile.advice.sample import Clock
@@ -63,26 +62,6 @@ def accuracy(call: Callable[[Batch], Tensor], val: list[Batch]) -> float:
             score, real = right(found, check_labels(found, batch.labels, batch.where))
             total, count = total + float(score[real].sum()), count + int(real.sum())
     return total / max(count, 1)
-
-
-def check_static(static: nn.Module, batch: Batch) -> None:
-    """Runs the smaller model once.
-
-    Raises:
-        EecompileError: It does not run on these inputs.
-    """
-    try:
-        with torch.no_grad():
-            static(*batch.args, **batch.kwargs)
-    except Exception as error:  # the user's code may raise anything
-        shapes = ", ".join(str(list(t.shape)) for t in tree_leaves((batch.args, batch.kwargs)) if isinstance(t, Tensor))
-        raise EecompileError(
-            "static= does not run on the inputs of the loader",
-            where=type(static).__name__,
-            got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')} (inputs {shapes})",
-            wanted="a model that takes what the large one takes",
-            hint="put what it needs (another size of the input, say) into a module around it",
-        ) from error
 
 
 def smaller(model: nn.Module, static: nn.Module, val: list[Batch], read: Callable[[Any], Tensor]) -> Rival:

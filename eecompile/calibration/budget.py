@@ -17,7 +17,7 @@ from eecompile.calibration.report import CalibrationReport
 from eecompile.calibration.solver import METHODS, Solver
 from eecompile.errors import CalibrationError, check_name
 from eecompile.ir.settings import EXITS
-from eecompile.plain import check_number
+from eecompile.plain import check_number, check_numbers
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
@@ -45,6 +45,7 @@ def calibrate_budget(
     """
     check_budget(budget)
     check_method(method)
+    check_number("boxes", boxes, least=0, whole=True, error=CalibrationError)
     asked = Options.of(fast, {**options, "max_drop": 0.0, "delta": None})
     lines = lines_of(fast)
     if lines and not exits_are_set(fast):
@@ -110,9 +111,9 @@ def budget_curve(
     Raises:
         CalibrationError: As `calibrate_budget`; and where no budget can be kept at all.
     """
-    for budget in budgets:
-        check_budget(budget)
+    check_numbers("budgets=", budgets, above=0, most=2, error=CalibrationError)
     check_method(method)
+    check_number("boxes", boxes, least=0, whole=True, error=CalibrationError)
     asked = Options.of(fast, {**options, "max_drop": 0.0, "delta": None})
     if not fast.exits:
         raise CalibrationError(

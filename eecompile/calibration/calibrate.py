@@ -142,6 +142,7 @@ class Exits:
             binary=is_binary(data.score),
             subsets=lambda vector: [*groups.controlled, *(self._leaving(drops, vector) if options.conditional else ())],
             harm=lambda vector: groups.harm(full - drops.losses(vector), full),
+            impossible=groups.too_small(second, options.delta),
         )
         chosen = path.choose(vectors, first, second, options)
         settings = closed if chosen.value is None else self.settings.with_values(EXITS, chosen.value)
@@ -213,7 +214,7 @@ class Exits:
             raise CalibrationError(
                 "too few rows to calibrate on",
                 got=f"{data.rows} rows with a label",
-                wanted=f"at least {self.options.rows_needed or 2}",
+                wanted=f"at least {self.options.rows_needed or 2} rows",
             )
         check_models(self.fast, data.score, self.options.score)
         return data
@@ -325,6 +326,6 @@ class Turns:
             raise CalibrationError(
                 "the calibration loader has too few batches: each kind of decision has batches of its own",
                 got=seen + 1,
-                wanted=f"at least {self.parts}",
+                wanted=f"at least {self.parts} batches",
                 hint="a smaller batch_size",
             )

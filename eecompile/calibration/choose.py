@@ -38,6 +38,7 @@ class Chosen(Generic[T]):
         passed_over: Cheaper settings that qualified, but harm a class; why the cheapest did, in words.
         rows_for_next: Calibration rows with which the next cheaper setting is expected to qualify; None where none is.
         cost_with_more: Cost that 1,000 more calibration rows are expected to allow.
+        impossible: See `Path`.
     """
 
     value: T | None
@@ -50,6 +51,7 @@ class Chosen(Generic[T]):
     passed_over: tuple[str, ...] = ()
     rows_for_next: int | None = None
     cost_with_more: float | None = None
+    impossible: str = ""
 
 
 @dataclass
@@ -64,6 +66,7 @@ class Path(Generic[T]):
         binary: Whether scores are 0 or 1.
         subsets: Of a setting, bool [n] each: parts of the rows in which the bound is to hold too.
         harm: Of a setting, why it is not to be taken although it qualifies; empty without a reason.
+        impossible: Why nothing can qualify, whatever is tested; empty without a reason.
     """
 
     drop: Callable[[T], Tensor]
@@ -73,6 +76,7 @@ class Path(Generic[T]):
     binary: bool
     subsets: Callable[[T], Sequence[Tensor]] = lambda _: ()
     harm: Callable[[T], str] = lambda _: ""
+    impossible: str = ""
     _costs: dict[int, float] = field(default_factory=dict, init=False, repr=False)
 
     def choose(self, settings: Sequence[T], first: Tensor, second: Tensor, options: Options) -> Chosen[T]:
@@ -81,6 +85,8 @@ class Path(Generic[T]):
             most = options.max_drop + 1e-9
             kept = [s for s in settings if all(float(self.drop(s)[rows].mean()) <= most for rows in self._parts(s))]
             return self._cheapest(settings, [(s, None, None) for s in kept], {})
+        if self.impossible:
+            return Chosen(None, None, None, 0, 0, None, impossible=self.impossible)
         path = self._ordered(settings, first, len(second), options)
         known: dict[int, float] = {}
 

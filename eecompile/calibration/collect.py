@@ -8,12 +8,13 @@ temperatures are computed from them; if not, or where outputs have positions, th
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from eecompile.calibration.options import Options, combination_of
 from eecompile.errors import CalibrationError
@@ -161,8 +162,7 @@ class Source:
             CalibrationError: It is no tensor, and has no `logits`.
         """
         assert self.options.static is not None
-        with torch.no_grad():
-            found = self.options.static[0](*batch.args, **batch.kwargs)
+        found = static_output(self.options.static[0], batch)
         found = getattr(found, "logits", found)
         if not isinstance(found, Tensor):
             raise CalibrationError("static= gives no prediction", got=type(found).__name__, wanted="a tensor, or logits")
@@ -193,6 +193,26 @@ class Source:
             return torch.stack([agreement(o, full, labels, each).cpu() for o in outputs], 1), valid, labels
         assert labels is not None
         return torch.stack([right(o, labels)[0].cpu() for o in outputs], 1), valid, labels
+
+
+def static_output(static: Callable[..., Any], batch: Batch) -> Any:
+    """What the smaller model that is compared with gives for a batch.
+
+    Raises:
+        CalibrationError: It does not run on these inputs.
+    """
+    try:
+        with torch.no_grad():
+            return static(*batch.args, **batch.kwargs)
+    except Exception as error:  # the user's code may raise anything
+        shapes = ", ".join(str(list(t.shape)) for t in tree_leaves((batch.args, batch.kwargs)) if isinstance(t, Tensor))
+        raise CalibrationError(
+            "static= does not run on the inputs of the loader",
+            where=type(static).__name__,
+            got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')} (inputs {shapes})",
+            wanted="a model that takes what the large one takes",
+            hint="put what it needs (another size of the input, say) into a module around it",
+        ) from error
 
 
 @dataclass

@@ -195,6 +195,7 @@ def calibrate_line(line: Line, source: Source, settings: Settings, options: Opti
         binary=is_binary(torch.stack([full.score, *(t.score for t in tried)])),
         subsets=lambda _: parts.controlled,
         harm=lambda t: parts.harm(t.score, full.score),
+        impossible=parts.too_small(second, options.delta),
     )
     chosen = path.choose(tried, first, second, options)
     report = _report(line, settings, (tried, full), (first, second), chosen, options)

@@ -15,7 +15,7 @@ import random
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,10 +24,10 @@ import torch
 from rich.console import RenderableType
 from torch import Tensor
 
-from eecompile.calibration.sequences import LowerBound, MeanAbove, mix_evidence, sparkline
-from eecompile.errors import CalibrationError, DriftWarning, check_name
+from eecompile.calibration.sequences import BETS, LIMITS, LowerBound, MeanAbove, mix_evidence, sparkline
+from eecompile.errors import CalibrationError, DriftWarning, check_name, shown
 from eecompile.ir.settings import EXITS
-from eecompile.plain import check_number
+from eecompile.plain import LARGEST, arguments, check_callable, check_number, check_path, plain
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 from eecompile.training.scores import agreement, choice
 from eecompile.training.tasks import ANSWERS, own_task
@@ -69,6 +69,15 @@ class MonitorOptions:
         check_number("alpha", self.alpha, above=0, below=1, error=CalibrationError)
         check_number("seed", self.seed, whole=True, error=CalibrationError)
         check_name("reaction", self.react, REACTIONS, CalibrationError)
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> MonitorOptions:
+        """Keyword arguments, checked.
+
+        Raises:
+            CalibrationError: An unknown name, or a value out of range.
+        """
+        return cls(**arguments("monitor", cls, given, CalibrationError))
 
 
 @dataclass
@@ -135,16 +144,22 @@ class MonitorState(Report):
         """The inverse of `to_dict`.
 
         Raises:
-            CalibrationError: No state of a monitor.
+            CalibrationError: No state of a monitor, or a damaged one.
         """
-        try:
-            if data["format"] != FORMAT:
-                raise KeyError(data["format"])
-            parts = {"options": MonitorOptions, "differ": MeanAbove, "drop": MeanAbove, "bound": LowerBound}
-            found = {k: parts[k](**v) if k in parts else v for k, v in data.items() if k != "format"}
-            return cls(**found)
-        except (KeyError, TypeError) as error:
-            raise CalibrationError("this is no state of a monitor", got=repr(error)) from error
+        fields: dict[str, Any] = {name: value for name, value in data.items() if name != "format"}
+        if data.get("format") != FORMAT or fields.keys() != FIELDS.keys():
+            raise CalibrationError("this is no state of a monitor", got=f"format {shown(data.get('format'))}")
+        for name, like in FIELDS.items():
+            if not _fits(fields[name], like):
+                raise _damaged(name)
+        parts = {"options": MonitorOptions, "differ": MeanAbove, "drop": MeanAbove, "bound": LowerBound}
+        found = cls(**{name: parts[name](**value) if name in parts else value for name, value in fields.items()})
+        ends = len(found.program["exits"]) + 1
+        if len(found.counts) != ends or len(found.before) not in (0, ends) or not 0 <= found.spent <= found.options.alpha:
+            raise _damaged("counts, before or spent")
+        if not (found.differ.history and found.drop.history):
+            raise _damaged("an empty history")
+        return found
 
     def _threshold(self) -> str:
         return f"alarm at e^{number(-math.log(self.level), 3)}" if self.level > 0 else "alpha is spent"
@@ -171,6 +186,49 @@ class MonitorState(Report):
         return stacked(table(self.title, ["exit", "leaving", "calibration"], cells), *lines)
 
 
+MEAN = {
+    "limit": float, "low": float, "rows": int, "total": float, "wealth": (float, len(BETS)), "largest": float,
+    "history": [(float, 2)],
+}  # fmt: skip
+FIELDS: dict[str, Any] = {
+    "program": {"exits": [str], "weights": str},
+    "options": dict.fromkeys(vars(MonitorOptions()), object),  # checked as they are made
+    "differ": MEAN,
+    "drop": MEAN,
+    "bound": {"wealth": ((float, len(BETS)), len(LIMITS)), "ruled_out": float},
+    "before": [float],
+    "counts": [int],
+    "confidence": float,
+    "alarms": [{"rows": int, "shadow": int, "what": str, "mean": float, "level": float, "did": str}],
+    "spent": float,
+    "mix_alarm": int | None,
+}
+"""What the JSON of a state is like: `[kind]` is a list, `(kind, n)` one of n values."""
+
+
+def _fits(value: Any, like: Any) -> bool:
+    """Whether JSON is like that. Numbers are finite, whole ones 0 or more."""
+    if isinstance(like, tuple):
+        return isinstance(value, list) and len(value) == like[1] and all(_fits(v, like[0]) for v in value)
+    if isinstance(like, list):
+        return isinstance(value, list) and all(_fits(v, like[0]) for v in value)
+    if isinstance(like, dict):
+        return isinstance(value, dict) and value.keys() == like.keys() and all(_fits(value[k], like[k]) for k in like)
+    if like is float or like is int:
+        number = isinstance(value, int if like is int else int | float) and not isinstance(value, bool)
+        return number and abs(value) <= LARGEST and (like is float or value >= 0)
+    return isinstance(value, like) and not isinstance(value, bool)
+
+
+def _damaged(what: str, path: Any = None) -> CalibrationError:
+    return CalibrationError(
+        "this state of a monitor is damaged",
+        where=None if path is None else str(path),
+        got=what,
+        hint="delete the file, or give another path=, to begin anew",
+    )
+
+
 def column(name: str, values: Any) -> Tensor:
     """Numbers that a user gave as float64 [n] on the CPU.
 
@@ -180,17 +238,31 @@ def column(name: str, values: Any) -> Tensor:
     try:
         found = torch.as_tensor(values).detach().flatten().double().cpu()
     except (TypeError, ValueError, RuntimeError) as error:
-        raise CalibrationError(f"{name}: these are no numbers", got=f"{values!r:.60}", wanted="a tensor or list") from error
+        raise CalibrationError(f"{name}: these are no numbers", got=shown(values)[:60], wanted="a tensor or list") from error
     if bool(found.isnan().any()):
         raise CalibrationError(f"{name}: NaN is among the numbers", got=f"{int(found.isnan().sum())} of {len(found)}")
     return found
 
 
-def _losses(differ: Any) -> list[float]:
-    found: list[float] = column("differ", differ).tolist()
+def _losses(differ: Any, name: str = "differ") -> list[float]:
+    found: list[float] = column(name, differ).tolist()
     if not all(0 <= d <= 1 for d in found):
-        raise CalibrationError("differences leave [0, 1]", got=found[:5])
+        raise CalibrationError(f"{name}: differences leave [0, 1]", got=found[:5])
     return found
+
+
+def _names(ids: Any, rows: int) -> list[Any]:
+    """The names of rows that a user gave, for `labels` to find them by."""
+    listed = isinstance(ids, Iterable) and not isinstance(ids, str | bytes | Mapping)
+    names: list[Any] | None = plain(ids.tolist() if isinstance(ids, Tensor) else list(ids)) if listed else None
+    if names is None or len(names) != rows:
+        got = type(ids).__name__ if names is None else f"{len(names)} names"
+        raise CalibrationError("ids= is one name for each row", got=got, wanted=f"a list of {rows}")
+    try:
+        hash(tuple(names))
+    except TypeError as error:
+        raise CalibrationError("ids= are names, such as int or str", got=str(error)) from error
+    return names
 
 
 class Monitor:
@@ -216,6 +288,12 @@ class Monitor:
         loader: Any = None,
         compare: Compare | None = None,
     ) -> None:
+        check_path("path", path, CalibrationError)
+        check_callable("compare", compare, "(early, full) -> [B] in [0, 1]", CalibrationError)
+        if loader is not None and (isinstance(loader, str) or not isinstance(loader, Iterable)):
+            raise CalibrationError(
+                "loader= is rows with labels", got=shown(loader)[:80], wanted="batches of (inputs, labels)"
+            )
         self.fast, self.loader, self.compare = fast, loader, compare
         self.path = None if path is None else Path(path)
         guarantee = fast.guarantee
@@ -274,8 +352,7 @@ class Monitor:
             ids: As for `run`.
         """
         n = len(result.exit_index)
-        if ids is not None and len(ids) != n:
-            raise CalibrationError("ids= is one name for each row", got=f"{len(ids)} names", wanted=f"{n}")
+        names = None if ids is None else _names(ids, n)
         index, confidence, losses = result.exit_index, result.confidence, []
         chosen = self._chosen(n if rows is None else len(rows))
         if rows is not None:
@@ -285,9 +362,9 @@ class Monitor:
             at = torch.tensor(chosen) if rows is None else rows[chosen]
             early = self.fast.prediction_of(result.output)[at.to(index.device)].detach()
             full = self._full(args, kwargs, at)
-            losses = _losses(self._differ(early, full))
-            if ids is not None:
-                self._remember([ids[i] for i in at.tolist()], early, full)
+            losses = self._differ(early, full)
+            if names is not None:
+                self._remember([names[i] for i in at.tolist()], early, full)
         counts = torch.bincount(index, minlength=len(self.state.counts)).tolist()
         self._add(counts, float(confidence.sum()), losses)
 
@@ -336,7 +413,9 @@ class Monitor:
 
     def labels(self, given: Mapping[Any, int]) -> int:
         """Labels, by the `ids` of `run`, of rows that ran to the end; others are passed over. How many were taken."""
-        classes = {i: column(f"the label of {i!r}", label) for i, label in given.items()}
+        if not isinstance(given, Mapping):
+            raise CalibrationError("labels go by the ids of run", got=shown(given)[:80], wanted="{id: class}")
+        classes = {i: column(f"the label of {shown(i)}", label) for i, label in given.items()}
         for i, label in classes.items():
             if len(label) != 1 or not float(label).is_integer():
                 raise CalibrationError("a late label is the class of one row", where=repr(i), got=label.tolist())
@@ -389,10 +468,13 @@ class Monitor:
             found: Tensor = fast.prediction_of(signature.restore(list(fast.engine.full_graph()(*rows)), rows))
         return found
 
-    def _differ(self, early: Tensor, full: Tensor) -> Tensor:
-        if self.compare is not None:
-            return self.compare(early, full).detach().double().cpu()
-        return (1 - agreement(early, full, each=own_task(self.fast) == ANSWERS)).cpu()
+    def _differ(self, early: Tensor, full: Tensor) -> list[float]:
+        if self.compare is None:
+            return _losses(1 - agreement(early, full, each=own_task(self.fast) == ANSWERS))
+        found = _losses(self.compare(early, full), "compare=")
+        if len(found) != len(early):
+            raise CalibrationError("compare= gives one number for each row", got=len(found), wanted=len(early))
+        return found
 
     def _remember(self, ids: Sequence[Any], early: Tensor, full: Tensor) -> None:
         if early.ndim != 2 or (early.shape[1] > 1 and own_task(self.fast) == ANSWERS):
@@ -520,12 +602,16 @@ def read_state(path: str | Path) -> MonitorState:
         raise CalibrationError("the monitor's state cannot be read", where=str(path), got=str(error)) from error
     if not isinstance(data, dict):
         raise CalibrationError("this is no state of a monitor", where=str(path), got=type(data).__name__)
-    state = MonitorState.from_dict(data)
     try:
-        for batch in batches:
-            state.add(*batch)
-    except (TypeError, ValueError) as error:
-        raise CalibrationError("this is no state of a monitor", where=str(path), got=repr(error)) from error
+        state = MonitorState.from_dict(data)
+    except CalibrationError as error:
+        raise CalibrationError(error.what, where=str(path), got=error.got, wanted=error.wanted, hint=error.hint) from error
+    for batch in batches:
+        like = ((int, len(state.counts)), float, [float])
+        whole = isinstance(batch, list) and len(batch) == 3 and all(map(_fits, batch, like))
+        if not whole or not all(0 <= loss <= 1 for loss in batch[2]):
+            raise _damaged(f"a batch {shown(batch)[:60]}", path)
+        state.add(*batch)
     return state
 
 

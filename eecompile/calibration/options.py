@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from eecompile.calibration.risk import rows_needed
-from eecompile.errors import CalibrationError, check_name, near
-from eecompile.plain import check_number
+from eecompile.errors import CalibrationError, check_name
+from eecompile.plain import arguments, check_callable, check_number
 from eecompile.training.full import skips
 from eecompile.training.scores import Metric
 from eecompile.training.tasks import ANSWERS, no_choice
@@ -64,11 +64,7 @@ class Options:
         Raises:
             CalibrationError: An unknown name, a value out of range, or a target that does not fit the task.
         """
-        names = [f.name for f in fields(cls)]
-        for name in given:
-            if name not in names:
-                raise CalibrationError("calibrate has no such option", got=f"{name}=", wanted=near(name, names))
-        found = cls(**given)
+        found = cls(**arguments("calibrate", cls, given, CalibrationError))
         found.check(fast)
         return found
 
@@ -105,9 +101,12 @@ class Options:
             )
         if isinstance(self.groups, str) and self.groups != CLASSES:
             raise CalibrationError("unknown groups", got=repr(self.groups), wanted='a column, a callable, or "classes"')
+        check_callable("metric", self.metric, "(prediction, labels) -> [B] in [0, 1]", CalibrationError)
         given: Any = self.static
-        if given is not None and not (isinstance(given, tuple) and len(given) == 2 and callable(given[0])):
-            raise CalibrationError("static= is a model and its cost", got=type(given).__name__, wanted="(model, 0.4)")
+        if given is not None:
+            if not (isinstance(given, tuple) and len(given) == 2 and callable(given[0])):
+                raise CalibrationError("static= is a model and its cost", got=type(given).__name__, wanted="(model, 0.4)")
+            check_number("the cost in static=", given[1], above=0, error=CalibrationError)
         other = no_choice(fast) if self.target == "agreement" else ""
         if other:
             raise CalibrationError(

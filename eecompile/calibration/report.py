@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from rich.console import RenderableType
 from torch import Tensor
 
 from eecompile.calibration.baselines import Baseline
 from eecompile.calibration.choose import Chosen
 from eecompile.calibration.collect import Members
-from eecompile.calibration.options import Options
+from eecompile.calibration.options import FIRST_START, Options
+from eecompile.calibration.risk import rows_needed
 from eecompile.ir.settings import Settings
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
-from eecompile.training.subgroups import GroupRow, below_constant, group_rows, group_tables, harmed
+from eecompile.training.subgroups import SHOWN, GroupRow, below_constant, group_rows, group_tables, harmed
 
 
 class Part:
@@ -165,6 +167,18 @@ class Subgroups:
             names, of = self.groups
             self.controlled = [of == k for k in range(len(names))]
 
+    def too_small(self, rows: Tensor, delta: float | None) -> str:
+        """Which controlled groups have too few of these rows of the test to show anything; empty where none has."""
+        least = None if delta is None else rows_needed(self.max_drop, FIRST_START * delta)
+        if not self.controlled or self.groups is None or least is None:
+            return ""
+        names, of = self.groups
+        counts = torch.bincount(of[rows], minlength=len(names)).tolist()
+        small = [f"{name} has {n}" for n, name in sorted(zip(counts, names, strict=True)) if n < least]
+        more = f", and {len(small) - SHOWN} more groups have too few" if len(small) > SHOWN else ""
+        listed = ", ".join(small[:SHOWN]) + more
+        return f"Each group needs at least {least} of the {len(rows)} rows of the test: group {listed}." if small else ""
+
     def harm(self, early: Tensor, full: Tensor) -> str:
         """Which class loses more of its recall than `max_drop`, by more than chance; empty where none does."""
         rows = [] if self.classes is None else group_rows(*self.classes, early, full)
@@ -220,6 +234,7 @@ class CalibrationReport(Report):
         passed_over: Cheaper settings that qualified, but take more than max_drop of a class's recall, by more than chance.
         rows_for_next: Calibration rows with which the next cheaper setting is expected to qualify; None where none is.
         cost_with_more: Cost that 1,000 more calibration rows are expected to allow.
+        impossible: Why nothing could qualify, whatever was tested; empty without a reason.
         by_criterion: Mean cost of each criterion at a drop of `max_drop` on the rows of the search, the present one first:
             what to try next, no promise. Empty where it is not known.
         conditional: Whether the bound holds among the rows that leave at or before each exit too.
@@ -260,6 +275,7 @@ class CalibrationReport(Report):
     passed_over: tuple[str, ...] = ()
     rows_for_next: int | None = None
     cost_with_more: float | None = None
+    impossible: str = ""
     by_criterion: dict[str, float] = field(default_factory=dict)
     conditional: bool = False
     by_class: list[GroupRow] = field(default_factory=list)
@@ -312,6 +328,7 @@ class CalibrationReport(Report):
             passed_over=chosen.passed_over,
             rows_for_next=chosen.rows_for_next,
             cost_with_more=chosen.cost_with_more,
+            impossible=chosen.impossible,
             conditional=options.conditional,
             groups_controlled=options.control_groups,
             **found,
@@ -437,6 +454,8 @@ class CalibrationReport(Report):
                 f"{none} {self.rows} rows are too few to show it even without a single error: at least "
                 f"{self.rows_needed} are needed, more where early answers are sometimes wrong."
             )
+        if self.impossible:
+            return f"{none} {self.impossible} Calibrate on more rows, or on fewer groups."
         p = "" if self.smallest_p is None else f" (smallest p = {self.smallest_p:.2g})"
         return (
             f"{none} On the {self.test_rows} rows of the test the safest of {self.tested} candidates lost too much or "

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eecompile.errors import ExportError, near
+from eecompile.errors import ExportError, check_name
 from eecompile.export.description import KEY, Description
 from eecompile.export.files import placing
 from eecompile.export.to_pt2 import write as _pt2
 from eecompile.ir.settings import Settings
 from eecompile.onnx import PACKAGES
+from eecompile.plain import check_path
 from eecompile.program import Program
 from eecompile.translating import require, translating
 
@@ -52,10 +52,8 @@ def export(
             such form; the message says what and why.
         MissingDependencyError: The target needs packages that are not installed.
     """
-    if not isinstance(target, str) or target not in TARGETS:
-        raise ExportError("unknown target", got=repr(target), wanted=near(str(target), TARGETS))
-    if not isinstance(path, str | os.PathLike):
-        raise ExportError("this is no path", got=repr(path), wanted="the name of a file to write")
+    check_name("target", target, TARGETS, ExportError)
+    check_path("path", path, ExportError)
     found, place = TARGETS[target], Path(path)
     if place.suffix != found.suffix:
         raise ExportError(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
-from eecompile.errors import StrategyError, near
+from eecompile.errors import StrategyError, near, shown
 
 EXITS, TEMPERATURES, GATES, HALTING, BRANCHES = "exits", "temperatures", "gates", "halting", "branches"
 
@@ -69,7 +69,7 @@ class Family:
             if number is None or not number >= 0 or (self.positive and number == 0) or (self.finite and number == np.inf):
                 low = "above 0" if self.positive else "0 or more"
                 wanted = f"{low}, finite" if self.finite else f"{'above 0' if self.positive else '0'} to 1, above 1 closes"
-                raise StrategyError(f"a {self.number} is a number of {low}", where=slot, got=repr(value), wanted=wanted)
+                raise StrategyError(f"a {self.number} is a number of {low}", where=slot, got=shown(value), wanted=wanted)
             found.append(float(np.float32(number)))
         if self.any_open and found and min(found) > 1:
             raise StrategyError(f"every {self.what} is closed", got=found, wanted="one of them at 1 or less")
@@ -274,4 +274,7 @@ def _number(value: Any) -> float | None:
         value = value.item()
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         return None
-    return float(value)
+    try:
+        return float(value)
+    except OverflowError:  # an int of more digits than a float has
+        return None

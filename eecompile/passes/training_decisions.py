@@ -30,6 +30,7 @@ import eecompile.ops  # registers torch.ops.eecompile.*
 from eecompile.errors import check_name
 from eecompile.kernels.choose import per_row
 from eecompile.passes import facts
+from eecompile.plain import check_switches
 
 EPSILON = 1e-6
 assert eecompile.ops is not None
@@ -51,6 +52,10 @@ class TrainMode:
     kept_open: int = 0
     full_share: float = 0.0
 
+    def __post_init__(self) -> None:
+        check_switches(type(self), vars(self))
+        check_name("way to train gates", self.gates, MODES)
+
 
 def with_decisions(
     gm: fx.GraphModule, mode: str, kept_open: int = 0, full_share: float = 0.0, way: int | None = None
@@ -62,10 +67,7 @@ def with_decisions(
         full_share: Share of the rows, the first ones, that every gate lets in.
         way: The way that every row takes, whatever the router says; None lets `mode` say.
 
-    Raises:
-        EecompileError: Unknown mode.
     """
-    check_name("way to train gates", mode, MODES)
     if mode == "hard" and not kept_open and not full_share and way is None:
         return gm
     new = facts.copy(gm)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from eecompile.calibration.guarantee import said
-from eecompile.errors import EecompileError, MissingDependencyError, near
+from eecompile.errors import EecompileError, MissingDependencyError, check_name
 from eecompile.report.figures import PLOTS
 from eecompile.report.gather import Example, Gathered, frontier, gather
 from eecompile.training.workers import main_only
@@ -29,8 +29,7 @@ def plot(fast: Any, kind: str, loader: Iterable[Any]) -> Any:
         EecompileError: An unknown kind, or data that a report cannot show.
         MissingDependencyError: matplotlib is not installed.
     """
-    if kind not in PLOTS:
-        raise EecompileError("unknown plot", got=repr(kind), wanted=near(str(kind), KINDS))
+    check_name("plot", kind, KINDS)
     return PLOTS[kind][1](gather(fast, loader))
 
 

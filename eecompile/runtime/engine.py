@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from eecompile.errors import EecompileError, StrategyError, near
+from eecompile.errors import EecompileError, StrategyError, check_name
 from eecompile.ir.settings import THRESHOLDS_BUFFER, Settings
 from eecompile.passes import facts
 from eecompile.program import Program
@@ -176,6 +176,5 @@ class Engine:
 
 
 def _known(what: str, name: str, valid: Sequence[str]) -> str:
-    if name not in valid:
-        raise StrategyError(f"unknown {what}", got=repr(name), wanted=near(str(name), valid))
+    check_name(what, name, valid, StrategyError)
     return name

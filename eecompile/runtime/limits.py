@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from eecompile.errors import StrategyError
+from eecompile.errors import StrategyError, shown
 from eecompile.plain import plain
 
 NAMES = ("deadline_ms", "budget")
@@ -33,7 +33,7 @@ class Limits:
                 continue
             object.__setattr__(self, name, value)
             if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-                raise StrategyError(f"{name}= is a number", got=repr(value))
+                raise StrategyError(f"{name}= is a number", got=shown(value))
         if self.budget is not None and self.budget <= 0:
             raise StrategyError("a budget is a positive fraction of the full model's cost", got=self.budget)
 

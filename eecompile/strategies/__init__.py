@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from eecompile.criteria import criterion
-from eecompile.errors import StrategyError, near
+from eecompile.errors import StrategyError, check_name, near
 from eecompile.ir.recipes import ExitRecipe, GateRecipe, HaltRecipe, Recipe, RouteRecipe, TrainingStage
 from eecompile.strategies.act import Act
 from eecompile.strategies.ann import Ann
@@ -44,9 +44,8 @@ def strategy(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
         return Combined(tuple(strategy(part.strip()) for part in name.split("+")))
     if name == Combined.name and set(options) == {"parts"}:
         return Combined(tuple(strategy(part) for part in options["parts"]))
-    if not isinstance(name, str) or name not in STRATEGIES:
-        raise StrategyError("unknown strategy", got=repr(name), wanted=near(str(name), STRATEGIES))
-    kind = STRATEGIES[name]
+    check_name("strategy", name, STRATEGIES, StrategyError)
+    kind = STRATEGIES[str(name)]
     valid = {f.name for f in fields(kind)}
     for key in options:
         if key not in valid:

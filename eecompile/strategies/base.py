@@ -17,7 +17,7 @@ from eecompile.errors import StrategyError
 from eecompile.heads import HeadSpec
 from eecompile.ir.recipes import ExitRecipe, Recipe, TrainingStage, Where
 from eecompile.kernels.combine import check_combination
-from eecompile.plain import plain
+from eecompile.plain import check_switches, plain
 from eecompile.strategies.router import Router, router
 
 PLAIN = {"name": "exits"}  # the task's loss alone: what strategies without exits ask for
@@ -58,9 +58,10 @@ class Strategy:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            value = plain(getattr(self, f.name))
+            value = plain(getattr(self, f.name), f.name)
             tuples = isinstance(value, Sequence) and not isinstance(value, str)
             object.__setattr__(self, f.name, tuple(value) if tuples else value)
+        check_switches(type(self), vars(self), StrategyError)
 
     @property
     def within(self) -> Strategy | None:

@@ -75,7 +75,7 @@ class Router:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            object.__setattr__(self, f.name, plain(getattr(self, f.name)))
+            object.__setattr__(self, f.name, plain(getattr(self, f.name), f.name))
         if isinstance(self.to, str) and self.to != EXITS:
             raise StrategyError(
                 "a router sends rows to exits or branches", got=repr(self.to), wanted='"exits", or {name: ...}'

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from eecompile.errors import EecompileError
+from eecompile.plain import check_numbers
 from eecompile.runtime.limits import deepest
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ def thresholds_of(points: bool | int | Sequence[float]) -> list[float]:
     if isinstance(points, bool):
         points = 21
     if not isinstance(points, int):
+        check_numbers("curve=, thresholds or how many,", points, least=0)
         return [float(t) for t in points]
     if points < 2:
         raise EecompileError("a curve needs at least two points", got=points)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from eecompile.errors import EecompileError
 from eecompile.ir.settings import BRANCHES, GATES, HALTING
+from eecompile.plain import check_callable, check_numbers
 from eecompile.training.batches import Batch, alike, batches, device_of, empty_loader, require_repeatable
 from eecompile.training.curve import degradation, first_exit, sweep, thresholds_of
 from eecompile.training.evaluation_report import EvaluationReport, ExitRow, GateShare, RouteShare
@@ -56,6 +57,11 @@ def evaluate(
         EecompileError: An empty loader; labels of a wrong dtype, shape or range; some batches with labels and
             others without; a metric that does not give one finite number per row.
     """
+    check_callable("metric", metric, "(prediction, labels) -> [B]")
+    if not isinstance(curve, bool):
+        thresholds_of(curve)
+    if not isinstance(budgets, bool):
+        check_numbers("budgets=", budgets, above=0)
     halting = HALTING in fast.settings and not (GATES in fast.settings or BRANCHES in fast.settings or fast.exits)
     if curve is not False and skips(fast) and not halting:
         raise EecompileError(

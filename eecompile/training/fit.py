@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from eecompile.errors import EecompileError, near
-from eecompile.plain import check_number
+from eecompile.errors import EecompileError, near, shown
+from eecompile.plain import check_callable, check_number, check_path
 from eecompile.result import Result
 from eecompile.training.batches import length_of, require_repeatable
 from eecompile.training.checkpoint import Checkpoints
@@ -131,8 +131,14 @@ def fit(
     optional = {"draws": draws, "patience": patience, "checkpoint_every": checkpoint_every}
     counts |= {name: count for name, count in optional.items() if count is not None}
     _check_numbers(counts, {"lr": lr, "trunk_lr": trunk_lr, "max_grad_norm": max_grad_norm}, weight_decay)
-    if resume not in (True, False, "must"):
-        raise EecompileError("unknown value of resume", got=repr(resume), wanted="True, False or 'must'")
+    _check_functions(optimizer, scheduler, loss, metric, callbacks)
+    check_path("checkpoint_dir", checkpoint_dir)
+    if not (isinstance(resume, bool) or resume == "must"):
+        raise EecompileError("unknown value of resume", got=shown(resume), wanted="True, False or 'must'")
+    if accelerator is not None and not hasattr(accelerator, "num_processes"):
+        raise EecompileError(
+            "accelerator= is no accelerator", got=type(accelerator).__name__, wanted="accelerate.Accelerator()"
+        )
     if patience is not None and val_loader is None:
         raise EecompileError("early stopping needs data to watch", got="patience without val_loader")
     if (checkpoint_every is not None or resume == "must") and checkpoint_dir is None:
@@ -199,6 +205,18 @@ def _check_numbers(counts: Mapping[str, int], positive: Mapping[str, float | Non
             check_number(name, value, above=0)
     if weight_decay is not None:
         check_number("weight_decay", weight_decay, least=0)
+
+
+def _check_functions(optimizer: Any, scheduler: Any, loss: Any, metric: Any, callbacks: Any) -> None:
+    check_callable("optimizer", optimizer, "(parameter groups) -> torch.optim.Optimizer")
+    if not isinstance(scheduler, str):
+        check_callable("scheduler", scheduler, '"cosine", or (optimizer) -> a scheduler')
+    check_callable("loss", loss, "(output, labels) -> a scalar tensor")
+    check_callable("metric", metric, "(prediction, labels) -> [B]")
+    if isinstance(callbacks, str) or not isinstance(callbacks, Iterable):
+        raise EecompileError("callbacks= is a list of functions", got=shown(callbacks)[:80], wanted="[(event) -> None]")
+    for callback in callbacks:
+        check_callable("each of callbacks", callback, "(event) -> None")
 
 
 def _check_scheduler(scheduler: Any, loader: Iterable[Any]) -> None:

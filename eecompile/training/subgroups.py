@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from eecompile.binomial import log_binomial_tail
-from eecompile.errors import EecompileError
+from eecompile.errors import EecompileError, shown
 from eecompile.training.batches import Batch
 from eecompile.training.report import percent, table
 
@@ -95,7 +95,15 @@ def check_groups(groups: Any, loader: Any) -> None:
     Raises:
         EecompileError: A `DataLoader` that draws rows in another order than that of its data.
     """
-    if groups is None or callable(groups) or isinstance(groups, str) or not isinstance(loader, DataLoader):
+    if groups is None or callable(groups) or isinstance(groups, str):
+        return
+    if not hasattr(groups, "__getitem__") or not hasattr(groups, "__len__") or isinstance(groups, Mapping):
+        raise EecompileError(
+            "groups= is no column of labels",
+            got=shown(groups)[:80],
+            wanted="a label for each row, in order, or a callable (inputs, labels) -> [B]",
+        )
+    if not isinstance(loader, DataLoader):
         return
     batches = loader.batch_sampler
     sampler = loader.sampler if batches is None else getattr(batches, "sampler", batches)

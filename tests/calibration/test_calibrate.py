@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 
 import pytest
@@ -264,6 +265,12 @@ def test_a_group_of_one_row_shows_nothing():
     report = calibrate(Drawn(), loader(X, Y), max_drop=0.05, groups=groups, control_groups=True)
     assert not report.qualified
     assert [row.rows for row in report.by_group if row.name == "one"] == [1]
+    assert re.search(r"at least 62 of the 2000 rows of the test: group one has [01]\.", report.guarantee)
+
+
+def test_many_groups_are_refused_without_a_search():
+    report = calibrate(Drawn(), loader(X, Y), max_drop=0.05, groups=range(3000), control_groups=True)
+    assert report.tested == 0 and "and 2990 more groups" in report.guarantee
 
 
 def test_the_conditional_promise_holds_at_each_exit():

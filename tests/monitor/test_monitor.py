@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import math
 import os
@@ -250,8 +251,40 @@ def test_a_line_that_is_cut_short_is_no_batch(tmp_path):
     assert read_state(path) == again.state
     for cut in (text.replace(b"[9, 1]", b"[9]"), text.replace(b"[[9, 1]", b"[9, 1]"), text.replace(b"]\n", b"\n")):
         path.write_bytes(cut)
-        with pytest.raises(CalibrationError, match=r"no state of a monitor|cannot be read"):
+        with pytest.raises(CalibrationError, match=r"is damaged|cannot be read"):
             read_state(path)
+
+
+def places(data, at=()):
+    """Keys of every value of JSON objects within objects."""
+    for key, value in data.items():
+        yield (*at, key)
+        if isinstance(value, dict):
+            yield from places(value, (*at, key))
+
+
+def test_damaged_states(tmp_path):
+    path = tmp_path / "watch.json"
+    one_batch(Monitor(Guaranteed(), MonitorOptions(), path=path), 1)
+    text = path.read_text()
+    wrong = ["null", "[]", "{}", '"a"', "\xff"]
+    wrong += [
+        f"{text}\n{line}\n[]" for line in ("3", "[[9], 1, []]", "[[9, 1], NaN, []]", "[[9, -1], 1, []]", "[[9, 1], 1, [7]]")
+    ]
+    for place in places(json.loads(text)):
+        for other in ({"a": 1}, [[]], True, ...):
+            data = json.loads(text)
+            inner = functools.reduce(dict.__getitem__, place[:-1], data)
+            if other is ...:
+                del inner[place[-1]]
+            else:
+                inner[place[-1]] = other
+            wrong.append(json.dumps(data))
+    for one in wrong:
+        path.write_text(one, encoding="latin-1")
+        with pytest.raises(CalibrationError) as caught:
+            Monitor(Guaranteed(), MonitorOptions(), path=path)
+        assert str(path) in str(caught.value), one
 
 
 @pytest.mark.parametrize(
