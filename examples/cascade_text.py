@@ -13,7 +13,7 @@ from examples import datasets
 from examples._common import Options, Record, as_trained, evaluated, main, observed, rows_in, rows_of, timed
 from examples.stages import alone, text_stages
 
-ROWS = {"val": 1_000, "test": 1_000}
+ROWS = {"val": 4_000, "test": 4_000}
 
 
 def example(options: Options, record: Record) -> None:

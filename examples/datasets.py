@@ -37,7 +37,8 @@ from examples._registry import MINILM, READERS, SOURCES, DatasetError, Rows, ato
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
 SPLIT_SEED = 20240
-SEQUENCE = 128  # tokens of a review
+SEQUENCE = 128
+HEAD = 32  # tokens of a review
 
 
 @dataclass(frozen=True)
@@ -255,16 +256,19 @@ def minilm(*, standin: bool = False) -> Path:
 def tokens(part: str = "train", limit: int | None = None, *, name: str = "imdb", standin: bool = False) -> dict[str, Tensor]:
     """Reviews as MiniLM reads them: int64 ``input_ids``, ``attention_mask`` [N, 128] and ``labels`` [N].
 
-    Cut or padded to 128 tokens; kept in the cache for each part and limit.
+    Padded to 128 tokens. Of a longer review its first 32 and its last 96 are kept (head and tail, Sun et al. 2019):
+    what a review comes to stands at its end. Kept in the cache for each part and limit.
     """
     _check(name, part, limit, TEXTS)
-    kept = cache_root() / f"minilm-{name}-{SPLIT_SEED}-{part}-{limit or 'all'}{'-standin' * standin}.safetensors"
+    kept = cache_root() / f"tokens-{name}-{SPLIT_SEED}-{part}-{limit or 'all'}{'-standin' * standin}.safetensors"
     if not kept.exists():
         from transformers import AutoTokenizer
 
         texts, labels = load_text(name, part, limit, standin=standin)
         tokenizer = AutoTokenizer.from_pretrained(minilm(standin=standin))
-        found = tokenizer(texts, padding="max_length", truncation=True, max_length=SEQUENCE, return_tensors="pt")
+        whole = tokenizer(texts, verbose=False)["input_ids"]
+        ends = [row if len(row) <= SEQUENCE else row[:HEAD] + row[HEAD - SEQUENCE :] for row in whole]
+        found = tokenizer.pad({"input_ids": ends}, padding="max_length", max_length=SEQUENCE, return_tensors="pt")
         ids, mask = found["input_ids"], found["attention_mask"]
         packed = {"input_ids": ids.to(torch.int32), "attention_mask": mask.to(torch.uint8), "labels": labels}
         with atomic(kept) as partial:

@@ -1,7 +1,6 @@
 """Multi-exit BERT (DeeBERT, Xin et al. 2020; PABEE, Zhou et al. 2020): MiniLM-L6 on IMDB, a classifier after every block.
 
-A frozen sentence encoder gains nothing with depth on this task, so the trunk is fine-tuned first. The classifiers are
-then trained stage by stage (the fine-tuned trunk frozen, as DeeBERT), and from there jointly with it (all losses
+The classifiers are fitted to the fine-tuned trunk as it is (as DeeBERT), and from there trained jointly with it (all losses
 together, as PABEE). The one that saves more on rows of the validation part set aside for this choice is calibrated on
 the other rows of it, leaving by entropy and by patience with the same weights.
 """
@@ -11,7 +10,6 @@ from __future__ import annotations
 import copy
 from typing import Any
 
-import torch
 from torch import nn
 from torch.utils.data import DataLoader, Subset
 
@@ -20,31 +18,23 @@ from eecompile.criteria import Criterion, Entropy, Patience
 from eecompile.strategies import MeBert
 from examples import datasets
 from examples._common import Options, Record, Trunk, evaluated, fitted, main, minilm_trunk, observed, rows_of, timed
+from examples._parts import imdb_parts
 
-# Rows of the training part: first the trunk's, then those of the classifiers, then those of the joint training.
-ROWS = {"trunk": 4_000, "heads": 4_000, "joint": 2_000, "choice": 1_000, "val": 3_000, "test": 3_000}
-ROWS_QUICK = {"trunk": 256, "heads": 256, "joint": 256, "choice": 64, "val": 448, "test": 128}
-TRAINING: dict[str, dict[str, Any]] = {
-    "staged": {"trunk": False, "epochs": 1, "lr": 1e-3},
-    "joint": {"trunk": True, "epochs": 1, "lr": 3e-4, "trunk_lr": 5e-5},
-}
+ROWS = {"train": 8_000, "choice": 1_000, "val": 4_000, "test": 4_000}
+ROWS_QUICK = {"train": 256, "choice": 64, "val": 448, "test": 128}
+JOINT: dict[str, Any] = {"epochs": 1, "lr": 3e-4, "trunk_lr": 5e-5, "scheduler": "cosine"}
 HEAD = "mlp"  # over the mean of the real positions: the first token of an early block has seen little of the others
-CRITERIA: dict[str, Criterion] = {"entropy": Entropy(), "patience": Patience(exits_in_agreement=4)}
+CRITERIA: dict[str, Criterion] = {"entropy": Entropy(), "patience": Patience(exits_in_agreement=2)}
 
 
 def loaders(quick: bool, seed: int) -> dict[str, DataLoader[Any]]:
     """The rows of IMDB that are used, no row in two of them."""
     rows = ROWS_QUICK if quick else ROWS
-    at = {"heads": rows["trunk"], "joint": rows["trunk"] + rows["heads"], "choice": 0, "val": rows["choice"], "test": 0}
-    found = {}
-    for name, start in at.items():
-        part = {"heads": "train", "joint": "train", "choice": "val"}.get(name, name)
-        end = start + rows[name]
-        last = {"train": at["joint"] + rows["joint"], "val": at["val"] + rows["val"], "test": rows["test"]}[part]
-        dataset = Subset(datasets.TokenDataset(datasets.tokens(part, last, standin=quick)), range(start, end))
-        order = torch.Generator().manual_seed(seed)
-        learnt = part == "train"
-        found[name] = DataLoader(dataset, 32 if learnt else 50, shuffle=learnt, generator=order)
+    held_out = rows["choice"] + rows["val"]
+    found = imdb_parts({**rows, "val": held_out}, quick=quick, seed=seed)
+    every = found["val"].dataset
+    for name, kept in (("choice", range(rows["choice"])), ("val", range(rows["choice"], held_out))):
+        found[name] = DataLoader(Subset(every, kept), 50)
     return found
 
 
@@ -59,14 +49,12 @@ def trained(
     """Trains both ways; the program of lower cost at 1% of drop on the rows set aside, and how it was trained."""
     programs: dict[str, Any] = {}
     costs: dict[str, float] = {}
-    for how, settings in TRAINING.items():
-        program = programs[how] = compiled(copy.deepcopy(trunk.model), CRITERIA["entropy"], settings["trunk"], some)
-        if how == "joint":  # goes on from the classifiers that were trained alone
-            program.heads.load_state_dict(programs["staged"].heads.state_dict())
-        loader = parts["joint" if how == "joint" else "heads"]
-        settings = settings | ({"epochs": 3, "lr": 5e-3} if options.quick else {})
-        bf16 = not options.quick
-        fit = fitted(program, loader, f"mebert-imdb-{how}", options, trunk, scheduler="cosine", bf16=bf16, **settings)
+    for how in ("frozen", "joint"):
+        program = programs[how] = compiled(copy.deepcopy(trunk.model), CRITERIA["entropy"], how == "joint", some)
+        if how == "joint":  # goes on from the classifiers that were fitted alone
+            program.heads.load_state_dict(programs["frozen"].heads.state_dict())
+        settings = JOINT | {"bf16": not options.quick} if how == "joint" else {"heads": {}}
+        fit = fitted(program, parts["train"], f"mebert-imdb-{how}", options, trunk, **settings)
         seen = observed(program, {"choice": parts["choice"]})["choice"].of(program)
         costs[how] = seen.calibrate(max_drop=0.01, delta=None).expected_cost
         accuracies = {row.name: row.accuracy_if_all for row in seen.evaluate().rows}

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from eecompile.benchmark import as_call
@@ -22,6 +22,7 @@ from examples.trunks import (
     minilm_trunk,
     resnet8_trunk,
     resnet_trunk,
+    reviews,
     tinyconv_trunk,
     trunk,
 )
@@ -64,20 +65,9 @@ def image_stages(*, quick: bool = False, seed: int = 0) -> list[Stage]:
 def text_stages(*, quick: bool = False, seed: int = 0) -> list[Stage]:
     """Three models for reviews, the cheapest first. The bag of words, which costs nothing, learns from all of them."""
     folder = datasets.minilm(standin=quick)
-    evaluated = 256 if quick else 1_000
-
-    def data(part: str, limit: int | None) -> tuple[Inputs, Tensor]:
-        columns = dict(datasets.tokens(part, limit or evaluated, standin=quick))
-        labels = columns.pop("labels")
-        return columns, labels
-
-    def every(part: str, limit: int | None) -> tuple[Inputs, Tensor]:
-        columns = dict(datasets.tokens(part, None if part == "train" else evaluated, standin=quick))
-        labels = columns.pop("labels")
-        return columns, labels
-
+    data = reviews(quick)
     bag = Recipe("bagofwords-imdb", 6, 64, 3e-3, weight_decay=0.05, seed=seed)
-    half = Recipe("minilm3-imdb", 2, 32, 1e-4, bf16=True, seed=seed, rows=4_000)
+    half = Recipe("minilm3-imdb", 1, 32, 1e-4, bf16=True, seed=seed, rows=16_000)
     if quick:
         bag = Recipe("bagofwords-imdb-quick", 6, 32, 1e-2, seed=seed, standin=True)
         half = Recipe("minilm3-imdb-quick", 3, 32, 5e-3, seed=seed, rows=256, standin=True)
@@ -88,7 +78,7 @@ def text_stages(*, quick: bool = False, seed: int = 0) -> list[Stage]:
         return models.BagOfWords(AutoConfig.from_pretrained(folder).vocab_size)
 
     return [
-        _stage("bagofwords", None, trunk(bag, words, every)),
+        _stage("bagofwords", None, trunk(bag, words, data)),
         _stage("minilm3", None, trunk(half, lambda: models.minilm_classifier(folder, seed=seed, layers=3), data)),
         _stage("minilm6", None, minilm_trunk(quick=quick, seed=seed)),
     ]

@@ -77,7 +77,7 @@ def test_tokens_of_the_standin_are_cached_and_padded(cache: Path) -> None:
     assert all(column.dtype == torch.int64 for column in tokens.values())
     assert (tokens["input_ids"][tokens["attention_mask"] == 0] == 0).all()
     assert 1 not in tokens["input_ids"]  # no unknown words
-    kept = next(cache.glob("minilm-imdb-*"))
+    kept = next(cache.glob("tokens-imdb-*"))
     before = kept.stat().st_mtime_ns
     again = datasets.tokens("val", 24, standin=True)
     assert all(torch.equal(again[key], tokens[key]) for key in tokens)
