@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,6 +22,11 @@ STARTED = time.monotonic()
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--stop-after", type=float, metavar="SECONDS", help="skip, by name, the tests that begin later")
+
+
+def pytest_configure() -> None:
+    """Unreachable cycles are collected more rarely: a tenth of the time of all tests was spent on looking for them."""
+    gc.set_threshold(500_000, 10, 10)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -94,9 +94,7 @@ class Extractor:
     def finish(self, outputs: Sequence[Any], name: str) -> fx.GraphModule:
         """Closes the graph with a flat tuple of outputs."""
         self.graph.output(tuple(outputs))
-        module = facts.module_of(self.source, self.graph, name, self.modules)
-        facts.tidy(module)
-        return module
+        return facts.tidy_module_of(self.source, self.graph, name, self.modules)
 
 
 def extract(

@@ -275,6 +275,17 @@ def module_of(source: fx.GraphModule, graph: fx.Graph, name: str, parts: Mapping
     return new
 
 
+def tidy_module_of(
+    source: fx.GraphModule, graph: fx.Graph, name: str, parts: Mapping[str, Any] | None = None
+) -> fx.GraphModule:
+    """`module_of` without dead code, the rules of FX checked. Most graphs have none: their code is generated once."""
+    new = module_of(source, graph, name, parts)
+    if new.graph.eliminate_dead_code():
+        new.recompile()
+    new.graph.lint()
+    return new
+
+
 def copy(graph_module: fx.GraphModule) -> fx.GraphModule:
     """The same modules and parameters under a graph of its own."""
     graph = fx.Graph()

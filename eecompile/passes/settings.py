@@ -23,6 +23,4 @@ def with_settings(module: fx.GraphModule) -> tuple[fx.GraphModule, tuple[str, ..
             env[n].meta = dict(n.meta)
         else:
             env[n] = graph.node_copy(n, lambda a: env[a])
-    new = facts.module_of(module, graph, module.__class__.__name__)
-    facts.tidy(new)
-    return new, names
+    return facts.tidy_module_of(module, graph, module.__class__.__name__), names

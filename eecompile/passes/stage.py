@@ -284,9 +284,7 @@ def _staged_graph(program: Program, layout: Layout, stages: tuple[Stage, ...]) -
         for n in exit_nodes[k]:
             env[n] = graph.node_copy(n, lambda a: _value(a, env, gm, graph))
     graph.output(fx.node.map_arg(output.args[0], lambda a: _value(a, env, gm, graph)))
-    staged = facts.module_of(gm, graph, "Staged", parts)
-    facts.tidy(staged)
-    return staged
+    return facts.tidy_module_of(gm, graph, "Staged", parts)
 
 
 def _value(node: fx.Node, env: dict[fx.Node, fx.Node], gm: fx.GraphModule, graph: fx.Graph) -> fx.Node:

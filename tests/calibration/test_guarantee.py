@@ -48,7 +48,7 @@ def violations(delta, max_drop, target="accuracy", criterion=None, trials=TRIALS
 @pytest.mark.parametrize(
     ("max_drop", "delta", "options"),
     [
-        (0.05, 0.1, {"temperature": False, "trials": 24}),
+        (0.05, 0.1, {"temperature": False, "trials": 16}),
         nightly(0.05, 0.1, {"temperature": False}),
         nightly(0.05, 0.1, {}),
         nightly(0.03, 0.2, {"temperature": False}),

@@ -48,9 +48,6 @@ def test_branchy_lenet(environment: dict[str, str], tmp_path: Path) -> None:
     trained = run("branchy_lenet", environment, tmp_path, "--until", "train")
     assert "done until 'train'" in trained.stderr
     assert not list(tmp_path.iterdir())
-    run("branchy_lenet", environment, tmp_path, "--until", "evaluate")
-    without = json.loads((tmp_path / "branchy_lenet-quick.json").read_text())
-    assert without["timed"] is False and all("speedup" not in row for row in without["rows"])
     done = run("branchy_lenet", environment, tmp_path, "--json")
     assert "epoch" not in done.stderr  # what was trained is kept
     found = json.loads(done.stdout)
@@ -58,8 +55,7 @@ def test_branchy_lenet(environment: dict[str, str], tmp_path: Path) -> None:
     assert [(row["what"], row["thresholds"]) for row in found["rows"]] == [
         (f"MNIST, LeNet, {exits}", promise) for exits in ("2 exits", "1 exit") for promise in ("guaranteed", "empirical")
     ]
-    for row, same in zip(found["rows"], without["rows"], strict=True):
-        assert (row["accuracy"], row["cost"]) == (same["accuracy"], same["cost"])
+    for row in found["rows"]:
         check_row(row, {"1", "32", "256"})
         assert row["calibration"]["qualified"]
         assert [e["after"] for e in row["exits"]] == (["relu", "relu_1"] if "2 exits" in row["what"] else ["relu"])
@@ -72,7 +68,12 @@ def test_branchy_lenet(environment: dict[str, str], tmp_path: Path) -> None:
 
 @pytest.mark.nightly
 def test_branchy_resnet(environment: dict[str, str], tmp_path: Path) -> None:
+    run("branchy_resnet", environment, tmp_path, "--until", "evaluate")
+    without = json.loads((tmp_path / "branchy_resnet-quick.json").read_text())
+    assert without["timed"] is False and all("speedup" not in row for row in without["rows"])
     found = json.loads(run("branchy_resnet", environment, tmp_path, "--json").stdout)
+    kept = [(row["accuracy"], row["cost"]) for row in without["rows"]]
+    assert [(row["accuracy"], row["cost"]) for row in found["rows"]] == kept
     assert [row["thresholds"] for row in found["rows"]] == ["guaranteed", "empirical"]
     for row in found["rows"]:
         check_row(row, {"1", "32", "256"})

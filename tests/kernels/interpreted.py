@@ -11,7 +11,7 @@ import torch
 
 from eecompile.kernels import choose, confidence, gather, halt, head_confidence, open_rows
 from eecompile.kernels._lists import COUNTER, control_size
-from tests.kernels.interpreting import BUCKETS, DTYPES, INF, NAN, NIGHTLY, close, launched, logits, seeded
+from tests.kernels.interpreting import BUCKETS, DTYPES, INF, NAN, NIGHTLY, close, in_dtypes, launched, logits, seeded
 
 # --- confidence -----------------------------------------------------------------------------------
 
@@ -120,9 +120,9 @@ def test_scatter(n: int, b: int, live: int) -> None:
 # --- choose ---------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", [*DTYPES, torch.int64, torch.bool])
 @pytest.mark.parametrize(
-    ("shape", "axis"), [((1, 1), 0), ((63,), 0), ((2, 7, 1023), 1), pytest.param((3, 4100), 0, marks=NIGHTLY)]
+    ("shape", "axis", "dtype"),
+    in_dtypes([((1, 1), 0), ((2, 7, 1023), 1)], [((63,), 0), ((3, 4100), 0)], dtypes=[*DTYPES, torch.int64, torch.bool]),
 )
 def test_choose(shape: tuple[int, ...], axis: int, dtype: torch.dtype) -> None:
     values = [torch.randn(*shape[:-1], shape[-1] * 2).mul(9).to(dtype)[..., ::2] for _ in range(3)]
@@ -165,8 +165,9 @@ def test_open_rows(n: int, capacity: int, kind: str) -> None:
 # --- halt -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("shape", "D"), [((1,), ()), ((63,), (7,)), ((2, 3), (1023,)), ((4,), (3, 400))])
+@pytest.mark.parametrize(
+    ("shape", "D", "dtype"), in_dtypes([((1,), ()), ((2, 3), (1023,)), ((4,), (3, 400))], [((63,), (7,))])
+)
 def test_halt(shape: tuple[int, ...], D: tuple[int, ...], dtype: torch.dtype) -> None:
     g = seeded(3)
     weighted = ledger = exact = book = None
@@ -193,10 +194,9 @@ def eighths(*shape: int, generator: torch.Generator) -> torch.Tensor:
     return (torch.randn(shape, generator=generator) * 8).round() / 8
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("n", "D", "V", "splits"),
-    [(1, 7, 1, None), (5, 33, 63, 2), pytest.param(1, 16, 1023, 3, marks=NIGHTLY), (20, 65, 300, None)],
+    ("n", "D", "V", "splits", "dtype"),
+    in_dtypes([(1, 7, 1, None), (5, 33, 63, 2)], [(20, 65, 300, None), (1, 16, 1023, 3)]),
 )
 def test_head_confidence(n: int, D: int, V: int, splits: int | None, dtype: torch.dtype) -> None:
     g = seeded(V)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,14 @@ def _loop_bounds_with_numpy_2_4() -> None:
 
 if INTERPRETED:
     _loop_bounds_with_numpy_2_4()
+
+
+def in_dtypes(sizes: list[Any], slow: list[Any], dtypes: Sequence[torch.dtype] = DTYPES) -> list[Any]:
+    """Parameters: each size in every dtype; those in `slow` are nightly, but for the first in the first dtype."""
+    found: list[Any] = [(*size, dtype) for size in sizes for dtype in dtypes]
+    found += [pytest.param(*size, dtype, marks=NIGHTLY) for size in slow for dtype in dtypes]
+    found[len(sizes) * len(dtypes)] = (*slow[0], dtypes[0])
+    return found
 
 
 def seeded(seed: int) -> torch.Generator:

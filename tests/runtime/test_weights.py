@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel
 from eecompile import CaptureError, EecompileError, load, strategies
 from eecompile.runtime.changed import _read_by
 from tests.random_models import specs
-from tests.support import CLOSED, Fingerprint, both, equal_bits, executor, same_result, spreading_thresholds
+from tests.support import CLOSED, Fingerprint, both, equal_bits, executor, nightly, same_result, spreading_thresholds
 from tests.support import compiled as eecompile
 from tests.test_properties import bounded
 
@@ -515,8 +515,10 @@ PYTHON: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize("copied", [False, True], ids=["", "copied"])
-@pytest.mark.parametrize("name", PYTHON)
+@pytest.mark.parametrize(
+    ("copied", "name"),
+    [(False, name) for name in PYTHON] + [nightly(True, n) if i % 4 else (True, n) for i, n in enumerate(PYTHON)],
+)
 def test_other_state_that_python_reads_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, copied: bool) -> None:
     monkeypatch.setitem(globals(), "SCALE", 1.0)
     monkeypatch.setitem(globals(), "PATCH", monkeypatch)

@@ -37,6 +37,7 @@ def test_heads_are_where_they_pay(zoo, name):
     assert all("%" in r.reason for r in refused)
 
 
+@pytest.mark.nightly  # 54 blocks
 def test_a_place_is_refused_with_its_figures(zoo):
     fast = again(zoo("resnet110").fast, strategies.Anytime())
     reasons = [r.reason for r in fast.program.refusals]

@@ -172,6 +172,4 @@ def ended(segment: Segment, axis: int) -> Decision:
 
 
 def _module(segment: Segment, graph: fx.Graph) -> fx.GraphModule:
-    module = facts.module_of(segment.module, graph, segment.module.__class__.__name__)
-    facts.tidy(module)
-    return module
+    return facts.tidy_module_of(segment.module, graph, segment.module.__class__.__name__)
