@@ -66,7 +66,7 @@ class Probe:
 
 
 def probe(name: str, models: Any, sample: Sample, drops: tuple[float, ...], options: dict[str, Any]) -> Probe:
-    """Compiles, fits heads on one half of the sample and chooses thresholds on the other.
+    """Compiles, fits heads on most of the sample and chooses thresholds on the rest.
 
     Raises:
         EecompileError: The strategy does not fit the model, or its heads cannot be fitted over kept features.

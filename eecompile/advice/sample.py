@@ -1,4 +1,4 @@
-"""A sample of a loader that fits a budget of time, in two halves: one for the probes, one to choose and measure on."""
+"""A sample of a loader that fits a budget of time: most of it to fit heads on, the rest to choose and measure on."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from torch.utils._pytree import tree_leaves
 from eecompile.errors import EecompileError
 from eecompile.training.batches import Batch, batches, empty_loader
 
-ROWS, BYTES = 8192, 2**29  # of a sample, at most
-READING, PASSES = 0.15, 0.08  # shares of the budget: to read the sample, and for one pass of the model over it
+ROWS, BYTES = 16_384, 2**29  # of a sample, at most
+READING, PASSES = 0.15, 0.3  # shares of the budget: to read the sample, and for one pass of the model for each probe
 LEAST = 50  # rows to choose on
+EVERY = 4  # one batch of so many is to choose on: heads need more rows to be as good as those of `fit`
 
 
 class Clock:
@@ -40,8 +41,8 @@ class Sample:
     """Batches of a loader.
 
     Attributes:
-        fit: Every other batch, from the first on, as a loader would give them.
-        val: The others, for validation.
+        fit: Three batches of four, as a loader would give them.
+        val: Every fourth, from the second on, for validation.
         seconds: Time of the model for one batch.
     """
 
@@ -60,12 +61,12 @@ class Sample:
 
     @property
     def rows(self) -> tuple[int, int]:
-        """Rows of the two halves."""
+        """Rows to fit heads on, and rows to choose on."""
         return sum(_rows(inputs) for inputs, _ in self.fit), sum(_rows(inputs) for inputs, _ in self.val_items)
 
 
-def sample(model: nn.Module, loader: Iterable[Any], clock: Clock) -> Sample:
-    """As much of the loader as the budget allows.
+def sample(model: nn.Module, loader: Iterable[Any], clock: Clock, probes: int) -> Sample:
+    """As much of the loader as the budget allows for so many probes.
 
     Raises:
         EecompileError: An empty loader, batches without labels, or too few rows or batches.
@@ -78,7 +79,7 @@ def sample(model: nn.Module, loader: Iterable[Any], clock: Clock) -> Sample:
             raise EecompileError("advice needs labels", where=batch.where, got="none", wanted="(inputs, labels)")
         if not found:
             seconds = _seconds(model, batch)
-            most = max(2, int(PASSES * clock.seconds / seconds))
+            most = max(2, int(PASSES * clock.seconds / (probes * seconds)))
         found.append(batch)
         leaves = [t for t in tree_leaves((batch.args, batch.kwargs)) if isinstance(t, Tensor)]
         rows, size = rows + _rows(_item(batch)[0]), size + sum(t.numel() * t.element_size() for t in leaves)
@@ -87,12 +88,13 @@ def sample(model: nn.Module, loader: Iterable[Any], clock: Clock) -> Sample:
             break
     if not found:
         raise empty_loader()
-    made = Sample([_item(b) for b in found[::2]], found[1::2], seconds)
+    fit = [_item(b) for i, b in enumerate(found) if i % EVERY != 1]
+    made = Sample(fit, found[1::EVERY], seconds)
     if not made.val or made.rows[1] < LEAST:
         raise EecompileError(
             "too few rows for advice",
             got=f"{rows} rows in {len(found)} batches",
-            wanted=f"two batches or more, with {LEAST} rows in every other one",
+            wanted=f"two batches or more, with {LEAST} rows in every fourth, from the second on",
             hint="more rows, a smaller batch size, or more minutes",
         )
     return made

@@ -23,7 +23,7 @@ from tests.bench.record import Figure, Target
 
 DROPS = (0.01, 0.02)
 EPOCHS, FIT_EPOCHS = 12, 3
-ROWS, FIT_ROWS = 1600, 10_000  # for advice and calibration, and to fit heads on
+ROWS, FIT_ROWS = 8000, 10_000  # for advice and calibration, and to fit heads on
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def run(context: Context) -> list[Figure]:
     figures = []
     for name, make in list(PAIRS.items())[: 1 if context.small else None]:
         pair = make(context.small)
-        advice = advise(pair.model, pair.held_out, minutes=0.2 if context.small else 1, only=[pair.strategy])
+        advice = advise(pair.model, pair.held_out, minutes=0.2 if context.small else 5, only=[pair.strategy])
         inputs = next(iter(pair.held_out))[0]
         example = {"example_kwargs": inputs} if isinstance(inputs, dict) else {"example_inputs": (inputs,)}
         fast = eecompile(pair.model, pair.strategy, **example)
