@@ -18,9 +18,9 @@ app = typer.Typer(
     help="Rewrite unmodified PyTorch models so that each input computes only as much as it needs.",
     epilog=LINE.join(
         [
-            "Does it pay? eecompile advise net.py:Net net.py:val",
+            "Does it pay? eecompile advise net.py:net net.py:val",
             "A model from end to end:",
-            "  eecompile rewrite net.py:Net -o fast --data net.py:train --exits 3",
+            "  eecompile rewrite net.py:net -o fast --data net.py:train --exits 3",
             "  eecompile fit fast --data net.py:train --epochs 5",
             "  eecompile calibrate fast --data net.py:val --max-drop 0.01",
             "  eecompile evaluate fast --data net.py:test",
@@ -58,14 +58,14 @@ def examples(*lines: str) -> str:
 
 app.command(
     epilog=examples(
-        "eecompile advise net.py:Net net.py:val",
+        "eecompile advise net.py:net net.py:val",
         "eecompile advise ./bert-dir val.csv --minutes 10 --static ./small-bert-dir",
-        "eecompile advise net.py:Net digits:val --only branchy --only int8 --json",
+        "eecompile advise net.py:net digits:val --only branchy --only int8 --json",
     )
 )(guarded(measure.advise))
 app.command(
     epilog=examples(
-        "eecompile rewrite net.py:Net -o fast --input x=float32[4,3,32,32] --exits 3",
+        "eecompile rewrite net.py:net -o fast --input x=float32[4,3,32,32] --exits 3",
         "eecompile rewrite ./bert-dir -o fast --strategy mebert --criterion patience",
         'eecompile rewrite net.py:make -o fast --data net.py:train --exits "layer*.1" --option threshold=0.8',
         "eecompile rewrite net.py:small net.py:large -o fast --strategy cascade --prepare net.py:shrink --prepare -",
@@ -75,7 +75,7 @@ app.command(
     epilog=examples(
         "eecompile inspect fast",
         "eecompile inspect fast --format diff",
-        "eecompile inspect net.py:Net --input float32[4,3,32,32] --format table --after find_cuts",
+        "eecompile inspect net.py:net --input float32[4,3,32,32] --format table --after find_cuts",
         "eecompile inspect fast --format dot | dot -Tsvg -o fast.svg",
     )
 )(guarded(build.inspect))
@@ -112,7 +112,7 @@ app.command(
 app.command(
     epilog=examples(
         "eecompile bench fast --data digits:test --batch 1",
-        "eecompile bench fast --data net.py:test --batch 32 --model net.py:Net --compile",
+        "eecompile bench fast --data net.py:test --batch 32 --model net.py:net --compile",
     )
 )(guarded(measure.bench))
 app.command(epilog=examples("eecompile serve fast", "eecompile serve fast --port 9000 --max-batch 64 --max-wait-ms 5"))(
