@@ -65,7 +65,6 @@ def segments(batch: int, context: Context) -> list[Figure]:
     """ResNet-20 with a quarter of the rows leaving at each of two exits; rows one by one at batch 1."""
     rows = max(batch, ROWS)
     subject = models.resnet(rows, 2)
-    models.spread_out(subject)
     models.force_mix(subject, (rows // 4, rows // 4))
     parts = [{k: t[i : i + batch] for k, t in subject.inputs.items()} for i in range(0, rows, batch)]
 

@@ -1,4 +1,5 @@
-"""Programs in ONNX Runtime, with and without exits: LeNet at batch 1, BERT-base with its exits closed, and an exit mix.
+"""Programs in ONNX Runtime, OpenVINO and AOTInductor, with and without exits: LeNet at batch 1, BERT-base with its exits
+closed, and an exit mix.
 
 The original goes there by the same exporter. The ideal of the mix is the original at the batch sizes that survive, each for
 the share of the layers that it runs.
@@ -6,8 +7,10 @@ the share of the layers that it runs.
 
 from __future__ import annotations
 
+import importlib.util
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +33,7 @@ def run(context: Context) -> list[Figure]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder)
         figures = row_by_row(context, path)
-        return figures if context.small else [*figures, closed(context, path), mixed(context, path)]
+        return figures if context.small else [*figures, *closed(context, path), *mixed(context, path)]
 
 
 def row_by_row(context: Context, folder: Path) -> list[Figure]:
@@ -66,24 +69,28 @@ def row_by_row(context: Context, folder: Path) -> list[Figure]:
     return figures
 
 
-def closed(context: Context, folder: Path) -> Figure:
+def closed(context: Context, folder: Path) -> Iterator[Figure]:
     subject = models.bert(8, 128, 3)
     subject.fast.set_thresholds(models.CLOSED)
-    own = original(subject, folder / "original.onnx")
-    exits = session(subject.fast.export(folder / "closed.onnx", target="onnx"))
-    calls = {"original": lambda: own(subject.inputs), "rewritten": lambda: exits(subject.inputs)}
-    return timed(f"{subject.name}, exits closed", context.measure(calls), "rewritten", "original", Target(1.03))
+    for name, (own, exits) in in_runtimes(subject, folder):
+        calls = {"original": partial(own, subject.inputs), "rewritten": partial(exits, subject.inputs)}
+        rounds = context.measure(calls)
+        yield timed(f"{subject.name}, exits closed, in {name}", rounds, "rewritten", "original", Target(1.03))
 
 
-def mixed(context: Context, folder: Path) -> Figure:
+def mixed(context: Context, folder: Path) -> Iterator[Figure]:
     subject = saving.subject(context)
-    own = original(subject, folder / "original.onnx")
-    exits = session(subject.fast.export(folder / "mix.onnx", target="onnx"))
+    for name, (own, exits) in in_runtimes(subject, folder):
+        yield realised(f"{subject.name}, realised saving in {name}", subject, context, own, exits)
+
+
+def realised(name: str, subject: models.Subject, context: Context, own: Call, exits: Call) -> Figure:
+    """How much of the ideal saving of an exit mix is saved."""
     sizes = [sum(saving.LEAVING[k:]) for k in range(len(saving.LEAVING))]
-    calls: dict[str, Callable[[], Any]] = {"rewritten": lambda: exits(subject.inputs)}
+    calls: dict[str, Callable[[], Any]] = {"rewritten": partial(exits, subject.inputs)}
     for size in sizes:
         part = {name: t[:size] for name, t in subject.inputs.items()}
-        calls[f"original at {size}"] = lambda part=part: own(part)
+        calls[f"original at {size}"] = partial(own, part)
     rounds = context.measure(calls)
     full = rounds.times[f"original at {sizes[0]}"]
     ideal = [
@@ -91,14 +98,32 @@ def mixed(context: Context, folder: Path) -> Figure:
     ]  # 3 of 12 layers
     saved = [(o - r) / (o - i) for o, r, i in zip(full, rounds.times["rewritten"], ideal, strict=True)]
     value, spread = summary(saved)
-    figure = Figure(f"{subject.name}, realised saving", value, "of the ideal saving", spread, target=Target(0.9, "at least"))
+    figure = Figure(name, value, "of the ideal saving", spread, target=Target(0.9, "at least"))
     figure.detail = {"exits": saving.EXITS, "leaving": saving.LEAVING, "batch sizes": sizes}
     return with_times(figure, rounds)
+
+
+def in_runtimes(subject: models.Subject, folder: Path) -> Iterator[tuple[str, tuple[Call, Call]]]:
+    """The original and the program with exits in each runtime that is installed."""
+    yield "ONNX Runtime", in_onnx_runtime(subject, folder)
+    if importlib.util.find_spec("openvino") is not None:
+        yield "OpenVINO", in_openvino(subject, folder)
+    yield "AOTInductor", in_aoti(subject, folder)
 
 
 def in_onnx_runtime(subject: models.Subject, folder: Path) -> tuple[Call, Call]:
     """The original, and the program with exits."""
     return original(subject, folder / "own.onnx"), session(subject.fast.export(folder / "exits.onnx", target="onnx"))
+
+
+def in_openvino(subject: models.Subject, folder: Path) -> tuple[Call, Call]:
+    import openvino
+
+    options = {"INFERENCE_PRECISION_HINT": "f32", "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    original(subject, folder / "own.onnx")
+    paths = folder / "own.onnx", subject.fast.export(folder / "exits.xml", target="openvino")
+    own, exits = (openvino.Core().compile_model(str(p), "CPU", options) for p in paths)
+    return tuple(lambda inputs, of=of: of({n: t.numpy() for n, t in inputs.items()}) for of in (own, exits))
 
 
 def in_aoti(subject: models.Subject, folder: Path) -> tuple[Call, Call]:

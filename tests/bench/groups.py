@@ -25,7 +25,7 @@ GROUPS: dict[str, str] = {
     "compile": "time of eecompile() itself, step by step",
     "memory": "parameters and peak memory",
     "deadlines": "calls under deadlines, idle and next to a busy process: late by more than 5%",
-    "export": "programs in ONNX Runtime: LeNet at batch 1, BERT with exits closed, an exit mix",
+    "export": "programs in other runtimes: LeNet at batch 1, BERT with exits closed, an exit mix",
     "backends": "closed programs in eager mode against ONNX Runtime and OpenVINO; exits with segments in ONNX Runtime",
     "serving": "a server that answers each row at its exit, mix 50/25/25, against whole batches",
     "monitor": "calls under a monitor that keeps its state, against calls without one",
