@@ -196,6 +196,30 @@ def test_routing(environment: dict[str, str], tmp_path: Path) -> None:
     assert found["rows"][1]["accuracy"] > found["rows"][1]["full_accuracy"] - 0.1
 
 
+@pytest.mark.nightly
+def test_quantized_text(environment: dict[str, str], tmp_path: Path) -> None:
+    pytest.importorskip("torchao.quantization.pt2e")
+    pytest.importorskip("onnxruntime")
+    found = json.loads(run("quantized_text", environment, tmp_path, "--json").stdout)
+    rows = {row["what"].rpartition("Runtime, ")[2]: row for row in found["rows"]}
+    assert list(rows) == ["fp32", "int8", "int8 by ONNX Runtime", "fp32 and exits", "int8 and exits"]
+    for name in ("fp32 and exits", "int8 and exits"):
+        check_row(rows[name], {"1", "32"})
+        assert rows[name]["exported_accuracy"] == pytest.approx(rows[name]["accuracy"], abs=0.02)
+    assert rows["int8"]["megabytes"] < rows["fp32"]["megabytes"]
+
+
+def test_a_missing_package_is_said_before_anything_is_trained(environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "torchao.py").write_text("raise ImportError('No module named torchao')")
+    path = os.pathsep.join([str(tmp_path), str(ROOT)])
+    command = [sys.executable, "-m", "examples.quantized_text", "--quick", "--out", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 2
+    assert "pip install torchao" in done.stderr and "epoch" not in done.stderr
+
+
 def test_errors_are_one_line(environment: dict[str, str], tmp_path: Path) -> None:
     """Without network and without --quick there is no data: said in a sentence, with what to do."""
     command = [sys.executable, "-m", "examples.branchy_lenet", "--out", str(tmp_path)]
