@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, fx
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from eecompile import onnx
 from eecompile.errors import EecompileError, ExportError, StrategyError
@@ -35,6 +36,7 @@ HINT = 'fast.backend = "eager" runs it'
 SAMPLED = 16
 """Values of a weight that are compared before each call."""
 
+TRACING = threading.Lock()  # torch traces in one thread at a time
 VERSION = attrgetter("_version")
 Entry = tuple[Mapping[str, Any], str]
 
@@ -87,6 +89,9 @@ class Held:
     samples: Sequence[Any]  # views of the weights
     values: bytes
 
+    def made_of(self, weights: Sequence[Tensor]) -> bool:
+        return self.state == _state(weights) and self.values == _values(self.samples)
+
 
 class OnnxSegment:
     """One graph in ONNX Runtime.
@@ -106,14 +111,13 @@ class OnnxSegment:
         self.example, self.free = dict(zip(self.names, example, strict=True)), dict(zip(self.names, free, strict=True))
         self.entries = _entries(self.module)
         self._held: Held | None = None
-        self._lock = threading.Lock()
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         weights = [entries[name] for entries, name in self.entries]
         self._check_mode((*inputs, *weights))
         held = self._current(weights)
-        given = {name: t.detach().numpy() for name, t in zip(self.names, inputs, strict=True)}
         try:
+            given = {name: t.detach().numpy() for name, t in zip(self.names, inputs, strict=True)}
             found = held.session.run(self.outputs, given)
         except Exception as error:  # the runtime has errors of its own
             got = " ".join(str(error).split())[:400]
@@ -135,19 +139,22 @@ class OnnxSegment:
             )
 
     def _current(self, weights: Sequence[Tensor]) -> Held:
-        held, state = self._held, _state(weights)
-        if held is None or held.state != state or held.values != _values(held.samples):
-            with self._lock:
+        held = self._held
+        if held is None or not held.made_of(weights):
+            with TRACING:
                 held = self._held
-                if held is None or held.state != state or held.values != _values(held.samples):
+                if held is None or not held.made_of(weights):
+                    session = self._session(weights)
                     samples = [_sample(t) for t in weights]
-                    held = self._held = Held(self._session(weights), state, samples, _values(samples))
+                    held = self._held = Held(session, _state(weights), samples, _values(samples))
         return held
 
     def _session(self, weights: Sequence[Tensor]) -> Any:
-        for t in (*self.example.values(), *weights):
-            if (t.is_floating_point() and t.dtype != torch.float32) or t.is_complex():
-                raise StrategyError('backend="onnxruntime" computes in float32', where=self.where, got=t.dtype, hint=HINT)
+        tensors: list[Any] = [*self.example.values(), *weights]
+        for t in tensors:
+            what = type(t).__name__ if is_traceable_wrapper_subclass(t) else t.dtype
+            if what != torch.float32 and (t.is_floating_point() or t.is_complex()):
+                raise StrategyError('backend="onnxruntime" computes in float32', where=self.where, got=what, hint=HINT)
         try:
             with tempfile.TemporaryDirectory() as folder, _plain():
                 exported = traced(Whole(self.module, Settings(), self.names), self.example, self.free)

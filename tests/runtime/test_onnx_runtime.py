@@ -133,6 +133,7 @@ class Bessel(nn.Module):
     ("change", "says"),
     [
         (lambda model: model.double(), "computes in float32"),
+        (lambda model: model.bfloat16(), "computes in float32"),
         (lambda model: model.insert(7, Bessel()), "cannot run this program"),
     ],
 )
