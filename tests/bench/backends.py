@@ -66,6 +66,7 @@ def segments(batch: int, context: Context) -> list[Figure]:
     rows = max(batch, ROWS)
     subject = models.resnet(rows, 2)
     models.force_mix(subject, (rows // 4, rows // 4))
+    cost = float(subject.fast.run(**subject.inputs).cost.mean())
     parts = [{k: t[i : i + batch] for k, t in subject.inputs.items()} for i in range(0, rows, batch)]
 
     def by(backend: str) -> Callable[[], Any]:
@@ -82,7 +83,7 @@ def segments(batch: int, context: Context) -> list[Figure]:
     made = []
     for rival in ("exits in eager mode", OWN, "original"):
         f = timed(f"ResNet-20 at {batch}, {EXITS}, against {rival}", rounds, EXITS, rival, inverse=True)
-        f.detail = {"rows": rows, "leaving": [rows // 4] * 2, "cost": float(subject.fast.run(**subject.inputs).cost.mean())}
+        f.detail = {"rows": rows, "leaving": [rows // 4] * 2, "cost": cost}
         made.append(f)
     return made
 
