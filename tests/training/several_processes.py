@@ -1,6 +1,6 @@
 """What one of several processes measures and trains, as JSON: `python several_processes.py FOLDER`, started by a launcher.
 
-Alone it says what one process has on the same rows.
+`measured` in a single process says what that has on the same rows.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def measured(folder: Path) -> dict[str, Any]:
     found["groups"] = said(compiled().evaluate(plain, groups=[k % 2 for k in range(ROWS)]))["by_group"]
     fast = compiled()
     fast.set_thresholds(0.4)
-    path = fast.report(folder / "report.html", DataLoader(data(), BATCH))
+    path = fast.report(folder / f"report-{processes()[0]}.html", DataLoader(data(), BATCH))
     found["report"] = path.stat().st_size > 10_000
     return found
 
@@ -144,9 +144,7 @@ def main() -> None:
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
     count, rank = processes()
-    found = measured(folder)
-    if count > 1:
-        found |= {"trained": trained(), "failed": failed(rank)}
+    found = measured(folder) | {"trained": trained(), "failed": failed(rank)}
     (folder / f"{rank} of {count}.json").write_text(json.dumps(found))
     assert count == int(os.environ.get("WORLD_SIZE", "1"))
     if torch.distributed.is_initialized():  # its threads must not be left to the end of the interpreter

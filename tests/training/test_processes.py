@@ -15,6 +15,7 @@ import pytest
 
 from eecompile import EecompileError
 from eecompile.training import workers
+from tests.training.several_processes import measured
 
 SCRIPT = Path(__file__).with_name("several_processes.py")
 ROOT = SCRIPT.parents[2]
@@ -38,17 +39,18 @@ def read(folder: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """By process: one alone, and two that a launcher such as torchrun started."""
+    """By process: this one alone, and two that a launcher such as torchrun started."""
     folder, at = tmp_path_factory.mktemp("processes"), port()
     command = [sys.executable, str(SCRIPT), str(folder)]
     launched = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": at}
-    each = [{**launched, "RANK": r, "LOCAL_RANK": r} for r in "01"] + [{}]
+    each = [{**launched, "RANK": r, "LOCAL_RANK": r} for r in "01"]
     with ExitStack() as stack:
         running = [stack.enter_context(subprocess.Popen(command, env=environment(**e))) for e in each]
         for process in running:
             stack.callback(process.kill)
-        assert [process.wait(TIMEOUT) for process in running] == [0, 0, 0]
-    return read(folder)
+        alone = json.loads(json.dumps(measured(folder)))
+        assert [process.wait(TIMEOUT) for process in running] == [0, 0]
+    return read(folder) | {"0 of 1": alone}
 
 
 @pytest.mark.parametrize("what", ["evaluate", "calibrate", "thresholds"])
