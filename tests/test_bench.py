@@ -85,6 +85,7 @@ def test_groups_of_servers_monitors_and_advice(tmp_path, group):
     assert all(0 < f["value"] < 5 for f in whole["groups"][group]["figures"])
 
 
+@pytest.mark.nightly
 def test_gates_are_shut_for_the_rows_that_are_asked_for(tmp_path):
     out = tmp_path / "cpu.json"
     assert program.main(["--only", "gates", "--small", "--rounds", "3", "--threads", "1", "--out", str(out)]) == 0

@@ -48,7 +48,7 @@ KINDS = {
     "exits": lambda: strategies.Branchy(exits=1, **PLAIN),
 }
 PAIRS = [
-    ("recurrent gates", "recurrent gates"),
+    nightly(("recurrent gates", "recurrent gates")),
     nightly(("gates", "halting")),
     ("exits", "policy and exits"),
     nightly(("gates", "gates")),

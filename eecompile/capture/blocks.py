@@ -30,6 +30,7 @@ from eecompile.errors import CaptureError, near
 from eecompile.signature import Leaf, Signature, path_of
 
 Axis = tuple[int, int] | None  # (axis, rows of the value per row of the batch); None: no batch
+FEW, MORE = 5, 7  # rows of the two runs that show which axes grow with the batch
 
 
 @dataclass(frozen=True)
@@ -188,40 +189,40 @@ def capture_blocks(
         return out
 
     with trial(model), no_attention_fastpath():
-        names = repeated(model, call, rows(5), pattern)
-        five, out5 = record(model, call, names, rows(5))
-        seven, out7 = record(model, call, names, rows(7))
+        names = repeated(model, call, rows(FEW), pattern)
+        few, few_out = record(model, call, names, rows(FEW))
+        more, more_out = record(model, call, names, rows(MORE))
         short = None
         if lengths:
             try:
-                short, short_out = record(model, call, names, rows(5, True))
+                short, short_out = record(model, call, names, rows(FEW, True))
             except (RuntimeError, ValueError, IndexError):  # the model has one length only
                 lengths = {}
-            if short is not None and len(short) != len(five):  # one block per position: the length is fixed
+            if short is not None and len(short) != len(few):  # one block per position: the length is fixed
                 short, lengths = None, {}
-        if [c.name for c in five] != [c.name for c in seven]:
+        if [c.name for c in few] != [c.name for c in more]:
             raise CaptureError(
                 "which blocks run depends on the number of rows",
                 where=type(model).__name__,
-                got=f"{len(five)} against {len(seven)} calls",
+                got=f"{len(few)} against {len(more)} calls",
             )
         known = {
             (t.shape[i], s.shape[i]): n
-            for t, s, p in zip(rows(5), rows(5, True), call.paths, strict=True)
+            for t, s, p in zip(rows(FEW), rows(FEW, True), call.paths, strict=True)
             for i, n in lengths.get(p, {}).items()
         }
-        taps = tuple(_tap(model, a, b, c, known) for a, b, c in zip(five, seven, short or five, strict=True))
-        leaves5, leaves7 = (pytree.tree_leaves(o) for o in (out5, out7))
+        taps = tuple(_tap(model, a, b, c, known) for a, b, c in zip(few, more, short or few, strict=True))
+        few_leaves, more_leaves = (pytree.tree_leaves(o) for o in (few_out, more_out))
         inputs = tuple(
             Leaf(p, _named_sizes(t, a, lengths.get(p, {})), t.dtype, a)
             for p, t, a in zip(call.paths, call.tensors, axes, strict=True)
         )
         outputs: list[Leaf] = []
-        paths = [path_of(p) for p, _ in pytree.tree_flatten_with_path(out5)[0]]
-        other = pytree.tree_leaves(short_out) if short is not None else leaves5
-        for path, a, b, c in zip(paths, leaves5, leaves7, other, strict=True):
+        paths = [path_of(p) for p, _ in pytree.tree_flatten_with_path(few_out)[0]]
+        other = pytree.tree_leaves(short_out) if short is not None else few_leaves
+        for path, a, b, c in zip(paths, few_leaves, more_leaves, other, strict=True):
             if isinstance(a, Tensor):
-                axis = batch_of(tuple(a.shape), tuple(b.shape), 5, 7)
+                axis = batch_of(tuple(a.shape), tuple(b.shape))
                 sizes = [
                     "batch" if axis and axis[0] == i else "seq" if s != c.shape[i] else s for i, s in enumerate(a.shape)
                 ]
@@ -232,9 +233,9 @@ def capture_blocks(
             outputs=tuple(outputs),
             in_spec=call.in_spec,
             positional=call.positional,
-            out_spec=pytree.tree_structure(out5),
+            out_spec=pytree.tree_structure(few_out),
             constants=call.constants,
-            out_constants=tuple(None if isinstance(v, Tensor) else (v,) for v in leaves5),
+            out_constants=tuple(None if isinstance(v, Tensor) else (v,) for v in few_leaves),
             dynamic={"batch": (1, None), **{n: (2, None) for spec in lengths.values() for n in spec.values()}},
         )
 
@@ -244,7 +245,7 @@ def capture_blocks(
 
         flat = tuple(rows(size))
         unknown = check.independent(signature, flat, invoke, type(model).__name__, model)
-        total = _total_flops(invoke, rows(5)) / 5
+        total = _total_flops(invoke, rows(FEW)) / FEW
     found = BlocksFound(taps, max(0.0, total - sum(t.flops for t in taps)), tuple(names))
     graph_module = _graph(BlocksModel(model, call, found), signature)
     notes = (f"captured as {len(taps)} blocks, without a trace", *unknown)
@@ -321,19 +322,19 @@ def record(model: nn.Module, call: FlatCall, names: Sequence[str], flat: Sequenc
     return calls, output
 
 
-def batch_of(a: tuple[int, ...] | None, b: tuple[int, ...] | None, rows_a: int, rows_b: int) -> Axis:
-    """The axis that grows with the batch, from the shapes at two batch sizes."""
+def batch_of(a: tuple[int, ...] | None, b: tuple[int, ...] | None) -> Axis:
+    """The axis that grows with the batch, from the shapes of `FEW` and `MORE` rows."""
     if a is None or b is None or a == b or len(a) != len(b):
         return None
     grown = [i for i, (p, q) in enumerate(zip(a, b, strict=True)) if p != q]
-    if len(grown) != 1 or a[grown[0]] * rows_b != b[grown[0]] * rows_a:
+    if len(grown) != 1 or a[grown[0]] * MORE != b[grown[0]] * FEW:
         return None
-    return grown[0], a[grown[0]] // rows_a
+    return grown[0], a[grown[0]] // FEW
 
 
 def _tap(model: nn.Module, a: Call, b: Call, short: Call, known: Mapping[tuple[int, int], str]) -> Tap:
-    inputs = tuple(batch_of(x, y, 5, 7) for x, y in zip(a.inputs, b.inputs, strict=True))
-    outputs = tuple(batch_of(x, y, 5, 7) for x, y in zip(shapes(a.outputs), shapes(b.outputs), strict=True))
+    inputs = tuple(batch_of(x, y) for x, y in zip(a.inputs, b.inputs, strict=True))
+    outputs = tuple(batch_of(x, y) for x, y in zip(shapes(a.outputs), shapes(b.outputs), strict=True))
     primary = next(
         (
             i
@@ -354,7 +355,7 @@ def _tap(model: nn.Module, a: Call, b: Call, short: Call, known: Mapping[tuple[i
     kind = type(model.get_submodule(a.name.partition("@")[0])).__name__
     dtype = str(t.dtype).removeprefix("torch.")
     given = tuple(shape is not None for shape in a.inputs)
-    return Tap(a.name, kind, inputs, outputs, primary, tuple(sizes), axis[0], dtype, a.flops / 5, given)
+    return Tap(a.name, kind, inputs, outputs, primary, tuple(sizes), axis[0], dtype, a.flops / FEW, given)
 
 
 def _total_flops(invoke: Callable[[Sequence[Tensor]], Any], flat: Sequence[Tensor]) -> float:

@@ -72,7 +72,6 @@ def capture_export(
     batch_axis: BatchAxis = 0,
     dynamic: Mapping[str, Mapping[int, str]] | None = None,
     training: bool = False,
-    verify: bool = True,
 ) -> Captured:
     """Captures `model` with a free batch axis and, where it has one, a free sequence axis.
 
@@ -92,7 +91,7 @@ def capture_export(
     levels = [lengths, {}] if lengths else [{}]
     if dynamic is None and (tokens := integers_only(lengths, call)) != lengths:
         levels.insert(1, tokens)  # features that are as many as the tokens only by chance
-    tries = _Tries(model, call, axes, size, training, verify)
+    tries = _Tries(model, call, axes, size, training)
     with (
         untouched(model),
         mode(model, training),
@@ -144,13 +143,11 @@ class _Try:
 class _Tries:
     """Captures of one call with more and fewer free sizes; the one that admits the most inputs is taken."""
 
-    def __init__(
-        self, model: nn.Module, call: FlatCall, axes: Sequence[int | None], size: int, training: bool, verify: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, call: FlatCall, axes: Sequence[int | None], size: int, training: bool) -> None:
         self.model, self.call, self.axes, self.size, self.training = model, call, axes, size, training
         self.adapter = FlatAdapter(model, call)
         self.adapter.training = training
-        self.compares = verify and not training  # dropout and batch statistics are not comparable run to run
+        self.compares = not training  # dropout and batch statistics are not comparable run to run
         self.best: _Try | None = None
         self.hopeless = False
         self.attempts: list[str] = []
@@ -283,7 +280,7 @@ class _Tries:
             return mine
         other = check.at_lengths(mine.signature, self.call.tensors, partial(operator.add, steps[0]))
         call = replace(self.call, tensors=tuple(other))
-        tries = _Tries(self.model, call, self.axes, self.size, self.training, self.compares)
+        tries = _Tries(self.model, call, self.axes, self.size, self.training)
         tries.one(self.best.further, self.best.oblivious)
         if tries.best is None:
             return mine

@@ -85,7 +85,7 @@ def test_each_row_runs_its_first_blocks_only(zoo):
     assert activations(fast, args, kwargs) == [6]
 
 
-@pytest.mark.parametrize("mode", ["up_front", "halting"])
+@pytest.mark.parametrize("mode", ["up_front", nightly("halting")])
 def test_hard_rows_learn_to_run_deeper(mode):
     x, y, hard = rows(512, seed=1)
     fast = eecompile(tower(), DepthAdaptive(mode, min_depth=0, price=0.6), example_inputs=(x[:4],))

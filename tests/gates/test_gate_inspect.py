@@ -52,6 +52,7 @@ def test_why_a_row_cost_what_it_did(fast):
     json.dumps(found.to_dict())
 
 
+@pytest.mark.nightly
 def test_the_command_line(tmp_path, monkeypatch, capsys):
     (tmp_path / "net.py").write_text(
         "import torch\nfrom eecompile.cli.digits_net import DigitsNet\n"

@@ -15,6 +15,7 @@ from eecompile.strategies import TrainingStage, strategy
 from eecompile.training.decisions import GateRow
 from eecompile.training.stages import shared
 from tests.support import compiled as eecompile
+from tests.support import nightly
 
 DIGITS = load_digits()
 X = torch.tensor(DIGITS.images, dtype=torch.float32).unsqueeze(1) / 16
@@ -119,7 +120,7 @@ def test_free_decisions(trained):
     assert free == [False, False, *[True] * (count - 3), False]
 
 
-@pytest.mark.parametrize("mode", ["soft", "hard", "gumbel", "sample"])
+@pytest.mark.parametrize("mode", [nightly("soft"), "hard", nightly("gumbel"), "sample"])
 def test_the_first_rows_of_a_batch_run_the_full_model(trained, mode):
     fast = compiled(trained, open_bias=-2.0, estimator="gumbel" if mode == "gumbel" else "straight_through")
     fast.train_mode = TrainMode(gates=mode, full_share=0.25)  # frozen: norms do not mix the rows

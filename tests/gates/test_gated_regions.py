@@ -9,7 +9,7 @@ from torch import Tensor
 from eecompile import StrategyError, strategies
 from eecompile.gates import ConvGate
 from eecompile.heads import Site
-from tests.support import CLOSED, again, equal_bits, gelu_of, watch
+from tests.support import CLOSED, again, equal_bits, gelu_of, nightly, watch
 from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
@@ -63,8 +63,11 @@ def resnet():
     return eecompile(ZOO["hf_resnet"].model(), gates, example_inputs=args, example_kwargs=kwargs)
 
 
-@pytest.mark.parametrize("trunk", [False, True])
-@pytest.mark.parametrize("mode", ["hard", "soft", "sample", "gumbel"])
+@pytest.mark.parametrize(
+    ("trunk", "mode"),
+    [(False, "hard"), (True, "soft"), (False, "sample"), (True, "gumbel")]
+    + [nightly(trunk, mode) for trunk, mode in ((True, "hard"), (False, "soft"), (True, "sample"), (False, "gumbel"))],
+)
 def test_gates_are_trained_in_every_mode(resnet, trunk, mode):
     fast = resnet.eval()
     args, kwargs = ZOO["hf_resnet"].inputs(4)

@@ -223,7 +223,7 @@ def normalized(model: nn.Module, training: bool = False) -> Program:
     return run_passes(Program(captured.graph_module, captured.graph_module, captured.signature), [Normalize()])
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("kind", [nn.LSTM, nightly(nn.GRU)])
 def test_dropout_between_layers_draws_what_the_model_draws(kind):
     model = Stack(kind, "both directions", dropout=0.5, bidirectional=True)
     graph, results = normalized(model, training=True).graph_module, []
@@ -262,7 +262,7 @@ def test_one_layer_is_left_as_it_is():
     assert normalized(model).history["normalize"].summary == "1 dead nodes"  # the final state, which nothing reads
 
 
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("kind", [nn.LSTM, nightly(nn.GRU)])
 def test_a_layer_whose_own_state_is_read_always_runs(kind):
     """What a skipped layer would have had as its cell state cannot be known; a GRU has none."""
     model = Stack(kind, "cells" if kind is nn.LSTM else "state").eval()

@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from eecompile import eecompile, load, strategies
 from eecompile.errors import EecompileError
 from eecompile.training.cache import Cache
-from tests.support import equal_bits
+from tests.support import equal_bits, nightly
 
 ROWS, LENGTH, CLASSES = 240, 8, 3
 
@@ -243,7 +243,7 @@ def test_the_models_own_final_layers_are_tried_too(tmp_path: Path) -> None:
     fast.fit(batched(x, y), epochs=1, trunk=True, progress=False)  # trained along with the trunk
 
 
-@pytest.mark.parametrize("head", ["pooler", "attention", "mlp"])
+@pytest.mark.parametrize("head", ["pooler", nightly("attention"), nightly("mlp")])
 def test_a_kind_that_was_asked_for_stays(head: str) -> None:
     data = batched(*texts())
     fast = compiled(strategies.MeBert(exits=2, head=head))
@@ -389,7 +389,7 @@ class Noisy(Dataset[Any]):
         return self.x[i] + self.noise * torch.randn(1), self.y[i]
 
 
-@pytest.mark.parametrize(("noise", "options", "draws"), [(0.0, {}, 1), (0.1, {}, 3), (0.1, {"draws": 2}, 2)])
+@pytest.mark.parametrize(("noise", "options", "draws"), [(0.0, {}, 1), nightly(0.1, {}, 3), (0.1, {"draws": 2}, 2)])
 def test_augmented_data_are_drawn_several_times(noise: float, options: dict[str, Any], draws: int) -> None:
     fast = compiled(strategies.Branchy(exits=["second"], head="linear"), pictures())
     loader = DataLoader(Noisy(noise), 16, shuffle=True)
@@ -431,7 +431,7 @@ def test_passes_in_another_order_are_reported() -> None:
 # ------------------------------------------------------------------------------------------------ again and again
 
 
-@pytest.mark.parametrize("head", [pytest.param("auto", marks=pytest.mark.nightly), "mlp"])
+@pytest.mark.parametrize("head", [nightly("auto"), "mlp"])
 def test_equal_bit_for_bit(head: str) -> None:
     loader = DataLoader(TensorDataset(*pictures()), 16, shuffle=True)
     one, two = (compiled(strategies.Branchy(exits=["first", "second"], head=head), pictures()) for _ in range(2))
