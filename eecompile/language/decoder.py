@@ -28,7 +28,7 @@ from eecompile.language.draft import (
 from eecompile.language.generation import DRAFT_COST, Choosing, Counts, DraftOptions, Generation, Row
 from eecompile.language.projection import SpeculationReport, project
 from eecompile.language.risk import DeferredReport, calibrate_deferred
-from eecompile.language.saved import SavedDecoder, read, write
+from eecompile.language.saved import SETTINGS, SavedDecoder, read, write
 from eecompile.language.split import Split, find_block_list
 from eecompile.language.static import StaticSplit
 from eecompile.plain import check_number
@@ -315,8 +315,8 @@ class CompiledDecoder(nn.Module):
                 wanted=f"at least {min_speed}x",
                 hint="fit() a light draft head first, or lower min_speed=",
             )
-        self.exit, self.threshold, self.max_draft = best.exit, best.threshold, best.max_draft
-        self.widths, self.draft_cost = best.widths, best.draft_cost
+        for name in SETTINGS:
+            setattr(self, name, getattr(best, name))
         return report
 
     def _by_risk(self, loader: Iterable[Any], max_new_tokens: int = 32, **risk: Any) -> DeferredReport:
@@ -345,18 +345,8 @@ class CompiledDecoder(nn.Module):
         Raises:
             ArtifactError: The model's class is none of transformers; the directory holds something else; a write failed.
         """
-        parts = SavedDecoder(
-            self.model,
-            self.strategy,
-            self.blocks,
-            self.exit,
-            self.threshold,
-            self.max_draft,
-            self.widths,
-            self.draft_cost,
-            self.draft_heads,
-        )
-        write(parts, path)
+        settings = {name: getattr(self, name) for name in SETTINGS}
+        write(SavedDecoder(self.model, self.strategy, self.blocks, settings, self.draft_heads), path)
 
     @classmethod
     def load(cls, directory: Path, manifest: dict[str, Any]) -> CompiledDecoder:
@@ -367,8 +357,8 @@ class CompiledDecoder(nn.Module):
         """
         parts = read(directory, manifest)
         found = cls(parts.model, parts.strategy, parts.blocks)
-        found.exit, found.threshold, found.max_draft = parts.exit, parts.threshold, parts.max_draft
-        found.widths, found.draft_cost = parts.widths, parts.draft_cost
+        for name, value in parts.settings.items():
+            setattr(found, name, value)
         found.draft_heads = parts.draft_heads
         return found.eval()
 

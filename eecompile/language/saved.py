@@ -15,10 +15,13 @@ from torch import nn
 from eecompile.artifact import files
 from eecompile.errors import ArtifactError
 from eecompile.language.draft import DraftHead
-from eecompile.language.generation import DRAFT_COST
 from eecompile.strategies.self_speculative import SelfSpeculative
 
 KIND = "decoder"
+
+
+SETTINGS = ("exit", "threshold", "max_draft", "widths", "draft_cost")
+"""Attributes of a decoder that `calibrate` chooses and `save` keeps."""
 
 
 @dataclass(frozen=True)
@@ -27,18 +30,14 @@ class SavedDecoder:
 
     Attributes:
         blocks: Path of the model's list of blocks.
-        exit: Number of blocks of the lower part.
+        settings: The decoder's `SETTINGS`, by name.
         draft_heads: By number of blocks of the lower part that they were trained for.
     """
 
     model: nn.Module
     strategy: SelfSpeculative
     blocks: str
-    exit: int
-    threshold: float
-    max_draft: int
-    widths: tuple[int, ...]
-    draft_cost: float
+    settings: dict[str, Any]
     draft_heads: nn.ModuleDict
 
 
@@ -68,11 +67,7 @@ def write(decoder: SavedDecoder, path: Any) -> None:
         "dtype": str(model.dtype).removeprefix("torch."),
         "strategy": asdict(decoder.strategy),
         "blocks": decoder.blocks,
-        "exit": decoder.exit,
-        "threshold": decoder.threshold,
-        "max_draft": decoder.max_draft,
-        "widths": list(decoder.widths),
-        "draft_cost": decoder.draft_cost,
+        "settings": decoder.settings,
     }
 
     def put_all(entries: dict[str, Any]) -> None:
@@ -106,9 +101,9 @@ def _rebuilt(manifest: dict[str, Any], paths: dict[str, Path]) -> SavedDecoder:
         head = DraftHead(state["norm.weight"].numel(), state["vocabulary"], 0 if down is None else len(down))
         head.load_state_dict(state)
         heads[exit] = head.eval()
-    settings = (tuple(manifest.get("widths", ())), manifest.get("draft_cost", DRAFT_COST))
-    numbers = (manifest["exit"], manifest["threshold"], manifest["max_draft"], *settings)
-    return SavedDecoder(_model(manifest, paths["weights"]), _strategy(manifest), manifest["blocks"], *numbers, heads)
+    settings = {name: manifest["settings"][name] for name in SETTINGS}
+    settings["widths"] = tuple(settings["widths"])
+    return SavedDecoder(_model(manifest, paths["weights"]), _strategy(manifest), manifest["blocks"], settings, heads)
 
 
 def _strategy(manifest: dict[str, Any]) -> SelfSpeculative:
