@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from eecompile.errors import EecompileError
 from eecompile.training.batches import Batch, batches, empty_loader
 
-ROWS, BYTES = 16_384, 2**29  # of a sample, at most
+LABELS, BYTES = 16_384, 2**29  # of a sample, at most: a row of text may have a label for each word
 READING, PASSES = 0.15, 0.3  # shares of the budget: to read the sample, and for one pass of the model for each probe
 LEAST = 50  # rows to choose on
 EVERY = 4  # one batch of so many is to choose on: heads need more rows to be as good as those of `fit`
@@ -73,7 +73,7 @@ def sample(model: nn.Module, loader: Iterable[Any], clock: Clock, probes: int) -
     """
     device = next((p.device for p in model.parameters()), torch.device("cpu"))
     found: list[Batch] = []
-    seconds, most, rows, size, start = 0.0, 2, 0, 0, clock.spent
+    seconds, most, labels, size, start = 0.0, 2, 0, 0, clock.spent
     for batch in batches(loader, device):
         if batch.labels is None:
             raise EecompileError("advice needs labels", where=batch.where, got="none", wanted="(inputs, labels)")
@@ -82,9 +82,9 @@ def sample(model: nn.Module, loader: Iterable[Any], clock: Clock, probes: int) -
             most = max(2, int(PASSES * clock.seconds / (probes * seconds)))
         found.append(batch)
         leaves = [t for t in tree_leaves((batch.args, batch.kwargs)) if isinstance(t, Tensor)]
-        rows, size = rows + _rows(_item(batch)[0]), size + sum(t.numel() * t.element_size() for t in leaves)
+        labels, size = labels + _labels(batch), size + sum(t.numel() * t.element_size() for t in leaves)
         late = clock.spent - start > READING * clock.seconds and len(found) > 1
-        if len(found) >= most or rows >= ROWS or size >= BYTES or late:
+        if len(found) >= most or labels >= LABELS or size >= BYTES or late:
             break
     if not found:
         raise empty_loader()
@@ -93,7 +93,7 @@ def sample(model: nn.Module, loader: Iterable[Any], clock: Clock, probes: int) -
     if not made.val or made.rows[1] < LEAST:
         raise EecompileError(
             "too few rows for advice",
-            got=f"{rows} rows in {len(found)} batches",
+            got=f"{sum(made.rows)} rows in {len(found)} batches",
             wanted=f"two batches or more, with {LEAST} rows in every fourth, from the second on",
             hint="more rows, a smaller batch size, or more minutes",
         )
@@ -112,6 +112,10 @@ def _seconds(model: nn.Module, batch: Batch) -> float:
 
 def _item(batch: Batch) -> tuple[Any, Any]:
     return (batch.kwargs or batch.args), batch.labels
+
+
+def _labels(batch: Batch) -> int:
+    return sum(t.numel() for t in tree_leaves(batch.labels) if isinstance(t, Tensor))
 
 
 def _rows(inputs: Any) -> int:

@@ -236,6 +236,11 @@ def test_a_sample_fits_the_budget() -> None:
     assert taken.rows == (64 * len(taken.fit), 64 * len(taken.val))
 
 
+def test_a_row_with_many_labels_counts_for_as_many() -> None:
+    batch = torch.randn(32, 2), torch.zeros(32, 64, dtype=torch.int64)
+    assert sum(sample(nn.Identity(), [batch] * 20, Clock(60), 1).rows) == 256
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
