@@ -107,7 +107,5 @@ def run(context: Context) -> list[Figure]:
                     "rows": advice.rows,
                 },
             )
-            if not figure.met:
-                figure.cause = f"Heads of the sample are fitted on {advice.rows[0]} rows, those of fit on {FIT_ROWS}."
             figures.append(figure)
     return figures
