@@ -264,11 +264,11 @@ def test_data_names_files(bert: Path, tmp_path: Path) -> None:
 
 
 def test_advice_on_a_directory_and_a_file(bert: Path, tmp_path: Path) -> None:
-    lines = [f"the film was{' very' * (i % 9)} {'good' if i % 2 else 'bad'},{i % 2}" for i in range(160)]
+    lines = [f"the film was{' very' * (i % 9)} {'good' if i % 2 else 'bad'},{i % 2}" for i in range(240)]
     (tmp_path / "reviews.csv").write_text("text,label\n" + "\n".join(lines))
     asked = (str(bert), str(tmp_path / "reviews.csv"), "--minutes", "2", "--only", "mebert", "--batch-size", "16")
     report = found("advise", *asked)
     assert {o["name"].split(" ")[0] for o in report["options"]} == {"mebert", "one"}
-    assert report["rows"] == [80, 80] and report["batch"] == 16
+    assert report["rows"] == [176, 64] and report["batch"] == 16
     assert all(str(bert) in line for line in report["commands"][:1])
     assert "did you mean mebert" in call("advise", *asked[:2], "--only", "mebret", code=2).stderr
