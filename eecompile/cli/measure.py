@@ -149,6 +149,8 @@ def run(
 ) -> None:
     """Run some inputs and say where each row left and why; or what it had by a deadline, for a budget, at each exit."""
     with reporting(as_json) as out:
+        import torch
+
         from eecompile.cli import inputs, models
         from eecompile.cli.steps import steps
         from eecompile.cli.text import Texts
@@ -162,12 +164,14 @@ def run(
         fast.executor = executor
         args, kwargs = _call(inputs.example(example, rows, seed, read), fast)
         if stream or deadline_ms is not None or budget is not None:
-            found = steps(fast, args, kwargs, deadline_ms, budget, stream)
+            with torch.no_grad():
+                found = steps(fast, args, kwargs, deadline_ms, budget, stream)
             out.show(found)
             out.result({"executor": fast.executor, **found.to_dict()})
             return
-        result = fast.run(*args, **kwargs)
-        departures = where(fast, *args, **kwargs)
+        with torch.no_grad():
+            result = fast.run(*args, **kwargs)
+            departures = where(fast, *args, **kwargs)
         out.show(departures, *(f"row {r.row}: {r.why}" for r in departures.rows[:3]))
         out.result(
             {

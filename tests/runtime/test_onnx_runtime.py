@@ -9,8 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
 from eecompile import MissingDependencyError, StrategyError, eecompile, load, strategies
+from eecompile.cli.app import app
 from eecompile.passes import find_token_parts
 from eecompile.runtime.onnx_runtime import OnnxSegment
 from tests.export.cases import put, undecided
@@ -181,3 +183,9 @@ def test_it_is_saved_and_loaded_and_shown(made: tuple[Any, nn.Module, Tensor], t
     assert again.backend == ONNX
     assert again.explain().to_dict()["backend"] == ONNX
     same_result(run_by("compact", again, x), run_by("reference", fast, x))
+    done = CliRunner().invoke(app, ["run", str(tmp_path / "p"), "--input", "float32[5,8]", "--json"])
+    assert done.exit_code == 0, done.output
+    streamed = CliRunner().invoke(
+        app, ["run", str(tmp_path / "p"), "--input", "float32[5,8]", "--stream", "--threshold", "1"]
+    )
+    assert streamed.exit_code == 0, streamed.output
