@@ -139,7 +139,7 @@ def test_a_package_that_is_missing_is_named(written: tuple[Program, Path], monke
     [
         ("net.onnx", "onxx", "unknown target"),
         ("net.onnx", ["onnx"], "unknown target"),
-        (3, "onnx", "this is no path"),
+        (3, "onnx", "path= is a path"),
         ("net.pt2", "onnx", "does not fit the target"),
         ("net.onnx", "pt2", "does not fit the target"),
         ("nowhere/net.pt2", "pt2", "could not be written"),
