@@ -53,8 +53,8 @@ def trained(
         program = programs[how] = compiled(copy.deepcopy(trunk.model), CRITERIA["entropy"], how == "joint", some)
         if how == "joint":  # goes on from the classifiers that were fitted alone
             program.heads.load_state_dict(programs["frozen"].heads.state_dict())
-        settings = JOINT | {"bf16": not options.quick} if how == "joint" else {"heads": {}}
-        fit = fitted(program, parts["train"], f"mebert-imdb-{how}", options, trunk, **settings)
+        settings = JOINT if how == "joint" else {"heads": {}}
+        fit = fitted(program, parts["train"], f"mebert-imdb-{how}", options, trunk, bf16=not options.quick, **settings)
         seen = observed(program, {"choice": parts["choice"]})["choice"].of(program)
         costs[how] = seen.calibrate(max_drop=0.01, delta=None).expected_cost
         accuracies = {row.name: row.accuracy_if_all for row in seen.evaluate().rows}

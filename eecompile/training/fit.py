@@ -106,7 +106,8 @@ def fit(
             that had ended is not trained further,
             but more `epochs` may be asked for where there is no scheduler.
         seed: Of everything random in training; the caller's generators are put back at the end.
-        accelerator: An `accelerate.Accelerator` of the caller's, for mixed precision and the like. By
+        accelerator: An `accelerate.Accelerator` of the caller's, for mixed precision and the like (accelerate takes one
+            precision for all of a process: make it before the first `fit`). By
             default one that leaves the model on the device where it is.
         max_grad_norm: Gradients are scaled down to this 2-norm.
         cached: Whether heads are fitted on kept features: None where the trunk is frozen and that can be, True insists, and
