@@ -9,6 +9,7 @@ import inspect
 import math
 import os
 from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -87,10 +88,12 @@ def check_callable(name: str, value: Any, wanted: str, error: type[EecompileErro
         raise error(f"{name}= is a function", got=shown(value)[:80], wanted=wanted)
 
 
-def check_path(name: str, value: Any, error: type[EecompileError] = EecompileError) -> None:
-    """Checks a path that a user gave; None is none given."""
-    if value is not None and (not isinstance(value, str | os.PathLike) or "\0" in os.fspath(value)):
+def as_path(name: str, value: Any, error: type[EecompileError] = EecompileError) -> Path:
+    """A path that a user gave, checked."""
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else None
+    if not isinstance(text, str) or "\0" in text:
         raise error(f"{name}= is a path", got=shown(value)[:80], wanted="a str or pathlib.Path")
+    return Path(text)
 
 
 def check_numbers(name: str, values: Any, **bounds: Any) -> None:

@@ -16,10 +16,11 @@ from eecompile.advice.sample import Clock, Sample, sample
 from eecompile.calibration.collect import static_output
 from eecompile.calibration.options import Options
 from eecompile.capture.adapter import mode
-from eecompile.errors import EecompileError, near
+from eecompile.errors import EecompileError, near, shown
 from eecompile.measuring import Rounds, rounds_of
 from eecompile.module import CompiledModule
-from eecompile.plain import check_number
+from eecompile.plain import check_callable, check_number
+from eecompile.plain import plain as python_number
 from eecompile.training.batches import Batch
 
 DROPS = (0.01, 0.02)
@@ -68,6 +69,8 @@ def advise(
     Raises:
         EecompileError: No model, no labels, too few rows, or an option out of range.
     """
+    minutes, seed = python_number(minutes), python_number(seed)
+    check_callable("progress", progress, "(step's name) -> None")
     names = _checked(model, minutes, static, only, seed)
     clock, say = Clock(60 * minutes), progress or (lambda _: None)
     skipped = dict(NOT_PROBED)
@@ -109,14 +112,15 @@ def _checked(model: Any, minutes: Any, static: Any, only: Any, seed: Any) -> tup
         raise EecompileError("static= is a smaller model", got=type(static).__name__, wanted="torch.nn.Module")
     check_number("minutes", minutes, above=0)
     check_number("seed", seed, whole=True)
-    if isinstance(only, str):
-        raise EecompileError("only= is a list of names", got=repr(only), wanted=f"({only!r},)")
-    for name in only or ():
+    if only is not None and (isinstance(only, str) or not isinstance(only, Iterable)):
+        raise EecompileError("only= is a list of names", got=shown(only), wanted=f"({shown(only)},)")
+    names = known if only is None else tuple(only)
+    for name in names:
         if name not in known:
             raise EecompileError(
                 "advice does not know this name", where="only=", got=repr(name), wanted=near(str(name), known)
             )
-    return known if only is None else tuple(only)
+    return names
 
 
 def _advice(

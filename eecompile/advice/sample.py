@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from eecompile.errors import EecompileError
 from eecompile.training.batches import Batch, batches, empty_loader
+from eecompile.training.scores import IGNORE
 
 LABELS, BYTES = 16_384, 2**29  # of a sample, at most: a row of text may have a label for each word
 READING, PASSES = 0.15, 0.3  # shares of the budget: to read the sample, and for one pass of the model for each probe
@@ -88,6 +89,8 @@ def sample(model: nn.Module, loader: Iterable[Any], clock: Clock, probes: int) -
             break
     if not found:
         raise empty_loader()
+    if not labels:
+        raise EecompileError("advice needs labels", got=f"{IGNORE} for every row", wanted="(inputs, labels)")
     fit = [_item(b) for i, b in enumerate(found) if i % EVERY != 1]
     made = Sample(fit, found[1::EVERY], seconds)
     if not made.val or made.rows[1] < LEAST:
@@ -115,7 +118,7 @@ def _item(batch: Batch) -> tuple[Any, Any]:
 
 
 def _labels(batch: Batch) -> int:
-    return sum(t.numel() for t in tree_leaves(batch.labels) if isinstance(t, Tensor))
+    return sum(int((t != IGNORE).sum()) for t in tree_leaves(batch.labels) if isinstance(t, Tensor))
 
 
 def _rows(inputs: Any) -> int:

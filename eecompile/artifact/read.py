@@ -46,6 +46,7 @@ from eecompile.passes.insert_exits import (
     cut_of,
     relocate,
 )
+from eecompile.plain import as_path
 from eecompile.program import Capture, Exit, Place, Prediction, Program
 from eecompile.runtime.origin import Origin
 from eecompile.signature import Signature
@@ -63,7 +64,7 @@ def read(path: str | Path) -> CompiledModule:
         ArtifactError: Missing, truncated, altered or foreign files.
         MissingDependencyError: A decoder, and transformers is not installed.
     """
-    directory = Path(path)
+    directory = as_path("path", path, ArtifactError)
     data = files.manifest_of(directory)
     if data.get("kind") == "decoder":
         if importlib.util.find_spec("transformers") is None:

@@ -20,6 +20,7 @@ from eecompile.gates import describe as describe_unit
 from eecompile.heads import Branch, as_data, describe
 from eecompile.ir.records import Arm, Choice
 from eecompile.passes import facts
+from eecompile.plain import as_path
 from eecompile.program import Exit
 
 if TYPE_CHECKING:
@@ -46,7 +47,7 @@ def write(fast: CompiledModule, path: str | Path) -> None:
             got="a compiled module that was put together from a graph",
             hint="compile the model with eecompile(...), which keeps it",
         )
-    directory = files.free_place(Path(path))
+    directory = files.free_place(as_path("path", path, ArtifactError))
     graphs = fast.training_graphs
     if fast.strategy.joint and fast.origin.capture_training is not None and graphs.exported is None:
         fast.capture_training()

@@ -27,7 +27,7 @@ from torch import Tensor
 from eecompile.calibration.sequences import BETS, LIMITS, LowerBound, MeanAbove, mix_evidence, sparkline
 from eecompile.errors import CalibrationError, DriftWarning, check_name, shown
 from eecompile.ir.settings import EXITS
-from eecompile.plain import LARGEST, arguments, check_callable, check_number, check_path, plain
+from eecompile.plain import LARGEST, arguments, as_path, check_callable, check_number, plain
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 from eecompile.training.scores import agreement, choice
 from eecompile.training.tasks import ANSWERS, own_task
@@ -288,14 +288,13 @@ class Monitor:
         loader: Any = None,
         compare: Compare | None = None,
     ) -> None:
-        check_path("path", path, CalibrationError)
         check_callable("compare", compare, "(early, full) -> [B] in [0, 1]", CalibrationError)
         if loader is not None and (isinstance(loader, str) or not isinstance(loader, Iterable)):
             raise CalibrationError(
                 "loader= is rows with labels", got=shown(loader)[:80], wanted="batches of (inputs, labels)"
             )
         self.fast, self.loader, self.compare = fast, loader, compare
-        self.path = None if path is None else Path(path)
+        self.path = None if path is None else as_path("path", path, CalibrationError)
         guarantee = fast.guarantee
         if guarantee is None:
             raise CalibrationError(
@@ -538,7 +537,7 @@ class Monitor:
 
     def save(self, path: str | Path) -> None:
         """Writes the state as JSON, in one step."""
-        place = Path(path)
+        place = as_path("path", path, CalibrationError)
         with self.lock:
             text = json.dumps(self.state.to_dict(), allow_nan=False)
         try:
@@ -590,7 +589,7 @@ def read_state(path: str | Path) -> MonitorState:
         CalibrationError: It cannot be read, or is something else.
     """
     try:
-        text, *lines = Path(path).read_text(encoding="utf-8").split("\n")
+        text, *lines = as_path("path", path, CalibrationError).read_text(encoding="utf-8").split("\n")
         data, batches = json.loads(text), []
         for i, line in enumerate(lines):
             try:

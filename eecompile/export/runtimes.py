@@ -21,6 +21,7 @@ from eecompile.export.description import KEY, Description
 from eecompile.export.files import FOLDER
 from eecompile.export.targets import TARGETS
 from eecompile.onnx import session
+from eecompile.plain import as_path
 from eecompile.translating import require
 
 Call = Callable[[Sequence[Tensor]], Sequence[Any]]
@@ -55,7 +56,7 @@ def opened(path: Any) -> Opened:
         ExportError: There is no such file, `export` did not write it, or the runtime refuses it.
         MissingDependencyError: The runtime is not installed.
     """
-    place = Path(path)
+    place = as_path("path", path, ExportError)
     if not place.exists():
         raise ExportError("there is no exported program", where=str(place), hint="write one with fast.export(...)")
     kinds = {".onnx": "onnx", ".xml": "openvino", ".pte": "executorch", "": "stages"}

@@ -13,7 +13,7 @@ from eecompile.export.files import placing
 from eecompile.export.to_pt2 import write as _pt2
 from eecompile.ir.settings import Settings
 from eecompile.onnx import PACKAGES
-from eecompile.plain import check_path
+from eecompile.plain import as_path
 from eecompile.program import Program
 from eecompile.translating import require, translating
 
@@ -53,8 +53,7 @@ def export(
         MissingDependencyError: The target needs packages that are not installed.
     """
     check_name("target", target, TARGETS, ExportError)
-    check_path("path", path, ExportError)
-    found, place = TARGETS[target], Path(path)
+    found, place = TARGETS[target], as_path("path", path, ExportError)
     if place.suffix != found.suffix:
         raise ExportError(
             "the name does not fit the target",

@@ -15,6 +15,7 @@ from torch import nn
 from eecompile.artifact import files
 from eecompile.errors import ArtifactError
 from eecompile.language.draft import DraftHead
+from eecompile.plain import as_path
 from eecompile.strategies.self_speculative import SelfSpeculative
 
 KIND = "decoder"
@@ -55,7 +56,7 @@ def write(decoder: SavedDecoder, path: Any) -> None:
             got=f"{type(model).__module__}.{name}",
             hint="save the model your own way, and decoder.draft_heads.state_dict() with it",
         )
-    directory = files.free_place(Path(path))
+    directory = files.free_place(as_path("path", path, ArtifactError))
     heads = {f"{exit}.{n}": t.detach().cpu() for exit, h in decoder.draft_heads.items() for n, t in h.state_dict().items()}
     manifest = {
         "format": files.FORMAT,

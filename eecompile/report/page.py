@@ -10,6 +10,7 @@ from typing import Any
 
 from eecompile.calibration.guarantee import said
 from eecompile.errors import EecompileError, MissingDependencyError, check_name
+from eecompile.plain import as_path
 from eecompile.report.figures import PLOTS
 from eecompile.report.gather import Example, Gathered, frontier, gather
 from eecompile.training.workers import main_only
@@ -50,7 +51,7 @@ def report(fast: Any, path: str | Path, loader: Iterable[Any]) -> Path:
         import jinja2
     except ImportError as e:
         raise MissingDependencyError("the page needs jinja2", hint="pip install 'eecompile[report]'") from e
-    path = Path(path)
+    path = as_path("path", path)
     if not path.parent.is_dir():
         raise EecompileError("the report cannot be written", where=str(path), got=f"no directory {path.parent}")
     found = gather(fast, loader)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from torch import nn
 
 from eecompile.criteria import Criterion, Routed, criterion
-from eecompile.errors import StrategyError
+from eecompile.errors import StrategyError, shown
 from eecompile.heads import HeadSpec
 from eecompile.ir.recipes import ExitRecipe, Recipe, TrainingStage, Where
 from eecompile.kernels.combine import check_combination
@@ -173,6 +173,12 @@ class ExitStrategy(Strategy):
             raise StrategyError("a strategy needs at least one exit", got=self.exits, wanted="an integer >= 1")
         if isinstance(self.exits, float):
             object.__setattr__(self, "exits", (self.exits,))
+        if not isinstance(self.exits, int | str | tuple):
+            raise StrategyError(
+                "exits= says where they go",
+                got=shown(self.exits)[:80],
+                wanted="a number, a name, or a list of names or fractions",
+            )
         if isinstance(self.exits, tuple):
             if not self.exits:
                 raise StrategyError("exits= is an empty list", hint="give a number, names or fractions")

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from eecompile.errors import EecompileError, near, shown
-from eecompile.plain import check_callable, check_number, check_path
+from eecompile.plain import as_path, check_callable, check_number
 from eecompile.result import Result
 from eecompile.training.batches import length_of, require_repeatable
 from eecompile.training.checkpoint import Checkpoints
@@ -133,7 +133,8 @@ def fit(
     counts |= {name: count for name, count in optional.items() if count is not None}
     _check_numbers(counts, {"lr": lr, "trunk_lr": trunk_lr, "max_grad_norm": max_grad_norm}, weight_decay)
     _check_functions(optimizer, scheduler, loss, metric, callbacks)
-    check_path("checkpoint_dir", checkpoint_dir)
+    if checkpoint_dir is not None:
+        as_path("checkpoint_dir", checkpoint_dir)
     if not (isinstance(resume, bool) or resume == "must"):
         raise EecompileError("unknown value of resume", got=shown(resume), wanted="True, False or 'must'")
     if accelerator is not None and not hasattr(accelerator, "num_processes"):

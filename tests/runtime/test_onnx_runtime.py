@@ -112,6 +112,29 @@ def test_other_weights_are_seen_by_the_next_call(made: tuple[Any, nn.Module, Ten
     assert not torch.equal(compact.output, before)
 
 
+def test_writes_past_the_counter_are_seen_wherever_they_are(made: tuple[Any, nn.Module, Tensor]) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(8, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 3)).eval(), made[2]
+    fast = eecompile(model, strategies.Branchy(exits=("1",)), example_inputs=(x,), backend=ONNX)
+    with torch.no_grad():
+        fast(x)
+        model[2].weight.data[:, 1:] *= 2  # all columns but one
+        torch.testing.assert_close(fast(x), model(x))
+
+
+class Floored(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + x.abs() // 0.3
+
+
+def test_operators_that_are_defined_otherwise_are_refused_where_they_show() -> None:
+    model, x = tower(), torch.full((4, 8), 1.5)
+    model.insert(0, Floored())
+    fast = eecompile(model, strategies.Branchy(exits=("4",)), example_inputs=(x,), backend=ONNX)
+    with pytest.raises(StrategyError, match="something else than torch"), torch.no_grad():
+        fast(x)
+
+
 def test_what_it_cannot_do_is_refused(made: tuple[Any, nn.Module, Tensor]) -> None:
     fast, _, x = made
     with pytest.raises(StrategyError, match="no gradients") as refused:
