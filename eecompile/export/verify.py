@@ -98,7 +98,9 @@ class ExportReport(Report):
         return stacked(table(f"{self.target}: {head}", columns, rows), *said)
 
 
-def verify_export(program: Program, settings: Settings, path: Any, loader: Iterable[Any], rounds: int = 7) -> ExportReport:
+def verify_export(
+    program: Program, settings: Settings, path: Any, loader: Iterable[Any], *, rounds: int = 7
+) -> ExportReport:
     """Runs an exported program in its runtime at several batch sizes, and compares every row with the reference.
 
     Args:

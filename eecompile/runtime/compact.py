@@ -99,13 +99,13 @@ class CompactExecutor:
             with self._lock:
                 if key not in self._plans:
                     segments = schedule(self.program, open_exits, decide_at_end, arms, live_only=True).segments
-                    ready = zip(segments, self._ready(segments), strict=True)
-                    self._plans[key] = tuple(
-                        Step(s, call, tuple(v.batch_axis for v in s.outputs), names, head)
-                        for s, (names, call, head) in ready
-                    )
+                    self._plans[key] = tuple(self._steps(segments))
                 found = self._plans[key]
         return found
+
+    def _steps(self, segments: Sequence[Segment]) -> Iterator[Step]:
+        for s, (names, call, head) in zip(segments, self._ready(segments), strict=True):
+            yield Step(s, call, tuple(v.batch_axis for v in s.outputs), names, head)
 
     def _ready(self, segments: Sequence[Segment]) -> Iterator[tuple[tuple[str, ...], Call, Call | None]]:
         """Of each segment the settings that it takes first, its call and that of its head."""

@@ -32,18 +32,17 @@ def fake_clock(fast, seconds):
     found = CompactExecutor(fast.program)
     now = [0.0]
     found.times.clock = lambda: now[0]
-    make = found._step
+    make = found._steps
 
-    def step(segment):
-        made = make(segment)
-
+    def step(made):
         def timed(*args):
-            now[0] += seconds(len(fast.exits) if segment.exit is None else segment.exit, args[0].shape[0])
+            stop = made.segment.exit
+            now[0] += seconds(len(fast.exits) if stop is None else stop, args[0].shape[0])
             return made.call(*args)
 
         return replace(made, call=timed)
 
-    found._step = step
+    found._steps = lambda segments: map(step, make(segments))
     fast.engine.executors = {("compact", "eager"): found}
     fast.executor = "compact"
     try:
@@ -210,20 +209,18 @@ def held(fast):
     """The executor with its second piece waiting: (executor, reached, go on)."""
     found = CompactExecutor(fast.program)
     reached, go = threading.Event(), threading.Event()
-    make = found._step
+    make = found._steps
 
-    def step(segment):
-        made = make(segment)
-
+    def step(made):
         def waiting(*args):
-            if segment.exit == 1:
+            if made.segment.exit == 1:
                 reached.set()
                 assert go.wait(20)
             return made.call(*args)
 
         return replace(made, call=waiting)
 
-    found._step = step
+    found._steps = lambda segments: map(step, make(segments))
     return found, reached, go
 
 

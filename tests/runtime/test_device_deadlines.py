@@ -48,15 +48,18 @@ class ScriptedSimulator(SimulateExecutor):
 
 
 class ScriptedCompact(CompactExecutor):
-    def _step(self, segment):
-        made = super()._step(segment)
-        stop = len(self.program.exits) if segment.exit is None else segment.exit
+    def _steps(self, segments):
+        for made in super()._steps(segments):
+            yield replace(made, call=self.timed(made))
 
-        def timed(*args):
+    def timed(self, made):
+        stop = len(self.program.exits) if made.segment.exit is None else made.segment.exit
+
+        def call(*args):
             self.now[0] += self.seconds(stop)
             return made.call(*args)
 
-        return replace(made, call=timed)
+        return call
 
 
 @contextlib.contextmanager
