@@ -112,11 +112,11 @@ def fitted(
     checkpoints = path.with_suffix(".checkpoints")
     options_of_fit: dict[str, Any] = {"checkpoint_every": 50, "checkpoint_dir": checkpoints, **fit}
     options_of_fit["train_in_place"] = True  # the weights that are kept, and that a second program starts from
-    always: dict[str, Any] = {"seed": options.seed, "progress": console.is_terminal}
     if bf16 and any(torch.cpu.get_capabilities().get(unit) for unit in ("amx_bf16", "avx512_bf16")):
         from accelerate import Accelerator
 
-        always["accelerator"] = Accelerator(mixed_precision="bf16", cpu=True)  # the same in all of a process
+        # Before any other fit: accelerate takes one precision for all of a process.
+        options_of_fit["accelerator"] = Accelerator(mixed_precision="bf16", cpu=True)
 
     def say(event: Any) -> None:
         if event.kind == "epoch":
@@ -125,7 +125,7 @@ def fitted(
                 f"{name}: {event.stage} epoch {event.epoch}, loss {event.loss:.4f}, right {scores}", soft_wrap=True
             )
 
-    always["callbacks"] = (say,)
+    always = {"seed": options.seed, "progress": console.is_terminal, "callbacks": (say,)}
     report: dict[str, Any] = {"settings": json.loads(json.dumps(settings, default=str)), "heads": [], "rows": []}
     calls = [{"trunk": False, "cached": True, **heads}] if heads is not None else []
     for call in (*calls, *([options_of_fit] if fit or not calls else [])):
