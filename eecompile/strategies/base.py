@@ -173,7 +173,7 @@ class ExitStrategy(Strategy):
             raise StrategyError("a strategy needs at least one exit", got=self.exits, wanted="an integer >= 1")
         if isinstance(self.exits, float):
             object.__setattr__(self, "exits", (self.exits,))
-        if not isinstance(self.exits, int | str | tuple):
+        if not isinstance(self.exits, int | str | tuple | None):  # None where exits may be left out
             raise StrategyError(
                 "exits= says where they go",
                 got=shown(self.exits)[:80],
