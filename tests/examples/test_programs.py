@@ -104,8 +104,8 @@ def test_act_code(environment: dict[str, str], tmp_path: Path) -> None:
 @pytest.mark.nightly
 def test_mebert_imdb(environment: dict[str, str], tmp_path: Path) -> None:
     found = json.loads(run("mebert_imdb", environment, tmp_path, "--json").stdout)
-    assert found["chosen"] in ("joint", "staged")
-    assert found[found["chosen"]]["cost_at_choice"] == min(found[how]["cost_at_choice"] for how in ("joint", "staged"))
+    assert found["chosen"] in ("joint", "frozen")
+    assert found[found["chosen"]]["cost_at_choice"] == min(found[how]["cost_at_choice"] for how in ("joint", "frozen"))
     assert [(row["what"].split(", ")[-1], row["thresholds"]) for row in found["rows"]] == [
         (criterion, promise) for criterion in ("entropy", "patience") for promise in ("guaranteed", "empirical")
     ]
@@ -243,7 +243,7 @@ def test_help_has_examples(environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "examples.mebert_imdb", "--help"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
     assert "python -m examples.mebert_imdb --until train" in done.stdout
-    assert "stage by stage" in done.stdout
+    assert "trained jointly" in done.stdout
 
 
 @pytest.mark.parametrize(
