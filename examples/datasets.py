@@ -37,8 +37,7 @@ from examples._registry import MINILM, READERS, SOURCES, DatasetError, Rows, ato
 Part = Literal["train", "val", "test"]
 PARTS: tuple[Part, ...] = ("train", "val", "test")
 SPLIT_SEED = 20240
-SEQUENCE = 128
-HEAD = 32  # tokens of a review
+SEQUENCE, HEAD = 128, 32  # tokens of a review, and those of them that a longer one begins with
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 The order is quantize, compile, fit, calibrate, export: the exits are fitted to what the quantized layers give, and the
 promise is that of the quantized model. PT2E (``torchao.quantization.pt2e``, static scales) quantizes; its eager mode
 computes in floats what an int8 runtime computes in integers, so all times are those of the exported files. ONNX Runtime's
-own dynamic quantization of the model without exits is measured beside them. Needs ``pip install torchao 'eecompile[onnx]'``.
+own dynamic quantization of the model without exits is measured too. Needs ``pip install torchao 'eecompile[onnx]'``.
 """
 
 from __future__ import annotations

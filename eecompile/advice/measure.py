@@ -11,7 +11,7 @@ from torch import nn
 
 from eecompile.advice.probe import Point, Probe, probe
 from eecompile.advice.report import CASCADE, Advice, Option, decide
-from eecompile.advice.rivals import AGAINST, Rival, accuracy, plain, rivals, smaller
+from eecompile.advice.rivals import AGAINST, Rival, accuracy, predicting, rivals, smaller
 from eecompile.advice.sample import Clock, Sample, sample
 from eecompile.calibration.collect import static_output
 from eecompile.calibration.options import Options
@@ -19,8 +19,7 @@ from eecompile.capture.adapter import mode
 from eecompile.errors import EecompileError, near, shown
 from eecompile.measuring import Rounds, rounds_of
 from eecompile.module import CompiledModule
-from eecompile.plain import check_callable, check_number
-from eecompile.plain import plain as python_number
+from eecompile.plain import check_callable, check_number, plain
 from eecompile.training.batches import Batch
 
 DROPS = (0.01, 0.02)
@@ -69,7 +68,7 @@ def advise(
     Raises:
         EecompileError: No model, no labels, too few rows, or an option out of range.
     """
-    minutes, seed = python_number(minutes), python_number(seed)
+    minutes, seed = plain(minutes), plain(seed)
     check_callable("progress", progress, "(step's name) -> None")
     names = _checked(model, minutes, static, only, seed)
     clock, say = Clock(60 * minutes), progress or (lambda _: None)
@@ -158,7 +157,7 @@ def _advice(
         skipped=skipped,
         rows=taken.rows,
         batch=taken.batch,
-        accuracy=accuracy(plain(model, fast.prediction_of), taken.val),
+        accuracy=accuracy(predicting(model, fast.prediction_of), taken.val),
         seconds=clock.spent,
         by_name=isinstance(taken.fit[0][0], dict),
         notes=notes,

@@ -70,11 +70,11 @@ def smaller(model: nn.Module, static: nn.Module, val: list[Batch], read: Callabl
     Args:
         read: The class scores within an output.
     """
-    drop = accuracy(plain(model, read), val) - accuracy(plain(static, read), val)
+    drop = accuracy(predicting(model, read), val) - accuracy(predicting(static, read), val)
     return Rival(STATIC, lambda b: static(*b.args, **b.kwargs), drop, _flops(static, val[0]) / _flops(model, val[0]))
 
 
-def plain(model: nn.Module, read: Callable[[Any], Tensor]) -> Callable[[Batch], Tensor]:
+def predicting(model: nn.Module, read: Callable[[Any], Tensor]) -> Callable[[Batch], Tensor]:
     return lambda b: read(model(*b.args, **b.kwargs))
 
 
@@ -136,7 +136,7 @@ def _int8(model: nn.Module, val: list[Batch], read: Callable[[Any], Tensor]) -> 
         raise Skipped("the model has no linear layers")
     quantize: Any = torch.ao.quantization.quantize_dynamic
     small = quantize(copy.deepcopy(model).eval(), {nn.Linear}, dtype=torch.qint8)
-    drop = accuracy(plain(model, read), val) - accuracy(plain(small, read), val)
+    drop = accuracy(predicting(model, read), val) - accuracy(predicting(small, read), val)
     return Rival(INT8, lambda b: small(*b.args, **b.kwargs), drop)
 
 

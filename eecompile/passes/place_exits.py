@@ -59,8 +59,6 @@ class PlaceExits(Pass):
             chosen = considered.every_block()
         elif isinstance(where, str) and where == "everywhere":
             chosen = considered.everywhere()
-        elif where is None:
-            raise StrategyError("a strategy needs at least one exit", got="exits=None", wanted="a number, a name, or names")
         else:
             wanted = [where] if isinstance(where, str | float) else list(where)
             chosen = considered.named(wanted)

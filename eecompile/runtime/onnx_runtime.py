@@ -73,8 +73,8 @@ def onnx_segments(
     state: Sequence[Tensor] = ()
     for s in segments:
         module, names = with_settings(s.module)
-        held = [facts.attribute(s.module, name) for name in names]
-        given = [*held, *live, *state[: s.takes_states]]
+        numbers = [facts.attribute(s.module, name) for name in names]
+        given = [*numbers, *live, *state[: s.takes_states]]
         with _plain():
             values = module(*given)
         at = s.decision + len(s.leaves) + len(s.reports)
@@ -84,7 +84,7 @@ def onnx_segments(
 
 
 @dataclass(frozen=True)
-class Held:
+class Loaded:
     """A session, and what it was made of."""
 
     session: Any
@@ -113,7 +113,7 @@ class OnnxSegment:
         self.places = [[*computed, *inputs].index(n) for n in outputs]  # what passes through is no output of the session
         self.example, self.free = dict(zip(self.names, example, strict=True)), dict(zip(self.names, free, strict=True))
         self.entries = _entries(self.module)
-        self._held: Held | None = None
+        self._loaded: Loaded | None = None
 
     def __call__(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         weights = [entries[name] for entries, name in self.entries]
@@ -160,17 +160,17 @@ class OnnxSegment:
                     hint=HINT,
                 )
 
-    def _current(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Held:
-        held = self._held
-        if held is None or not held.made_of(weights):
+    def _current(self, weights: Sequence[Tensor], inputs: Sequence[Tensor]) -> Loaded:
+        loaded = self._loaded
+        if loaded is None or not loaded.made_of(weights):
             with TRACING:
-                held = self._held
-                if held is None or not held.made_of(weights):
+                loaded = self._loaded
+                if loaded is None or not loaded.made_of(weights):
                     session = self._session(weights)
                     self._compare(session, inputs)
                     samples = [_sample(t) for t in weights]
-                    held = self._held = Held(session, _state(weights), samples, _values(samples))
-        return held
+                    loaded = self._loaded = Loaded(session, _state(weights), samples, _values(samples))
+        return loaded
 
     def _session(self, weights: Sequence[Tensor]) -> Any:
         tensors: list[Any] = [*self.example.values(), *weights]

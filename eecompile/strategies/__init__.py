@@ -39,13 +39,13 @@ def strategy(spec: str | Strategy | Mapping[str, Any]) -> Strategy:
     if not isinstance(spec, str | Mapping):
         raise StrategyError("strategy= takes a name or an instance", got=type(spec).__name__, wanted=", ".join(STRATEGIES))
     options = dict(spec) if isinstance(spec, Mapping) else {"name": spec}
-    name = options.pop("name", None)
+    name: Any = options.pop("name", None)
     if isinstance(name, str) and "+" in name and not options:
         return Combined(tuple(strategy(part.strip()) for part in name.split("+")))
     if name == Combined.name and set(options) == {"parts"}:
         return Combined(tuple(strategy(part) for part in options["parts"]))
     check_name("strategy", name, STRATEGIES, StrategyError)
-    kind = STRATEGIES[str(name)]
+    kind = STRATEGIES[name]
     valid = {f.name for f in fields(kind)}
     for key in options:
         if key not in valid:

@@ -227,6 +227,8 @@ class ExitStrategy(Strategy):
         assert isinstance(self.criterion, Criterion)  # __post_init__ resolved it
         threshold = self.criterion.default_threshold if self.threshold is None else self.threshold
         routes = self.router.recipe() if isinstance(self.router, Router) else None
+        if self.exits is None:
+            raise StrategyError("a strategy needs at least one exit", got="exits=None", wanted="a number, a name, or names")
         if self.exits == 0:
             return Recipe(routes=routes)
         return Recipe(
