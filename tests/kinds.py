@@ -140,7 +140,7 @@ KINDS: dict[str, Kind] = {
     "ensemble by patience": replace(exits(criterion="patience", combine="ensemble", exits="every-block"), often=False),
     "surest exit": exits(criterion="learned", combine="confident"),
     "weighted ensemble": exits(criterion="max_probability", combine="weighted"),
-    "anytime": Kind(lambda: strategies.Anytime(head="linear")),
+    "anytime": Kind(lambda: strategies.Anytime(head="linear"), often=False),
     "gates": Kind(lambda: strategies.SkipNet(unit="linear", open_bias=0.0), splits=("gates",)),
     "recurrent gates on halves": text(
         lambda: strategies.SkipNet("halves", unit="recurrent", open_bias=0.0, min_open=2), splits=("gates",), often=False
@@ -173,6 +173,7 @@ KINDS: dict[str, Kind] = {
     "exits and halting": Kind(
         lambda: strategies.Branchy(**WHERE, criterion="max_probability") + strategies.Act(halting_bias=-0.5),
         splits=("exit_index", "steps"),
+        often=False,
     ),
     "captured as blocks": replace(
         exits(criterion="max_probability"), executors=("compact",), saves=False, options={"capture": "blocks"}

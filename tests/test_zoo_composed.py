@@ -21,7 +21,7 @@ FIRST = ("branchy + skipnet", "branchy + act per position")
 SLOW = {"resnet110"}  # 54 blocks: hf_resnet is of the same kind
 MODELS = sorted(set(ZOO) - SLOW)
 NAMES = sorted(SUMS)
-LONG = {("hf_resnet", "widths and exits")}
+LONG = {("hf_resnet", "widths and exits"), ("bert", "router to several branches")}
 CASES = [(name, NAMES[i % len(NAMES)]) for i, name in enumerate(MODELS)]  # each sum with models of several kinds
 CASES += [
     ("gpt2_lm", "branchy + act per position"),  # with labels for every position

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from eecompile.binomial import log_binomial_tail
 from eecompile.calibration import paired
 from eecompile.calibration.risk import PlannedTest, betting, fallback, planned, rows_needed
+from tests.support import nightly
 
 
 def tail(k: int, n: int, p: Fraction) -> float:
@@ -126,7 +127,7 @@ def ternary(n, worse, better, g, draws=None):
 
 
 @pytest.mark.parametrize(("worse", "better"), [(0.03, 0.0), (0.05, 0.02), (0.3, 0.27), (None, None)])
-@pytest.mark.parametrize("level", [0.05, 0.2])
+@pytest.mark.parametrize("level", [0.05, nightly(0.2)])
 def test_p_values_are_valid_at_the_border(worse, better, level):
     """The mean drop is alpha: at most `level` of the p-values are that small, whatever the other rows plan."""
     n, alpha, draws = 300, 0.03, 500

@@ -7,6 +7,7 @@ import math
 import pytest
 
 from tests.calibration.simulate import DELTA, OPTIONS, SHAPES, simulated
+from tests.support import nightly
 
 LONG = [pytest.mark.nightly, pytest.mark.last]
 
@@ -15,7 +16,7 @@ LONG = [pytest.mark.nightly, pytest.mark.last]
     ("shape", "promise", "draws"),
     [
         ("plain, 300 rows", "marginal", 12),
-        ("gains nearly equal to losses", "conditional", 6),
+        nightly("gains nearly equal to losses", "conditional", 6),
         *(pytest.param(shape, promise, 200, marks=LONG) for shape in SHAPES for promise in OPTIONS),
     ],
 )

@@ -13,7 +13,7 @@ from eecompile.errors import UntrainedWarning
 ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = [p for p in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))) if BLOCK.search(p.read_text())]
-QUICK = {"serving.md", "guarantees.md", "export.md", "README.md", "inspection.md", "language-models.md"}
+QUICK = {"serving.md", "guarantees.md", "README.md", "inspection.md"}
 CASES = [pytest.param(p, id=p.name, marks=() if p.name in QUICK else pytest.mark.nightly) for p in PAGES]
 
 

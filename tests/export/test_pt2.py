@@ -15,10 +15,10 @@ from eecompile.export.runtimes import opened
 from eecompile.passes.lower_cond import lower_cond
 from tests.export.cases import runner_of, same_as_reference, undecided
 from tests.kinds import KINDS, Program
-from tests.support import CLOSED, close, compiled, run_by
+from tests.support import CLOSED, close, compiled, nightly, run_by
 
 REFUSED = {"captured as blocks": "captured as blocks", "halting per position": "halting at each position"}
-QUICK = ("exits by energy", "patience", "gates", "router to branches")
+QUICK = ("patience", "gates", "router to branches")
 KIND = [pytest.param(k, marks=() if k in QUICK else pytest.mark.nightly) for k in KINDS if k not in REFUSED]
 
 
@@ -34,7 +34,7 @@ def test_a_file_is_the_reference_at_every_batch_size(name: str, tmp_path: Path) 
         assert len(taken) > 1
 
 
-@pytest.mark.parametrize("name", REFUSED)
+@pytest.mark.parametrize("name", ["captured as blocks", nightly("halting per position")])
 def test_what_has_no_exported_form_is_refused(name: str, tmp_path: Path) -> None:
     fast = KINDS[name].build().fast
     undecided(fast)

@@ -9,7 +9,7 @@ from eecompile import StrategyError, strategies
 from eecompile.kernels.halt import halt
 from tests.capture.nets import Net
 from tests.gates.adaptive import rows, tower
-from tests.support import again, close, gelu_of, watch
+from tests.support import again, close, gelu_of, nightly, watch
 from tests.support import compiled as eecompile
 from tests.zoo import ZOO
 
@@ -68,7 +68,7 @@ def test_rows_that_halted_are_not_computed(zoo):
     assert rows == [n for k in range(4) if (n := int((steps > k).sum()))]
 
 
-@pytest.mark.parametrize("trunk", [False, True])
+@pytest.mark.parametrize("trunk", [nightly(False), True])
 def test_a_price_on_steps_makes_them_fewer(trunk):
     x, y, _ = rows(8, seed=4)
     fast = eecompile(tower(4), strategies.Act(halting_bias=-0.5, ponder_price=1.0), example_inputs=(x,))

@@ -143,7 +143,7 @@ def test_the_models_own_norms_move_as_without_widths():
         torch.testing.assert_close(value, plain.get_buffer(name), msg=name)
 
 
-@pytest.mark.parametrize("mode", ["hard", "gumbel", "soft"])
+@pytest.mark.parametrize("mode", [nightly("hard"), "gumbel", "soft"])
 def test_gradients_reach_the_channels_that_ran(mode):
     x, y, _ = rows(16, seed=1)
     net = tower(2)

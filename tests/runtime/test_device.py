@@ -207,7 +207,7 @@ def test_old_numbers_give_the_same_output(bert, batch, delay):
     close(machine.values["output"], bert.prediction_of(want.output))
 
 
-@pytest.mark.parametrize("delay", [0, 1, 99])
+@pytest.mark.parametrize("delay", [0, 1, nightly(99)])
 def test_old_numbers_give_the_same_output_of_regions(bert, delay):
     """Also where a number arrives within a stage."""
     fast = again(bert, SUMS["branchy + skipnet"]())

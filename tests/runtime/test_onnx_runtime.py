@@ -40,7 +40,7 @@ def test_a_kind_is_the_reference_at_every_batch_size(name: str) -> None:
         same_result(*both(fast, *args, **kwargs))
 
 
-@pytest.mark.parametrize("name", ["lenet", nightly("hf_resnet"), "bert"])
+@pytest.mark.parametrize("name", ["lenet", nightly("hf_resnet"), nightly("bert")])
 def test_a_model_is_the_reference_and_only_survivors_go_on(zoo: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     animal = zoo(name)
     fast = animal.fast

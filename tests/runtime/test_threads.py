@@ -116,7 +116,7 @@ def programs(zoo, name: str) -> CompiledModule:
     return eecompile(animal.model, exits, example_inputs=args, example_kwargs=kwargs, capture="blocks")
 
 
-@pytest.mark.parametrize("name", ["reference", "compact", "patience", "ensemble", "gates", "halting", "blocks"])
+@pytest.mark.parametrize("name", ["reference", "compact", "patience", nightly("ensemble"), "gates", "halting", "blocks"])
 def test_thresholds_are_set_while_calls_run(zoo, name):
     """A call sees the thresholds of before or of after, never a mixture, and rows of no other call."""
     fast = programs(zoo, name)
