@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV := .venv
 PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install --disable-pip-version-check -q -c constraints.txt
+PYTEST := $(PY) -m pytest -n 2 --dist loadgroup --no-loadscope-reorder
 DEMO := $(VENV)/.stamp-demo
 DEV := $(VENV)/.stamp-dev
 SOURCES := pyproject.toml constraints.txt
@@ -30,10 +31,10 @@ demo: $(DEMO)  ## train, compile, fit, calibrate and run a small model on digits
 	$(VENV)/bin/eecompile demo
 
 test: lint  ## lint, type-check, test (no GPU, no network data)
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup -m "not gpu and not data and not nightly"
+	OMP_NUM_THREADS=1 $(PYTEST) -m "not gpu and not data and not nightly"
 
 test-all: lint  ## make test, and what is long: the whole zoo, every kind and example, hypothesis at full count, stress of threads
-	OMP_NUM_THREADS=1 EECOMPILE_TESTS=all $(PY) -m pytest -n 2 --dist loadgroup -m "not gpu and not data"
+	OMP_NUM_THREADS=1 EECOMPILE_TESTS=all $(PYTEST) -m "not gpu and not data"
 
 lint: $(DEV)  ## ruff and mypy only
 	$(PY) -m ruff check .

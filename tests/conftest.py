@@ -17,6 +17,16 @@ from tests.support import compiled as eecompile
 from tests.zoo import OFTEN, ZOO, Entry
 
 ROWS = 6  # of the example that a model is compiled with
+LONG = (
+    "tests/training/test_kept_features.py",
+    "tests/kernels/test_interpreter.py",
+    "tests/docs/test_code_blocks.py",
+    "tests/training/test_processes.py",
+    "tests/examples/test_programs.py",
+    "tests/test_invariants.py",
+    "tests/cli/test_cli.py",
+)
+"""Groups that take longest come first: in the end no process waits for one of them."""
 STARTED = time.monotonic()
 
 
@@ -39,16 +49,18 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With `--dist loadgroup` tests of one model of the zoo share a process: it is compiled once. Others share by file.
 
-    What a model of the zoo shows that is not one of `OFTEN` is left to `make test-all`. Tests that are marked `last` come
-    after all others, each for itself, so that a run that is stopped after some time has reached the others.
+    Groups run in the order of their tests (`--no-loadscope-reorder`). What a model of the zoo shows that is not one of
+    `OFTEN` is left to `make test-all`. Tests that are marked `last` come after all others, each for itself, so that a run
+    that is stopped after some time has reached the others.
     """
-    items.sort(key=lambda item: item.get_closest_marker("last") is not None)
+    file = {item: str(item.path.relative_to(item.config.rootpath)) for item in items}
+    items.sort(key=lambda item: (item.get_closest_marker("last") is not None, file[item] not in LONG))
     for item in items:
         name = item.callspec.params.get("name") if hasattr(item, "callspec") else None
         shared = name in ZOO and "zoo" in getattr(item, "fixturenames", ())
         if shared and name not in OFTEN:
             item.add_marker(pytest.mark.nightly)
-        group = item.nodeid if item.get_closest_marker("last") else str(item.path.relative_to(item.config.rootpath))
+        group = item.nodeid if item.get_closest_marker("last") else file[item]
         item.add_marker(pytest.mark.xdist_group(name if shared else group))
 
 
