@@ -16,22 +16,23 @@ FOLDER = "program.json"
 
 
 @contextlib.contextmanager
-def placing(path: Path) -> Iterator[Path]:
+def placing(path: Path, folder: bool) -> Iterator[Path]:
     """A path to write to, in a directory of its own next to `path`; what lies there in the end is moved into place.
 
+    Args:
+        folder: Whether a folder is written, not a file.
+
     Raises:
-        ExportError: The place cannot be written to.
+        ExportError: The place cannot be written to; before anything is written where that shows.
     """
     try:
+        _check_free(path, folder)
         scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     except OSError as error:
         raise _unwritable(path, error) from error
     try:
         yield scratch / path.name
-        if path.is_dir() and any(path.iterdir()) and not (path / FOLDER).is_file():
-            raise IsADirectoryError(f"{path} is a directory with something else in it")
-        if path.exists() and path.is_dir() != (scratch / path.name).is_dir():
-            raise OSError(f"{path} is {'a directory' if path.is_dir() else 'a file'}")
+        _check_free(path, folder)  # writing takes a while
         written = sorted(scratch.iterdir(), key=lambda p: p.name == path.name)  # the file that names the others comes last
         for p in written:
             _replace(p, path.parent / p.name, scratch)
@@ -39,6 +40,14 @@ def placing(path: Path) -> Iterator[Path]:
         raise _unwritable(path, error) from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_free(path: Path, folder: bool) -> None:
+    """Raises `OSError` where `path` is a directory of somebody else's, or a file for a folder or the other way round."""
+    if path.is_dir() and any(path.iterdir()) and not (path / FOLDER).is_file():
+        raise IsADirectoryError(f"{path} is a directory with something else in it")
+    if path.exists() and path.is_dir() != folder:
+        raise OSError(f"{path} is {'a directory' if path.is_dir() else 'a file'}")
 
 
 def _replace(new: Path, old: Path, scratch: Path) -> None:

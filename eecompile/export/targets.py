@@ -62,7 +62,7 @@ def export(
             wanted=f"{found.suffix} for target {target!r}",
         )
     require(f"target {target!r}", found.extra, found.packages)
-    with placing(place) as scratch:
+    with placing(place, folder=not found.suffix) as scratch:
         found.write(program, settings, Description.of(program, settings, target), scratch)
         if found.compiled and check is not None:
             check(scratch)
