@@ -25,7 +25,7 @@ from eecompile.calibration.monitor import Monitor, MonitorOptions
 from eecompile.capture.adapter import mode
 from eecompile.costs import CostModel
 from eecompile.criteria import MaxProbability
-from eecompile.errors import CaptureError, EecompileError, StrategyError, check_name
+from eecompile.errors import CalibrationError, CaptureError, EecompileError, StrategyError, check_name
 from eecompile.export import ExportReport, export, stage_inputs, verify_export
 from eecompile.heads import Branch, Head
 from eecompile.ir import settings as families
@@ -522,7 +522,8 @@ class CompiledModule(nn.Module):
 
     def monitor(self, *, path: Any = None, loader: Any = None, compare: Any = None, **options: Any) -> Monitor:
         """Watches, without labels, whether the guarantee still holds; see `eecompile.calibration.monitor`."""
-        return Monitor(self, MonitorOptions.of(options), path, loader, compare)
+        asked = MonitorOptions(**arguments("monitor", MonitorOptions, options, CalibrationError))
+        return Monitor(self, asked, path, loader, compare)
 
     def budget_curve(self, loader: Iterable[Any], test_loader: Iterable[Any] | None = None, **options: Any) -> Any:
         """Budget against accuracy; see `eecompile.calibration.budget.budget_curve`."""

@@ -27,7 +27,7 @@ from torch import Tensor
 from eecompile.calibration.sequences import BETS, LIMITS, LowerBound, MeanAbove, mix_evidence, sparkline
 from eecompile.errors import CalibrationError, DriftWarning, check_name, shown
 from eecompile.ir.settings import EXITS
-from eecompile.plain import LARGEST, arguments, as_path, check_callable, check_number, plain
+from eecompile.plain import LARGEST, as_path, check_callable, check_number, plain
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 from eecompile.training.scores import agreement, choice
 from eecompile.training.tasks import ANSWERS, own_task
@@ -41,7 +41,7 @@ MOST_LINES = 500
 Compare = Callable[[Tensor, Tensor], Tensor]
 
 
-@dataclass
+@dataclass(frozen=True)
 class MonitorOptions:
     """Keyword arguments of `fast.monitor`.
 
@@ -69,15 +69,6 @@ class MonitorOptions:
         check_number("alpha", self.alpha, above=0, below=1, error=CalibrationError)
         check_number("seed", self.seed, whole=True, error=CalibrationError)
         check_name("reaction", self.react, REACTIONS, CalibrationError)
-
-    @classmethod
-    def of(cls, given: Mapping[str, Any]) -> MonitorOptions:
-        """Keyword arguments, checked.
-
-        Raises:
-            CalibrationError: An unknown name, or a value out of range.
-        """
-        return cls(**arguments("monitor", cls, given, CalibrationError))
 
 
 @dataclass
