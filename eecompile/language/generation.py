@@ -105,7 +105,6 @@ class Row:
     """
 
     ids: list[int]
-    prompt: int
     done: bool = False
     drafts: list[tuple[int, bool]] = field(default_factory=list)
     sources: list[int] = field(default_factory=list)
@@ -191,7 +190,7 @@ class Generation:
         """
         self.emit, self.device = emit, ids.device
         self.padding = attention_mask.argmax(1)
-        self.rows = [Row(row, len(row)) for row in ids.tolist()]
+        self.rows = [Row(row) for row in ids.tolist()]
         self._prefill(ids, attention_mask, before)
         while any(not row.done for row in self.rows):
             self._round()

@@ -246,7 +246,7 @@ def test_a_draft_head_overrules_prompt_lookup_where_it_gives_more(
     options = DraftOptions(0.5, 4, 3, 0.4, "verify")
     answers = torch.tensor([5, 60, 60]), torch.tensor(sure)
     generation = Generation(Split(llama, "model.layers", 2), None, options, Choosing([], []), 64, lambda states: answers)  # type: ignore[arg-type]
-    row = Row([1, 2], 2, drafts=[(5, True), (6, True), (7, True)], head=Standing(head), lookup=Standing(lookup))
+    row = Row([1, 2], drafts=[(5, True), (6, True), (7, True)], head=Standing(head), lookup=Standing(lookup))
     generation.rows = [row]
     states = [torch.zeros(32)] * 4
     assert generation._overruled(0, states) == (len(drafts) == 2)
