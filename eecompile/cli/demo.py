@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from eecompile import CompiledModule
 
 TRAIN, CALIBRATE = 797, 650  # of 1,797 digits; the 350 others are the test
-EPOCHS, FIT_EPOCHS = 20, 8
+EPOCHS, FIT_EPOCHS, ROUNDS = 20, 8, 9
 MAX_DROP, DELTA = 0.01, 0.05
 SHADES = " .:-=+*#%@"
 SHOWN = 4
@@ -181,7 +181,7 @@ def measured(fast: CompiledModule, model: Any, images: Tensor) -> list[dict[str,
                 module(chunk)
 
         with torch.no_grad():
-            times = interleaved({"original": lambda: through(model), "eecompile": lambda: through(fast)}, 9)
+            times = interleaved({"original": lambda: through(model), "eecompile": lambda: through(fast)}, ROUNDS)
             cost = float(torch.cat([fast.run(c).cost for c in chunks]).mean())
         original, spread = summary(times["original"])
         early, early_spread = summary(times["eecompile"])
@@ -206,7 +206,7 @@ def benchmark_table(times: list[dict[str, Any]]) -> Table:
     from rich.table import Table
     from rich.text import Text
 
-    title = f"ms a row, median of 9 rounds in turns, {torch.get_num_threads()} threads, executor compact"
+    title = f"ms a row, median of {ROUNDS} rounds in turns, {torch.get_num_threads()} threads, executor compact"
     table = Table(title=Text(title), title_justify="left")
     for column in ("batch", "rows", "original", "eecompile", "time", "FLOPs"):
         table.add_column(column, justify="right")

@@ -111,6 +111,7 @@ def test_strategies_and_doctor() -> None:
 def test_demo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "EPOCHS", 2)
     monkeypatch.setattr(demo, "FIT_EPOCHS", 1)
+    monkeypatch.setattr(demo, "ROUNDS", 3)
     out = str(tmp_path / "digits")
     report = found("demo", "-o", out)
     assert report["saved"] == out
