@@ -66,11 +66,8 @@ def test_unknown_strategies(strategy, said):
         ({"distillation": 2.0}, ["share of the loss", "got:    2.0"]),
     ],
 )
-def test_options_that_do_not_fit(options, said):
-    def call() -> object:
-        return eecompile(made(Net), strategies.Branchy(**{"exits": 2, **options}), example_inputs=(rows(4),))
-
-    refused(call, *said)
+def test_options_that_do_not_fit(fast, options, said):
+    refused(lambda: again(fast, strategies.Branchy(**{"exits": 2, **options})), *said)
 
 
 def test_no_place_says_why_for_each_candidate():

@@ -515,19 +515,29 @@ PYTHON: dict[str, Callable[[Any], Any]] = {
 }
 
 
-@pytest.mark.parametrize(
-    ("copied", "name"),
-    [(False, name) for name in PYTHON] + [nightly(True, n) if i % 4 else (True, n) for i, n in enumerate(PYTHON)],
-)
-def test_other_state_that_python_reads_is_refused(monkeypatch: pytest.MonkeyPatch, name: str, copied: bool) -> None:
-    monkeypatch.setitem(globals(), "SCALE", 1.0)
-    monkeypatch.setitem(globals(), "PATCH", monkeypatch)
-    model = Plainer().eval()
-    x = torch.randn(4, 8)
+def plainer() -> Any:
+    model, x = Plainer().eval(), torch.randn(4, 8)
     with torch.no_grad():
         model(x)  # its table is made
-        fast = eecompile(model, strategies.Branchy(exits=1), example_inputs=(x,))
-        fast = copy.deepcopy(fast) if copied else fast
+    return eecompile(model, strategies.Branchy(exits=1), example_inputs=(x,))
+
+
+@pytest.fixture(scope="module")
+def of_plainer() -> Any:
+    return plainer()
+
+
+@pytest.mark.parametrize(
+    ("copied", "name"),
+    [(True, name) for name in PYTHON] + [nightly(False, n) if i % 4 else (False, n) for i, n in enumerate(PYTHON)],
+)
+def test_other_state_that_python_reads_is_refused(
+    monkeypatch: pytest.MonkeyPatch, of_plainer: Any, name: str, copied: bool
+) -> None:
+    monkeypatch.setitem(globals(), "SCALE", 1.0)
+    monkeypatch.setitem(globals(), "PATCH", monkeypatch)
+    fast, x = copy.deepcopy(of_plainer) if copied else plainer(), torch.randn(4, 8)
+    with torch.no_grad():
         running: Any = fast.original
         equal_bits(fast(x), running(x))
         assert fast.entry.watch._objects.same and fast.entry.watch._attributes.same and fast.entry.watch._plain.same

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -107,12 +109,19 @@ def batched(inputs: Any, labels: Any, size: int = 32) -> list[Any]:
     return [({n: p[i] for n, p in parts.items()}, y) for i, y in enumerate(labels.split(size))]
 
 
-def compiled(strategy: Any = None, data: Any = None, **options: Any) -> Any:
-    inputs, _ = texts() if data is None else data
+def compiled(strategy: Any = None, kind: type[nn.Module] = Text, **options: Any) -> Any:
+    """What most tests take, two exits of its own kind in `Text`, is compiled once: each test has its copy."""
+    if strategy is None and not options:
+        return copy.deepcopy(two_exits())
     strategy = strategy or strategies.MeBert(exits=2)
-    if isinstance(inputs, Tensor):
-        return eecompile(model(Images), strategy, example_inputs=inputs[:4])
-    return eecompile(model(**options), strategy, example_kwargs={n: v[:4] for n, v in inputs.items()})
+    if kind is Images:
+        return eecompile(model(Images), strategy, example_inputs=(pictures(4)[0],))
+    return eecompile(model(**options), strategy, example_kwargs=texts(rows=4)[0])
+
+
+@cache
+def two_exits() -> Any:
+    return eecompile(model(), strategies.MeBert(exits=2), example_kwargs=texts(rows=4)[0])
 
 
 def weights(fast: Any) -> dict[str, Tensor]:
@@ -171,7 +180,7 @@ def test_the_report_says_what_the_module_does() -> None:
 def test_another_kind_of_head_is_taken_where_it_is_better(tmp_path: Path) -> None:
     inputs, labels = texts("first")
     data = batched(inputs, labels)
-    fast = compiled(data=(inputs, labels))
+    fast = compiled()
     fast.train()
     fast.run(**data[0][0])  # training graphs are there already
     fast.eval()
@@ -255,7 +264,7 @@ def test_a_kind_that_was_asked_for_stays(head: str) -> None:
 
 def test_padding_is_left_out() -> None:
     data = batched(*texts(padding=4))
-    fast = compiled(data=texts(padding=4))
+    fast = compiled()
     fast.fit(data, progress=False)
     other = [({**x, "input_ids": torch.where(x["attention_mask"] == 0, 39, x["input_ids"])}, y) for x, y in data]
     assert min(row.accuracy_if_all for row in fast.evaluate(other).rows[:-1]) > 0.95
@@ -263,7 +272,7 @@ def test_padding_is_left_out() -> None:
 
 def test_maps() -> None:
     x, y = pictures()
-    fast = compiled(strategies.Branchy(exits=["second"]), (x, y))
+    fast = compiled(strategies.Branchy(exits=["second"]), Images)
     assert fast.exits[0].head_kind == "conv"
     before = [b.clone() for b in fast.original.buffers()]
     report = fast.fit(batched(x, y), lr=1e-2, progress=False)
@@ -280,7 +289,7 @@ def test_positions_scores_and_losses() -> None:
     report = tokens.fit(batched(inputs, labels), progress=False)
     assert report.heads[0].kind == "mlp" or report.heads[0].score > 0.9
     learned = compiled(strategies.MeBert(exits=2, criterion="learned"))
-    learned.fit(batched(*texts()), progress=False)
+    learned.fit(batched(*texts(rows=120)), progress=False)
     assert not learned.untrained
     regression = compiled()
     targets = torch.randn(ROWS, CLASSES, generator=torch.Generator().manual_seed(0)) * 0.01
@@ -391,7 +400,7 @@ class Noisy(Dataset[Any]):
 
 @pytest.mark.parametrize(("noise", "options", "draws"), [(0.0, {}, 1), nightly(0.1, {}, 3), (0.1, {"draws": 2}, 2)])
 def test_augmented_data_are_drawn_several_times(noise: float, options: dict[str, Any], draws: int) -> None:
-    fast = compiled(strategies.Branchy(exits=["second"], head="linear"), pictures())
+    fast = compiled(strategies.Branchy(exits=["second"], head="linear"), Images)
     loader = DataLoader(Noisy(noise), 16, shuffle=True)
     report = fast.fit(loader, epochs=3, progress=False, **options)
     assert report.draws == draws
@@ -424,7 +433,7 @@ def test_passes_in_another_order_are_reported() -> None:
             order = torch.randperm(len(y))
             return iter(batched(x[order] + 0.1 * torch.randn(len(y), 1, 1, 1), y[order]))
 
-    fast = compiled(strategies.Branchy(exits=["second"], head="linear"), (x, y))
+    fast = compiled(strategies.Branchy(exits=["second"], head="linear"), Images)
     assert any("differ in order" in note for note in fast.fit(Loader(), epochs=2, progress=False).notes)
 
 
@@ -434,7 +443,7 @@ def test_passes_in_another_order_are_reported() -> None:
 @pytest.mark.parametrize("head", [nightly("auto"), "mlp"])
 def test_equal_bit_for_bit(head: str) -> None:
     loader = DataLoader(TensorDataset(*pictures()), 16, shuffle=True)
-    one, two = (compiled(strategies.Branchy(exits=["first", "second"], head=head), pictures()) for _ in range(2))
+    one, two = (compiled(strategies.Branchy(exits=["first", "second"], head=head), Images) for _ in range(2))
     one.fit(loader, progress=False)
     torch.rand(3)
     two.fit(loader, progress=False)
@@ -453,7 +462,7 @@ class Stop(Exception):
 def test_resumes_between_heads(tmp_path: Path) -> None:
     inputs, labels = texts("first")
     data = batched(inputs, labels)
-    whole, broken, other = (compiled(data=(inputs, labels)) for _ in range(3))
+    whole, broken, other = (compiled() for _ in range(3))
     want = whole.fit(data, checkpoint_dir=tmp_path / "whole", progress=False)
 
     def kill(event: Any) -> None:
@@ -466,7 +475,7 @@ def test_resumes_between_heads(tmp_path: Path) -> None:
     assert [row.kind for row in report.heads] == [row.kind for row in want.heads] == ["first", "first"]
     assert [e.head_kind for e in other.exits] == ["first", "first"]
     assert report.resumed_from == report.heads[0].steps
-    done = compiled(data=(inputs, labels))
+    done = compiled()
     again = done.fit(data, checkpoint_dir=tmp_path / "broken", resume="must", progress=False)
     same_weights(whole, done)
     assert again.rows == report.rows
@@ -517,7 +526,7 @@ def test_a_trunk_that_is_trained_is_trained_as_before() -> None:
 def test_joint_training_may_start_from_fitted_heads() -> None:
     inputs, labels = texts("first")
     data = batched(inputs, labels)
-    fast = compiled(data=(inputs, labels))
+    fast = compiled()
     report = fast.fit(data, trunk=True, cached=True, progress=False)
     assert [row.stage for row in report.rows] == ["heads", "joint"]
     assert [e.head_kind for e in fast.exits] == ["first", "first"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ def trainer(fast: CompiledModule, directory: Path, **options: Any) -> Any:
 def test_trainer_with_its_defaults(tmp_path: Path) -> None:
     fast, model = bert()
     before, heads = Fingerprint.of(model), [p.clone() for p in fast.head_parameters()]
+    again = copy.deepcopy(fast)
     made = trainer(fast, tmp_path)
     assert made.label_names == ["labels"]
     made.train()
@@ -61,7 +63,6 @@ def test_trainer_with_its_defaults(tmp_path: Path) -> None:
     loss = F.cross_entropy(want, torch.tensor([r["labels"] for r in rows(6)])).item()
     assert found.metrics["test_loss"] == pytest.approx(loss, abs=1e-5)
     assert made.evaluate()["eval_loss"] == pytest.approx(loss, abs=1e-5)
-    again, _ = bert()
     trainer(again, tmp_path).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     for name, t in fast.state_dict().items():
         if "threshold" not in name:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import cache
 from typing import Any
 
 import pytest
@@ -17,6 +19,11 @@ SETS = (torch.arange(128).view(32, 4) % 3 == 0).float()
 
 
 def compiled(classes: int) -> CompiledModule:
+    return copy.deepcopy(program(classes))
+
+
+@cache
+def program(classes: int) -> CompiledModule:
     torch.manual_seed(0)
     layers = [m for _ in range(3) for m in (nn.Linear(8, 8), nn.ReLU())]
     model = nn.Sequential(*layers, nn.Linear(8, classes)).eval()
