@@ -1,16 +1,25 @@
-"""Each example as a user runs it: ``python -m examples.NAME --quick``, with no network and an empty cache."""
+"""Each example as a user runs it: ``python -m examples.NAME --quick``, with no network and an empty cache.
+
+Those that `make test` runs do so in this process: to import torch anew takes longer than most of them.
+"""
 
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import os
+import runpy
 import subprocess
 import sys
+import warnings
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -31,6 +40,29 @@ def run(name: str, environment: dict[str, str], out: Path, *more: str) -> subpro
     return done
 
 
+def here(name: str, environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``python -m examples.NAME ARGUMENTS``, in this process."""
+    command, out, err = [f"examples.{name}", *arguments], io.StringIO(), io.StringIO()
+    with (
+        patch.dict(os.environ, environment, clear=True),
+        patch.object(sys, "argv", command),
+        redirect_stdout(out),
+        redirect_stderr(err),
+        warnings.catch_warnings(),
+        torch.random.fork_rng(devices=[]),
+    ):
+        warnings.simplefilter("ignore")
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module(command[0], run_name="__main__")
+    return subprocess.CompletedProcess(command, ended.value.code, out.getvalue(), err.getvalue())
+
+
+def quick(name: str, environment: dict[str, str], out: Path, *more: str) -> subprocess.CompletedProcess[str]:
+    done = here(name, environment, "--quick", "--threads", "1", "--out", str(out), *more)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done
+
+
 def check_row(row: dict[str, Any], sizes: set[str]) -> None:
     """Figures that hang together: the saving is there, at a price that was allowed, and time was taken."""
     assert sum(row["share"].values()) == pytest.approx(1)
@@ -45,10 +77,10 @@ def check_row(row: dict[str, Any], sizes: set[str]) -> None:
 
 
 def test_branchy_lenet(environment: dict[str, str], tmp_path: Path) -> None:
-    trained = run("branchy_lenet", environment, tmp_path, "--until", "train")
+    trained = quick("branchy_lenet", environment, tmp_path, "--until", "train")
     assert "done until 'train'" in trained.stderr
     assert not list(tmp_path.iterdir())
-    done = run("branchy_lenet", environment, tmp_path, "--json")
+    done = quick("branchy_lenet", environment, tmp_path, "--json")
     assert "epoch" not in done.stderr  # what was trained is kept
     found = json.loads(done.stdout)
     assert found == json.loads((tmp_path / "branchy_lenet-quick.json").read_text())
@@ -210,21 +242,15 @@ def test_quantized_text(environment: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_a_missing_package_is_said_before_anything_is_trained(environment: dict[str, str], tmp_path: Path) -> None:
-    (tmp_path / "torchao.py").write_text("raise ImportError('No module named torchao')")
-    path = os.pathsep.join([str(tmp_path), str(ROOT)])
-    command = [sys.executable, "-m", "examples.quantized_text", "--quick", "--out", str(tmp_path)]
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment | {"PYTHONPATH": path}, capture_output=True, text=True, check=False
-    )
+    with patch.dict(sys.modules, {"torchao": None}):
+        done = here("quantized_text", environment, "--quick", "--out", str(tmp_path))
     assert done.returncode == 2
     assert "pip install torchao" in done.stderr and "epoch" not in done.stderr
 
 
 def test_errors_are_one_line(environment: dict[str, str], tmp_path: Path) -> None:
     """Without network and without --quick there is no data: said in a sentence, with what to do."""
-    command = [sys.executable, "-m", "examples.branchy_lenet", "--out", str(tmp_path)]
-    clients = environment | {"PATH": str(tmp_path)}
-    done = subprocess.run(command, cwd=ROOT, env=clients, capture_output=True, text=True, check=False)
+    done = here("branchy_lenet", environment | {"PATH": str(tmp_path)}, "--out", str(tmp_path))
     assert done.returncode == 2
     assert "Traceback" not in done.stderr
     assert "no command 'npm' here" in done.stderr
@@ -297,7 +323,7 @@ def test_anytime_stream(environment: dict[str, str], tmp_path: Path) -> None:
 
 
 def test_act_recurrent(environment, tmp_path):
-    run("act_recurrent", environment, tmp_path)
+    quick("act_recurrent", environment, tmp_path)
     made = json.loads((tmp_path / "act_recurrent-quick.json").read_text())
     (row,) = made["rows"]
     assert row["accuracy"] > 0.85
