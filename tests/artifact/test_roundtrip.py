@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -50,19 +53,33 @@ print(json.dumps(said))
 """
 
 
+OFTEN = ("bert", "custom", "tree")
+of_all_kinds = pytest.mark.parametrize("names", [OFTEN, nightly(tuple(sorted(set(programs.PROGRAMS) - set(OFTEN))))])
+Saved = Callable[[str], tuple[Path, CompiledModule]]
+
+
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, CompiledModule]]:
-    root = tmp_path_factory.mktemp("programs")
-    torch.set_num_threads(1)
-    made_ = {name: programs.adjusted(make(), name) for name, make in programs.PROGRAMS.items()}
-    for name, fast in made_.items():
-        fast.save(root / name)
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
+    """Where a program of this name is saved, and the program; made at the first use."""
+
+    @cache
+    def get(name: str) -> tuple[Path, CompiledModule]:
+        place = tmp_path_factory.mktemp("programs") / name
+        fast = programs.adjusted(programs.PROGRAMS[name](), name)
+        fast.save(place)
+        return place, fast
+
+    return get
+
+
+@of_all_kinds
+def test_another_process_gives_equal_results(saved, names, tmp_path):
+    fasts = {}
+    root = tmp_path / "programs"
+    for name in names:
+        made_by, fasts[name] = saved(name)
+        shutil.copytree(made_by, root / name)
         save_file(programs.inputs(name), root / f"{name}.in")
-    return root, made_
-
-
-def test_another_process_gives_equal_results(saved, tmp_path):
-    root, fasts = saved
     place = Path(package.__file__).resolve().parents[1]
     code = f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n" + READER
     (tmp_path / "eecompile").symlink_to(place / "eecompile")  # the package, and nothing else of the tree
@@ -96,20 +113,20 @@ def environment() -> dict[str, str]:
     return env | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-@pytest.mark.parametrize("name", [n if n in ("bert", "custom", "tree") else nightly(n) for n in sorted(programs.PROGRAMS)])
+@pytest.mark.parametrize("name", [n if n in OFTEN else nightly(n) for n in sorted(programs.PROGRAMS)])
 def test_executors_agree_after_loading_and_saving_again(saved, name, tmp_path):
-    root, fasts = saved
-    again = load(root / name)
+    place, fast = saved(name)
+    again = load(place)
     call = programs.inputs(name)
     compact, reference = both(again, **call)
     same_result(compact, reference)
     again.save(tmp_path / "again")
     once_more = load(tmp_path / "again")
     with torch.no_grad():
-        equal_bits(once_more(**call), fasts[name](**call))
+        equal_bits(once_more(**call), fast(**call))
         once_more.set_thresholds(2.0)
-        equal_bits(once_more.full(**call), fasts[name].full(**call))
-    assert once_more.notes[: len(fasts[name].notes)] == fasts[name].notes
+        equal_bits(once_more.full(**call), fast.full(**call))
+    assert once_more.notes[: len(fast.notes)] == fast.notes
     assert sum(n.startswith("loaded from") for n in once_more.notes) == 1
 
 
@@ -176,29 +193,31 @@ def test_a_trunk_that_was_trained_once_can_be_trained_again(tmp_path):
 
 
 def test_a_shared_head_is_the_models_own_after_loading(saved):
-    root, _ = saved
-    again = load(root / "shared")
+    place, _ = saved("shared")
+    again = load(place)
     own = {id(p) for p in again.program.source.parameters()}
     assert not list(again.head_parameters())
     assert all(id(p) in own for p in again.heads.parameters())
-    assert not load_file(next((root / "shared").glob("heads-*")))
+    assert not load_file(next(place.glob("heads-*")))
 
 
 def test_loading_onto_a_device_and_thresholds_that_change_later(saved):
-    root, fasts = saved
-    again = load(root / "conv", device="cpu")
+    place, fast = saved("conv")
+    again = load(place, device="cpu")
     again.set_thresholds({"exit_1": 0.0})
-    assert [e.threshold for e in again.exits] == [fasts["conv"].exits[0].threshold, 0.0]
+    assert [e.threshold for e in again.exits] == [fast.exits[0].threshold, 0.0]
     assert bool((again.run(**programs.inputs("conv")).exit_index < 2).all())
 
 
-def test_nothing_is_pickled(saved):
-    root, _ = saved
-    for path in root.rglob("*.pt2"):
-        with zipfile.ZipFile(path) as archive:
-            held = [i.filename for i in archive.infolist() if i.file_size]
-        assert not [n for n in held if n.endswith(".pkl") or "sample_inputs" in n], path
-    assert {p.suffix for p in root.rglob("*") if p.is_file() and p.parent != root} == {".pt2", ".json", ".safetensors"}
+@of_all_kinds
+def test_nothing_is_pickled(saved, names):
+    files = [path for name in names for path in saved(name)[0].rglob("*") if path.is_file()]
+    for path in files:
+        if path.suffix == ".pt2":
+            with zipfile.ZipFile(path) as archive:
+                held = [i.filename for i in archive.infolist() if i.file_size]
+            assert not [n for n in held if n.endswith(".pkl") or "sample_inputs" in n], path
+    assert {path.suffix for path in files} == {".pt2", ".json", ".safetensors"}
 
 
 def test_what_cannot_be_saved_says_so_and_leaves_nothing(tmp_path):
@@ -229,6 +248,5 @@ def test_what_cannot_be_saved_says_so_and_leaves_nothing(tmp_path):
 
 
 def test_two_strategies_know_each_other_by_name(saved):
-    root, _ = saved
-    assert isinstance(load(root / "bert").strategy, strategies.MeBert)
-    assert load(root / "custom").strategy == strategies.Branchy(exits=2)
+    assert isinstance(load(saved("bert")[0]).strategy, strategies.MeBert)
+    assert load(saved("custom")[0]).strategy == strategies.Branchy(exits=2)
