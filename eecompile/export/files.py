@@ -43,7 +43,7 @@ def placing(path: Path, folder: bool) -> Iterator[Path]:
 
 
 def _check_free(path: Path, folder: bool) -> None:
-    """Raises `OSError` where `path` is a directory of somebody else's, or a file for a folder or the other way round."""
+    """Raises `OSError` where `path` is a directory with other files in it, or a file for a folder or the other way round."""
     if path.is_dir() and any(path.iterdir()) and not (path / FOLDER).is_file():
         raise IsADirectoryError(f"{path} is a directory with something else in it")
     if path.exists() and path.is_dir() != folder:

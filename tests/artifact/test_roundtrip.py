@@ -215,8 +215,8 @@ def test_nothing_is_pickled(saved, names):
     for path in files:
         if path.suffix == ".pt2":
             with zipfile.ZipFile(path) as archive:
-                held = [i.filename for i in archive.infolist() if i.file_size]
-            assert not [n for n in held if n.endswith(".pkl") or "sample_inputs" in n], path
+                names_inside = [i.filename for i in archive.infolist() if i.file_size]
+            assert not [n for n in names_inside if n.endswith(".pkl") or "sample_inputs" in n], path
     assert {path.suffix for path in files} == {".pt2", ".json", ".safetensors"}
 
 

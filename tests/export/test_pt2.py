@@ -34,7 +34,7 @@ def test_a_file_is_the_reference_at_every_batch_size(name: str, tmp_path: Path) 
         assert len(taken) > 1
 
 
-@pytest.mark.parametrize("name", ["captured as blocks", nightly("halting per position")])
+@pytest.mark.parametrize("name", [n if n == "captured as blocks" else nightly(n) for n in REFUSED])
 def test_what_has_no_exported_form_is_refused(name: str, tmp_path: Path) -> None:
     fast = KINDS[name].build().fast
     undecided(fast)
