@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import statistics
 import subprocess
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+LEAST = 4  # rounds, for quartiles
 REDO = 3  # a round that was disturbed is measured again, up to this many times the rounds asked for
 
 
@@ -101,8 +103,10 @@ def rounds_of(
         wait: Called before the clock is read, for devices that run asynchronously (`torch.cuda.synchronize`).
         quiet_below: Rounds in which other processes took more than this share of the machine are measured again, up to
             `REDO` times as many as asked for; then they count after all.
-        seconds: No further round is measured again once this much time has gone.
+        seconds: Time for it all. A round is measured again only where the rounds still missing fit as well, and once it has
+            gone `LEAST` rounds do.
     """
+    began = time.perf_counter()
     pause = wait if wait is not None else _nothing
     repeats = {}
     for name, call in calls.items():
@@ -117,12 +121,11 @@ def rounds_of(
     kept = Rounds({name: [] for name in calls})
     names = list(calls)
     spare = REDO * rounds if quiet_below is not None else 0
-    began = time.perf_counter()
     bystanders = Bystanders()
-    i = 0
-    while len(kept.others) < rounds:
+    i, left = 0, math.inf
+    while (missing := rounds - len(kept.others)) and (left > 0 or len(kept.others) < LEAST):
         i += 1
-        row = {}
+        row, round_began = {}, time.perf_counter()
         bystanders.start()
         for name in names if i % 2 else reversed(names):
             call, n = calls[name], repeats[name]
@@ -133,8 +136,10 @@ def rounds_of(
             pause()
             row[name] = (time.perf_counter() - start) / n
         share = bystanders.share()
-        in_time = seconds is None or time.perf_counter() - began < seconds
-        if spare > 0 and in_time and quiet_below is not None and share is not None and share > quiet_below:
+        if seconds is not None:
+            left = seconds - (time.perf_counter() - began)
+        again = left > min(missing, LEAST) * (time.perf_counter() - round_began)
+        if spare > 0 and again and quiet_below is not None and share is not None and share > quiet_below:
             spare -= 1
             kept.redone += 1
             continue

@@ -29,7 +29,7 @@ NOT_PROBED = {
     "self_speculative": "for language models that generate",
 }
 RESERVE = 0.3  # of the budget, for rivals and timing
-TIMED, ROUNDS, LEAST_ROUNDS = 4, 9, 5  # batches of a timed call, and rounds
+TIMED, ROUNDS = 4, 9  # batches of a timed call, and rounds
 TIMING = 0.1  # share of the budget that timing has, whatever went before
 BUSY = 0.1  # share of the machine taken by others above which that is said
 
@@ -54,7 +54,8 @@ def advise(
         model: A trained model, in any mode; it is run in eval mode.
         loader: `(inputs, labels)` or Hugging Face batches, best of data that the model was not trained on. As much of it is
             used as the time allows, in its own batches: they are what is timed.
-        minutes: Budget of time. A step that has begun is finished; what no time is left for is skipped, and listed.
+        minutes: Budget of time. Fitting heads ends when 55% of it is spent, the search for thresholds when 70% is; `notes`
+            say what was cut short, and what no time is left for is skipped, and listed.
         static: A smaller model for the same task, to compare with and to begin a cascade with.
         only: What to try, of the strategies "branchy", "mebert", "anytime" and "cascade", and of "torch.compile", "int8" and
             "ONNX Runtime", where they work here; everything by default.
@@ -93,7 +94,7 @@ def advise(
             start = clock.spent
             models: Any = {"small": static, "large": model} if name == CASCADE else model
             try:
-                probes.append(probe(name, models, taken, DROPS, options))
+                probes.append(probe(name, models, taken, DROPS, options, clock))
             except EecompileError as error:
                 skipped[name] = "; ".join(str(part) for part in (error.what, error.got) if part)
             longest = max(longest, clock.spent - start)
@@ -147,7 +148,8 @@ def _advice(
         option.time, option.spread = times.ratio(str(i), "model")
     best, most, why = decide(options, DROPS)
     needed = Options(max_drop=most).rows_needed
-    notes = [f"A guarantee at {most:.0%} takes at least {needed} rows of calibration, and more careful thresholds."]
+    notes = [f"Cut short for {p.name}: {'; '.join(p.cut)}; more minutes may show more." for p in probes if p.cut]
+    notes.append(f"A guarantee at {most:.0%} takes at least {needed} rows of calibration, and more careful thresholds.")
     return Advice(
         pays=best is not None,
         strategy=None if best is None else best.name,
@@ -205,10 +207,9 @@ def _call(p: Probe, point: Point) -> Callable[[Batch], Any]:
 
 
 def _timed(calls: dict[str, Callable[[Batch], Any]], taken: Sample, clock: Clock) -> Rounds:
-    """All calls in turns on the same batches, in as many rounds as the time allows."""
+    """All calls in turns on the same batches, in as many rounds as the time allows, `LEAST` at least."""
     one, seconds = taken.seconds * len(calls), max(clock.left, TIMING * clock.seconds)
     count = max(1, min(TIMED, len(taken.val), int(seconds / (one * (ROUNDS + 2)))))
-    rounds = max(LEAST_ROUNDS, min(ROUNDS, int(seconds / (one * count)) - 2))
     val = taken.val[:count]
 
     def over(call: Callable[[Batch], Any]) -> Callable[[], None]:
@@ -220,5 +221,5 @@ def _timed(calls: dict[str, Callable[[Batch], Any]], taken: Sample, clock: Clock
 
     with torch.no_grad():
         return rounds_of(
-            {name: over(call) for name, call in calls.items()}, rounds, warm_up=1, quiet_below=BUSY, seconds=seconds
+            {name: over(call) for name, call in calls.items()}, ROUNDS, warm_up=1, quiet_below=BUSY, seconds=seconds
         )

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from eecompile.advice.sample import Sample
+from eecompile.advice.sample import Clock, Sample
 from eecompile.api import eecompile
 from eecompile.calibration.calibrate import Exits
 from eecompile.calibration.evidence import Evidence, pattern
@@ -22,10 +22,12 @@ from eecompile.calibration.options import Options
 from eecompile.calibration.search import Search, candidates
 from eecompile.errors import StrategyError
 from eecompile.ir.settings import CLOSED, EXITS, Settings
+from eecompile.training.head_report import cut_short
 
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
 
+HEADS, SEARCH = 0.55, 0.7  # of the budget, where fitting heads and the search for thresholds end
 DRAWS = 200
 INTERVAL = (0.05, 0.95)
 
@@ -57,16 +59,18 @@ class Probe:
     Attributes:
         points: One for each drop that may be lost.
         constant: The same for one exit for all rows.
+        cut: What was cut short, in words.
     """
 
     name: str
     fast: CompiledModule
     points: list[Point]
     constant: list[Point]
+    cut: list[str] = field(default_factory=list)
 
 
-def probe(name: str, models: Any, sample: Sample, drops: tuple[float, ...], options: dict[str, Any]) -> Probe:
-    """Compiles, fits heads on most of the sample and chooses thresholds on the rest.
+def probe(name: str, models: Any, sample: Sample, drops: tuple[float, ...], options: dict[str, Any], clock: Clock) -> Probe:
+    """Compiles, fits heads on most of the sample and chooses thresholds on the rest, each until its share of the time is up.
 
     Raises:
         EecompileError: The strategy does not fit the model, or its heads cannot be fitted over kept features.
@@ -76,24 +80,32 @@ def probe(name: str, models: Any, sample: Sample, drops: tuple[float, ...], opti
     fast = eecompile(models, name, **given, **options)
     if not fast.exits:
         raise StrategyError("no exit fits", where=name)
+    cut: list[str] = []
     if isinstance(models, nn.Module):
-        fast.fit(sample.fit, trunk=False, cached=True, progress=False, seed=options["seed"])
+        heads = {"trunk": False, "cached": True, "progress": False, "seed": options["seed"]}
+        cut += cut_short(fast.fit(sample.fit, **heads, seconds=clock.until(HEADS)).heads)
     exits = Exits(fast, sample.val_items, fast.settings, Options(delta=None, seed=options["seed"]))
     data, evidence = exits.evidence(exits.collected(True), math.inf)
     found = replace(evidence, loss=data.score[:, -1:] - data.score)
     names = [e.name for e in fast.exits]
 
-    def points(vectors: Callable[[float], list[Tensor]]) -> list[Point]:
-        return [_point(found, exits.settings, names, vectors(most), most, options["seed"]) for most in drops]
+    def point(vectors: list[Tensor], most: float) -> Point:
+        return _point(found, exits.settings, names, vectors, most, options["seed"])
 
-    return Probe(name, fast, points(lambda most: _front(found, most)), points(lambda _: _constant(found)))
+    chosen = []
+    for i, most in enumerate(drops):
+        search = Clock(clock.until(SEARCH) / (len(drops) - i))
+        chosen.append(point(_front(found, most, search.over), most))
+        if search.over():
+            cut.append(f"the search for thresholds at {most:.0%} stopped before its end")
+    return Probe(name, fast, chosen, [point(_constant(found), most) for most in drops], cut)
 
 
-def _front(drops: Evidence, most: float) -> list[Tensor]:
+def _front(drops: Evidence, most: float, late: Callable[[], bool] = lambda: False) -> list[Tensor]:
     """Threshold vectors on the front of drop against cost, past the drop that is asked for as well."""
-    found = [vector for _, _, vector in candidates(drops, 2 * most)]
+    found = [vector for _, _, vector in candidates(drops, 2 * most, late)]
     if drops.recompute is None:
-        search, budget = Search(drops), most * drops.rows
+        search, budget = Search(drops, late), most * drops.rows
         best = [v for v in found if search.measure(v)[0] <= budget + 1e-9]
         found.append(search.descend(best[-1] if best else search.closed, None, budget))
     return found

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Call = Callable[[Batch], Any]
 COMPILE, INT8, ONNX, STATIC = "torch.compile", "int8", "ONNX Runtime", "smaller model"
 AGAINST = (COMPILE, INT8, ONNX)
-COMPILING = 60.0  # seconds that must be left for torch.compile, which cannot be stopped
+NEEDED = {INT8: 1.0, ONNX: 10.0, COMPILE: 60.0}  # seconds that must be left: none of them can be stopped
 
 
 class Skipped(Exception):
@@ -99,12 +99,12 @@ def rivals(
         makers: dict[str, Callable[[], Rival]] = {
             INT8: lambda: _int8(model, val, fast.prediction_of),
             ONNX: lambda: _onnx(fast, val, Path(folder)),
-            COMPILE: lambda: _compiled(model, val, clock),
+            COMPILE: lambda: _compiled(model, val),
         }
         for name in (n for n in makers if n in names):
             try:
-                if clock.left < 0:
-                    raise Skipped("no time is left")
+                if clock.left < NEEDED[name]:
+                    raise Skipped(f"it cannot be stopped, and less than {NEEDED[name]:.0f} s are left")
                 with warnings.catch_warnings():
                     warnings.simplefilter("ignore")  # of exporters and of what they are about to replace
                     found.append(makers[name]())
@@ -117,11 +117,9 @@ def rivals(
         yield found
 
 
-def _compiled(model: nn.Module, val: list[Batch], clock: Clock) -> Rival:
+def _compiled(model: nn.Module, val: list[Batch]) -> Rival:
     if not any(shutil.which(c) for c in (os.environ.get("CXX", "g++"), "clang++")):
         raise Skipped("no C++ compiler is installed")
-    if clock.left < COMPILING:
-        raise Skipped(f"compiling cannot be stopped, and less than {COMPILING:.0f} seconds are left")
     optimised = torch.compile(model)
     with torch.no_grad():
         for batch in val[:2]:

@@ -18,6 +18,7 @@ from eecompile.training.scores import IGNORE
 
 LABELS, BYTES = 16_384, 2**29  # of a sample, at most: a row of text may have a label for each word
 READING, PASSES = 0.15, 0.3  # shares of the budget: to read the sample, and for one pass of the model for each probe
+AT_LEAST = 0.1  # share of the budget that a step has, whatever went before
 LEAST = 50  # rows to choose on
 EVERY = 4  # one batch of so many is to choose on: heads need more rows to be as good as those of `fit`
 
@@ -35,6 +36,13 @@ class Clock:
     @property
     def left(self) -> float:
         return self.seconds - self.spent
+
+    def over(self) -> bool:
+        return self.left < 0
+
+    def until(self, share: float) -> float:
+        """Seconds until this share of the budget is spent; `AT_LEAST` of it where that is less."""
+        return max(share * self.seconds - self.spent, AT_LEAST * self.seconds)
 
 
 @dataclass(frozen=True)

@@ -43,10 +43,11 @@ class Search:
 
     Args:
         evidence: Of the rows to search on.
+        late: Whether time has run out: then what was found so far is given.
     """
 
-    def __init__(self, evidence: Evidence) -> None:
-        self.evidence = evidence
+    def __init__(self, evidence: Evidence, late: Callable[[], bool] = lambda: False) -> None:
+        self.evidence, self.late = evidence, late
         self.n, self.e = evidence.rows, evidence.exits
         values, order = evidence.confidences.sort(dim=0, descending=True, stable=True)
         self.values, self.order = values.T.contiguous(), order.T.contiguous()
@@ -144,8 +145,7 @@ class Search:
 
     def descend(self, thresholds: Tensor, price: float | None, budget: float = math.inf) -> Tensor:
         for _ in range(SWEEPS):
-            new = self.sweep(thresholds, price, budget)
-            if torch.equal(new, thresholds):
+            if self.late() or torch.equal(new := self.sweep(thresholds, price, budget), thresholds):
                 break
             thresholds = new
         return thresholds
@@ -225,6 +225,8 @@ class Search:
         hull = self.front(found)
         gap = most * self.n / BUDGETS / 4
         for (low, _, a), (high, _, b) in pairwise(hull):
+            if self.late():
+                break
             steps = min(8, max(2, math.ceil((high - low) / gap))) if gap > 0 and low <= most * self.n else 2
             found += [self.between(a, b, i / steps) for i in range(1, steps)]
         return found
@@ -240,7 +242,7 @@ class Search:
                 for low, high in pairwise(lower_hull(self.front(found)))
                 if low[0] <= most * self.n and (low[0], high[0]) not in tried
             ]
-            if not gaps:
+            if not gaps or self.late():
                 break
             width, low, high = max(gaps, key=lambda gap: gap[0])
             if width <= max(least, 1.0):
@@ -312,12 +314,12 @@ def lower_hull(points: list[Point]) -> list[Point]:
     return hull
 
 
-def candidates(evidence: Evidence, most: float) -> list[Point]:
-    """The Pareto front of everything tried: (sum of losses, mean cost, thresholds) by growing loss."""
+def candidates(evidence: Evidence, most: float, late: Callable[[], bool] = lambda: False) -> list[Point]:
+    """The Pareto front of everything tried, until it is `late`: (sum of losses, mean cost, thresholds) by growing loss."""
     closed = torch.full((evidence.exits,), CLOSED)
     if evidence.rows == 0 or evidence.exits == 0:
         return [(0.0, 1.0, closed)]
     if evidence.recompute is not None:
         return front(evidence.measure, [closed, *stateful_candidates(evidence)])
-    search = Search(evidence)
+    search = Search(evidence, late)
     return search.front([closed, *search.candidates(most)])

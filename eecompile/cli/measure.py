@@ -20,7 +20,7 @@ def advise(
     model: o.Model,
     *,
     data: Annotated[str, typer.Argument(metavar="DATA", help=o.DATA_HELP, autocompletion=names.completing(names.DATA))],
-    minutes: Annotated[float, typer.Option(help="Budget of time; a step that has begun is finished.")] = 5.0,
+    minutes: Annotated[float, typer.Option(help="Budget of time; what is cut short is said.")] = 5.0,
     static: Annotated[str | None, typer.Option(metavar="MODEL", help="A smaller model to compare with.")] = None,
     only: Annotated[
         list[str] | None,

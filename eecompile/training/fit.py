@@ -6,6 +6,7 @@ A plain PyTorch loop on Hugging Face `accelerate`: one process by default, sever
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ def fit(
     cached: bool | None = None,
     draws: int | None = None,
     cache_mb: int = 1024,
+    seconds: float | None = None,
     progress: bool = True,
     callbacks: Sequence[Callable[[Event], None]] = (),
 ) -> FitReport:
@@ -115,6 +117,8 @@ def fit(
         draws: Passes of the trunk over data that change from pass to pass (random augmentation). None finds that out, and
             takes `epochs`.
         cache_mb: MiB of features kept in memory; more go to files in a temporary directory.
+        seconds: Time for heads on kept features, with `cached=True`, from the start of this call and shared among the heads:
+            what has not converged by then stays as it is, and the report says so. The pass of the trunk is not cut short.
         progress: A progress bar, where the output is a terminal.
         callbacks: Each is called with an `Event` after every step and every epoch.
 
@@ -131,7 +135,9 @@ def fit(
     counts = {"epochs": epochs, "seed": seed, "cache_mb": cache_mb}
     optional = {"draws": draws, "patience": patience, "checkpoint_every": checkpoint_every}
     counts |= {name: count for name, count in optional.items() if count is not None}
-    _check_numbers(counts, {"lr": lr, "trunk_lr": trunk_lr, "max_grad_norm": max_grad_norm}, weight_decay)
+    _check_numbers(
+        counts, {"lr": lr, "trunk_lr": trunk_lr, "max_grad_norm": max_grad_norm, "seconds": seconds}, weight_decay
+    )
     _check_functions(optimizer, scheduler, loss, metric, callbacks)
     if checkpoint_dir is not None:
         as_path("checkpoint_dir", checkpoint_dir)
@@ -145,6 +151,8 @@ def fit(
         raise EecompileError("early stopping needs data to watch", got="patience without val_loader")
     if (checkpoint_every is not None or resume == "must") and checkpoint_dir is None:
         raise EecompileError("there is no place for checkpoints", got="checkpoint_dir=None", hint="pass checkpoint_dir=")
+    if seconds is not None and cached is not True:
+        raise EecompileError("seconds= is for heads on kept features", got=f"cached={cached}", wanted="cached=True")
     if loss is not None and objective is not None:
         raise EecompileError("two objectives", got="both loss= and objective=", wanted="one of them")
     _check_scheduler(scheduler, loader)
@@ -183,6 +191,7 @@ def fit(
         cached=cached,
         draws=draws,
         cache_mb=cache_mb,
+        seconds=math.inf if seconds is None else seconds,
         decay=weight_decay,
         accelerator=accelerator is not None,
         epochs=epochs,

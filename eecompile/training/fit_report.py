@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from rich.console import RenderableType
 
 from eecompile.training.decisions import KINDS, Decisions, GateRow, HaltRow, RouteRow
-from eecompile.training.head_report import HeadRow, heads_table
+from eecompile.training.head_report import HeadRow, cut_short, heads_table
 from eecompile.training.report import Report, json_safe, number, percent, stacked, table
 
 
@@ -204,7 +204,10 @@ class FitReport(Report):
         lines += filter(None, (d.warning(names) for d, names in self._last()))
         parts: list[RenderableType] = [table(self.title, columns, rows), *lines]
         if self.heads:
-            parts += [table("Heads", *heads_table(self.heads)), "; ".join([*self._kept(), *self.notes])]
+            parts += [
+                table("Heads", *heads_table(self.heads)),
+                "; ".join([*self._kept(), *cut_short(self.heads), *self.notes]),
+            ]
         elif self.batch_by_batch:
             parts.append(f"Heads were trained batch by batch: {self.batch_by_batch}")
         return stacked(*parts)

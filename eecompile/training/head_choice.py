@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -161,13 +162,17 @@ class Choice:
 
     # ------------------------------------------------------------------ one exit
 
-    def fit(self, features: Features, k: int) -> HeadRow:
-        """Fits the head of exit k, of the kind that is best on the rows held out, and puts it into the module."""
+    def fit(self, features: Features, k: int, until: float = math.inf) -> HeadRow:
+        """Fits the head of exit k, of the kind that is best on the rows held out, and puts it into the module.
+
+        Args:
+            until: By `time.perf_counter`: the best by then is taken.
+        """
         started = time.perf_counter()
         slot = self.slots[k]
         e, branch = slot.exit, slot.branch
         before, tried, steps = e.head_kind, dict[str, Fitted](), 0
-        fitting = HeadFit(features, slot, self.objective, self.convex, self.plan.decay, self.plan.lr)
+        fitting = HeadFit(features, slot, self.objective, self.convex, self.plan.decay, self.plan.lr, until)
         if "logits" in slot.reads:  # nothing of its own to fit but a score
             if branch.score is not None:
                 steps = self._fit_score(features, slot, fitting, branch.head)
@@ -177,7 +182,7 @@ class Choice:
         else:
             seed = (self.plan.seed * 1009 + k) % 2**31
             for kind in self._order(slot, features):
-                if not self._tries(kind, slot, features, tried):
+                if (tried and fitting.late()) or not self._tries(kind, slot, features, tried):
                     continue
                 tried[kind] = fitting.fit(self._new(kind, branch.head, seed), seed)
                 steps += tried[kind].steps
@@ -192,7 +197,7 @@ class Choice:
             losses = {kind: f.loss for kind, f in tried.items()}
             flops = self.kinds.get(e.name, {}).get(taken, e.head_flops)
             row = HeadRow(e.name, taken, before, flops, chosen.weight_decay, chosen.loss, score, losses, steps)
-        row.seconds = time.perf_counter() - started
+        row.seconds, row.cut = time.perf_counter() - started, fitting.cut
         return row
 
     def _order(self, slot: Slot, features: Features) -> list[str]:
@@ -280,7 +285,7 @@ class Choice:
 
         decay = SCORE_DECAY if self.plan.decay is None else self.plan.decay
         w, b = problem.start(score.classifier.weight.shape)
-        steps = minimise(loss, w, b, decay)
+        steps = minimise(loss, w, b, decay, fitting.late)
         score.load_state_dict(problem.folded(score, w.detach(), b.detach()).state_dict())
         return steps
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -54,13 +55,21 @@ class HeadFit:
     Args:
         weight_decay: The caller's; None to choose it.
         lr: Of AdamW.
+        until: By `time.perf_counter`; what has been found by then is taken, and `cut` is set.
     """
 
     def __init__(
-        self, features: Features, slot: Slot, objective: Objective, convex: bool, weight_decay: float | None, lr: float
+        self,
+        features: Features,
+        slot: Slot,
+        objective: Objective,
+        convex: bool,
+        weight_decay: float | None,
+        lr: float,
+        until: float = math.inf,
     ) -> None:
         self.features, self.slot, self.objective, self.convex = features, slot, objective, convex
-        self.weight_decay, self.lr = weight_decay, lr
+        self.weight_decay, self.lr, self.until, self.cut = weight_decay, lr, until, False
         self.device = next((p.device for p in slot.branch.parameters()), torch.device("cpu"))
         self.chooses = features.held_rows > 0
 
@@ -73,7 +82,16 @@ class HeadFit:
         if isinstance(head, LinearHead) and self._convex(head):
             return self._linear(head)
         decays = self._decays((DECAY,) if self._read(head) == "all" else LAYERS_DECAYS)
-        return min((self._layers(copy.deepcopy(head), d, seed) for d in decays), key=lambda f: f.loss)
+        found: list[Fitted] = []
+        for decay in decays:
+            if not found or not self.late():
+                found.append(self._layers(copy.deepcopy(head), decay, seed))
+        return min(found, key=lambda f: f.loss)
+
+    def late(self) -> bool:
+        """Whether time has run out, so that something is left out."""
+        self.cut = self.cut or time.perf_counter() > self.until
+        return self.cut
 
     def _decays(self, tried: tuple[float, ...]) -> tuple[float, ...]:
         if self.weight_decay is not None:
@@ -129,7 +147,9 @@ class HeadFit:
 
         found: Fitted | None = None
         for decay in self._decays(DECAYS):
-            steps = minimise(of("train"), w, b, decay)
+            if found is not None and self.late():
+                break
+            steps = minimise(of("train"), w, b, decay, self.late)
             with torch.no_grad():
                 loss = float(of("held" if self.chooses else "train")(w, b))
             if found is None or loss < found.loss:
@@ -143,15 +163,17 @@ class HeadFit:
         """A linear head fitted once more, to all rows, those held out too: one problem, so there is nothing to choose."""
         if not (self.chooses and isinstance(fitted.head, LinearHead)) or any(b.validation for b in self.features.blocks):
             return fitted
-        if not self._convex(fitted.head):
+        if not self._convex(fitted.head) or self.late():
             return fitted
         head = fitted.head
         problem = Standardised(self.features, self.slot, head, self.device, part="both")
         w, b = problem.start(head.classifier.weight.shape)
         steps = minimise(
             lambda w, b: problem.mean("both", lambda x, block, rows: self._loss(x @ w.T + b, block, rows)),
-            w, b, fitted.weight_decay,
+            w, b, fitted.weight_decay, self.late,
         )  # fmt: skip
+        if self.cut:
+            return fitted
         return Fitted(problem.folded(head, w.detach(), b.detach()), fitted.weight_decay, fitted.loss, fitted.steps + steps)
 
     # ------------------------------------------------------------------ several layers
@@ -164,9 +186,11 @@ class HeadFit:
         best = Fitted(head, decay)
         state, bad, since, passes, mark = copy.deepcopy(head.state_dict()), 0, 0, 0, math.inf
         most, least = (STEPS, PASSES) if self.chooses else (UNWATCHED, 1)
-        while bad < PATIENCE and (best.steps < most or passes < least):
+        while bad < PATIENCE and (best.steps < most or passes < least) and not self.cut:
             head.train()
             for block, rows in self._batches(order):
+                if self.late():
+                    break
                 with torch.enable_grad():
                     loss = self._loss(self.logits(head, block, rows), block, rows)
                     loss.backward()  # type: ignore[no-untyped-call]
@@ -174,7 +198,7 @@ class HeadFit:
                 optimizer.zero_grad(set_to_none=True)
                 best.steps, since = best.steps + 1, since + 1
             passes += 1
-            if since < ROUND:
+            if since < ROUND and not self.cut:
                 continue
             since, now = 0, self.loss(head, self.chooses)
             if not math.isfinite(now):
@@ -272,20 +296,41 @@ class Standardised:
         return new
 
 
-def minimise(loss: Callable[[Tensor, Tensor], Tensor], w: Tensor, b: Tensor, decay: float) -> int:
-    """L-BFGS on `loss(w, b) + decay / 2 ||w||^2`, in place; gives its number of steps. `loss` calls backward itself."""
+class Late(Exception):
+    """Ends a step of L-BFGS."""
+
+
+def minimise(
+    loss: Callable[[Tensor, Tensor], Tensor], w: Tensor, b: Tensor, decay: float, late: Callable[[], bool] = lambda: False
+) -> int:
+    """L-BFGS on `loss(w, b) + decay / 2 ||w||^2`, in place; gives its number of steps. `loss` calls backward itself.
+
+    Once it is `late`, the best point so far is taken.
+    """
+    least, best = math.inf, (w.detach().clone(), b.detach().clone())
     optimizer = torch.optim.LBFGS(
         [w, b], max_iter=150, history_size=20, tolerance_grad=1e-5, tolerance_change=1e-8, line_search_fn="strong_wolfe"
     )
 
     def closure() -> Any:
+        nonlocal least, best
+        if late():
+            raise Late
         optimizer.zero_grad()
         with torch.enable_grad():
             value = loss(w, b)
             penalty = decay / 2 * w.square().sum()
             penalty.backward()  # type: ignore[no-untyped-call]
-        return value + penalty.detach()
+        value = value + penalty.detach()
+        if float(value) < least:
+            least, best = float(value), (w.detach().clone(), b.detach().clone())
+        return value
 
-    optimizer.step(closure)  # type: ignore[no-untyped-call]
+    try:
+        optimizer.step(closure)  # type: ignore[no-untyped-call]
+    except Late:
+        with torch.no_grad():
+            w.copy_(best[0])
+            b.copy_(best[1])
     optimizer.zero_grad()
     return int(optimizer.state[w]["n_iter"])

@@ -21,6 +21,7 @@ class HeadRow:
         tried: Held-out loss of each kind that was tried, by name.
         steps: Optimizer steps in all.
         seconds: Wall time.
+        cut: Whether time ran out before it had converged.
     """
 
     exit: str
@@ -33,6 +34,13 @@ class HeadRow:
     tried: dict[str, float] = field(default_factory=dict)
     steps: int = 0
     seconds: float = 0.0
+    cut: bool = False
+
+
+def cut_short(rows: Sequence[HeadRow]) -> list[str]:
+    """What to say of heads that were not fitted to the end; nothing where there are none."""
+    names = [row.exit for row in rows if row.cut]
+    return [f"time ran out before the heads of {', '.join(names)} were fitted to the end"] if names else []
 
 
 def heads_table(rows: Sequence[HeadRow]) -> tuple[list[str], list[list[str]]]:

@@ -81,7 +81,7 @@ class Loop:
         self.features: dict[str, Any] = {}
 
     def run(self, resume: bool | str) -> FitReport:
-        started = time.perf_counter()
+        self.started = started = time.perf_counter()
         random_before, mode = random_state(self.device), self.fast.training
         for parameter in self.fast.parameters():  # gradients that are there already are not part of the first step
             parameter.grad = None
@@ -177,7 +177,8 @@ class Loop:
     def _fit_each(self, stage: StagePlan, choice: Choice, features: Features) -> None:
         self.bar.begin("heads", len(choice.slots))
         for k in range(self.at.batch, len(choice.slots)):
-            row = choice.fit(features, k)
+            now = time.perf_counter()
+            row = choice.fit(features, k, now + (self.started + self.plan.seconds - now) / (len(choice.slots) - k))
             self.heads.append(row)
             self.at.batch, self.at.step = k + 1, self.at.step + row.steps
             self.trained = trained_tensors(self.fast, self.plan)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -81,6 +82,7 @@ class Plan:
     cached: bool | None = None
     draws: int | None = None
     cache_mb: int = 1024
+    seconds: float = math.inf  # for heads on kept features, from the start of the run
     decay: float | None = None  # the caller's weight decay; `weight_decay` is what optimizers get
     accelerator: bool = False  # whether the caller gave one
     epochs: int = 1

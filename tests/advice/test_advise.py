@@ -155,6 +155,23 @@ def test_keyword_arguments(easy: tuple[nn.Module, list[Any]]) -> None:
     assert found.skipped["anytime"] == "no time is left", "the budget is for the first alone"
 
 
+def test_what_is_cut_short_is_said_and_answered(easy: tuple[nn.Module, list[Any]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Clock, "until", lambda clock, share: 1e-9)
+    found = advise(*easy, minutes=0.05, only=["branchy", "int8", "ONNX Runtime"])
+    (said,) = (n for n in found.notes if n.startswith("Cut short for branchy"))
+    assert "time ran out before the heads of" in said and "thresholds at 1%" in said and "more minutes" in said
+    for o in found.options:
+        assert o.time is not None and 0 < o.cost <= 1.5 and o.drop <= (o.max_drop or 1.0) + 1e-9
+    assert found.skipped[rivals.ONNX] == "it cannot be stopped, and less than 10 s are left"
+
+
+def test_a_budget_is_shared_among_steps() -> None:
+    clock = Clock(100.0)
+    clock._start -= 30
+    assert clock.until(0.55) == pytest.approx(25, abs=1)
+    assert clock.until(0.3) == pytest.approx(10, abs=1), "a step that begins late has some time all the same"
+
+
 def option(name: str, kind: str, cost: float, drop: float, time: float, most: float | None = 0.01, **more: Any) -> Option:
     exits = more.get("exits", ("exit_0",))
     return Option(name, kind, most, cost, cost - 0.02, cost + 0.02, drop, time, more.get("spread", 0.01), exits)

@@ -146,6 +146,18 @@ def test_large(e):
     assert found
 
 
+def test_a_search_that_is_stopped_gives_what_it_has():
+    evidence = random_evidence(400, 4, 3)
+    whole = candidates(evidence, 0.05)
+    for most in (0, 5, 50):
+        asked = itertools.count()
+        found = candidates(evidence, 0.05, lambda asked=asked, most=most: next(asked) >= most)
+        assert next(asked) < most + 400, "nothing more is computed"
+        assert 0 < len(found) <= len(whole)
+        assert [p[0] for p in found] == sorted(p[0] for p in found)
+        assert all(evidence.measure(v) == (total, cost) for total, cost, v in found)
+
+
 def test_patterns():
     assert len(patterns(3)) == 7
     many = patterns(24)

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 from eecompile import eecompile, load, strategies
 from eecompile.errors import EecompileError
 from eecompile.training.cache import Cache
+from eecompile.training.head_fit import minimise
 from tests.support import equal_bits, nightly
 
 ROWS, LENGTH, CLASSES = 240, 8, 3
@@ -552,3 +553,42 @@ def test_labels_are_checked_before_any_head_is_fitted() -> None:
         fast.fit([], progress=False)
     assert all(torch.equal(value, before[name]) for name, value in weights(fast).items())
     assert fast.untrained
+
+
+# --- a limit of time
+
+
+@pytest.mark.parametrize("head", ["linear", "mlp"])
+def test_time_that_runs_out_is_kept_to_and_said(head: str) -> None:
+    fast, loader = compiled(strategies.MeBert(exits=2, head=head)), batched(*texts())
+    report = fast.fit(loader, cached=True, seconds=1e-6, progress=False)
+    assert all(row.cut for row in report.heads) and "were fitted to the end" in " ".join(str(report).split())
+    assert all(row.steps <= 1 for row in report.heads)
+    assert all(bool(p.isfinite().all()) for p in fast.head_parameters())
+    whole = fast.fit(loader, cached=True, seconds=600, progress=False)
+    assert not any(row.cut for row in whole.heads) and "ran out" not in str(whole)
+    assert all(a.loss < b.loss for a, b in zip(whole.heads, report.heads, strict=True))
+
+
+def test_the_best_point_so_far_is_taken() -> None:
+    calls = [0]
+
+    def loss(w: Tensor, b: Tensor) -> Tensor:
+        calls[0] += 1
+        value = ((w - 3) ** 2).sum() + (b + 1).square().sum() + (w * b).sum()
+        value.backward()
+        return value.detach()
+
+    def after(count: int) -> float:
+        w, b = torch.zeros(1, 1, requires_grad=True), torch.zeros(1, requires_grad=True)
+        calls[0] = 0
+        minimise(loss, w, b, 0.1, lambda: calls[0] >= count)
+        return float(loss(w, b) + 0.05 * w.square().sum())
+
+    found = [after(n) for n in (1, 2, 3, 5, 1000)]
+    assert found == sorted(found, reverse=True) and found[0] > found[-1]
+
+
+def test_time_is_for_kept_features() -> None:
+    with pytest.raises(EecompileError, match="cached=True"):
+        compiled().fit(batched(*texts()), seconds=1.0, progress=False)
