@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from eecompile import ops
+from eecompile.gates import PolicyGate
 from eecompile.passes import facts
 from eecompile.passes.partition import Partition
 
@@ -85,6 +86,7 @@ def overwriting(module: fx.GraphModule) -> set[fx.Node]:
     reads later, through a view neither. What the region gives must be memory of its own too.
     """
     position = {n: i for i, n in enumerate(module.graph.nodes)}
+    policies = {n for n in position if n.op == "call_module" and isinstance(module.get_submodule(str(n.target)), PolicyGate)}
     found: set[fx.Node] = set()
     for n in position:
         region = module.get_submodule(str(n.target)) if n.op == "call_module" else None
@@ -95,7 +97,7 @@ def overwriting(module: fx.GraphModule) -> set[fx.Node]:
         given = [facts.output_leaves(body) for body in region.graphs()]
         if not all(len(set(leaves)) == len(leaves) and all(map(_fresh, leaves)) for leaves in given):
             continue
-        if all((_fresh(x) or _of(x, found)) and _last_read(x, n, position) for x in past):
+        if all((_fresh(x) or _of(x, found)) and _last_read(x, n, position, policies) for x in past):
             found.add(n)
     return found
 
@@ -108,14 +110,15 @@ def _of(n: fx.Node, calls: set[fx.Node]) -> bool:
     return n.target is operator.getitem and n.args[0] in calls
 
 
-def _last_read(x: fx.Node, n: fx.Node, position: dict[fx.Node, int]) -> bool:
-    """Whether nothing after `n` reads `x`; what is not known to be memory of its own may be a view of what it reads."""
+def _last_read(x: fx.Node, n: fx.Node, position: dict[fx.Node, int], policies: set[fx.Node]) -> bool:
+    """Whether nothing after `n` reads `x`; what is not known to be memory of its own, as the scores of policies are, may be
+    a view of what it reads."""
     may_be, seen = [x], {x}
     for value in may_be:  # grows
         for user in value.users:
             if position[user] > position[n]:
                 return False
-            if user is not n and user not in seen and not _fresh(user):
+            if user is not n and user not in seen and user not in policies and not _fresh(user):
                 seen.add(user)
                 may_be.append(user)
     return True

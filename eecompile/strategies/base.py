@@ -37,6 +37,16 @@ def check_thresholds(given: float | Sequence[float]) -> None:
             raise StrategyError("a threshold is 0 or more", got=given, wanted="0 to 1; an exit or gate is closed above 1")
 
 
+def check_full_share(given: float) -> None:
+    """Checks a share of a training batch that gates let in whatever they say.
+
+    Raises:
+        StrategyError: No number from 0 to below 1.
+    """
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < 1:
+        raise StrategyError("full_share= is a share of a batch's rows", got=repr(given), wanted="0 to below 1")
+
+
 @dataclass(frozen=True)
 class Strategy:
     """Base of all strategies: frozen options with units in their names."""

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from eecompile.errors import StrategyError, check_name
 from eecompile.ir.recipes import GateRecipe, Recipe, TrainingStage
-from eecompile.strategies.base import PLAIN, Strategy, check_thresholds
+from eecompile.strategies.base import PLAIN, Strategy, check_full_share, check_thresholds
 
 ESTIMATORS = {"straight_through": "hard", "gumbel": "gumbel"}
 REWARDS = ("log_likelihood", "correctness")
@@ -77,8 +77,7 @@ class SkipNet(Strategy):
         check_name("reward", self.reward, REWARDS, StrategyError)
         if not self.entropy >= 0:
             raise StrategyError("entropy= is the weight of a bonus", got=self.entropy, wanted="0 or more")
-        if not 0 <= self.full_share < 1:
-            raise StrategyError("full_share= is a share of a batch's rows", got=self.full_share, wanted="0 to below 1")
+        check_full_share(self.full_share)
 
     def recipe(self) -> Recipe:
         threshold = tuple(self.threshold) if isinstance(self.threshold, Sequence) else float(self.threshold)

@@ -1,6 +1,6 @@
 """Gated blocks: how much of what closed gates could save is saved, and what open gates cost.
 
-A gate on every residual block; thresholds between the scores that the gates really give close each for the same share of
+A gate on every residual block, with a unit of its own (convolutional or linear) or one policy for all; thresholds between the scores that the gates really give close each for the same share of
 the rows. The ideal is the model's own modules in eager mode at the batch sizes that are left: no score, no decision, no
 copy.
 """
@@ -8,15 +8,16 @@ copy.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from eecompile.ir.settings import GATES
 from eecompile.measuring import summary
-from eecompile.strategies import SkipNet
+from eecompile.strategies import SelfAdaptive, SkipNet, Strategy
 from tests.bench import models
 from tests.bench.groups import Context
 from tests.bench.models import Subject
@@ -25,10 +26,19 @@ from tests.bench.record import Figure, Target, timed, with_times
 SHARES = (0.3, 0.6)
 OPEN = 1e-9  # decided row by row, and no score is lower
 AT_LEAST, AT_MOST = Target(0.9, "at least"), Target(1.05)
+UNITS: dict[str, Strategy] = {
+    "conv": SkipNet(),
+    "linear": SkipNet(unit="linear"),
+    "one policy": SelfAdaptive(exits=None, parts="every-block", open_bias=0.0),
+}
 
 
 def run(context: Context) -> list[Figure]:
-    return figures(models.resnet(8 if context.small else 64, SkipNet(), context.device), context)
+    found = []
+    for unit, strategy in UNITS.items():
+        subject = models.resnet(8 if context.small else 64, strategy, context.device)
+        found += figures(replace(subject, name=f"{subject.name}, {unit}"), context)
+    return found
 
 
 def figures(subject: Subject, context: Context) -> list[Figure]:
@@ -61,7 +71,7 @@ def alone(subject: Subject, thresholds: Sequence[float], context: Context) -> tu
     """Time of the gates' units by themselves on what they read, over the original's."""
     fast = subject.fast
     fast.set_gate_thresholds(list(thresholds))
-    units = [g.head for g in fast.gates]
+    units = units_of(subject)
     seen: list[tuple[Any, ...]] = []
     hooks = [u.register_forward_pre_hook(lambda _, args: seen.append(args)) for u in units]
     with torch.no_grad():
@@ -95,11 +105,16 @@ def count(subject: Subject, share: float) -> int:
     return round(share * subject.size)
 
 
+def units_of(subject: Subject) -> list[nn.Module]:
+    """The modules that score: gates may share one."""
+    return list(dict.fromkeys(gate.head for gate in subject.fast.gates))
+
+
 def spread_out(subject: Subject, factor: float = 10.0) -> None:
     """Units with larger weights and logits around 0: fresh ones give all rows nearly the same score."""
     with torch.no_grad():
-        for gate in subject.fast.gates:
-            layer: Any = gate.head.get_submodule("score")
+        for unit in units_of(subject):
+            layer: Any = unit.get_submodule("score")
             layer.weight.mul_(factor)
             layer.bias.zero_()
 

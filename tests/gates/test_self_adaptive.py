@@ -69,6 +69,24 @@ def test_stages_come_down_to_the_target():
     assert [s.objective["name"] for s in SelfAdaptive(estimator="reinforce", curriculum=1).stages] == ["reinforce"]
 
 
+def test_a_share_of_the_rows_runs_every_part(model):
+    _, entry, fast = model
+    share = SelfAdaptive(full_share=0.5).stages[-1].full_share
+    assert share == 0.5
+    args, kwargs = entry.inputs(4)
+    fast.set_gate_thresholds(0.5)
+    fast.train_mode = TrainMode(gates="sample", full_share=share)
+    fast.train()
+    torch.manual_seed(0)
+    runs = [fast.run(*args, **kwargs) for _ in range(6)]
+    fast.eval()
+    fast.train_mode = TrainMode()
+    drawn = torch.stack([result.gates for result in runs])
+    assert bool((drawn[:, :2] == 1).all())
+    assert 0 < float(drawn[:, 2:].mean()) < 1
+    assert not runs[0].trace.gates_free[:2].any()
+
+
 @pytest.mark.parametrize("estimator", ["gumbel", nightly("reinforce")])
 def test_the_policy_meets_its_target_and_keeps_the_task(estimator):
     x, y, _ = rows(512, seed=1)
@@ -88,6 +106,8 @@ def test_the_policy_meets_its_target_and_keeps_the_task(estimator):
         ({"estimator": "score"}, "unknown estimator"),
         ({"curriculum": 0}, "curriculum= is a whole number"),
         ({"min_open": -1}, "min_open= is a whole number"),
+        ({"full_share": 1.0}, "full_share= is a share"),
+        ({"full_share": "half"}, "full_share= is a share"),
         ({"target_cost": 1.5}, "fraction of the model's cost"),
         ({"gate_threshold": -0.1}, "threshold is 0 or more"),
         ({"exits": 0}, "at least one exit"),

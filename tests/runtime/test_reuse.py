@@ -153,17 +153,28 @@ class Kept(nn.Module):
         return out
 
 
+POLICY = strategies.SelfAdaptive(exits=None, parts="every-block", open_bias=0.0)
+
+
 @pytest.mark.parametrize(
-    ("how", "over"), [("dies", [0, 1, 2]), ("value", [0]), ("view", [0]), ("input", [])], ids=lambda v: str(v)
+    ("how", "strategy", "over"),
+    [
+        ("dies", strategies.SkipNet(), [0, 1, 2]),
+        ("dies", POLICY, [0, 1, 2]),  # scores that are read later are no views of what the policy read
+        ("value", strategies.SkipNet(), [0]),
+        ("view", strategies.SkipNet(), [0]),
+        ("input", strategies.SkipNet(), []),
+    ],
+    ids=lambda v: getattr(v, "name", str(v)),
 )
-def test_gated_regions_write_over_what_nobody_reads_later(how, over):
+def test_gated_regions_write_over_what_nobody_reads_later(how, strategy, over):
     torch.manual_seed(2)
     model, x = Kept(how).eval(), torch.randn(6, 4 if how == "input" else 3, 8, 8)
-    fast = eecompile(model, strategies.SkipNet(), example_inputs=(x,))
+    fast = eecompile(model, strategy, example_inputs=(x,))
     before = x.clone()
-    for gate in fast.gates:
+    for unit in dict.fromkeys(gate.head for gate in fast.gates):
         with torch.no_grad():
-            gate.head.score.weight.mul_(100)
+            unit.score.weight.mul_(100)
     for i, gate in enumerate(fast.gates):  # in turn: the scores of a gate depend on those before it
         fast.set_thresholds({gate.name: float(fast.observe(x).trace.gate_scores[:, i].median())})
     compact, reference = both(fast, x)
