@@ -37,7 +37,7 @@ def check_thresholds(given: float | Sequence[float]) -> None:
             raise StrategyError("a threshold is 0 or more", got=given, wanted="0 to 1; an exit or gate is closed above 1")
 
 
-def check_full_share(given: float) -> None:
+def check_full_share(given: Any) -> None:
     """Checks a share of a training batch that gates let in whatever they say.
 
     Raises:

@@ -1,8 +1,8 @@
 """Gated blocks: how much of what closed gates could save is saved, and what open gates cost.
 
-A gate on every residual block, with a unit of its own (convolutional or linear) or one policy for all; thresholds between the scores that the gates really give close each for the same share of
-the rows. The ideal is the model's own modules in eager mode at the batch sizes that are left: no score, no decision, no
-copy.
+A gate on every residual block, with a unit of its own (convolutional or linear) or one policy for all; thresholds between
+the scores that the gates really give close each for the same share of the rows. The ideal is the model's own modules in
+eager mode at the batch sizes that are left: no score, no decision, no copy.
 """
 
 from __future__ import annotations
