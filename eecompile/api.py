@@ -29,6 +29,7 @@ from eecompile.module import CompiledModule
 from eecompile.options import CompileOptions
 from eecompile.passes import analysis, insertion, run_passes
 from eecompile.passes.carried import Brought, unwrapped
+from eecompile.plain import check_callable, check_kind
 from eecompile.prediction import find_prediction
 from eecompile.program import Capture, Prediction, Program
 from eecompile.runtime.origin import Origin
@@ -86,7 +87,11 @@ def eecompile(
         UnsupportedModelError: Samples influence one another.
         StrategyError: Unknown strategy or place, an ambiguous prediction, or no place for an exit.
     """
-    chosen, args, kwargs = resolve_strategy(strategy), _positional(example_inputs), dict(example_kwargs or {})
+    chosen, args = resolve_strategy(strategy), _positional(example_inputs)
+    kwargs = {} if example_kwargs is None else example_kwargs
+    check_kind("example_kwargs", kwargs, Mapping, '{"x": x}, the keyword arguments of one call', CaptureError)
+    check_callable("progress", progress, "(step's name) -> None")
+    kwargs = dict(kwargs)
     if isinstance(chosen, SelfSpeculative):
         return cast(CompiledModule, _decoder(model, chosen, args, kwargs, blocks))
     options = CompileOptions(prediction, executor, backend, batch_axis, capture, dynamic, blocks, measure, seed)
@@ -270,6 +275,7 @@ def _positional(example_inputs: Sequence[Any] | Tensor | None) -> tuple[Any, ...
         return (example_inputs,)
     if isinstance(example_inputs, Mapping):
         raise CaptureError("example_inputs= takes a tuple", got="a dict", hint="pass it as example_kwargs=")
+    check_kind("example_inputs", example_inputs, (tuple, list), "(x,), the positional arguments of one call", CaptureError)
     return tuple(example_inputs)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from eecompile.capture.adapter import mode
 from eecompile.errors import EecompileError
 from eecompile.measuring import interleaved, rounds_of, summary
-from eecompile.plain import check_number
+from eecompile.plain import check_callable, check_kind, check_number
 from eecompile.training.report import Report, json_safe, table
 
 if TYPE_CHECKING:
@@ -104,6 +104,12 @@ def benchmark(
         EecompileError: Too few rounds, or an example of no known form.
     """
     check_number("rounds", rounds, least=3, whole=True)
+    if original is not None:
+        check_kind("original", original, torch.nn.Module, "the model that was compiled")
+    if against is not None:
+        check_kind("against", against, Mapping, '{"name": a function without arguments}')
+    for name, call in (against or {}).items():
+        check_callable(f"against[{name!r}]", call, "() -> anything")
     args, kwargs = as_call(example)
     model = original if original is not None else fast.original
     calls: dict[str, Callable[[], Any]] = {}

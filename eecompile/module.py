@@ -25,7 +25,7 @@ from eecompile.calibration.monitor import Monitor, MonitorOptions
 from eecompile.capture.adapter import mode
 from eecompile.costs import CostModel
 from eecompile.criteria import MaxProbability
-from eecompile.errors import CalibrationError, CaptureError, EecompileError, StrategyError, check_name
+from eecompile.errors import CalibrationError, CaptureError, EecompileError, StrategyError, check_name, shown
 from eecompile.export import ExportReport, export, stage_inputs, verify_export
 from eecompile.heads import Branch, Head
 from eecompile.ir import settings as families
@@ -34,7 +34,7 @@ from eecompile.passes.insert_exits import COMBINATION, HEADS
 from eecompile.passes.place_gates import GATES
 from eecompile.passes.place_routes import ROUTES
 from eecompile.passes.training_decisions import TrainMode
-from eecompile.plain import arguments, plain
+from eecompile.plain import arguments, check_kind, check_switches, plain
 from eecompile.program import History, Program
 from eecompile.report import plot, report
 from eecompile.result import Result
@@ -185,13 +185,13 @@ class CompiledModule(nn.Module):
 
     def observe_at(self, settings: Settings, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Result:
         """`observe` under other settings than those of the module, which stay."""
-        flat = self.entry(args, kwargs)
+        flat = self._flat_here(args, kwargs)
         with torch.no_grad(), self._mode(False):
             return self.result_of(self.engine.executor("reference").run(flat, settings, True), settings, flat)
 
     def full(self, *args: Any, **kwargs: Any) -> Any:
         """The output of the model as it was given, without any exit."""
-        flat = self.entry(args, kwargs)
+        flat = self._flat_here(args, kwargs)
         graph = self.engine.full_graph() if self.origin.given is None else self.origin.given
         with torch.no_grad():
             return self.program.signature.restore(list(graph(*flat)), flat)
@@ -199,6 +199,14 @@ class CompiledModule(nn.Module):
     def flatten(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
         """The tensors of a call in graph order; `CaptureError` where the graph does not take it, or is not the model."""
         return self.entry(args, kwargs)
+
+    def _flat_here(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+        """The tensors of a call, which are where the program is; calls that are made often find that out when they fail."""
+        flat = self.entry(args, kwargs)
+        elsewhere = other_device(self.program.signature, flat, self.thresholds.device)
+        if elsewhere is not None:
+            raise elsewhere
+        return flat
 
     def unchanged(self) -> None:
         """Asks for the user's model before the graph is written, measured or trained in its place.
@@ -257,7 +265,7 @@ class CompiledModule(nn.Module):
         """
         anytime.needs_eval(self, "a stream")
         allowance = anytime.taken(self, kwargs) or Allowance()
-        return anytime.stream(self, self.entry(args, kwargs), allowance)
+        return anytime.stream(self, self._flat_here(args, kwargs), allowance)
 
     def interrupt(self) -> int:
         """Stops every call of this module that is running now, in whatever thread, after its next exit.
@@ -301,6 +309,7 @@ class CompiledModule(nn.Module):
 
     @settings.setter
     def settings(self, new: Settings) -> None:
+        check_kind("settings", new, Settings, "what fast.settings gives", StrategyError)
         self.live.replace(new)
 
     @property
@@ -442,6 +451,7 @@ class CompiledModule(nn.Module):
 
     def branch(self, exit_name: str) -> Branch:
         """The head of one exit, with its score where that is learned."""
+        check_name("exit", exit_name, [e.name for e in self.program.exits], StrategyError)
         return records.branch_of(self.program, f"{HEADS}.{exit_name}")
 
     @property
@@ -478,6 +488,11 @@ class CompiledModule(nn.Module):
     def costs(self, open_exits: Sequence[bool], settings: Settings | None = None) -> Tensor:
         """[E + 1] float32: fraction of the full model's FLOPs of a row that leaves at each exit, open heads and the scores
         of gates included; every gate counts as open. Under the present settings, or those given."""
+        asked: Any = open_exits
+        given = plain(list(asked)) if isinstance(asked, Sequence) else None
+        if given is None or len(given) != len(self.program.exits) or not all(isinstance(o, bool) for o in given):
+            wanted = f"True or False for each of {len(self.program.exits)} exits"
+            raise StrategyError("open_exits says of every exit if it is open", got=shown(asked)[:80], wanted=wanted)
         found = self.cost_model.at_exits(self.settings if settings is None else settings, open_exits)
         return torch.tensor(found, dtype=torch.float32)
 
@@ -592,6 +607,7 @@ class CompiledModule(nn.Module):
         Raises:
             EecompileError: The model cannot be copied.
         """
+        check_switches(CompiledModule.own_trunk, {"in_place": in_place})
         trunks.own_trunk(self, in_place)
 
     def capture_training(self) -> None:
@@ -681,6 +697,7 @@ class CompiledModule(nn.Module):
 
     @device_options.setter
     def device_options(self, options: Options) -> None:
+        check_kind("device_options", options, Options, "eecompile.runtime.device.executor.Options(...)", StrategyError)
         self.engine.options = options
 
     def device_program(self, *args: Any, **kwargs: Any) -> DeviceProgram:
@@ -705,7 +722,7 @@ class CompiledModule(nn.Module):
     def _call_or_example(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Sequence[Tensor]:
         """A call's flat inputs; those of the example for none."""
         if args or kwargs:
-            return self.entry(args, kwargs)
+            return self._flat_here(args, kwargs)
         if self.example is None:
             raise CaptureError("a loaded program has no example inputs", hint="pass a call's arguments")
         flat = [t.to(self.thresholds.device) for t in self.example]

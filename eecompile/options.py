@@ -7,8 +7,8 @@ from dataclasses import dataclass, fields
 from typing import Any
 
 from eecompile.capture import BatchAxis
-from eecompile.errors import CaptureError
-from eecompile.plain import check_number, check_switches, plain
+from eecompile.errors import CaptureError, StrategyError
+from eecompile.plain import check_kind, check_number, check_switches, plain
 
 Prediction = str | int | Sequence[str | int | None] | None
 
@@ -45,6 +45,12 @@ class CompileOptions:
             object.__setattr__(self, f.name, plain(getattr(self, f.name), f.name))
         check_switches(type(self), vars(self))
         check_number("seed", self.seed, whole=True)
+        if not callable(self.batch_axis) and not isinstance(self.batch_axis, Mapping):
+            check_number("batch_axis", self.batch_axis, least=0, whole=True, error=CaptureError)
+        named = self.prediction if isinstance(self.prediction, list | tuple) else [self.prediction]
+        for one in named:
+            if one is not None and not isinstance(one, bool):
+                check_kind("prediction", one, (str, int), "the name or index of an output", StrategyError)
         free: Any = self.dynamic
         if free is not None and not (isinstance(free, Mapping) and all(isinstance(a, Mapping) for a in free.values())):
             raise CaptureError(

@@ -82,6 +82,14 @@ def check_switches(
 SWITCHES = {"bool": (True, False), "bool | None": (True, False, None)}
 
 
+def check_kind(
+    name: str, value: Any, kinds: type | tuple[type, ...], wanted: str, error: type[EecompileError] = EecompileError
+) -> None:
+    """Checks that what a user gave is of one of these types."""
+    if not isinstance(value, kinds):
+        raise error(f"{name} is of another type", got=shown(value)[:80], wanted=wanted)
+
+
 def check_callable(name: str, value: Any, wanted: str, error: type[EecompileError] = EecompileError) -> None:
     """Checks a function that a user gave; None is none given."""
     if value is not None and not callable(value):

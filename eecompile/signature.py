@@ -279,7 +279,9 @@ class Signature(Convention):
         Raises:
             CaptureError: They are not what was captured.
         """
-        key = tuple((t.shape, t.dtype) for t in flat)
+        if any(t.is_nested for t in flat):  # which may have no shape
+            self._check_dense(flat)
+        key = tuple((t.shape, t.dtype, t.layout) for t in flat)
         if key not in self._seen:  # type: ignore[attr-defined]
             self._check(flat)
             if len(self._seen) < 4096:  # type: ignore[attr-defined]
@@ -336,7 +338,20 @@ class Signature(Convention):
             hint=tip + "compile again with these arguments in example_inputs or example_kwargs",
         )
 
+    def _check_dense(self, flat: Sequence[torch.Tensor]) -> None:
+        for t, leaf in zip(flat, self.inputs, strict=True):
+            if t.is_nested or t.is_quantized or t.layout is not torch.strided:
+                kind = "nested" if t.is_nested else "quantized" if t.is_quantized else str(t.layout).removeprefix("torch.")
+                raise CaptureError(
+                    "an input is no dense tensor",
+                    where=leaf.path,
+                    got=kind.removeprefix("_"),
+                    wanted=leaf.describe(),
+                    hint="convert it: to_padded_tensor, dequantize or to_dense",
+                )
+
     def _check(self, flat: Sequence[torch.Tensor]) -> None:
+        self._check_dense(flat)
         sizes: dict[str, int] = {}
         for t, leaf in zip(flat, self.inputs, strict=True):
             ok = t.dim() == len(leaf.shape) and t.dtype == leaf.dtype

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from eecompile import CompiledModule, MissingDependencyError, StrategyError, strategies
+from eecompile import CompiledModule, EecompileError, MissingDependencyError, StrategyError, strategies
 from eecompile.criteria import CRITERIA
+from eecompile.errors import CaptureError
 from tests.capture.nets import CLASSES, WIDTH, Net, compiled, made, rows
 from tests.support import again, both, same_result
 from tests.support import compiled as eecompile
@@ -179,3 +180,121 @@ def test_an_infinite_logit_of_one_class_is_no_certainty(fast):
     x[2] = 1e12
     compact, reference = both(one, x)
     assert compact.exit_index.tolist() == reference.exit_index.tolist() == [0, 0, 2, 0]
+
+
+# ------------------------------------------------------------------ arguments of another type
+
+ODD = [None, "text", {"a": 1}, ["a", "b"], math.nan, -1, 1j, object(), int, b"x", torch.zeros(2, 2)]
+
+
+def remade(**options):
+    return eecompile(made(Net), **{"example_inputs": (rows(4),), **options})
+
+
+MESSAGES = {
+    "settings": (lambda f, v: setattr(f, "settings", v), "settings is of another type"),
+    "device_options": (lambda f, v: setattr(f, "device_options", v), "device_options is of another type"),
+    "branch": (lambda f, v: f.branch(v), "unknown exit"),
+    "costs": (lambda f, v: f.costs(v), "open_exits says of every exit"),
+    "example_kwargs": (
+        lambda f, v: remade(example_kwargs=v),
+        "example_kwargs|no such argument",
+    ),
+    "example_inputs": (lambda f, v: remade(example_inputs=v), "example|too many positional"),
+    "batch_axis": (lambda f, v: remade(batch_axis=v), "batch_axis"),
+    "prediction": (lambda f, v: remade(prediction=v), "prediction|output"),
+    "progress": (lambda f, v: remade(progress=v), "progress= is a function"),
+    "original": (lambda f, v: f.benchmark(rows(4), rounds=3, original=v), "original is of another type"),
+    "against": (lambda f, v: f.benchmark(rows(4), rounds=3, against=v), "against"),
+    "lr": (lambda f, v: f.fit([], lr=v), "lr "),
+    "budgets": (lambda f, v: f.budget_curve([], budgets=v), "budgets"),
+    "in_place": (lambda f, v: f.own_trunk(v), "in_place= is a switch"),
+}
+MAY_BE = {"example_kwargs": (None,), "prediction": (None,), "progress": (None, int), "batch_axis": (int,)}
+MAY_BE |= {"original": (None,), "against": (None,)}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_arguments_of_another_type(fast, name):
+    call, said = MESSAGES[name]
+    for value in ODD:
+        if not any(value is v for v in MAY_BE.get(name, ())):
+            with pytest.raises(EecompileError, match=said):
+                call(fast, value)
+
+
+def test_values_are_checked_where_there_is_nothing_to_set(fast):
+    gated = again(fast, strategies.SkipNet())
+    assert not gated.exits
+    for value in (None, "0.5", -1, math.nan):
+        refused(lambda value=value: gated.set_thresholds(value), "a threshold is a number of 0 or more")
+    gated.set_thresholds(0.5)
+
+
+# ------------------------------------------------------------------ inputs and data
+
+
+@pytest.mark.filterwarnings("ignore:.*quantized tensor creation")
+@pytest.mark.parametrize("method", ["__call__", "run", "observe", "full", "stream", "device_program"])
+def test_inputs_that_are_no_dense_tensors_on_the_device(fast, method):
+    x = rows(4)
+    given = {
+        "nested": torch.nested.nested_tensor(list(x)),
+        "quantized": torch.quantize_per_tensor(x, 0.1, 0, torch.qint8),
+        "sparse_coo": x.to_sparse(),
+        "mkldnn": x.to_mkldnn(),
+        "another device": x.to("meta"),
+    }
+    for said, value in given.items():
+        with pytest.raises(CaptureError, match=said):
+            list(getattr(fast, method)(value))
+
+
+NAN = torch.where(torch.arange(8)[:, None] == 3, math.nan, rows(8))
+LABELS = torch.arange(8) % CLASSES
+
+
+@pytest.mark.parametrize("strategy", [strategies.Branchy(exits=2), strategies.SkipNet()], ids=["branchy", "skipnet"])
+@pytest.mark.parametrize(
+    ("batch", "said"),
+    [
+        ((NAN, LABELS), "NaN|not finite"),
+        ((rows(8), torch.full((8,), -100)), "has a label|with a label"),
+        ((rows(8)[:0], LABELS[:0]), "batch without rows"),
+        ((rows(8), LABELS.float()), "dtype"),
+        ((rows(8), LABELS + 1), "out of range"),
+        ((rows(8), ["a"] * 8), "class indices"),
+        ((rows(8).numpy().astype("float64"), LABELS), "float64"),
+    ],
+)
+def test_data_that_cannot_be_used(fast, strategy, batch, said):
+    one, good = again(fast, strategy), [(rows(8), LABELS)]
+    calls = [
+        lambda: one.fit([batch] * 8, trunk=False, progress=False),
+        lambda: one.fit([batch] * 8, trunk=False, cached=False, progress=False),
+        lambda: one.evaluate([batch] * 2),
+        lambda: one.calibrate([batch] * 2),
+    ]
+    if said != "NaN|not finite":  # a validation loss that is NaN is shown, and training goes on
+        calls.append(lambda: one.fit(good * 8, trunk=False, val_loader=[batch], progress=False))
+    for call in calls:
+        with pytest.raises(EecompileError, match=said):
+            call()
+
+
+def test_arrays_of_numpy_are_as_good_as_tensors(fast):
+    loader = [(rows(8), LABELS)] * 2
+    arrays = [(x.numpy()[::-1], y.numpy()[::-1]) for x, y in loader]
+    assert fast.evaluate(arrays).accuracy == fast.evaluate(loader).accuracy
+    with pytest.raises(EecompileError, match="val_loader is empty"):
+        fast.fit(arrays, val_loader=[], progress=False)
+
+
+def test_checks_of_no_rows_and_nested_examples_are_refused(fast):
+    with pytest.raises(CaptureError, match="0 rows"):
+        fast.check_no_sync(rows(4)[:0])
+    nested = torch.nested.nested_tensor(list(rows(4)))
+    with pytest.raises(CaptureError, match="nested tensor"):
+        eecompile(made(Net), example_inputs=(nested,))
+    with pytest.raises(EecompileError, match="nested tensor"):
+        fast(rows(4), labels=nested)

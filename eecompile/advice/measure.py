@@ -112,7 +112,7 @@ def _checked(model: Any, minutes: Any, static: Any, only: Any, seed: Any) -> tup
         raise EecompileError("static= is a smaller model", got=type(static).__name__, wanted="torch.nn.Module")
     check_number("minutes", minutes, above=0)
     check_number("seed", seed, whole=True)
-    if only is not None and (isinstance(only, str) or not isinstance(only, Iterable)):
+    if only is not None and not isinstance(only, list | tuple | set):
         raise EecompileError("only= is a list of names", got=shown(only), wanted=f"({shown(only)},)")
     names = known if only is None else tuple(only)
     for name in names:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from eecompile.calibration.collect import static_output
 from eecompile.errors import EecompileError
 from eecompile.training.batches import Batch, batches, empty_loader
 from eecompile.training.scores import IGNORE
@@ -112,13 +113,14 @@ def sample(model: nn.Module, loader: Iterable[Any], clock: Clock, probes: int) -
 
 
 def _seconds(model: nn.Module, batch: Batch) -> float:
+    static_output(model, batch, "the model")
     taken = []
     with torch.no_grad():
-        for _ in range(4):
+        for _ in range(3):
             start = time.perf_counter()
             model(*batch.args, **batch.kwargs)
             taken.append(time.perf_counter() - start)
-    return max(median(taken[1:]), 1e-6)
+    return max(median(taken), 1e-6)
 
 
 def _item(batch: Batch) -> tuple[Any, Any]:

@@ -112,6 +112,8 @@ def budget_curve(
         CalibrationError: As `calibrate_budget`; and where no budget can be kept at all.
     """
     check_numbers("budgets=", budgets, above=0, most=2, error=CalibrationError)
+    if not budgets:
+        raise CalibrationError("budgets= is empty", wanted="one number or more")
     check_method(method)
     check_number("boxes", boxes, least=0, whole=True, error=CalibrationError)
     asked = Options.of(fast, {**options, "max_drop": 0.0, "delta": None})

@@ -20,10 +20,11 @@ from eecompile.calibration.options import Options, combination_of
 from eecompile.errors import CalibrationError
 from eecompile.ir.settings import Settings
 from eecompile.result import Result
-from eecompile.training.batches import Batch, alike, batches
+from eecompile.training.batches import WANTED, Batch, alike, batches
 from eecompile.training.scores import (
     IGNORE,
     agreement,
+    check_finite,
     check_labels,
     choice,
     class_labels,
@@ -152,7 +153,7 @@ class Source:
         if not result.outputs or not result.confidences:
             raise CalibrationError("the compiled module gave no outputs of the exits", where=batch.where)
         names = [record.name for record in self.fast.exits] + ["the model's own output"]
-        check_finite(result.outputs, names, batch.where)
+        check_finite(result.outputs, names, batch.where, CalibrationError)
         return result
 
     def static(self, batch: Batch) -> Tensor:
@@ -195,8 +196,8 @@ class Source:
         return torch.stack([right(o, labels)[0].cpu() for o in outputs], 1), valid, labels
 
 
-def static_output(static: Callable[..., Any], batch: Batch) -> Any:
-    """What the smaller model that is compared with gives for a batch.
+def static_output(static: Callable[..., Any], batch: Batch, name: str = "static=") -> Any:
+    """What a model of the user's gives for a batch.
 
     Raises:
         CalibrationError: It does not run on these inputs.
@@ -207,10 +208,10 @@ def static_output(static: Callable[..., Any], batch: Batch) -> Any:
     except Exception as error:  # the user's code may raise anything
         shapes = ", ".join(str(list(t.shape)) for t in tree_leaves((batch.args, batch.kwargs)) if isinstance(t, Tensor))
         raise CalibrationError(
-            "static= does not run on the inputs of the loader",
+            f"{name} does not run on the inputs of the loader",
             where=type(static).__name__,
-            got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')} (inputs {shapes})",
-            wanted="a model that takes what the large one takes",
+            got=f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')} (inputs {shapes or 'without a tensor'})",
+            wanted="a model that takes what the large one takes" if name == "static=" else WANTED,
             hint="put what it needs (another size of the input, say) into a module around it",
         ) from error
 
@@ -342,20 +343,6 @@ def second_pass(source: Source, settings: Settings, collected: Collected) -> Ten
             hint="pass shuffle=False and no augmentation, or temperature=False, which reads the data once",
         )
     return again.confidences
-
-
-def check_finite(outputs: tuple[Tensor, ...], names: list[str], where: str) -> None:
-    for name, output in zip(names, outputs, strict=True):
-        bad = output.isnan()
-        if bool(bad.any()):
-            rows = int(bad.flatten(1).any(1).sum())
-            raise CalibrationError(
-                "NaN in the outputs",
-                where=f"{name}, {where}",
-                got=f"NaN in {rows} of {output.shape[0]} rows",
-                wanted="numbers",
-                hint="look at these inputs, and whether training diverged",
-            )
 
 
 def check_unit(score: Tensor, where: str) -> None:

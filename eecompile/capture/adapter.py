@@ -60,6 +60,8 @@ def flatten_call(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any
             got=", ".join(named) or "no arguments",
             hint="pass example_inputs=(x,) or example_kwargs={...} with real tensors",
         )
+    if any(t.is_nested for t in tensors):
+        raise CaptureError("the example call holds a nested tensor", wanted="dense ones", hint="pad it: to_padded_tensor")
     return FlatCall(
         parameters,
         tensors,

@@ -63,17 +63,23 @@ class Family:
             raise StrategyError(
                 f"wrong number of {self.number}s", got=len(values), wanted=f"{len(self.slots)}: {', '.join(self.slots)}"
             )
-        found = []
-        for slot, value in zip(self.slots, values, strict=True):
-            number = _number(value)
-            if number is None or not number >= 0 or (self.positive and number == 0) or (self.finite and number == np.inf):
-                low = "above 0" if self.positive else "0 or more"
-                wanted = f"{low}, finite" if self.finite else f"{'above 0' if self.positive else '0'} to 1, above 1 closes"
-                raise StrategyError(f"a {self.number} is a number of {low}", where=slot, got=shown(value), wanted=wanted)
-            found.append(float(np.float32(number)))
+        found = [self.one(value, slot) for slot, value in zip(self.slots, values, strict=True)]
         if self.any_open and found and min(found) > 1:
             raise StrategyError(f"every {self.what} is closed", got=found, wanted="one of them at 1 or less")
         return tuple(found)
+
+    def one(self, value: Any, slot: str | None = None) -> float:
+        """One value as a float32 number.
+
+        Raises:
+            StrategyError: It is no such number.
+        """
+        number = _number(value)
+        if number is None or not number >= 0 or (self.positive and number == 0) or (self.finite and number == np.inf):
+            low = "above 0" if self.positive else "0 or more"
+            wanted = f"{low}, finite" if self.finite else f"{'above 0' if self.positive else '0'} to 1, above 1 closes"
+            raise StrategyError(f"a {self.number} is a number of {low}", where=slot, got=shown(value), wanted=wanted)
+        return float(np.float32(number))
 
     def tensor(self, values: Sequence[float]) -> Tensor:
         """[slots] float32, as graphs read it."""
@@ -185,6 +191,8 @@ class Settings:
             values = given.reshape(-1).tolist()
         else:
             values = [given] * len(family.slots)
+            if not values:
+                family.one(given)
         return replace(self, values=(*self.values[:at], family.check(values), *self.values[at + 1 :]))
 
     def neutral(self, *names: str) -> Settings:

@@ -1,7 +1,8 @@
 """Batches from whatever a loader yields: `(inputs, labels)`, or a Hugging Face batch with `labels` in it.
 
 A loader is anything that can be iterated again and again: a `DataLoader`, a list of pairs, an object with
-`__iter__`. Inputs are a tensor, a tuple (or list) of positional arguments, or a dict of keyword arguments.
+`__iter__`. Inputs are a tensor, a tuple (or list) of positional arguments, or a dict of keyword arguments; arrays of
+NumPy become tensors of their dtype.
 """
 
 from __future__ import annotations
@@ -10,7 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from torch.utils._pytree import tree_leaves
 
 from eecompile.errors import EecompileError
 
@@ -87,7 +90,7 @@ def split(item: Any, index: int, device: torch.device | None = None) -> Batch:
     if isinstance(item, Mapping):
         inputs: Any = {str(key): value for key, value in item.items() if key != "labels"}
         labels = item.get("labels")
-    elif isinstance(item, torch.Tensor):
+    elif isinstance(item, torch.Tensor | np.ndarray):
         inputs = item
     elif isinstance(item, (tuple, list)) and len(item) == 2:
         inputs, labels = item
@@ -101,6 +104,7 @@ def split(item: Any, index: int, device: torch.device | None = None) -> Batch:
             hint="wrap several inputs in a tuple: ((a, b), labels)" if length else None,
         )
     inputs = move(inputs, device)
+    _check_rows(inputs, index)
     labels = move(_tensor(labels), device)
     if isinstance(inputs, Mapping):
         return Batch((), {str(key): value for key, value in inputs.items()}, labels, index)
@@ -109,18 +113,37 @@ def split(item: Any, index: int, device: torch.device | None = None) -> Batch:
     return Batch((inputs,), {}, labels, index)
 
 
+def _check_rows(inputs: Any, index: int) -> None:
+    first = next((t for t in tree_leaves(inputs) if isinstance(t, torch.Tensor) and t.ndim and not t.is_nested), None)
+    if first is not None and len(first) == 0:
+        raise EecompileError(
+            "the loader yields a batch without rows",
+            where=f"batch {index} of the loader",
+            got=list(first.shape),
+            wanted="one row or more",
+            hint="leave such batches out",
+        )
+
+
 def _tensor(labels: Any) -> Any:
     """Labels of NumPy (or pandas) as a tensor; others as they are."""
     if isinstance(labels, torch.Tensor) or not hasattr(labels, "__array__"):
         return labels
+    return _of_numpy(labels.__array__(), labels)
+
+
+def _of_numpy(array: np.ndarray, otherwise: Any) -> Any:
     try:
-        return torch.as_tensor(labels.__array__())
-    except TypeError:  # strings and objects
-        return labels
+        usual = array.flags.writeable and not any(step < 0 for step in array.strides)
+        return torch.as_tensor(array if usual else array.copy())
+    except (TypeError, ValueError):  # strings and objects; the byte order of another machine
+        return otherwise
 
 
 def move(value: Any, device: torch.device | None) -> Any:
-    """`value` with every tensor in it on `device`; containers are rebuilt, other values kept."""
+    """`value` with every tensor in it on `device`, arrays of NumPy too; containers are rebuilt, other values kept."""
+    if isinstance(value, np.ndarray):
+        value = _of_numpy(value, value)
     if isinstance(value, torch.Tensor):
         return value if device is None else value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
@@ -154,6 +177,15 @@ def length_of(loader: Iterable[Any]) -> int | None:
 def device_of(fast: CompiledModule) -> torch.device:
     """Where the compiled module lives: the device of its thresholds."""
     return fast.thresholds.device
+
+
+def no_labels(name: str = "the loader") -> EecompileError:
+    return EecompileError(
+        f"no row of {name} has a label",
+        got="-100 for every row",
+        wanted="rows with labels",
+        hint="check how labels are made",
+    )
 
 
 def empty_loader(name: str = "the loader") -> EecompileError:

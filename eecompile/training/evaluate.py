@@ -11,11 +11,11 @@ from torch import Tensor
 from eecompile.errors import EecompileError
 from eecompile.ir.settings import BRANCHES, GATES, HALTING
 from eecompile.plain import check_callable, check_numbers
-from eecompile.training.batches import Batch, alike, batches, device_of, empty_loader, require_repeatable
+from eecompile.training.batches import Batch, alike, batches, device_of, empty_loader, no_labels, require_repeatable
 from eecompile.training.curve import degradation, first_exit, sweep, thresholds_of
 from eecompile.training.evaluation_report import EvaluationReport, ExitRow, GateShare, RouteShare
 from eecompile.training.full import full_prediction, skips
-from eecompile.training.scores import Metric, agreement, check_labels, class_labels, row_scores
+from eecompile.training.scores import Metric, agreement, check_finite, check_labels, class_labels, row_scores
 from eecompile.training.subgroups import GroupRow, check_groups, group_rows, groups_of, indexed
 from eecompile.training.tasks import ANSWERS, check_task, no_choice, own_task
 from eecompile.training.workers import shared, whole
@@ -80,6 +80,8 @@ def evaluate(
         seen.add(batch, columns)
     if not seen.columns:
         raise empty_loader()
+    if not bool(seen["valid"].any()):  # type: ignore[union-attr]
+        raise no_labels()
     return seen.report(fast, curve, budgets)
 
 
@@ -127,6 +129,8 @@ class Seen:
             raise EecompileError("fast.observe gave no outputs of the exits", where=batch.where)
         full, labels, where = full_prediction(self.fast, batch, result), batch.labels, batch.where
         outputs: tuple[Tensor, ...] = result.outputs
+        names = [*(record.name for record in self.fast.exits), "the model's own output"]
+        check_finite(outputs, names, where, EecompileError)
         n = outputs[-1].shape[0]
         if batch.index == 0 and self.metric is None:
             check_task(self.fast, labels)

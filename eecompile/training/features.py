@@ -22,7 +22,7 @@ from eecompile.heads import Branch, Head
 from eecompile.passes import facts, sites
 from eecompile.passes.sites import Tail
 from eecompile.program import Exit
-from eecompile.training.batches import Batch, batches, empty_loader, iterate, length_of
+from eecompile.training.batches import Batch, batches, empty_loader, iterate, length_of, no_labels
 from eecompile.training.cache import Cache
 from eecompile.training.objectives import Objective, PerExitLoss
 from eecompile.training.scores import check_labels, labelled
@@ -183,8 +183,13 @@ class Collector:
                     "pass val_loader= to choose on rows of its own"
                 )
             if val_loader is not None:
-                self._draw(0, val_loader, device, every, validation=True)
+                if self._draw(0, val_loader, device, every, validation=True) == 0:
+                    raise empty_loader("val_loader")
         self._divide(val_loader is not None)
+        if not any(len(b.train) for b in found.blocks):
+            raise no_labels("the training loader")
+        if val_loader is not None and not found.held_rows:
+            raise no_labels("val_loader")
         return found
 
     def _passes(self, loader: Iterable[Any], device: torch.device) -> int:

@@ -133,11 +133,10 @@ def fit(
             resume is printed. A second Ctrl-C stops at once.
     """
     counts = {"epochs": epochs, "seed": seed, "cache_mb": cache_mb}
+    check_number("lr", lr, above=0)
     optional = {"draws": draws, "patience": patience, "checkpoint_every": checkpoint_every}
     counts |= {name: count for name, count in optional.items() if count is not None}
-    _check_numbers(
-        counts, {"lr": lr, "trunk_lr": trunk_lr, "max_grad_norm": max_grad_norm, "seconds": seconds}, weight_decay
-    )
+    _check_numbers(counts, {"trunk_lr": trunk_lr, "max_grad_norm": max_grad_norm, "seconds": seconds}, weight_decay)
     _check_functions(optimizer, scheduler, loss, metric, callbacks)
     if checkpoint_dir is not None:
         as_path("checkpoint_dir", checkpoint_dir)

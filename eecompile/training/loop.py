@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from eecompile.errors import EecompileError
 from eecompile.ir.settings import GATES
-from eecompile.training.batches import Batch, batches, device_of, empty_loader, iterate, length_of, split
+from eecompile.training.batches import Batch, batches, device_of, empty_loader, iterate, length_of, no_labels, split
 from eecompile.training.cache import Cache
 from eecompile.training.checkpoint import Checkpoints, resumed
 from eecompile.training.features import Collector, Features, NotCached
@@ -255,6 +255,8 @@ class Loop:
         if self.at.batch == 0:
             raise empty_loader("the training loader")
         self._gather(everywhere=True)
+        if "scores" in self.at.sums and not self.at.score_rows:
+            raise no_labels("the training loader")
         row = EpochRow(
             stage=stage.name,
             epoch=len(self.rows) + 1,
@@ -335,6 +337,8 @@ class Loop:
         self.fast.train()
         if seen.loss_rows == 0:
             raise empty_loader("val_loader")
+        if "scores" in seen.sums and not seen.score_rows:
+            raise no_labels("val_loader")
         row.val_loss, row.val_scores = seen.loss_sum / seen.loss_rows, seen.scores()
         row.take(seen.decided(), "val_")
 

@@ -67,6 +67,8 @@ def check_labels(
             wanted="[B, C] or [B, S, C]",
             hint=NOT_CLASSES,
         )
+    if labels.is_nested:
+        raise error("the labels are a nested tensor", where=where, wanted=f"an integer tensor, {IGNORE} where there is none")
     one = logits.shape[-1] == 1
     if labels.shape == logits.shape or (one and labels.shape == logits.shape[:-1]):
         return _answers(logits, labels, where, error)
@@ -210,6 +212,23 @@ def measure(
     if not bool(score.isfinite().all()):
         raise error("the metric is not finite", where=where, got=f"{int((~score.isfinite()).sum())} of {rows} rows")
     return score.detach().double()
+
+
+def check_finite(
+    outputs: Sequence[Tensor], names: Sequence[str], where: str, error: type[EecompileError] = EecompileError
+) -> None:
+    """Refuses NaN in named outputs: its largest score would be the first."""
+    for name, output in zip(names, outputs, strict=True):
+        bad = output.isnan()
+        if bool(bad.any()):
+            rows = int(bad.flatten(1).any(1).sum())
+            raise error(
+                "NaN in the outputs",
+                where=f"{name}, {where}",
+                got=f"NaN in {rows} of {output.shape[0]} rows",
+                wanted="numbers",
+                hint="look at these inputs, and whether training diverged",
+            )
 
 
 def row_scores(outputs: Sequence[Tensor], labels: Any, metric: Metric | None, where: str) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import UserDict
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, TensorDataset
@@ -80,3 +81,28 @@ def test_labels_of_numpy_are_tensors() -> None:
     found = split((torch.zeros(3, 2), labels.numpy()), 0).labels
     assert torch.equal(found, labels)
     assert split((torch.zeros(1, 2), ["a"]), 0).labels == ["a"]
+
+
+ARRAYS = [X.numpy(), X.numpy()[::-1], X.numpy().astype("float64"), np.broadcast_to(X.numpy(), (6, 3))]
+
+
+@pytest.mark.parametrize("array", ARRAYS)
+def test_arrays_are_tensors_of_their_dtype(array: np.ndarray) -> None:
+    labels = Y.numpy()[::-1]
+    for item in ((array, labels), ((array,), labels), ({"x": array}, labels), {"x": array, "labels": labels}):
+        batch = split(item, 0)
+        (found,) = (*batch.args, *batch.kwargs.values())
+        assert found.dtype == torch.as_tensor(array.copy()).dtype
+        assert torch.equal(found, torch.as_tensor(array.copy())) and torch.equal(batch.labels, Y.flip(0))
+    assert torch.equal(split(array, 0).args[0], torch.as_tensor(array.copy()))
+
+
+def test_what_is_no_number_stays_as_it_is() -> None:
+    words = np.array([["a"]])
+    assert split((words, Y), 0).args[0] is words
+
+
+@pytest.mark.parametrize("item", [(X[:0], Y[:0]), X[:0], ({"x": X[:0]}, Y[:0]), (X.numpy()[:0], Y.numpy()[:0])])
+def test_batches_without_rows_are_refused(item) -> None:
+    with pytest.raises(EecompileError, match=r"batch without rows[\s\S]*batch 3[\s\S]*\[0, 3\]"):
+        split(item, 3)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from eecompile.errors import CaptureError
 from eecompile.passes.lower import schedule
 from eecompile.passes.regions import possible
 from eecompile.program import Program
@@ -73,6 +74,8 @@ def check(program: Program, flat: Sequence[Tensor], options: Options) -> NoSync:
     check_modules([s.module for s in segments.segments], names, report)
     index, axis = program.signature.batch_input
     sizes = sorted({1, int(flat[index].shape[axis])})
+    if sizes[0] == 0:
+        raise CaptureError("there is nothing to check", got="a batch of 0 rows", wanted="an example with rows")
     kinds = [(size, False) for size in sizes] + [(1, True)] * bool(program.exits)
     for size, deadline in kinds:
         inputs = [
