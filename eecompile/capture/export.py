@@ -557,9 +557,11 @@ def _drop_dtype_checks(module: fx.GraphModule) -> None:
     """Takes out the checks that a value has the dtype of capture, in autocast regions too: under autocast it has another."""
     for part in module.modules():
         if isinstance(part, fx.GraphModule):
-            for node in part.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default):
+            checks = part.graph.find_nodes(op="call_function", target=torch.ops.aten._assert_tensor_metadata.default)
+            for node in checks:
                 part.graph.erase_node(node)
-            part.recompile()
+            if checks:
+                part.recompile()
 
 
 def _attribute(module: nn.Module, target: str) -> Any:

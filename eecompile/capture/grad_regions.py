@@ -17,11 +17,13 @@ _REGION = torch.ops.higher_order.wrap_with_set_grad_enabled
 
 def inline_grad_regions(module: fx.GraphModule, training: bool = False) -> None:
     """Writes every region of the graph in line, regions within regions too."""
-    graph = module.graph
+    graph, found = module.graph, False
     while regions := graph.find_nodes(op="call_function", target=_REGION):
         for node in regions:
             _inline(module, node, training)
-    module.recompile()
+        found = True
+    if found:
+        module.recompile()
 
 
 def _inline(module: fx.GraphModule, node: fx.Node, training: bool) -> None:

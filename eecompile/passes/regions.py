@@ -28,10 +28,12 @@ EITHER = SKIP | RUN
 DEFINITIONS = {torch.ops.eecompile.gate.default: ops.gate, torch.ops.eecompile.halt.default: ops.halt}
 
 
-def defined(graph: fx.Graph) -> None:
-    """Puts the definitions in place of the operators of gates and halting."""
-    for n in graph.nodes:
-        n.target = DEFINITIONS.get(n.target, n.target)
+def defined(graph: fx.Graph) -> bool:
+    """Puts the definitions in place of the operators of gates and halting; gives whether there were any."""
+    found = [n for n in graph.nodes if n.target in DEFINITIONS]
+    for n in found:
+        n.target = DEFINITIONS[n.target]
+    return bool(found)
 
 
 class Regions:
@@ -155,8 +157,8 @@ class Regions:
             found: fx.GraphModule = facts.attribute(self.gm, arm.module)
             return found, inputs
         body, inputs = self.body(i, part, arm, values)
-        defined(body.graph)
-        body.recompile()
+        if defined(body.graph):
+            body.recompile()
         return body, inputs
 
     def _index(self, part: Extractor, choice: Choice, possible: frozenset[int]) -> tuple[fx.Node, int]:

@@ -28,11 +28,13 @@ def move_constants(graph_module: fx.GraphModule, device: torch.device) -> int:
     for module in graph_module.modules():
         if not isinstance(module, fx.GraphModule):
             continue
+        before = count
         for n in module.graph.nodes:
             if n.op == "call_function":
                 n.args = tuple(moved(a) for a in n.args)
                 n.kwargs = {k: moved(v) for k, v in n.kwargs.items()}
-        module.recompile()
+        if count > before:
+            module.recompile()
     return count
 
 

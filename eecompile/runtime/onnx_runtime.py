@@ -128,6 +128,11 @@ class OnnxSegment:
                 'backend="onnxruntime" computes in float32, and this call is under autocast',
                 hint='leave autocast, or set fast.backend = "eager" first',
             )
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            raise StrategyError(
+                'backend="onnxruntime" takes ordinary tensors, and this call is under vmap or the like (torch.func)',
+                hint='set fast.backend = "eager" first',
+            )
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             raise StrategyError(
                 'backend="onnxruntime" has no gradients, and this call would need them',
@@ -137,7 +142,7 @@ class OnnxSegment:
 
     def _run(self, session: Any, inputs: Sequence[Tensor]) -> list[Any]:
         try:
-            given = {name: t.detach().numpy() for name, t in zip(self.names, inputs, strict=True)}
+            given = {name: t.detach().resolve_neg().numpy() for name, t in zip(self.names, inputs, strict=True)}
             found: list[Any] = session.run(self.outputs, given)
         except Exception as error:  # the runtime has errors of its own
             got = " ".join(str(error).split())[:400]

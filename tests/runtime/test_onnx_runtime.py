@@ -212,3 +212,27 @@ def test_it_is_saved_and_loaded_and_shown(made: tuple[Any, nn.Module, Tensor], t
         app, ["run", str(tmp_path / "p"), "--input", "float32[5,8]", "--stream", "--threshold", "1"]
     )
     assert streamed.exit_code == 0, streamed.output
+
+
+def test_views_are_the_reference(made: tuple[Any, nn.Module, Tensor]) -> None:
+    """Whatever a tensor's memory looks like: strides, offsets, and the bit that says it is to be negated."""
+    fast, _, x = made
+    fast.backend = ONNX
+    views = {
+        "negated": torch._neg_view(-x),  # type: ignore[attr-defined]
+        "imaginary part of a conjugate": torch.complex(x, -x).conj().imag,
+        "transposed": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "every second": torch.stack([x, x], -1)[..., 0],
+        "expanded": x[:1].expand_as(x),
+        "offset": torch.cat([x, x])[len(x) :],
+    }
+    with torch.no_grad():
+        for name, view in views.items():
+            assert torch.equal(fast(view), fast(view.clone().contiguous().resolve_neg())), name
+
+
+def test_transforms_of_torch_func_are_refused(made: tuple[Any, nn.Module, Tensor]) -> None:
+    fast, _, x = made
+    fast.backend = ONNX
+    with pytest.raises(StrategyError, match="ordinary tensors, and this call is under vmap"), torch.no_grad():
+        torch.vmap(fast)(torch.stack([x, x]))
