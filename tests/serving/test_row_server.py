@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import math
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -239,6 +243,11 @@ def test_bad_requests_are_refused_at_once(fast: CompiledModule, rows: Tensor) ->
 # ---------------------------------------------------------------------- over HTTP
 
 
+def one(**other: Any) -> dict[str, Any]:
+    """A request of one row, with other fields of its input."""
+    return {"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 8], "data": [0.5] * 8} | other]}
+
+
 @pytest.fixture(scope="module")
 def address(fast: CompiledModule) -> Iterator[tuple[str, RowServer]]:
     uvicorn = pytest.importorskip("uvicorn")
@@ -277,25 +286,128 @@ def test_protocol_over_http(address: tuple[str, RowServer], fast: CompiledModule
 
 
 @pytest.mark.parametrize(
-    "body",
+    ("body", "said"),
     [
-        {},
-        [],
-        {"inputs": [{"name": "other", "datatype": "FP32", "shape": [1, 8], "data": [0.0] * 8}]},
-        infer(torch.zeros(1, 7)),
-        {"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 8], "data": [0.0]}]},
-        infer(torch.zeros(1, 8), parameters="fast"),
+        ({}, "holds a list of inputs"),
+        ([], "holds a list of inputs"),
+        ({"inputs": ["input"]}, "lacks something"),
+        ({"inputs": [{"name": "input", "datatype": "FP32", "shape": [1, 8]}]}, "name, datatype, shape alone"),
+        (one(name="other"), "other inputs than the model's"),
+        (one(name=3), "name of inputs[0]"),
+        ({"inputs": one()["inputs"] * 2}, "input, input"),
+        (one(datatype="FP33"), "did you mean FP32"),
+        (one(datatype=[]), "unknown datatype"),
+        (one(datatype="INT64", data=[1] * 8), "int64[1, 8]"),
+        (one(datatype="INT64", data=[1.5] * 8), "no finite numbers of INT64"),
+        (one(datatype="UINT8", data=[300] * 8), "no finite numbers of UINT8"),
+        (one(datatype="FP16", data=[1e9] * 8), "no finite numbers of FP16"),
+        (one(data=[math.nan] * 8), "8 of 8 like nan"),
+        (one(data=["a"] * 8), "no numbers"),
+        (one(data=[[0.0] * 7, [0.0]]), "no numbers"),
+        (one(data=[10**400] * 8), "no numbers"),
+        (one(data=[0.0] * 7), "7 numbers for [1, 8]"),
+        (one(shape=[1, 7], data=[0.0] * 7), "float32[1, 7]"),
+        (one(shape=[], data=[0.0]), "another shape"),
+        (one(shape=[-1, 8]), "a list of sizes"),
+        (one(shape="18"), "a list of sizes"),
+        (one(shape=[0, 8], data=[]), "without rows"),
+        (one(shape=[65, 8], data=[0.0] * 520), "at most 64"),
+        (one() | {"parameters": "fast"}, "parameters is of another type"),
+        (one() | {"parameters": {"deadline_ms": "5"}}, "deadline_ms= is a number"),
+        (one() | {"id": 3}, "id is of another type"),
+        (one() | {"outputs": [{"name": "logits"}]}, "unknown output"),
+        (one() | {"outputs": "output"}, "outputs are a list"),
     ],
-    ids=["empty", "list", "name", "shape", "too few numbers", "parameters"],
 )
-def test_bad_bodies_get_400(address: tuple[str, RowServer], body: Any) -> None:
-    status, reply, _ = asked(f"{address[0]}/v2/models/net/infer", body)
-    assert status == 400 and reply["error"]
+def test_bad_bodies_get_400(address: tuple[str, RowServer], body: Any, said: str) -> None:
+    base, server = address
+    status, reply, _ = asked(f"{base}/v2/models/net/infer", body)
+    assert status == 400 and said in reply["error"]
+    assert asked(f"{base}/v2/models/net/infer", one())[0] == 200 and server.waiting == 0
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"\xff\xfe", b"[" * 100_000, b"9" * 9000])
+def test_what_is_no_json_gets_400(address: tuple[str, RowServer], body: bytes) -> None:
+    request = urllib.request.Request(f"{address[0]}/v2/models/net/infer", body)
+    with pytest.raises(urllib.error.HTTPError) as refused:
+        urllib.request.urlopen(request, timeout=30)
+    with refused.value as reply:
+        assert reply.code == 400 and "an infer request is JSON" in json.loads(reply.read())["error"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "status"), [("other", None, 404), ("other/infer", {}, 404), ("net/infer", None, 405)]
+)
+def test_other_addresses_are_refused_as_json(address: tuple[str, RowServer], path: str, body: Any, status: int) -> None:
+    got, reply, _ = asked(f"{address[0]}/v2/models/{path}", body)
+    assert got == status and "/v2/models/net" in reply["error"]
+
+
+def test_a_model_that_fails_and_outputs_that_json_does_not_have(
+    address: tuple[str, RowServer], fast: CompiledModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, server = address
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "_stream", lambda batch: 1 / 0)
+        status, reply, _ = asked(f"{base}/v2/models/net/infer", one())
+    assert status == 500 and "ZeroDivisionError" in reply["error"]
+
+    def gives_nan(batch: Any) -> None:
+        for request in batch:
+            request.future.set_result(Answer(torch.full((1, 3), math.nan), "model", 2, 0.0, 1.0, True, None))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(server, "_stream", gives_nan)
+        status, reply, _ = asked(f"{base}/v2/models/net/infer", one())
+    assert status == 400 and "NaN or infinity" in reply["error"]
+    status, reply, _ = asked(f"{base}/v2/models/net/infer", one() | {"outputs": [{"name": "output"}]})
+    assert status == 200 and [o["name"] for o in reply["outputs"]] == ["output"]
+
+
+def test_closing_while_requests_come_loses_none(fast: CompiledModule) -> None:
+    pytest.importorskip("fastapi")
+    from eecompile.serving.http import infer as answered
+
+    server = RowServer(fast)
+
+    async def all_of_them() -> list[Any]:
+        asking = [asyncio.create_task(answered(server, "net", one())) for _ in range(50)]
+        await asyncio.sleep(0.005)
+        await asyncio.to_thread(server.close)
+        asking += [asyncio.create_task(answered(server, "net", one()))]
+        return await asyncio.wait_for(asyncio.gather(*asking, return_exceptions=True), 30)
+
+    *found, last = asyncio.run(all_of_them())
+    assert isinstance(last, ServerClosed)
+    assert all(isinstance(f, ServerClosed) or f["outputs"] for f in found)
+
+
+def test_rows_of_a_request_that_is_refused_are_taken_back(
+    fast: CompiledModule, rows: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("fastapi")
+    from eecompile.serving.http import infer as answered
+
+    with RowServer(fast, max_batch=1, max_wait_ms=0, max_queue=3) as server:
+        held = Held(server, monkeypatch)
+        server.submit(rows[:1])
+        assert held.entered.wait(30)
+        kept = server.submit(rows[:1])
+        with pytest.raises(ServerBusy):
+            asyncio.run(answered(server, "net", infer(rows[:3])))
+        held.go.set()
+        assert kept.result(30)
 
 
 def test_a_full_queue_gets_429(address: tuple[str, RowServer], rows: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     base, server = address
     with monkeypatch.context() as patch:
-        patch.setattr(server, "max_queue", 0)
+        held = Held(server, patch)
+        patch.setattr(server, "max_queue", 1)
+        waiting = [server.submit(rows[:1])]
+        assert held.entered.wait(30)
+        waiting.append(server.submit(rows[:1]))
         status, _, headers = asked(f"{base}/v2/models/net/infer", infer(rows[:1]))
+        held.go.set()
+        assert all(f.result(30) for f in waiting)
     assert status == 429 and int(headers["Retry-After"]) >= 1
