@@ -1,4 +1,5 @@
-"""Data that are generated, with a structure that is known: control charts, and code whose words are to be tagged.
+"""Data that are generated, with a structure that is known: control charts, code whose words are to be tagged, and the tasks
+of Graves 2016, whose rows differ in how many steps of thought they need.
 
 Every row is drawn anew from the seed, so there are as many as one asks for and nothing is fetched.
 """
@@ -54,6 +55,68 @@ def control_charts(rows: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     signals = torch.stack((torch.zeros_like(t), cycle, trend, -trend, shift, -shift), 1)
     readings = noise + signals[torch.arange(rows), state]
     return (readings / 10).unsqueeze(1), state
+
+
+# ---- tasks whose difficulty is known
+
+SIGNS, DIGITS, OPERATIONS = 8, 5, 6  # the most of a row
+LOGIC = torch.tensor(
+    [
+        [0, 0, 0, 1],
+        [0, 1, 1, 1],
+        [0, 1, 1, 0],
+        [1, 1, 1, 0],
+        [1, 0, 0, 0],
+        [1, 0, 0, 1],
+        [1, 1, 0, 1],
+        [1, 0, 1, 1],
+        [0, 0, 1, 0],
+        [0, 1, 0, 0],
+    ]
+)  # fmt: skip  by 2 p + q
+
+
+def parity(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether the number of ones is odd, among 1 to 8 signs of 1 or -1 at random places, 0 elsewhere.
+
+    float32 [N, 8], int64 [N], and how many signs there are, int64 [N].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = torch.randint(1, SIGNS + 1, (rows,), generator=generator)
+    used = torch.rand(rows, SIGNS, generator=generator).argsort(1) < count[:, None]
+    ones = torch.randint(2, (rows, SIGNS), generator=generator)
+    return (used * (2 * ones - 1)).float(), (used * ones).sum(1) % 2, count
+
+
+def addition(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """The last digit of the sum of 1 to 5 decimal digits: float32 [N, 50] (one-hot), int64 [N], and how many, int64 [N]."""
+    generator = torch.Generator().manual_seed(seed)
+    count = torch.randint(1, DIGITS + 1, (rows,), generator=generator)
+    digits = torch.randint(10, (rows, DIGITS), generator=generator)
+    used = torch.arange(DIGITS) < count[:, None]
+    ones = torch.nn.functional.one_hot(digits, 10) * used[:, :, None]
+    return ones.flatten(1).float(), (digits * used).sum(1) % 10, count
+
+
+def logic(rows: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """What 1 to 6 operations come to, each of ten on the two last bits, the first two given.
+
+    float32 [N, 62] (bits as 1 and -1, operations one-hot), int64 [N], and how many operations, int64 [N].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    count = torch.randint(1, OPERATIONS + 1, (rows,), generator=generator)
+    bits = torch.randint(2, (rows, 2), generator=generator)
+    names = torch.randint(len(LOGIC), (rows, OPERATIONS), generator=generator)
+    used = torch.arange(OPERATIONS) < count[:, None]
+    before, last = bits[:, 0], bits[:, 1]
+    for k in range(OPERATIONS):
+        new = LOGIC[names[:, k], 2 * before + last]
+        before, last = torch.where(used[:, k], last, before), torch.where(used[:, k], new, last)
+    ones = torch.nn.functional.one_hot(names, len(LOGIC)) * used[:, :, None]
+    return torch.cat((2 * bits - 1, ones.flatten(1)), 1).float(), last, count
+
+
+TASKS = {"parity": parity, "addition": addition, "logic": logic}
 
 
 # ---- code

@@ -241,19 +241,19 @@ class ChartNet(nn.Module):
         return y
 
 
-class RowReader(nn.Module):
-    """A recurrent classifier that reads an image [B, 1, 28, 28] two rows at a time, from the top, with a GRU cell."""
+class Thinker(nn.Module):
+    """A GRU cell that reads one vector [B, D] again at each of ``steps`` steps; then logits [B, classes]."""
 
-    def __init__(self, hidden: int = 96, classes: int = 10) -> None:
+    def __init__(self, width: int, classes: int, steps: int, hidden: int = 96) -> None:
         super().__init__()
-        self.first = nn.Linear(56, hidden)
-        self.cell = nn.GRUCell(56, hidden)
+        self.steps = steps
+        self.first = nn.Linear(width, hidden)
+        self.cell = nn.GRUCell(width, hidden)
         self.classifier = nn.Linear(hidden, classes)
 
-    def forward(self, images: Tensor) -> Tensor:
-        steps = images.reshape(images.shape[0], -1, 56)
-        h = torch.tanh(self.first(steps[:, 0]))
-        for t in range(1, steps.shape[1]):
-            h = self.cell(steps[:, t], h)
+    def forward(self, x: Tensor) -> Tensor:
+        h = torch.tanh(self.first(x))
+        for _ in range(self.steps):
+            h = self.cell(x, h)
         logits: Tensor = self.classifier(h)
         return logits

@@ -38,7 +38,7 @@ SHORT = (
     ("`branchy`", "branchy_resnet", 0),
     ("`mebert`", "mebert_imdb", 0),
     ("`cascade`", "cascade_text", 0),
-    ("`act`", "act_recurrent", 0),
+    ("`act`", "act_recurrent", 1),
 )
 
 
@@ -71,7 +71,7 @@ def short(results: Path = RESULTS) -> str:
     for strategy, stem, index in SHORT:
         record = json.loads((results / f"{stem}.json").read_text())
         row = record["rows"][index]
-        accuracies = (_percent(row["full_accuracy"]), _percent(row["accuracy"]))
+        accuracies = (_percent(row.get("full_accuracy", row["original_accuracy"])), _percent(row["accuracy"]))
         ratio = row.get("speedup", {}).get("32")
         faster = "-" if ratio is None else f"{ratio:.2f}x"
         lines.append((row["what"], strategy, *accuracies, _percent(row["cost"]), faster, f"`{record['command']}`"))

@@ -7,13 +7,17 @@ lead, or how far halting scores must add up; and the setting as it is. They are 
 batch runs under all of them.
 
 **The test.** As for exits: `choose.py`. If none qualifies, nothing is skipped.
+
+**The base.** Training moves the trunk to what its gates or halting leave of it, and with nothing skipped the model may be
+worse than as it decides: to lose little against that would be no promise. Where a setting is clearly better on the first
+part of the rows, losses are counted against the best one, and it is what is set if none qualifies.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain, islice
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -44,6 +48,7 @@ if TYPE_CHECKING:
 FIRST_ROWS = 256  # whose scores settings are proposed from
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 THRESHOLDS = (*SHARES, 0.98, 1.0)
+CLEARLY = 3.0  # standard errors
 
 
 class Line(ABC):
@@ -186,21 +191,36 @@ def calibrate_line(line: Line, source: Source, settings: Settings, options: Opti
     """The cheapest of a line's settings that keep the bound; exits stay closed meanwhile, and in the report as they were."""
     tried, full, keys, members = _run(line, source, settings, options)
     first, second = split(keys, split_sizes(len(keys), options.max_drop, options.delta)[0])
+    base = _base(tried, full, first)
+    if base is not full:
+        line.words = replace(line.words, against="the best setting tried", otherwise="that one is kept")
     parts = Subgroups(members, options)
     path: Path[Tried] = Path(
-        drop=lambda t: full.score - t.score,
+        drop=lambda t: base.score - t.score,
         rows=len(keys),
         cost=lambda t: float(t.cost.mean()),
-        full_cost=float(full.cost.mean()),
-        binary=is_binary(torch.stack([full.score, *(t.score for t in tried)])),
+        full_cost=float(base.cost.mean()),
+        binary=is_binary(torch.stack([base.score, *(t.score for t in tried)])),
         subsets=lambda _: parts.controlled,
-        harm=lambda t: parts.harm(t.score, full.score),
+        harm=lambda t: parts.harm(t.score, base.score),
         impossible=parts.too_small(second, options.delta),
     )
     chosen = path.choose(tried, first, second, options)
-    report = _report(line, settings, (tried, full), (first, second), chosen, options)
-    report.add_groups(parts, (chosen.value or full).score, full.score)
+    report = _report(line, settings, (tried, base), (first, second), chosen, options)
+    report.add_groups(parts, (chosen.value or base).score, base.score)
+    if base is not full:
+        share = [f"{100 * float(t.score.mean()):.1f}%" for t in (full, base)]
+        report.notes.append(
+            f"With nothing skipped the score is {share[0]}, at the best setting {share[1]}: losses are counted against that."
+        )
     return report
+
+
+def _base(tried: Sequence[Tried], full: Tried, rows: Tensor) -> Tried:
+    """What losses are counted against: `full`, or the best of `tried` where it is clearly better on these rows."""
+    best = max(tried, key=lambda t: float(t.score[rows].mean()), default=full)
+    gain = best.score[rows] - full.score[rows]
+    return best if float(gain.mean()) > CLEARLY * float(gain.std()) / max(len(rows), 1) ** 0.5 else full
 
 
 def line_within(line: Line, source: Source, settings: Settings, budget: float, options: Options) -> CalibrationReport:
@@ -288,6 +308,7 @@ def _report(
 ) -> CalibrationReport:
     full = tried[1]
     value = chosen.value or full
+    skips_nothing = chosen.value is None and full.settings == line.neutral(full.settings)
     drop = full.score - value.score
     return CalibrationReport.of(
         options,
@@ -299,7 +320,7 @@ def _report(
         drop=drop,
         rows=rows,
         expected_cost=float(value.cost.mean()),
-        parts=line.parts(value.settings, None if chosen.value is None else value.shares),
+        parts=line.parts(value.settings, None if skips_nothing else value.shares),
         curve=[
             {
                 "setting": list(t.settings[line.family]),

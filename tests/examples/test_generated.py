@@ -60,3 +60,23 @@ def test_words_of_code_have_their_roles() -> None:
                 assert tag == ("parameter" if word in parameters else "variable")
             if word in plain:
                 assert tag == plain[word]
+
+
+def test_tasks_have_their_answers_and_their_difficulty() -> None:
+    signs, odd, count = generated.parity(500)
+    assert torch.equal((signs != 0).sum(1), count) and torch.equal((signs > 0).sum(1) % 2, odd)
+    digits, last, count = generated.addition(500)
+    ones = digits.view(500, generated.DIGITS, 10)
+    assert torch.equal(ones.sum((1, 2)), count.float())
+    assert torch.equal((ones * torch.arange(10)).sum((1, 2)).long() % 10, last)
+    row, answer, count = generated.logic(500)
+    assert torch.equal(row[:, 2:].sum(1), count.float())
+    for given, wanted in zip(row[:50], answer[:50], strict=True):
+        before, now = (int(b > 0) for b in given[:2])
+        for one in given[2:].view(generated.OPERATIONS, -1):
+            if one.any():
+                before, now = now, int(generated.LOGIC[int(one.argmax()), 2 * before + now])
+        assert now == int(wanted)
+    for draw in generated.TASKS.values():
+        assert all(torch.equal(a, b) for a, b in zip(draw(20, 3), draw(20, 3), strict=True))
+        assert draw(4000)[2].float().std() > 1

@@ -21,6 +21,8 @@ from unittest.mock import patch
 import pytest
 import torch
 
+from examples.act_recurrent import ranks
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -325,12 +327,21 @@ def test_anytime_stream(environment: dict[str, str], tmp_path: Path) -> None:
 def test_act_recurrent(environment, tmp_path):
     quick("act_recurrent", environment, tmp_path)
     made = json.loads((tmp_path / "act_recurrent-quick.json").read_text())
-    (row,) = made["rows"]
-    assert row["accuracy"] > 0.85
-    assert 1 < row["cost"] < 3  # between one step everywhere and three
-    curve = made["curve_on_val"]
-    assert [p["cost"] for p in curve] == sorted(p["cost"] for p in curve)  # a lower threshold stops sooner
-    assert sum(made["chosen"]["steps"].values()) == 512
+    assert [(row["what"].split(",")[0], row["thresholds"]) for row in made["rows"]] == [
+        (task, how) for task in ("parity", "addition", "logic") for how in ("as trained", "guaranteed")
+    ]
+    for row in made["rows"]:
+        assert sum(row["share"].values()) == pytest.approx(1)
+        assert 0 < row["cost"] < 1.01  # of six steps, and of the halting units
+        assert -1 <= row["rank_correlation"] <= 1
+        assert len(row["constants"]) == 2
+        by_level = row["steps_by_difficulty"]
+        assert len(by_level) == {"parity": 8, "addition": 5, "logic": 6}[row["what"].split(",")[0]]
+        assert all(1 <= steps <= 6 for steps in by_level.values())
+
+
+def test_ranks_are_those_of_spearman():
+    assert ranks(torch.tensor([3, 1, 3, 2])).tolist() == [3.5, 1, 3.5, 2]
 
 
 @pytest.mark.nightly

@@ -66,14 +66,24 @@ class OneGate(nn.Module):
     def prediction_of(self, output):
         return output
 
+    def spoilt(self, x, opened):
+        return torch.zeros_like(opened)
+
     def observe(self, x):
         opened = x[:, 0] >= self.gate_thresholds[0]
-        wrong = ~opened & (x[:, 1] < 0.4 * x[:, 0])
+        wrong = (~opened & (x[:, 1] < 0.4 * x[:, 0])) | self.spoilt(x, opened)
         logits = nn.functional.one_hot((~wrong).long(), 2).float()
         cost = 1 - 0.5 * (~opened).float()
         ends, sure = torch.zeros(len(x), dtype=torch.long), torch.ones(len(x))
         trace = Trace((logits,), (sure,), gate_scores=x[:, :1], end_cost=cost)
         return Result(logits, ends, sure, cost, Choices(opened.unsqueeze(1)), trace=trace)
+
+
+class Spoilt(OneGate):
+    """Trained to be skipped where u < 0.3: the open gate answers wrongly there."""
+
+    def spoilt(self, x, opened):
+        return opened & (x[:, 0] < 0.3)
 
 
 def rows(n, seed):
@@ -129,6 +139,20 @@ def test_the_report_says_what_was_found():
     assert "too few" in few.guarantee
     with pytest.raises(CalibrationError):
         calibrated(fast, [], max_drop=0.01)
+
+
+@pytest.mark.parametrize(("rows_given", "max_drop"), [(4000, 0.02), (200, 0.002)])
+def test_a_model_that_is_worse_with_nothing_skipped_is_no_base(rows_given, max_drop):
+    fast = Spoilt()  # right for 70% with all gates open, for 98% at 0.3; at 0.4 for 96.8%
+    fast.gate_thresholds.fill_(0.3)
+    report = calibrated(fast, loader(rows(rows_given, 1), size=50), max_drop=max_drop, delta=0.05)
+    t = float(fast.gate_thresholds[0])
+    assert 0.28 < t < 0.46  # against open gates 1.0, which loses 20 points, would be cheapest within the bound
+    assert report.qualified == (rows_given == 4000)
+    assert "nothing skipped the score is 6" in report.notes[-1] or "nothing skipped the score is 7" in report.notes[-1]
+    assert "all gates open" not in report.guarantee
+    assert report.gates[0].open == pytest.approx(1 - t, abs=0.1)
+    assert report.to_dict()["notes"] == report.notes
 
 
 def test_evaluation_compares_with_all_gates_open():
