@@ -61,7 +61,7 @@ def example(options: Options, record: Record) -> None:
     quick, seed = options.quick, options.seed
     rows = ROWS_QUICK if quick else ROWS
     record.note(data="parity, addition, logic (generated)", rows_of_data=rows, price=PRICE)
-    record.note(model="a GRU of 16 units (logic: 96), 6 steps")
+    record.note(model="a GRU of 96 units, 6 steps")
     found: dict[str, Any] = {}
     for task, draw in TASKS.items():
         x, labels, _ = draw(rows["train"], list(generated.SIZES).index("train"))

@@ -419,14 +419,13 @@ def code_trunk(layers: int = 4, *, quick: bool = False, seed: int = 0) -> Trunk:
 
 def thinker_trunk(task: str, steps: int = 6, *, quick: bool = False, seed: int = 0) -> Trunk:
     """A recurrent network that takes as many steps for every row of a task of Graves 2016."""
-    recipe = Recipe(f"thinker-{task}-{steps}", 20, 256, 3e-3, weight_decay=1e-4, seed=seed, rows=100_000)
+    recipe = Recipe(f"thinker-{task}-{steps}", 10, 256, 3e-3, weight_decay=1e-4, seed=seed, rows=300_000)
     if quick:
         recipe = replace(recipe, name=f"{recipe.name}-quick", epochs=2, rows=2_000, standin=True)
     draw = generated.TASKS[task]
     width, classes = draw(1)[0].shape[1], 10 if task == "addition" else 2
     data = generated.data(lambda rows, part: draw(rows, part)[:2], quick)
-    # No wider than the task needs: else one step learns to do it all.
-    return trunk(recipe, lambda: models.Thinker(width, classes, steps, 96 if task == "logic" else 16), data)
+    return trunk(recipe, lambda: models.Thinker(width, classes, steps), data)
 
 
 TRUNKS: dict[str, Callable[..., Trunk]] = {
