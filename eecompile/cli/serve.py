@@ -13,7 +13,7 @@ from eecompile.cli.out import reporting
 def serve(
     directory: o.Saved,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 8000,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port to listen on.")] = 8000,
     name: Annotated[str, typer.Option(help="Name of the model in its addresses.")] = "model",
     max_batch: Annotated[int, typer.Option(help="Most rows that run together.")] = 32,
     max_wait_ms: Annotated[float, typer.Option(help="How long a row waits for others.")] = 2.0,

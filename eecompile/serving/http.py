@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+import re
 from concurrent.futures import Future
 from typing import Any
 
@@ -94,7 +95,14 @@ async def respond(server: RowServer, name: str, request: Request) -> Any:
 
 
 def app(server: RowServer, name: str) -> Any:
-    """A FastAPI application that serves one program."""
+    """A FastAPI application that serves one program.
+
+    Raises:
+        EecompileError: A name that would not be one part of an address.
+    """
+    if not re.fullmatch(r"[\w.-]+", name):
+        wanted = "letters, digits, '_', '.' and '-'"
+        raise EecompileError("the model's name is a part of its addresses", got=repr(name), wanted=wanted)
     made = FastAPI(title=f"eecompile: {name}")
     signature = server.fast.program.signature
 

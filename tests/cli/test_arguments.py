@@ -223,3 +223,7 @@ def test_a_bug_is_told_apart_from_a_mistake(saved: Path, monkeypatch: pytest.Mon
     assert "run again with --debug" in done.stderr
     assert "Traceback" not in done.stderr
     assert "Traceback" in call("evaluate", str(saved), "--data", "digits:test", "--debug", code=1).stderr
+
+
+def test_a_port_is_in_range(tmp_path: Path) -> None:
+    assert "65535" in call("serve", str(tmp_path), "--port", "99999", code=2).stderr

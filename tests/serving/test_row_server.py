@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from eecompile import CompiledModule, eecompile, strategies
-from eecompile.errors import CaptureError, StrategyError
+from eecompile.errors import CaptureError, EecompileError, StrategyError
 from eecompile.serving import Answer, RowServer, ServerBusy, ServerClosed
 from tests.serving.client import asked, infer
 from tests.serving.conftest import Slow
@@ -411,3 +411,10 @@ def test_a_full_queue_gets_429(address: tuple[str, RowServer], rows: Tensor, mon
         held.go.set()
         assert all(f.result(30) for f in waiting)
     assert status == 429 and int(headers["Retry-After"]) >= 1
+
+
+@pytest.mark.parametrize("name", ["", "a/b", "a b", "{x}"])
+def test_a_name_is_one_part_of_an_address(fast: CompiledModule, name: str) -> None:
+    http = pytest.importorskip("eecompile.serving.http")
+    with RowServer(fast) as server, pytest.raises(EecompileError, match="part of its addresses"):
+        http.app(server, name)
