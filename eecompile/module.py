@@ -561,6 +561,7 @@ class CompiledModule(nn.Module):
 
         One objective for all calls: some keep means, and the price of a FLOP moves on.
         """
+        check_kind("result", result, Result, "what fast.run gives in train mode")
         return loss_of(self, result, labels)
 
     @property

@@ -6,7 +6,7 @@ each. The settings are few and lie on one line, which a `Line` knows: one number
 lead, or how far halting scores must add up; and the setting as it is. They are proposed from the first rows, then every
 batch runs under all of them.
 
-**The test.** As for exits: `choose.py`. If none qualifies, nothing is skipped.
+**The test.** As for exits: `choose.py`. If none qualifies, nothing is skipped, or the base is kept.
 
 **The base.** Training moves the trunk to what its gates or halting leave of it, and with nothing skipped the model may be
 worse than as it decides: to lose little against that would be no promise. Where a setting is clearly better on the first
@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 FIRST_ROWS = 256  # whose scores settings are proposed from
 SHARES = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95)
 THRESHOLDS = (*SHARES, 0.98, 1.0)
-CLEARLY = 3.0  # standard errors
+ENOUGH, CLEARLY = 30, 3.0  # rows and standard errors, for another setting to count as better than nothing skipped
 
 
 class Line(ABC):
@@ -191,15 +191,15 @@ def calibrate_line(line: Line, source: Source, settings: Settings, options: Opti
     """The cheapest of a line's settings that keep the bound; exits stay closed meanwhile, and in the report as they were."""
     tried, full, keys, members = _run(line, source, settings, options)
     first, second = split(keys, split_sizes(len(keys), options.max_drop, options.delta)[0])
-    base = _base(tried, full, first)
+    base, with_nothing_skipped = _base(tried, full, first), line.words.against
     if base is not full:
-        line.words = replace(line.words, against="the best setting tried", otherwise="that one is kept")
+        line.words = replace(line.words, against="the best setting tried", otherwise="the best setting tried is kept")
     parts = Subgroups(members, options)
     path: Path[Tried] = Path(
         drop=lambda t: base.score - t.score,
         rows=len(keys),
         cost=lambda t: float(t.cost.mean()),
-        full_cost=float(base.cost.mean()),
+        full_cost=float(full.cost.mean()),
         binary=is_binary(torch.stack([base.score, *(t.score for t in tried)])),
         subsets=lambda _: parts.controlled,
         harm=lambda t: parts.harm(t.score, base.score),
@@ -211,16 +211,19 @@ def calibrate_line(line: Line, source: Source, settings: Settings, options: Opti
     if base is not full:
         share = [f"{100 * float(t.score.mean()):.1f}%" for t in (full, base)]
         report.notes.append(
-            f"With nothing skipped the score is {share[0]}, at the best setting {share[1]}: losses are counted against that."
+            f"With {with_nothing_skipped} the score is {share[0]}, at the best setting {share[1]}: losses, "
+            "by class and group too, are counted against that."
         )
     return report
 
 
 def _base(tried: Sequence[Tried], full: Tried, rows: Tensor) -> Tried:
     """What losses are counted against: `full`, or the best of `tried` where it is clearly better on these rows."""
+    if len(rows) < ENOUGH:
+        return full
     best = max(tried, key=lambda t: float(t.score[rows].mean()), default=full)
     gain = best.score[rows] - full.score[rows]
-    return best if float(gain.mean()) > CLEARLY * float(gain.std()) / max(len(rows), 1) ** 0.5 else full
+    return best if float(gain.mean()) > CLEARLY * float(gain.std()) / len(rows) ** 0.5 else full
 
 
 def line_within(line: Line, source: Source, settings: Settings, budget: float, options: Options) -> CalibrationReport:

@@ -464,7 +464,8 @@ class CalibrationReport(Report):
 
     def _loss(self) -> str:
         """What is bounded."""
-        drop, against = f"{100 * self.max_drop:g}%", self.words.against
+        drop = f"{100 * self.max_drop:g}%"
+        against = "the model as it is set before its exits" if self.before else self.words.against
         of = "" if self.kind == "exits" else "the model with "
         return {
             "accuracy": f"accuracy drops by at most {drop} against {of}{against}",

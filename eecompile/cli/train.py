@@ -143,8 +143,8 @@ def calibrate(
 ) -> None:
     """Choose thresholds that lose at most --max-drop, or the best for a --budget, and save them with the program.
 
-    Use data that training has not seen. Where no thresholds qualify, exits are closed, gates open, no row halts, and it says
-    so.
+    Use data that training has not seen. Where no thresholds qualify, exits are closed, gates open, no row halts (or a
+    setting that is clearly better is kept), and it says so.
     """
     with reporting(as_json) as out:
         from eecompile.artifact import files

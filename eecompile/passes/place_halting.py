@@ -48,7 +48,7 @@ class PlaceHalting(Pass):
             raise NoPlaceError(
                 "no chain of blocks that a row could stop in",
                 got="; ".join(reasons[:12]) or "no block of the model hands on what it was given",
-                wanted="at least two blocks of one shape in a row, or repeat= for one block",
+                wanted="at least two blocks of one shape in a row, or max_steps= for blocks that repeat",
                 hint="eecompile inspect MODEL shows the blocks",
             )
         if self.recipe.rule == "stop" and len(halts) > 1:

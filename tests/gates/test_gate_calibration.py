@@ -149,10 +149,31 @@ def test_a_model_that_is_worse_with_nothing_skipped_is_no_base(rows_given, max_d
     t = float(fast.gate_thresholds[0])
     assert 0.28 < t < 0.46  # against open gates 1.0, which loses 20 points, would be cheapest within the bound
     assert report.qualified == (rows_given == 4000)
-    assert "nothing skipped the score is 6" in report.notes[-1] or "nothing skipped the score is 7" in report.notes[-1]
+    assert (
+        "With all gates open the score is 6" in report.notes[-1] or "With all gates open the score is 7" in report.notes[-1]
+    )
     assert "all gates open" not in report.guarantee
     assert report.gates[0].open == pytest.approx(1 - t, abs=0.1)
     assert report.to_dict()["notes"] == report.notes
+
+
+class Better(OneGate):
+    """Right for all rows with the gate closed, for a fifth with it open."""
+
+    def spoilt(self, x, opened):
+        return opened & (x[:, 1] >= 0.2)
+
+    def observe(self, x):
+        return super().observe(x * torch.tensor([1.0, 0.6]) + torch.tensor([0.0, 0.4]))
+
+
+@pytest.mark.parametrize("delta", [None, 0.05])
+def test_the_best_setting_may_be_the_cheapest(delta):
+    fast = Better()
+    report = calibrated(fast, loader(rows(2000, 1)), max_drop=0.02, delta=delta)
+    assert report.qualified and report.expected_cost < 0.7
+    assert report.expected_cost == pytest.approx(min(p["cost"] for p in report.curve), abs=0.03)
+    assert abs(report.drop) <= 0.02
 
 
 def test_evaluation_compares_with_all_gates_open():
