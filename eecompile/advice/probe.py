@@ -126,9 +126,8 @@ def _point(drops: Evidence, settings: Settings, names: list[str], vectors: list[
     lost = drops.loss.gather(1, index.T).T
     cost = torch.stack([drops.costs(pattern(v))[i] for v, i in zip(vectors, index, strict=True)])
 
-    def cheapest(loss: Tensor, price: Tensor, bias: float = 0.0) -> Tensor:
+    def cheapest(loss: Tensor, price: Tensor) -> Tensor:
         """Index of the vector, by mean loss and mean price `[..., V]`."""
-        loss = loss + bias
         price = torch.where(loss <= most + 1e-9, price, price.max() + 1 + loss)
         return price.argmin(-1)
 
@@ -142,8 +141,8 @@ def _point(drops: Evidence, settings: Settings, names: list[str], vectors: list[
     elsewhere = others @ lost.T / others.sum(1, keepdim=True)
     first = cheapest(losses, costs)[:, None]
     bias = max(0.0, float((elsewhere - losses).gather(1, first).mean()))
-    chosen = int(cheapest(lost.mean(1), cost.mean(1), bias))
-    drawn_costs = costs.gather(1, cheapest(losses, costs, bias)[:, None])[:, 0]
+    chosen = int(cheapest(lost.mean(1) + bias, cost.mean(1)))
+    drawn_costs = costs.gather(1, cheapest(losses + bias, costs)[:, None])[:, 0]
     low, high = torch.quantile(drawn_costs, torch.tensor(INTERVAL, dtype=torch.float64)).tolist()
     is_open = pattern(vectors[chosen])
     return Point(

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from eecompile.calibration.collect import static_output
 from eecompile.errors import EecompileError
-from eecompile.training.batches import Batch, batches, empty_loader
+from eecompile.training.batches import Batch, batches, empty_loader, no_labels
 from eecompile.training.scores import IGNORE
 
 LABELS, BYTES = 16_384, 2**29  # of a sample, at most: a row of text may have a label for each word
@@ -99,7 +99,7 @@ def sample(model: nn.Module, loader: Iterable[Any], clock: Clock, probes: int) -
     if not found:
         raise empty_loader()
     if not labels:
-        raise EecompileError("advice needs labels", got=f"{IGNORE} for every row", wanted="(inputs, labels)")
+        raise no_labels()
     fit = [_item(b) for i, b in enumerate(found) if i % EVERY != 1]
     made = Sample(fit, found[1::EVERY], seconds)
     if not made.val or made.rows[1] < LEAST:

@@ -191,9 +191,7 @@ def calibrate_line(line: Line, source: Source, settings: Settings, options: Opti
     """The cheapest of a line's settings that keep the bound; exits stay closed meanwhile, and in the report as they were."""
     tried, full, keys, members = _run(line, source, settings, options)
     first, second = split(keys, split_sizes(len(keys), options.max_drop, options.delta)[0])
-    base, with_nothing_skipped = _base(tried, full, first), line.words.against
-    if base is not full:
-        line.words = replace(line.words, against="the best setting tried", otherwise="the best setting tried is kept")
+    base = _base(tried, full, first)
     parts = Subgroups(members, options)
     path: Path[Tried] = Path(
         drop=lambda t: base.score - t.score,
@@ -209,9 +207,10 @@ def calibrate_line(line: Line, source: Source, settings: Settings, options: Opti
     report = _report(line, settings, (tried, base), (first, second), chosen, options)
     report.add_groups(parts, (chosen.value or base).score, base.score)
     if base is not full:
+        report.words = replace(line.words, against="the best setting tried", otherwise="the best setting tried is kept")
         share = [f"{100 * float(t.score.mean()):.1f}%" for t in (full, base)]
         report.notes.append(
-            f"With {with_nothing_skipped} the score is {share[0]}, at the best setting {share[1]}: losses, "
+            f"With {line.words.against} the score is {share[0]}, at the best setting {share[1]}: losses, "
             "by class and group too, are counted against that."
         )
     return report

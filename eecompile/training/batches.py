@@ -125,25 +125,22 @@ def _check_rows(inputs: Any, index: int) -> None:
         )
 
 
-def _tensor(labels: Any) -> Any:
-    """Labels of NumPy (or pandas) as a tensor; others as they are."""
-    if isinstance(labels, torch.Tensor) or not hasattr(labels, "__array__"):
-        return labels
-    return _of_numpy(labels.__array__(), labels)
-
-
-def _of_numpy(array: np.ndarray, otherwise: Any) -> Any:
+def _tensor(value: Any) -> Any:
+    """An array of NumPy (or pandas) as a tensor; others as they are."""
+    if isinstance(value, torch.Tensor) or not hasattr(value, "__array__"):
+        return value
+    array = value.__array__()
     try:
         usual = array.flags.writeable and not any(step < 0 for step in array.strides)
         return torch.as_tensor(array if usual else array.copy())
     except (TypeError, ValueError):  # strings and objects; the byte order of another machine
-        return otherwise
+        return value
 
 
 def move(value: Any, device: torch.device | None) -> Any:
     """`value` with every tensor in it on `device`, arrays of NumPy too; containers are rebuilt, other values kept."""
     if isinstance(value, np.ndarray):
-        value = _of_numpy(value, value)
+        value = _tensor(value)
     if isinstance(value, torch.Tensor):
         return value if device is None else value.to(device, non_blocking=True)
     if isinstance(value, Mapping):
