@@ -3,12 +3,16 @@
 Early feature maps are fine and know little of the whole image, so a branch halves the map and doubles the channels as
 the trunk's own stages do, down to 4 x 4, before it averages (`Branch`). Exits may stand closer than any one choice of
 thresholds needs: a closed exit costs nothing, and calibration opens those that pay. The trunk, trained as usual before,
-stays as it is; branches learn labels and the trunk's own output, each alone. Trained on together with its branches for 3
-passes, a trunk of 89.2% ended at 87.6% and saved no more.
+is trained on together with its branches from a high learning rate, as in a warm restart: early layers have to learn what
+branches can read. Branches learn labels and the model's own output. On the trunk as it was, branches are right on 68 to
+86% of the images, and a loss of 1 point guaranteed leaves 81% of the FLOPs.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from eecompile import eecompile
@@ -17,9 +21,10 @@ from eecompile.strategies import Branchy
 from examples import datasets
 from examples._common import Options, Record, evaluated, fitted, main, observed, resnet_trunk, rows_in, rows_of, timed
 
-EXITS = ("stage1.0", "stage1.2", "stage2.1", "stage3.0")
+EXITS = ("stage1.1", "stage2.0", "stage2.1", "stage3.0")
 EXITS_QUICK = ("stage1", "stage2")  # of ResNet-8, one block a stage
-SIZES = (1, 32, 256)
+SIZES = (1, 32, 64)
+EPOCHS, EPOCHS_QUICK = 16, 2
 
 
 class Branch(nn.Module):
@@ -40,6 +45,11 @@ class Branch(nn.Module):
         return logits
 
 
+def sgd(groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+    """What the trunk itself was trained by."""
+    return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+
+
 def example(options: Options, record: Record) -> None:
     """From training to timing."""
     quick = options.quick
@@ -48,19 +58,25 @@ def example(options: Options, record: Record) -> None:
     train = datasets.loader("cifar10:train", batch_size=batch, standin=quick, seed=options.seed, augmented=not quick)
     held_out = {part: datasets.loader(f"cifar10:{part}", standin=quick) for part in ("val", "test")}
     x: Tensor = next(iter(held_out["val"]))[0][:8]
-    strategy = Branchy(exits=EXITS_QUICK if quick else EXITS, head=Branch, distillation=0.5)
-    fast = eecompile(trunk.model, strategy, example_inputs=(x,))
+    exits = EXITS_QUICK if quick else EXITS
+    weights = [1.0] * len(exits) + [2.0]
+    strategy = Branchy(exits=exits, head=Branch, weights=weights, distillation=0.5, trunk=True)
+    trained = resnet_trunk(quick=quick, seed=options.seed).model.to(memory_format=torch.channels_last)  # faster, on a CPU
+    fast = eecompile(trained, strategy, example_inputs=(x,))
     fit = fitted(
         fast,
         train,
         "branchy-resnet",
         options,
         trunk,
-        epochs=2 if quick else 3,
-        lr=3e-3,
+        epochs=EPOCHS_QUICK if quick else EPOCHS,
+        lr=0.1,
+        trunk_lr=0.1,
+        weight_decay=5e-4,
+        optimizer=sgd,
         scheduler="cosine",
-        bf16=not quick,
     )
+    fast.to(memory_format=torch.contiguous_format)
     sizes = {"train": rows_in(train)} | {part: rows_in(loader) for part, loader in held_out.items()}
     model = f"{type(trunk.model).__name__}, {sum(p.numel() for p in trunk.model.parameters()):,} parameters"
     record.note(data="CIFAR-10", rows_of_data=sizes, model=model, trunk=trunk.to_dict(), fit=fit)
