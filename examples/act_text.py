@@ -31,12 +31,12 @@ ROWS = {"train": 4_000, "val": 1_000, "test": 2_000}
 ROWS_QUICK = {"train": 128, "val": 64, "test": 64}
 TRAINING: dict[str, Any] = {"epochs": 1, "lr": 2e-3, "trunk_lr": 5e-5, "max_grad_norm": 1.0, "scheduler": "cosine"}
 HALTING = {
-    "reviews": Act(halting="pondernet", prior=0.3),
-    "tokens": Act(per_token=True, ponder_price=0.02),
+    "reviews": Act(halting="pondernet", prior=0.5, beta=0.3),
+    "tokens": Act(per_token=True, ponder_price=0.003),
 }
-THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-ALLOWED = 0.01
 NEVER = 2.0
+THRESHOLDS = (0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, NEVER)
+ALLOWED = 0.01
 
 
 def at_threshold(fast: Any, loader: Iterable[Any], threshold: float) -> dict[str, Any]:

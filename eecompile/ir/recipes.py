@@ -163,7 +163,7 @@ class TrainingStage:
         name: As reports show it.
         share: Share of the epochs of `fit`, relative to the other stages.
         gate_mode: How gates and routers decide meanwhile: "soft", "hard", "sample", "gumbel", "uniform",
-            "every" or "open".
+            "dropped", "every" or "open".
         objective: Added to the task's objective, as JSON data; None for the task alone.
         kept_open: Share of the gates, the first ones, that stay open meanwhile: a curriculum from the last gate on.
         full_share: Share of the rows of each batch, the first ones, that every gate lets in.

@@ -7,6 +7,8 @@
 | sample | Bernoulli(score) | none: REINFORCE uses the log probability of `Result.gates` under `Trace.gate_scores` |
 | gumbel | hard, with logistic noise on the score's logit | straight through the noisy score (Jang et al. 2017) |
 | uniform | each way equally likely | none: so that every branch is trained on all kinds of rows |
+| dropped | closed by chance, the later the gate the likelier, the last half the time | none: the trunk learns to do without \
+blocks (stochastic depth, Huang et al. 2016; layer dropout, Elhoushi et al. 2024) |
 | every | gates as hard, ways as uniform | none: the objective reads the loss of every way (`Trace.route_outputs`) |
 | open | open, whatever score and threshold | none: for objectives that read the scores with every depth's prediction |
 
@@ -126,6 +128,12 @@ def uniform(score: Tensor, thresholds: Tensor, index: int, opened: Tensor | None
     return _bounded(torch.bernoulli(torch.full_like(score, 0.5, dtype=torch.float32)), thresholds[index], opened, least)
 
 
+def dropped(score: Tensor, thresholds: Tensor, index: int, opened: Tensor | None = None, least: int = 0) -> Tensor:
+    """0 with a probability that rises evenly from gate to gate, to a half for the last one, else 1."""
+    stays = 1 - 0.5 * (index + 1) / thresholds.shape[0]
+    return _bounded(torch.bernoulli(torch.full_like(score, stays, dtype=torch.float32)), thresholds[index], opened, least)
+
+
 def full_rows(rows: int, share: float, device: torch.device) -> Tensor:
     """[rows] bool: the first `share` of a batch, to the nearest row, that run the full model in training."""
     return torch.arange(rows, device=device) < round(share * rows)
@@ -142,6 +150,7 @@ DECISIONS: dict[str, Callable[..., Tensor]] = {
     "sample": sample,
     "gumbel": gumbel,
     "uniform": uniform,
+    "dropped": dropped,
     "every": torch.ops.eecompile.gate.default,
     "open": always,
 }
@@ -202,6 +211,7 @@ WAYS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "soft": soft_ways,
     "sample": sampled_ways,
     "uniform": uniform_ways,
+    "dropped": uniform_ways,
     "every": uniform_ways,
     "gumbel": gumbel_ways,
     "open": own_way,

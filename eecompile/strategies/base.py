@@ -37,14 +37,22 @@ def check_thresholds(given: float | Sequence[float]) -> None:
             raise StrategyError("a threshold is 0 or more", got=given, wanted="0 to 1; an exit or gate is closed above 1")
 
 
-def check_full_share(given: Any) -> None:
-    """Checks a share of a training batch that gates let in whatever they say.
+def check_share(option: str, of: str, given: Any) -> None:
+    """Checks an option that is a share and leaves something for the rest.
 
     Raises:
         StrategyError: No number from 0 to below 1.
     """
     if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < 1:
-        raise StrategyError("full_share= is a share of a batch's rows", got=repr(given), wanted="0 to below 1")
+        raise StrategyError(f"{option}= is a share of {of}", got=repr(given), wanted="0 to below 1")
+
+
+def with_warm_up(warm_up: float, full_share: float, stages: Sequence[TrainingStage]) -> tuple[TrainingStage, ...]:
+    """The stages of gates, after a share `warm_up` of all epochs in which blocks are dropped by chance."""
+    if not warm_up:
+        return tuple(stages)
+    share = sum(stage.share for stage in stages) * warm_up / (1 - warm_up)
+    return (TrainingStage("blocks dropped", share, "dropped", full_share=full_share), *stages)
 
 
 @dataclass(frozen=True)

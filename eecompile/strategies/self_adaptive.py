@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 from eecompile.criteria import Criterion
 from eecompile.errors import StrategyError, check_name
 from eecompile.ir.recipes import GateRecipe, Recipe, TrainingStage, Where
-from eecompile.strategies.base import PLAIN, ExitStrategy, check_full_share, check_thresholds
+from eecompile.strategies.base import PLAIN, ExitStrategy, check_share, check_thresholds, with_warm_up
 
 WIDTHS = (0.25, 0.5, 0.75, 1.0)
 ESTIMATORS = {"gumbel": "gumbel", "straight_through": "hard", "reinforce": "sample"}
@@ -46,6 +46,8 @@ class SelfAdaptive(ExitStrategy):
         entropy: Bonus on the entropy of sampled decisions.
         full_share: Share of the rows of a training batch that run every part. Above 0 the full model, which `calibrate`
             compares with, stays good while parts are dropped for nearly every row; the target cost is that of the others.
+        warm_up: Share of the epochs before the policy is trained, in which the trunk learns to do without parts: they are
+            dropped by chance, the later the likelier, the last one half the time (stochastic depth, Huang et al. 2016).
         trunk: Train the trunk too unless `fit(trunk=...)` says otherwise.
 
     The options of the exits (head, criterion, threshold, mask, max_head_share, weights, distillation, combine) are those of
@@ -73,6 +75,7 @@ class SelfAdaptive(ExitStrategy):
     entropy: float = 0.01
     widths: Sequence[float] = ()
     full_share: float = 0.0
+    warm_up: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,7 +85,8 @@ class SelfAdaptive(ExitStrategy):
         if not 0 < self.target_cost <= 1:
             raise StrategyError("target_cost= is a fraction of the model's cost", got=self.target_cost, wanted="0 to 1")
         check_widths(self.widths)
-        check_full_share(self.full_share)
+        check_share("full_share", "a batch's rows", self.full_share)
+        check_share("warm_up", "the epochs", self.warm_up)
         if not self.parts and not self.widths:
             raise StrategyError("there is nothing to choose", got="parts=() and widths=()", wanted="parts or widths")
         check_name("estimator", self.estimator, ESTIMATORS, StrategyError)
@@ -123,7 +127,7 @@ class SelfAdaptive(ExitStrategy):
             name = "all parts" if k == steps else f"the last {free} of the parts"
             share = 1.0 if k == steps else 1.0 / (steps - 1)
             found.append(TrainingStage(name, share, mode, price, kept_open=float(1 - free), full_share=self.full_share))
-        return tuple(found)
+        return with_warm_up(self.warm_up, self.full_share, found)
 
 
 def check_widths(widths: Any) -> None:

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from eecompile.errors import StrategyError, check_name
 from eecompile.ir.recipes import GateRecipe, Recipe, TrainingStage
-from eecompile.strategies.base import PLAIN, Strategy, check_full_share, check_thresholds
+from eecompile.strategies.base import PLAIN, Strategy, check_share, check_thresholds, with_warm_up
 
 ESTIMATORS = {"straight_through": "hard", "gumbel": "gumbel"}
 REWARDS = ("log_likelihood", "correctness")
@@ -34,6 +34,8 @@ class SkipNet(Strategy):
         entropy: Bonus on the entropy of sampled decisions.
         full_share: Share of the rows of a training batch that run every block. Above 0 the full model, which `calibrate`
             compares with, stays good while blocks are skipped for nearly every row; the target cost is that of the others.
+        warm_up: Share of the epochs before gates are trained, in which the trunk learns to do without blocks: they are
+            dropped by chance, the later the likelier, the last one half the time (stochastic depth, Huang et al. 2016).
     """
 
     name: ClassVar[str] = "skipnet"
@@ -56,6 +58,7 @@ class SkipNet(Strategy):
     reward: str = "log_likelihood"
     entropy: float = 0.01
     full_share: float = 0.0
+    warm_up: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -77,7 +80,8 @@ class SkipNet(Strategy):
         check_name("reward", self.reward, REWARDS, StrategyError)
         if not self.entropy >= 0:
             raise StrategyError("entropy= is the weight of a bonus", got=self.entropy, wanted="0 or more")
-        check_full_share(self.full_share)
+        check_share("full_share", "a batch's rows", self.full_share)
+        check_share("warm_up", "the epochs", self.warm_up)
 
     def recipe(self) -> Recipe:
         threshold = tuple(self.threshold) if isinstance(self.threshold, Sequence) else float(self.threshold)
@@ -106,7 +110,7 @@ class SkipNet(Strategy):
             TrainingStage("hard gates", self.shares[1], ESTIMATORS[self.estimator], price, full_share=self.full_share),
             TrainingStage("reinforce", self.shares[2], "sample", policy, full_share=self.full_share),
         )
-        return tuple(stage for stage in found if stage.share > 0)
+        return with_warm_up(self.warm_up, self.full_share, [stage for stage in found if stage.share > 0])
 
     @property
     def joint(self) -> bool:

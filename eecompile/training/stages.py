@@ -44,7 +44,7 @@ def stages_of(
         priced = [part for part in parts_of(task) if isinstance(part, Priced)]
         if priced:
             samples = any(isinstance(part, Reinforce) for part in priced)
-            asked = [stage for stage in asked if (stage.gate_mode == "sample") == samples]
+            asked = [s for s in asked if s.objective is not None and (s.gate_mode == "sample") == samples]
             if not asked:
                 raise EecompileError(
                     "no stage of the strategy can be trained by this objective",
@@ -53,6 +53,13 @@ def stages_of(
                 )
             task = None
         for stage in asked:
+            if stage.gate_mode == "dropped" and not trunk:
+                raise EecompileError(
+                    "the trunk learns to do without blocks, but is not trained",
+                    where=f"stage {stage.name!r}",
+                    got="trunk=False",
+                    wanted="trunk=True, or a strategy with warm_up=0",
+                )
             if isinstance(task, PerExitLoss) and stage.objective is not None and stage.gate_mode in OF_LABELS:
                 raise EecompileError(
                     "this stage weighs the likelihood of class labels of every row",

@@ -151,6 +151,24 @@ def test_full_rows_keep_the_full_model_good(trained):
     assert accuracy[0.5] > accuracy[0.0] + 0.2
 
 
+def test_blocks_are_dropped_before_gates_are_trained(trained):
+    fast = compiled(trained, warm_up=0.5, shares=(0, 1, 0), full_share=0.25)
+    report = fast.fit(loader(60), epochs=2, progress=False)
+    assert [row.stage for row in report.rows] == ["blocks dropped", "hard gates"]
+    fast.train_mode = TrainMode(gates="dropped", full_share=0.25)
+    fast.set_gate_thresholds({"gate_0": 0.0, "gate_1": 2.0})
+    fast.train()
+    torch.manual_seed(0)
+    gates = fast.run(X[:800]).gates
+    assert bool((gates[:200] == 1).all())
+    count = gates.shape[1]
+    assert gates[200:, :2].mean(0).tolist() == [1.0, 0.0]  # always open and always closed, as they are set
+    for k in range(2, count):
+        assert float(gates[200:, k].mean()) == pytest.approx(1 - 0.5 * (k + 1) / count, abs=0.05)
+    with pytest.raises(EecompileError, match="learns to do without blocks, but is not trained"):
+        fast.fit(loader(60), epochs=2, trunk=False, progress=False)
+
+
 def test_epochs_are_shared_by_largest_remainders():
     assert shared(1, [0.3, 0.4, 0.3]) == [0, 1, 0]
     assert shared(2, [0.3, 0.4, 0.3]) == [1, 1, 0]
@@ -181,6 +199,8 @@ def test_options():
     for wrong in (
         {"full_share": 1},
         {"full_share": -0.1},
+        {"warm_up": 1},
+        {"warm_up": "half"},
         {"shares": (0, 0, 0)},
         {"shares": (1, 1)},
         {"estimator": "st"},
