@@ -630,6 +630,9 @@ class CompiledModule(nn.Module):
         nothing else. Thresholds stay as they are.
         """
         self.unchanged()
+        check_kind("heads", heads, Mapping, "{exit: (kind, head, FLOPs)}")
+        for name in heads:
+            self.branch(name)  # an error where there is no such exit
         exits = []
         for e in self.program.exits:
             if e.name in heads:

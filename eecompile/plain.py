@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import math
 import os
+import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -82,6 +83,10 @@ def check_switches(
 SWITCHES = {"bool": (True, False), "bool | None": (True, False, None)}
 
 
+CALL = re.compile(r"\(([^()]*)\) ->")
+"""Arguments in a description of how a function is called."""
+
+
 def check_kind(
     name: str, value: Any, kinds: type | tuple[type, ...], wanted: str, error: type[EecompileError] = EecompileError
 ) -> None:
@@ -91,9 +96,24 @@ def check_kind(
 
 
 def check_callable(name: str, value: Any, wanted: str, error: type[EecompileError] = EecompileError) -> None:
-    """Checks a function that a user gave; None is none given."""
-    if value is not None and not callable(value):
+    """Checks a function that a user gave; None is none given.
+
+    Args:
+        wanted: How it is called, such as "(prediction, labels) -> [B]": it must take so many arguments.
+    """
+    if value is None:
+        return
+    if not callable(value):
         raise error(f"{name}= is a function", got=shown(value)[:80], wanted=wanted)
+    taken = CALL.search(wanted)
+    try:
+        signature = inspect.signature(value)
+    except (TypeError, ValueError):  # of functions written in C nothing is known
+        return
+    try:
+        signature.bind(*([None] * len([name for name in taken[1].split(",") if name])) if taken else ())
+    except TypeError as problem:
+        raise error(f"{name}= takes other arguments", got=f"{signature}: {problem}"[:120], wanted=wanted) from problem
 
 
 def as_path(name: str, value: Any, error: type[EecompileError] = EecompileError) -> Path:

@@ -209,6 +209,7 @@ MESSAGES = {
     "lr": (lambda f, v: f.fit([], lr=v), "lr "),
     "budgets": (lambda f, v: f.budget_curve([], budgets=v), "budgets"),
     "in_place": (lambda f, v: f.own_trunk(v), "in_place= is a switch"),
+    "heads": (lambda f, v: f.replace_heads(v), "heads is of another type|unknown exit"),
 }
 MAY_BE = {"example_kwargs": (None,), "prediction": (None,), "progress": (None, int), "batch_axis": (int,)}
 MAY_BE |= {"original": (None,), "against": (None,)}
@@ -221,6 +222,20 @@ def test_arguments_of_another_type(fast, name):
         if not any(value is v for v in MAY_BE.get(name, ())):
             with pytest.raises(EecompileError, match=said):
                 call(fast, value)
+
+
+def test_functions_that_take_other_arguments(fast):
+    loader = [(rows(8), LABELS)]
+    calls = {
+        "metric": lambda given: fast.evaluate(loader, metric=given),
+        "groups": lambda given: fast.evaluate(loader, groups=given),
+        "loss": lambda given: fast.fit(loader, loss=given),
+        "optimizer": lambda given: fast.fit(loader, optimizer=given),
+        "scheduler": lambda given: fast.fit(loader, scheduler=given),
+    }
+    for name, call in calls.items():
+        with pytest.raises(EecompileError, match=f"{name}= takes other arguments"):
+            call(lambda one, two, three: one)
 
 
 def test_values_are_checked_where_there_is_nothing_to_set(fast):
@@ -268,15 +283,15 @@ LABELS = torch.arange(8) % CLASSES
     ],
 )
 def test_data_that_cannot_be_used(fast, strategy, batch, said):
-    one, good = again(fast, strategy), [(rows(8), LABELS)]
+    one, good = again(fast, strategy), [(rows(8), LABELS)] * 8
     calls = [
         lambda: one.fit([batch] * 8, trunk=False, progress=False),
         lambda: one.fit([batch] * 8, trunk=False, cached=False, progress=False),
         lambda: one.evaluate([batch] * 2),
         lambda: one.calibrate([batch] * 2),
+        lambda: one.fit(good, trunk=False, val_loader=[batch], progress=False),
+        lambda: one.fit(good, trunk=False, cached=False, val_loader=[batch], progress=False),
     ]
-    if said != "NaN|not finite":  # a validation loss that is NaN is shown, and training goes on
-        calls.append(lambda: one.fit(good * 8, trunk=False, val_loader=[batch], progress=False))
     for call in calls:
         with pytest.raises(EecompileError, match=said):
             call()

@@ -152,8 +152,7 @@ class Source:
         result = self.fast.observe_at(settings, batch.args, batch.kwargs)
         if not result.outputs or not result.confidences:
             raise CalibrationError("the compiled module gave no outputs of the exits", where=batch.where)
-        names = [record.name for record in self.fast.exits] + ["the model's own output"]
-        check_finite(result.outputs, names, batch.where, CalibrationError)
+        check_finite(result.outputs, self.fast.exits, batch.where, CalibrationError)
         return result
 
     def static(self, batch: Batch) -> Tensor:

@@ -7,8 +7,7 @@
 | sample | Bernoulli(score) | none: REINFORCE uses the log probability of `Result.gates` under `Trace.gate_scores` |
 | gumbel | hard, with logistic noise on the score's logit | straight through the noisy score (Jang et al. 2017) |
 | uniform | each way equally likely | none: so that every branch is trained on all kinds of rows |
-| dropped | closed by chance, the later the gate the likelier, the last half the time | none: the trunk learns to do without \
-blocks (stochastic depth, Huang et al. 2016; layer dropout, Elhoushi et al. 2024) |
+| dropped | closed by chance, the later the likelier, the last half the time | none (stochastic depth, Huang et al. 2016) |
 | every | gates as hard, ways as uniform | none: the objective reads the loss of every way (`Trace.route_outputs`) |
 | open | open, whatever score and threshold | none: for objectives that read the scores with every depth's prediction |
 

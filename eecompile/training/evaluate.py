@@ -129,8 +129,7 @@ class Seen:
             raise EecompileError("fast.observe gave no outputs of the exits", where=batch.where)
         full, labels, where = full_prediction(self.fast, batch, result), batch.labels, batch.where
         outputs: tuple[Tensor, ...] = result.outputs
-        names = [*(record.name for record in self.fast.exits), "the model's own output"]
-        check_finite(outputs, names, where, EecompileError)
+        check_finite(outputs, self.fast.exits, where)
         n = outputs[-1].shape[0]
         if batch.index == 0 and self.metric is None:
             check_task(self.fast, labels)

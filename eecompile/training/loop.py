@@ -28,9 +28,11 @@ from eecompile.training.fit_report import EpochRow, FitReport
 from eecompile.training.head_choice import Choice, heads_alone, why_not, with_kinds
 from eecompile.training.head_report import HeadRow
 from eecompile.training.interrupt import Interrupt, say
+from eecompile.training.objectives import outputs_of
 from eecompile.training.optim import freeze, make_optimizer, make_scheduler, parameter_groups
 from eecompile.training.plan import Event, Plan, Position, StagePlan
 from eecompile.training.progress import Bar
+from eecompile.training.scores import check_finite
 from eecompile.training.settings import settings, trained_tensors
 from eecompile.training.stages import gates_deciding
 from eecompile.training.state import decode, encode, random_state, reseed, restore_random_state
@@ -325,6 +327,7 @@ class Loop:
         def measured(batch: Batch) -> tuple[Any, ...]:
             where = f"batch {batch.index} of val_loader"
             result = self.fast.observe(*batch.args, **batch.kwargs)
+            check_finite(outputs_of(result), self.fast.exits, where)
             with torch.no_grad():
                 measure = self.objective if stage.heads else self.objective.final
                 loss = float(measure(result, batch.labels, where=where))

@@ -10,13 +10,16 @@ always the row, because a row leaves as a whole.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from eecompile.errors import EecompileError
 from eecompile.kernels.confidence import yes_or_no
+
+if TYPE_CHECKING:
+    from eecompile.public_records import ExitRecord
 
 IGNORE = -100
 Metric = Callable[[Any, Any], Tensor]
@@ -215,10 +218,10 @@ def measure(
 
 
 def check_finite(
-    outputs: Sequence[Tensor], names: Sequence[str], where: str, error: type[EecompileError] = EecompileError
+    outputs: Sequence[Tensor], exits: Sequence[ExitRecord], where: str, error: type[EecompileError] = EecompileError
 ) -> None:
-    """Refuses NaN in named outputs: its largest score would be the first."""
-    for name, output in zip(names, outputs, strict=True):
+    """Refuses NaN in the outputs of these exits and, last, of the model: its largest score would be the first."""
+    for name, output in zip([*(e.name for e in exits), "the model's own output"], outputs, strict=True):
         bad = output.isnan()
         if bool(bad.any()):
             rows = int(bad.flatten(1).any(1).sum())

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, IterableDataset, SequentialSampler
 
 from eecompile.binomial import log_binomial_tail
 from eecompile.errors import EecompileError, shown
+from eecompile.plain import check_callable
 from eecompile.training.batches import Batch
 from eecompile.training.report import percent, table
 
@@ -95,7 +96,10 @@ def check_groups(groups: Any, loader: Any) -> None:
     Raises:
         EecompileError: A `DataLoader` that draws rows in another order than that of its data.
     """
-    if groups is None or callable(groups) or isinstance(groups, str):
+    if groups is None or isinstance(groups, str):
+        return
+    if callable(groups):
+        check_callable("groups", groups, "(inputs, labels) -> [B]")
         return
     if not hasattr(groups, "__getitem__") or not hasattr(groups, "__len__") or isinstance(groups, Mapping):
         raise EecompileError(
