@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
+from functools import partial
+from itertools import islice
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from examples._common import (
     Observed,
     Options,
     Record,
+    Variant,
     alternatives,
     by_exit,
     fitted,
@@ -34,10 +37,13 @@ from examples._common import (
     observed,
     resnet_trunk,
     rows_in,
+    rows_of,
+    timed,
 )
 
 TRAIN, VAL, TEST = 6_000, 1_000, 2_000
 STREAMS, CALLS, DEADLINES = 100, 250, 7
+SIZES = (1, 32, 64)
 LATE = 1.05  # a call is late that takes more than this times its deadline
 
 
@@ -65,10 +71,12 @@ def example(options: Options, record: Record) -> None:
     costs = fast.costs([True] * len(fast.exits)).tolist()
     record.note(accuracy_by_exit=right, chosen=chosen, cost_by_exit=costs)
     constants = by_exit(fast, right[chosen]["test"])
-    stops = [*zip((e.name for e in fast.exits), right[chosen]["test"], costs, strict=False)]
-    for name, accuracy, cost in stops[:: (len(stops) - 1) // 2 or 1]:  # every head up to there was computed
+    interrupted = []
+    for k in range(0, len(fast.exits), (len(fast.exits) - 1) // 2 or 1):
+        accuracy, cost = right[chosen]["test"][k], costs[k]  # every head up to there was computed
         figures = {**accuracies, "accuracy": accuracy, "cost": cost, **alternatives(constants, cost)}
-        record.row("ResNet-20, CIFAR-10, interrupted", thresholds=f"after {name}", **figures)
+        after = f"after {fast.exits[k].name}"
+        interrupted.append((record.row("ResNet-20, CIFAR-10, interrupted", thresholds=after, **figures), k))
     record.done("evaluate")
 
     together = eecompile(base.model, Anytime(combine=chosen), example_inputs=(x,))
@@ -76,6 +84,8 @@ def example(options: Options, record: Record) -> None:
     together.heads.load_state_dict(fast.heads.state_dict())  # each is trained for itself, whatever they answer together
     together.settings = fast.settings
     fast = together
+    variants = [Variant(row, partial(until, fast, k)) for row, k in interrupted]
+    timed(record, base.model, rows_of(parts["test"], 4), variants, SIZES)
     images, labels = datasets.load("cifar10", "test", limits["test"], standin=quick).tensors
     with torch.no_grad():
         record.note(stream=streamed(fast, images[: 8 if quick else STREAMS]))
@@ -100,6 +110,11 @@ def example(options: Options, record: Record) -> None:
                 cost=point["cost"],
                 **alternatives(constants, point["cost"]),
             )
+
+
+def until(fast: CompiledModule, k: int, x: Tensor) -> Any:
+    """The answer of exit k, at which the stream is left."""
+    return next(islice(fast.stream(x), k, None))
 
 
 def right_at(seen: Observed, how: str) -> list[float]:
