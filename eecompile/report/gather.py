@@ -77,7 +77,11 @@ def gather(fast: Any, loader: Iterable[Any]) -> Gathered:
         EecompileError: No labels, outputs that are no class scores [B, C], or a module without exits.
     """
     if not fast.exits:
-        raise EecompileError("a report is about exits, and this module has none", got=fast.strategy.name)
+        raise EecompileError(
+            "a report is about exits, and this module has none",
+            got=fast.strategy.name,
+            hint="print(fast.evaluate(loader)) shows cost and accuracy of gates, routes and halting",
+        )
     loader = whole(loader)
     evaluation = evaluate(fast, loader)
     names = [*(e.name for e in fast.exits), "model"]
