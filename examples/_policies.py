@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from itertools import islice
 from typing import Any
 
 import torch
@@ -42,16 +43,19 @@ def evaluated(fast: Any, loader: Iterable[Any]) -> dict[str, Any]:
     return found
 
 
-def told(fast: Any, parts: Mapping[str, Any], record: Record, label: str, original_accuracy: float) -> list[Variant]:
+def told(
+    fast: Any, parts: Mapping[str, Any], record: Record, label: str, original_accuracy: float, chosen_on: int | None = None
+) -> list[Variant]:
     """The policy as trained with closed exits, and policy and exits as calibrated: a row and a variant each.
 
     Thresholds are chosen on ``parts["val"]``, so that at most `ALLOWED` is lost there; ``parts["test"]`` is run once
-    for each line. All figures are kept next to the weights of `fitted`, so that a second run only measures.
+    for each line, and for each constant choice, whose gates are chosen on the first ``chosen_on`` batches of
+    ``parts["val"]``. All figures are kept next to the weights of `fitted`, so that a second run only measures.
     """
     path = fast.kept_as.with_suffix(".evaluated.json")
     if not path.exists():
         with atomic(path) as written:
-            written.write_text(json.dumps(_judge(fast, parts)))
+            written.write_text(json.dumps(_judge(fast, parts, chosen_on)))
     found = json.loads(path.read_text())
     record.note(**{label: {"calibration": found["calibration"], "constant": found["constant"]}})
     variants = []
@@ -67,13 +71,14 @@ def told(fast: Any, parts: Mapping[str, Any], record: Record, label: str, origin
     return variants
 
 
-def _judge(fast: Any, parts: Mapping[str, Any]) -> dict[str, Any]:
+def _judge(fast: Any, parts: Mapping[str, Any], chosen_on: int | None) -> dict[str, Any]:
     closed = [CLOSED] * len(fast.exits)
     fast.set_thresholds(closed)
     fast.set_gate_thresholds(0.0)
     every = fast.evaluate(parts["test"])
     full = every.full_accuracy
-    points = [*by_exit(fast, [r.accuracy_if_all for r in every.rows]), *by_gates(fast, parts["val"], parts["test"])]
+    points = by_exit(fast, [r.accuracy_if_all for r in every.rows])
+    points += by_gates(fast, list(islice(parts["val"], chosen_on)), parts["test"])
     fast.set_gate_thresholds(0.5)
     report = fast.calibrate(parts["val"], max_drop=ALLOWED, delta=None)
     chosen, gates = fast.thresholds.tolist(), fast.gate_thresholds.tolist()
