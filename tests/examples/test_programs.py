@@ -110,7 +110,7 @@ def test_branchy_resnet(environment: dict[str, str], tmp_path: Path) -> None:
     assert [(row["accuracy"], row["cost"]) for row in found["rows"]] == kept
     assert [row["thresholds"] for row in found["rows"]] == ["guaranteed", "empirical"]
     for row in found["rows"]:
-        check_row(row, {"1", "32", "256"})
+        check_row(row, {"1", "32", "64"})
         assert [(e["after"], e["head"]) for e in row["exits"]] == [("stage1", "Branch"), ("stage2", "Branch")]
 
 
