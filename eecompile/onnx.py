@@ -63,6 +63,7 @@ def convert(
     model.metadata_props.update(metadata or {})
     model.producer_name, model.ir_version = "eecompile", IR
     size = sum(v.const_value.nbytes for v in model.graph.initializers.values() if v.const_value is not None)
+    _weights_where_read(model)
     onnx_ir.save(model, path, external_data=f"{path.name}.data" if size > EXTERNAL else None)
     try:
         onnx.checker.check_model(str(path), full_check=True)
@@ -91,6 +92,34 @@ def _name_sizes(model: Any, shapes: Sequence[Sequence[int | str]]) -> None:
         graph.metadata_props.clear()
         for value in (*graph.inputs, *graph.initializers.values()):
             _rename(value, names)
+
+
+def _weights_where_read(model: Any) -> None:
+    """Moves each weight into the innermost branch of an `If` that holds all of its readers.
+
+    ONNX Runtime folds and lays out a convolution only with weights of its own graph: a branch that reads those of the outer
+    one takes up to 1.6 times as long.
+    """
+    import onnx_ir
+
+    above: dict[Any, Any] = {}  # the graph around each branch
+    for node in onnx_ir.traversal.RecursiveGraphIterator(model.graph):
+        above |= {a.value: node.graph for a in node.attributes.values() if a.type == onnx_ir.AttributeType.GRAPH}
+
+    def around(graph: Any) -> list[Any]:
+        return [*(around(above[graph]) if graph in above else []), graph]
+
+    for value in list(model.graph.initializers.values()):
+        if value.is_graph_input() or value.is_graph_output():
+            continue
+        common = [
+            graphs[0]
+            for graphs in zip(*(around(node.graph) for node, _ in value.uses()), strict=False)
+            if len(set(graphs)) == 1
+        ]
+        if len(common) > 1:
+            del model.graph.initializers[value.name]
+            common[-1].register_initializer(value)
 
 
 def _rename(value: Any, names: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""ONNX: conditions become `If`, weights stay in the outer graph once, and settings are inputs with defaults."""
+"""ONNX: conditions become `If`, each weight is there once, and settings are inputs with defaults."""
 
 from __future__ import annotations
 

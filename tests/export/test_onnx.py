@@ -68,6 +68,23 @@ def test_thresholds_that_are_not_given_are_those_of_the_export(written: tuple[Pr
     assert index.tolist() == run_by("reference", program.fast, x).exit_index.tolist()
 
 
+def test_weights_lie_in_the_branch_that_reads_them(written: tuple[Program, Path]) -> None:
+    program, path = written
+    outer, *branches = graphs(onnx.load(path).graph)
+    weights = [t.name for g in (outer, *branches) for t in g.initializer]
+    assert len(weights) == len(set(weights))
+    assert sum(len(t.dims) > 1 for g in branches for t in g.initializer) >= len(program.fast.exits)
+    for t in outer.initializer:  # read there, or in more branches than one
+        readers = [g for g in (outer, *branches) if any(t.name in n.input for n in g.node)]
+        assert readers != [g for g in readers[:1] if g is not outer], t.name
+
+
+def graphs(graph: Any) -> list[Any]:
+    """A graph and the branches in it."""
+    below = [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+    return [graph, *(g for b in below for g in graphs(b))]
+
+
 def test_names_sizes_and_opset(written: tuple[Program, Path]) -> None:
     program, path = written
     model = onnx.load(path)
