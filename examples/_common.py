@@ -29,6 +29,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -42,6 +43,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from eecompile.benchmark import as_call, interleaved, summary
+from eecompile.export.runtimes import opened
 from eecompile.training.head_choice import with_kinds
 from eecompile.training.head_report import HeadRow
 from examples._constant import alternatives, by_exit
@@ -248,7 +250,7 @@ def evaluated(
 
 def timed(
     record: Record,
-    original: nn.Module,
+    original: nn.Module | Callable[..., Any],
     inputs: Inputs,
     variants: Sequence[Variant],
     sizes: Sequence[int] = (1, 32),
@@ -291,6 +293,35 @@ def timed(
                 "early_exit": median / count, "early_exit_spread": spread / count,
                 "rows": count, "rounds": rounds,
             }  # fmt: skip
+
+
+def timed_as_onnx(
+    record: Record,
+    inputs: Tensor,
+    variants: Sequence[Variant],
+    sizes: Sequence[int],
+    rows: Mapping[int, int] | None = None,
+) -> None:
+    """As `timed`, of programs with exits and of their model written as ONNX files, in ONNX Runtime.
+
+    Fills ``onnx`` of each row with a ``speedup`` and ``seconds`` of its own.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+
+        def written(fast: Any, name: str) -> Callable[..., Any]:
+            path = Path(folder, f"{name}.onnx")
+            fast.export(path, target="onnx")
+            program = opened(path)
+            return lambda x: program.call((x,))
+
+        first = variants[0].call
+        first.settings = first.settings.neutral()
+        original = written(first, "original")
+        made = []
+        for k, v in enumerate(variants):
+            v.before()
+            made.append(Variant(v.row.setdefault("onnx", {}), written(v.call, str(k))))
+        timed(record, original, inputs, made, sizes, rows)
 
 
 def _over(call: Callable[..., Any], batches: Sequence[Any], before: Callable[[], Any]) -> Callable[[], None]:
@@ -345,6 +376,7 @@ __all__ = [
     "runs_root",
     "take",
     "timed",
+    "timed_as_onnx",
     "trunk",
     "write_result",
 ]  # fmt: skip

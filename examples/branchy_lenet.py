@@ -23,6 +23,7 @@ from examples._common import (
     rows_in,
     rows_of,
     timed,
+    timed_as_onnx,
 )
 
 EXITS = ("relu", "relu_1")  # after the first and the second convolution
@@ -51,7 +52,9 @@ def example(options: Options, record: Record) -> None:
         *evaluated(first, of_first, record, "MNIST, LeNet, 1 exit", trunk.accuracy, promises),
     ]
     record.done("evaluate")
-    timed(record, trunk.model, rows_of(parts["test"], 16), variants, SIZES, {1: 256, 32: 512, 256: 2048})
+    x, rows = rows_of(parts["test"], 16), {1: 256, 32: 512, 256: 2048}
+    timed(record, trunk.model, x, variants, SIZES, rows)
+    timed_as_onnx(record, x, variants, SIZES, rows)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,19 @@ from eecompile import eecompile
 from eecompile.heads import Site
 from eecompile.strategies import Branchy
 from examples import datasets
-from examples._common import Options, Record, evaluated, fitted, main, observed, resnet_trunk, rows_in, rows_of, timed
+from examples._common import (
+    Options,
+    Record,
+    evaluated,
+    fitted,
+    main,
+    observed,
+    resnet_trunk,
+    rows_in,
+    rows_of,
+    timed,
+    timed_as_onnx,
+)
 
 EXITS = ("stage1.1", "stage2.0", "stage2.1", "stage3.0")
 EXITS_QUICK = ("stage1", "stage2")  # of ResNet-8, one block a stage
@@ -84,7 +96,9 @@ def example(options: Options, record: Record) -> None:
     seen = observed(fast, held_out)
     variants = evaluated(fast, seen, record, "CIFAR-10, ResNet-20", trunk.accuracy)
     record.done("evaluate")
-    timed(record, trunk.model, rows_of(held_out["test"], 4), variants, SIZES)
+    x = rows_of(held_out["test"], 4)
+    timed(record, trunk.model, x, variants, SIZES)
+    timed_as_onnx(record, x, variants, SIZES)
 
 
 if __name__ == "__main__":

@@ -93,11 +93,17 @@ def _markdown(columns: tuple[str, ...], lines: list[tuple[str, ...]]) -> str:
 def _line(row: dict[str, Any], command: str) -> tuple[str, ...]:
     accuracies = (_percent(row.get(key)) for key in ("original_accuracy", "full_accuracy", "accuracy"))
     shares = " / ".join(f"{100 * share:.0f}" for share in row.get("share", {}).values())
-    times = ", ".join(f"{ratio:.2f}x at {size}" for size, ratio in row.get("speedup", {}).items())
+    times = "; ".join(
+        _times(timed, where) for timed, where in ((row, ""), (row.get("onnx", {}), "as ONNX ")) if "speedup" in timed
+    )
     leaving = f"{shares} %" if shares else "-"
     blind = " / ".join(_percent((row.get(key) or {}).get("accuracy")) for key in ("constant", "random"))
     first = (row["what"], row.get("thresholds", "-"), *accuracies, _percent(row.get("cost")), blind)
     return (*first, leaving, times or "-", f"`{command}`")
+
+
+def _times(row: dict[str, Any], where: str) -> str:
+    return where + ", ".join(f"{ratio:.2f}x at {size}" for size, ratio in row["speedup"].items())
 
 
 def _percent(value: float | None) -> str:

@@ -91,6 +91,7 @@ def test_branchy_lenet(environment: dict[str, str], tmp_path: Path) -> None:
     ]
     for row in found["rows"]:
         check_row(row, {"1", "32", "256"})
+        assert set(row["onnx"]["speedup"]) == set(row["onnx"]["seconds"]) == {"1", "32", "256"}
         assert row["calibration"]["qualified"]
         assert [e["after"] for e in row["exits"]] == (["relu", "relu_1"] if "2 exits" in row["what"] else ["relu"])
         assert row["constant"]["cost"] <= row["cost"] + 1e-9
