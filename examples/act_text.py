@@ -1,10 +1,12 @@
 """Adaptive computation time over depth (Graves 2016): MiniLM-L6 on IMDB stops block by block, per review and per token.
 
-A halting unit after each block says which share of the answer its state is to have. The fine-tuned trunk and the units are
-trained together, with a price on steps, twice: reviews stop as a whole, or tokens stop one by one, each of which keeps the
-mean of its states, weighted by its scores, and is attended to as before. Halting thresholds are chosen on the validation
-part: as trained, and the cheapest that loses at most 1% there against all blocks. The test part is run once for each line.
-What the same depth for all reviews gives is shown by the model cut to 3 blocks, trained as the trunk was.
+A halting unit after each block says how likely the state is good enough. The fine-tuned trunk and the units are trained
+together, twice. Reviews stop as a whole, after the block that the classifier is to read (PonderNet: the expected loss over
+where a review stops; by ACT, at the price that tokens pay, they never do). Tokens stop one by one: each keeps the mean of
+its states, weighted by its scores, and is attended to as before (ACT: the loss with a price on steps). Halting thresholds
+are chosen on the validation part: as trained, and the cheapest that loses at most 1% there against all blocks. The test
+part is run once for each line. What the same depth for all reviews gives is shown by the model cut to 3 blocks, trained as
+the trunk was.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ ROWS = {"train": 4_000, "val": 1_000, "test": 2_000}
 ROWS_QUICK = {"train": 128, "val": 64, "test": 64}
 TRAINING: dict[str, Any] = {"epochs": 1, "lr": 2e-3, "trunk_lr": 5e-5, "max_grad_norm": 1.0, "scheduler": "cosine"}
 HALTING = {
-    "reviews": Act(ponder_price=0.003),
+    "reviews": Act(halting="pondernet", prior=0.5, beta=0.3),
     "tokens": Act(per_token=True, ponder_price=0.003),
 }
 NEVER = 2.0
