@@ -14,8 +14,6 @@ from examples._common import Record, Variant, alternatives, by_exit
 from examples._constant import CLOSED, by_gates
 from examples._registry import atomic
 
-ALLOWED = 0.02
-
 
 def evaluated(fast: Any, loader: Iterable[Any]) -> dict[str, Any]:
     """Accuracy, mean cost, where rows left, which gates were open and at which widths parts ran, as the program runs."""
@@ -44,18 +42,24 @@ def evaluated(fast: Any, loader: Iterable[Any]) -> dict[str, Any]:
 
 
 def told(
-    fast: Any, parts: Mapping[str, Any], record: Record, label: str, original_accuracy: float, chosen_on: int | None = None
+    fast: Any,
+    parts: Mapping[str, Any],
+    record: Record,
+    label: str,
+    original_accuracy: float,
+    allowed: float,
+    chosen_on: int | None = None,
 ) -> list[Variant]:
     """The policy as trained with closed exits, and policy and exits as calibrated: a row and a variant each.
 
-    Thresholds are chosen on ``parts["val"]``, so that at most `ALLOWED` is lost there; ``parts["test"]`` is run once
+    Thresholds are chosen on ``parts["val"]``, so that at most ``allowed`` is lost there; ``parts["test"]`` is run once
     for each line, and for each constant choice, whose gates are chosen on the first ``chosen_on`` batches of
     ``parts["val"]``. All figures are kept next to the weights of `fitted`, so that a second run only measures.
     """
     path = fast.kept_as.with_suffix(".evaluated.json")
     if not path.exists():
         with atomic(path) as written:
-            written.write_text(json.dumps(_judge(fast, parts, chosen_on)))
+            written.write_text(json.dumps(_judge(fast, parts, allowed, chosen_on)))
     found = json.loads(path.read_text())
     record.note(**{label: {"calibration": found["calibration"], "constant": found["constant"]}})
     variants = []
@@ -71,7 +75,7 @@ def told(
     return variants
 
 
-def _judge(fast: Any, parts: Mapping[str, Any], chosen_on: int | None) -> dict[str, Any]:
+def _judge(fast: Any, parts: Mapping[str, Any], allowed: float, chosen_on: int | None) -> dict[str, Any]:
     closed = [CLOSED] * len(fast.exits)
     fast.set_thresholds(closed)
     fast.set_gate_thresholds(0.0)
@@ -80,12 +84,12 @@ def _judge(fast: Any, parts: Mapping[str, Any], chosen_on: int | None) -> dict[s
     points = by_exit(fast, [r.accuracy_if_all for r in every.rows])
     points += by_gates(fast, list(islice(parts["val"], chosen_on)), parts["test"])
     fast.set_gate_thresholds(0.5)
-    report = fast.calibrate(parts["val"], max_drop=ALLOWED, delta=None)
+    report = fast.calibrate(parts["val"], max_drop=allowed, delta=None)
     chosen, gates = fast.thresholds.tolist(), fast.gate_thresholds.tolist()
     rows = []
     for how, exits, opening in (
         ("policy as trained", closed, [0.5] * len(gates)),
-        (f"at most {ALLOWED:.0%} lost on val", chosen, gates),
+        (f"at most {allowed:.0%} lost on val", chosen, gates),
     ):
         fast.set_thresholds(exits)
         fast.set_gate_thresholds(opening)
