@@ -47,19 +47,20 @@ def told(
     record: Record,
     label: str,
     original_accuracy: float,
-    allowed: float,
+    how: str,
+    promise: Mapping[str, Any],
     chosen_on: int | None = None,
 ) -> list[Variant]:
     """The policy as trained with closed exits, and policy and exits as calibrated: a row and a variant each.
 
-    Thresholds are chosen on ``parts["val"]``, so that at most ``allowed`` is lost there; ``parts["test"]`` is run once
-    for each line, and for each constant choice, whose gates are chosen on the first ``chosen_on`` batches of
+    Thresholds are chosen on ``parts["val"]`` as ``promise`` says, which the line calls ``how``; ``parts["test"]`` is run
+    once for each line, and for each constant choice, whose gates are chosen on the first ``chosen_on`` batches of
     ``parts["val"]``. All figures are kept next to the weights of `fitted`, so that a second run only measures.
     """
     path = fast.kept_as.with_suffix(".evaluated.json")
     if not path.exists():
         with atomic(path) as written:
-            written.write_text(json.dumps(_judge(fast, parts, allowed, chosen_on)))
+            written.write_text(json.dumps(_judge(fast, parts, how, promise, chosen_on)))
     found = json.loads(path.read_text())
     record.note(**{label: {"calibration": found["calibration"], "constant": found["constant"]}})
     variants = []
@@ -75,7 +76,9 @@ def told(
     return variants
 
 
-def _judge(fast: Any, parts: Mapping[str, Any], allowed: float, chosen_on: int | None) -> dict[str, Any]:
+def _judge(
+    fast: Any, parts: Mapping[str, Any], how: str, promise: Mapping[str, Any], chosen_on: int | None
+) -> dict[str, Any]:
     closed = [CLOSED] * len(fast.exits)
     fast.set_thresholds(closed)
     fast.set_gate_thresholds(0.0)
@@ -84,16 +87,16 @@ def _judge(fast: Any, parts: Mapping[str, Any], allowed: float, chosen_on: int |
     points = by_exit(fast, [r.accuracy_if_all for r in every.rows])
     points += by_gates(fast, list(islice(parts["val"], chosen_on)), parts["test"])
     fast.set_gate_thresholds(0.5)
-    report = fast.calibrate(parts["val"], max_drop=allowed, delta=None)
+    report = fast.calibrate(parts["val"], **promise)
     chosen, gates = fast.thresholds.tolist(), fast.gate_thresholds.tolist()
     rows = []
-    for how, exits, opening in (
+    for thresholds, exits, opening in (
         ("policy as trained", closed, [0.5] * len(gates)),
-        (f"at most {allowed:.0%} lost on val", chosen, gates),
+        (how, chosen, gates),
     ):
         fast.set_thresholds(exits)
         fast.set_gate_thresholds(opening)
         figures = evaluated(fast, parts["test"])
-        told = {"thresholds": how, "exit_thresholds": exits, "gate_thresholds": opening}
+        told = {"thresholds": thresholds, "exit_thresholds": exits, "gate_thresholds": opening}
         rows.append({**told, **figures, **alternatives(points, figures["cost"])})
     return {"full_accuracy": full, "constant": points, "calibration": report.to_dict(), "rows": rows}
