@@ -41,7 +41,8 @@ def example(options: Options, record: Record) -> None:
     record.note(gates=[{"region": g.region, "saves": g.saves} for g in fast.gates])
     record.done("train")
     original = minilm_trunk(quick=quick, seed=options.seed).model  # training moved the other one's weights
-    variants = told(fast, parts, record, "IMDB, MiniLM-L6, policy", trunk.accuracy, "at most 1% lost on val", PROMISE, CHOSEN_ON)
+    label, how = "IMDB, MiniLM-L6, policy", "at most 1% lost on val"
+    variants = told(fast, parts, record, label, trunk.accuracy, how, PROMISE, CHOSEN_ON)
     record.done("evaluate")
     timed(record, original, rows_of(parts["test"], 4), variants, (1, 32, 64), {1: 32, 32: 64, 64: 64}, rounds=7)
 
