@@ -16,6 +16,7 @@ from eecompile.training.plan import StagePlan
 if TYPE_CHECKING:
     from eecompile.module import CompiledModule
 
+BY_CHANCE = ("uniform", "dropped")  # choices that learn nothing meanwhile
 OF_LABELS = ("sample", "every")  # choices learn from the likelihood of labels, which no loss of the user's gives
 
 
@@ -44,7 +45,7 @@ def stages_of(
         priced = [part for part in parts_of(task) if isinstance(part, Priced)]
         if priced:
             samples = any(isinstance(part, Reinforce) for part in priced)
-            asked = [s for s in asked if s.objective is not None and (s.gate_mode == "sample") == samples]
+            asked = [s for s in asked if s.gate_mode not in BY_CHANCE and (s.gate_mode == "sample") == samples]
             if not asked:
                 raise EecompileError(
                     "no stage of the strategy can be trained by this objective",

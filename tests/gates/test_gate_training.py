@@ -165,6 +165,8 @@ def test_blocks_are_dropped_before_gates_are_trained(trained):
     assert gates[200:, :2].mean(0).tolist() == [1.0, 0.0]  # always open and always closed, as they are set
     for k in range(2, count):
         assert float(gates[200:, k].mean()) == pytest.approx(1 - 0.5 * (k + 1) / count, abs=0.05)
+    report = fast.fit(loader(60), epochs=1, objective="exits+choice_cost", progress=False)
+    assert [row.stage for row in report.rows] == ["hard gates"]  # where nothing is chosen there is no price to learn from
     with pytest.raises(EecompileError, match="learns to do without blocks, but is not trained"):
         fast.fit(loader(60), epochs=2, trunk=False, progress=False)
 
