@@ -41,7 +41,7 @@ def example(options: Options, record: Record) -> None:
     last = seen["test"].of(fast).evaluate().full_accuracy
     variants = evaluated(fast, seen, record, f"IMDB, {', '.join(models)}", last)
     record.done("evaluate")
-    sizes = {1: 24, 32: 64, 256: 256}
+    sizes = {1: 96, 32: 256}
     timed(record, fast.original, rows_of(parts["test"], 8), variants, tuple(sizes), sizes, rounds=7)
 
 
