@@ -97,8 +97,8 @@ def _name_sizes(model: Any, shapes: Sequence[Sequence[int | str]]) -> None:
 def _weights_where_read(model: Any) -> None:
     """Moves each weight into the innermost branch of an `If` that holds all of its readers.
 
-    ONNX Runtime folds and lays out a convolution only with weights of its own graph: a branch that reads those of the outer
-    one takes up to 1.6 times as long.
+    ONNX Runtime folds and lays out a convolution only with weights of its own graph: in a branch that reads those of the
+    outer one it runs as it is written.
     """
     import onnx_ir
 
